@@ -1,0 +1,61 @@
+"""The fixtures that every room shares: one real server per session, for all the tests that can use it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import models
+import pytest
+from checks import CHUNKED_PREFILL_SIZE, make_policy
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from torchrl_sglang_hidden import SGLangHiddenWrapper, SGLangServer, demo_model, launch
+
+ENGINE_TESTS = Path(__file__).parent / "engine"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if ENGINE_TESTS in item.path.parents:
+            item.add_marker(pytest.mark.engine)
+
+
+@pytest.fixture(scope="session")
+def smol_dir() -> str:
+    return str(demo_model())
+
+
+@pytest.fixture(scope="session")
+def tokenizer(smol_dir: str) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(smol_dir)
+
+
+@pytest.fixture(scope="session")
+def qwen3_dir(smol_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(models.save_random_qwen3(tmp_path_factory.mktemp("models") / "random-qwen3", smol_dir))
+
+
+@pytest.fixture(scope="session")
+def smol(smol_dir: str) -> Iterator[SGLangServer]:
+    # sleep_on_idle: this server outlives the modules that start others, and an idle SGLang spins on a core.
+    with launch(smol_dir, dtype="float32", chunked_prefill_size=CHUNKED_PREFILL_SIZE, sleep_on_idle=True) as engine:
+        yield engine
+
+
+@pytest.fixture
+def policy(smol: SGLangServer, tokenizer: PreTrainedTokenizerBase) -> Callable[..., SGLangHiddenWrapper]:
+    """`checks.make_policy` over the session's server."""
+    return functools.partial(make_policy, smol, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def chat_ids(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
+    """A question as the ids of a chat that waits for its answer."""
+
+    def ids(question: str) -> list[int]:
+        chat = [{"role": "user", "content": question}]
+        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+
+    return ids

@@ -1,0 +1,100 @@
+"""In-process engines, in a process of their own: `sglang.Engine` changes the process that it runs in for good.
+
+    python offline_check.py JOB.json RESULT.json
+
+Run by test_offline.py, which compares what this finds against the oracle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from checks import make_policy, rows_of, tokens_input
+from transformers import AutoTokenizer
+
+from torchrl_sglang_hidden import InputError, SGLangOffline
+from torchrl_sglang_hidden.server.cpu import has_accelerator, use_cpu_engine
+
+
+def jsonable(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {field.name: jsonable(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: jsonable(item) for key, item in value.items()}
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def holds_bytes(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(holds_bytes(item) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return any(holds_bytes(item) for item in value)
+    return isinstance(value, bytes)
+
+
+@contextmanager
+def spied(engine: Any) -> Iterator[list[bool]]:
+    """Notes of every answer of ``engine`` whether it carried raw bytes."""
+    carried: list[bool] = []
+    plain = engine.async_generate
+
+    async def async_generate(*args: Any, **kwargs: Any) -> Any:
+        answer = await plain(*args, **kwargs)
+        carried.append(holds_bytes(answer))
+        return answer
+
+    engine.async_generate = async_generate
+    yield carried
+    del engine.async_generate
+
+
+def run_cases(model: Any, sglang_engine: Any, tokenizer: Any, cases: list[dict[str, Any]]) -> dict[str, Any]:
+    def run(case: dict[str, Any]) -> list[Any]:
+        policy = make_policy(model, tokenizer, "tokens", case["segments"], case["pooling"], **case["generate"])
+        return [jsonable(row) for row in rows_of(policy(tokens_input(case["prompts"])), case["segments"])]
+
+    with spied(sglang_engine) as carried_bytes:
+        results = [run(case) for case in cases]
+        try:
+            make_policy(model, tokenizer)(tokens_input([[5], [tokenizer.vocab_size + 10**6]]))
+        except InputError as error:
+            refused = type(error).__name__
+        with ThreadPoolExecutor(2) as pool:
+            again = list(pool.map(run, cases))
+    return {"results": results, "refused": refused, "from_threads": again, "carried_bytes": carried_bytes}
+
+
+def main(job_path: str, result_path: str) -> None:
+    job = json.loads(Path(job_path).read_text())
+    tokenizer = AutoTokenizer.from_pretrained(job["own"]["model_dir"])
+
+    with SGLangOffline(job["own"]["model_dir"], **job["server_args"]) as offline:
+        own = run_cases(offline, offline.engine, tokenizer, job["own"]["cases"])
+
+    # What a user does who makes the engine by hand, on a machine like this one.
+    os.environ["TORCHRL_SGLANG_HIDDEN"] = "1"
+    by_hand = {"enable_return_hidden_states": True, "max_total_tokens": 4096, **job["server_args"]}
+    if not has_accelerator():
+        use_cpu_engine()
+        by_hand["device"] = "cpu"
+    import sglang
+
+    engine = sglang.Engine(model_path=job["given"]["model_dir"], **by_hand)
+    given = run_cases(engine, engine, tokenizer, job["given"]["cases"])
+    SGLangOffline(engine).close()
+    alive = engine.generate(input_ids=[5, 6], sampling_params={"max_new_tokens": 2})
+    given["alive_after_close"] = alive["meta_info"]["completion_tokens"] == 2
+    engine.shutdown()
+    Path(result_path).write_text(json.dumps({"own": own, "given": given}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

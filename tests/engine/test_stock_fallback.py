@@ -1,0 +1,128 @@
+"""A server without this package's half: stock `return_hidden_states`, the same numbers, and one warning."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+from checks import (
+    CHUNKED_PREFILL_SIZE,
+    POOLINGS,
+    SEGMENTS,
+    assert_rows,
+    make_policy,
+    prompt_of,
+    rows_of,
+    text_input,
+    tokens_input,
+)
+from transformers import PreTrainedTokenizerBase
+
+from torchrl_sglang_hidden import AlignmentError, SGLangHiddenWrapper, SGLangServer, launch
+
+Policy = Callable[..., SGLangHiddenWrapper]
+
+
+@dataclass(frozen=True)
+class Stock:
+    engine: SGLangServer
+    warnings_from_launch_to_first_call: list[warnings.WarningMessage]
+
+
+@pytest.fixture(scope="module")
+def stock(smol_dir: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[Stock]:
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TORCHRL_SGLANG_HIDDEN", "0")
+        engine = launch(smol_dir, dtype="float32", chunked_prefill_size=CHUNKED_PREFILL_SIZE, sleep_on_idle=True)
+    with engine:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            make_policy(engine, tokenizer)(tokens_input([[5, 6]]))
+        yield Stock(engine, caught)
+
+
+@pytest.fixture
+def stock_policy(stock: Stock, tokenizer: PreTrainedTokenizerBase) -> Policy:
+    return functools.partial(make_policy, stock.engine, tokenizer)
+
+
+def test_one_warning_once(stock: Stock, stock_policy: Policy) -> None:
+    about_fallback = [w for w in stock.warnings_from_launch_to_first_call if "return_hidden_states" in str(w.message)]
+    assert len(about_fallback) == 1
+    assert "TORCHRL_SGLANG_HIDDEN" in str(about_fallback[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stock_policy()(tokens_input([[5, 6]]))
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_same_numbers(stock_policy: Policy, smol_dir: str, pooling: str) -> None:
+    batch = tokens_input([prompt_of(length, seed=length) for length in (1, 9, 30, 17)])
+    assert_rows(stock_policy(pooling=pooling)(batch), smol_dir, SEGMENTS, pooling)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_sampled_responses(stock_policy: Policy, smol_dir: str, pooling: str) -> None:
+    batch = tokens_input([prompt_of(12, seed=40)] * 3)
+    out = stock_policy(pooling=pooling, temperature=1.0)(batch)
+    assert_rows(out, smol_dir, SEGMENTS, pooling, temperature=1.0)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_one_token_responses(stock_policy: Policy, smol_dir: str, pooling: str) -> None:
+    batch = tokens_input([prompt_of(7, seed=41), prompt_of(1, seed=42)])
+    rows = assert_rows(stock_policy(pooling=pooling, max_new_tokens=1)(batch), smol_dir, SEGMENTS, pooling)
+    assert [len(row.response_ids) for row in rows] == [1, 1]
+
+
+def test_ended_by_eos(
+    stock_policy: Policy, tokenizer: PreTrainedTokenizerBase, smol_dir: str, chat_ids: Callable
+) -> None:
+    batch = tokens_input([chat_ids("What is the capital of France?")])
+    (row,) = assert_rows(stock_policy(max_new_tokens=12)(batch), smol_dir, SEGMENTS)
+    assert (row.response_ids[-1], row.finish_reason) == (tokenizer.eos_token_id, "stop")
+    assert row.text == "The capital of France is Paris."
+
+
+@pytest.mark.parametrize("segments", [*[(name,) for name in SEGMENTS], SEGMENTS])
+def test_the_same_prompt_again(stock_policy: Policy, smol_dir: str, segments: tuple[str, ...]) -> None:
+    prompt = prompt_of(40, seed=43)
+    stock_policy(segments=("response",))(tokens_input([prompt]))  # fills the prefix cache
+    for _ in range(2):
+        assert_rows(stock_policy(segments=segments)(tokens_input([prompt])), smol_dir, segments)
+
+
+def test_shared_prefixes(stock_policy: Policy, smol_dir: str) -> None:
+    shared = prompt_of(40, seed=44)
+    batch = tokens_input([shared + prompt_of(tail, seed=45 + tail) for tail in (1, 5, 9)])
+    assert_rows(stock_policy()(batch), smol_dir, SEGMENTS)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_responses_to_chunked_prompts(stock_policy: Policy, smol_dir: str, pooling: str) -> None:
+    batch = tokens_input([prompt_of(length, seed=46 + length) for length in (4, CHUNKED_PREFILL_SIZE + 36)])
+    out = stock_policy(segments=("response",), pooling=pooling)(batch)
+    assert_rows(out, smol_dir, ("response",), pooling)
+
+
+@pytest.mark.parametrize("segment", ["prompt", "full"])
+def test_chunked_prompts_lose_rows_and_say_so(stock_policy: Policy, smol_dir: str, segment: str) -> None:
+    """Stock SGLang keeps the states of a prompt's last chunk only."""
+    num_tokens, num_new = CHUNKED_PREFILL_SIZE + 36, 4
+    expected = num_tokens if segment == "prompt" else num_tokens + num_new - 1
+    batch = tokens_input([prompt_of(num_tokens, seed=47)])
+    with pytest.raises(AlignmentError) as caught:
+        stock_policy(segments=(segment,), max_new_tokens=num_new)(batch)
+    assert str(expected) in str(caught.value)
+    assert "chunked" in str(caught.value)
+    assert set(batch.keys(True, True)) == {("tokens", "prompt")}
+    good = tokens_input([prompt_of(8, seed=48)])
+    assert_rows(stock_policy(segments=(segment,))(good), smol_dir, (segment,))
+
+
+def test_text_mode(stock_policy: Policy, tokenizer: PreTrainedTokenizerBase) -> None:
+    (row,) = rows_of(stock_policy("text")(text_input(["2+2="])), SEGMENTS)
+    assert row.prompt_ids == tokenizer("2+2=")["input_ids"]

@@ -1,0 +1,75 @@
+"""A TorchRL policy over SGLang that returns text, tokens, log-probs and mean-pooled hidden states.
+
+Everything public is here, and is loaded when it is first used: importing the package loads neither SGLang nor TorchRL,
+for SGLang's own processes import it too.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from torchrl_sglang_hidden._version import __version__
+
+if TYPE_CHECKING:
+    from torchrl_sglang_hidden.assemble import HiddenStates as HiddenStates
+    from torchrl_sglang_hidden.demo.model import demo_model as demo_model
+    from torchrl_sglang_hidden.engines.http import SGLangServer as SGLangServer
+    from torchrl_sglang_hidden.engines.http import connect as connect
+    from torchrl_sglang_hidden.engines.launch import launch as launch
+    from torchrl_sglang_hidden.engines.offline import SGLangOffline as SGLangOffline
+    from torchrl_sglang_hidden.errors import AlignmentError as AlignmentError
+    from torchrl_sglang_hidden.errors import AuthenticationError as AuthenticationError
+    from torchrl_sglang_hidden.errors import CapabilityError as CapabilityError
+    from torchrl_sglang_hidden.errors import DemoModelError as DemoModelError
+    from torchrl_sglang_hidden.errors import EngineError as EngineError
+    from torchrl_sglang_hidden.errors import EngineTimeoutError as EngineTimeoutError
+    from torchrl_sglang_hidden.errors import EngineUnreachableError as EngineUnreachableError
+    from torchrl_sglang_hidden.errors import InputError as InputError
+    from torchrl_sglang_hidden.errors import InputTypeError as InputTypeError
+    from torchrl_sglang_hidden.errors import LaunchError as LaunchError
+    from torchrl_sglang_hidden.errors import MissingKeyError as MissingKeyError
+    from torchrl_sglang_hidden.errors import PromptLengthError as PromptLengthError
+    from torchrl_sglang_hidden.errors import ProtocolError as ProtocolError
+    from torchrl_sglang_hidden.errors import RequestAbortedError as RequestAbortedError
+    from torchrl_sglang_hidden.errors import RequestRejectedError as RequestRejectedError
+    from torchrl_sglang_hidden.errors import SGLangHiddenError as SGLangHiddenError
+    from torchrl_sglang_hidden.errors import TokenIdError as TokenIdError
+    from torchrl_sglang_hidden.errors import UnknownOptionError as UnknownOptionError
+    from torchrl_sglang_hidden.policy import SGLangHiddenWrapper as SGLangHiddenWrapper
+    from torchrl_sglang_hidden.specs import HiddenSpec as HiddenSpec
+
+_ROOMS = {
+    "HiddenSpec": "specs",
+    "HiddenStates": "assemble",
+    "SGLangHiddenWrapper": "policy",
+    "SGLangOffline": "engines.offline",
+    "SGLangServer": "engines.http",
+    "connect": "engines.http",
+    "demo_model": "demo.model",
+    "launch": "engines.launch",
+    **dict.fromkeys(
+        (
+            "AlignmentError", "AuthenticationError", "CapabilityError", "DemoModelError", "EngineError",
+            "EngineTimeoutError", "EngineUnreachableError", "InputError", "InputTypeError", "LaunchError",
+            "MissingKeyError", "PromptLengthError", "ProtocolError", "RequestAbortedError", "RequestRejectedError",
+            "SGLangHiddenError", "TokenIdError", "UnknownOptionError",
+        ),
+        "errors",
+    ),
+}  # fmt: skip
+
+__all__ = ["__version__", *sorted(_ROOMS)]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    room = _ROOMS.get(name)
+    if room is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{room}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

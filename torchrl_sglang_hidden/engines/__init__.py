@@ -1,0 +1,39 @@
+"""The ways to an SGLang engine. `as_engine` takes whatever a user has and makes one of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torchrl_sglang_hidden.engines.base import Engine
+from torchrl_sglang_hidden.errors import InputTypeError
+
+__all__ = ["Engine", "as_engine"]
+
+
+def as_engine(model: Any) -> Engine:
+    """Adapts a model argument.
+
+    Args:
+        model: an `Engine`; a URL or several; an ``sglang.Engine``; or torchrl's ``AsyncSGLang``, whose server is used
+            directly.
+
+    Raises:
+        InputTypeError: none of these.
+    """
+    if isinstance(model, Engine):
+        return model
+    if isinstance(model, str) or (isinstance(model, (list, tuple)) and all(isinstance(url, str) for url in model)):
+        from torchrl_sglang_hidden.engines.http import SGLangServer
+
+        return SGLangServer(model)
+    if hasattr(model, "async_generate") and hasattr(model, "tokenizer_manager"):
+        from torchrl_sglang_hidden.engines.offline import SGLangOffline
+
+        return SGLangOffline(model)
+    if isinstance(getattr(model, "server_url", None), str):
+        from torchrl_sglang_hidden.engines.http import SGLangServer
+
+        return SGLangServer(model.server_url)
+    raise InputTypeError(
+        f"model={model!r:.80}: expected a URL, an SGLangServer, an SGLangOffline, an sglang.Engine or torchrl's AsyncSGLang"
+    )

@@ -1,0 +1,74 @@
+"""What every engine is: `Request`s in, `Completion`s out, checked on both sides.
+
+Knows nothing of TensorDicts, tokenizers or policies.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+from torchrl_sglang_hidden.errors import CapabilityError
+from torchrl_sglang_hidden.specs import Completion, EngineInfo, Request
+
+
+class Engine(ABC):
+    """An engine that generates.
+
+    Both calls send one batch, let SGLang schedule its rows, and return one `Completion` per `Request`, in order. They
+    may be made from several threads at once. Usable as a context manager, which closes it.
+    """
+
+    @property
+    @abstractmethod
+    def info(self) -> EngineInfo:
+        """What the engine says of itself."""
+
+    @abstractmethod
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Generates one completion per request.
+
+        Raises:
+            InputError: a request that must not be sent; nothing was.
+            EngineError: the engine failed, refused or aborted a request, or went away.
+            AlignmentError: ids, log-probs and states of an answer do not agree in number.
+        """
+
+    @abstractmethod
+    async def agenerate(self, requests: Sequence[Request]) -> list[Completion]:
+        """As `generate`, awaited."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Lets go of what the engine holds; a second call does nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def ask_model(model_path: str) -> tuple[int, int, int]:
+    """Vocabulary size, hidden size and context length from the model's own configuration.
+
+    For engines without the server half, which tell none of these. The vocabulary size must be known: SGLang 0.5.23 ends
+    on an id outside it.
+
+    Raises:
+        CapabilityError: the configuration cannot be read from here.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model_path).get_text_config()
+    except (OSError, ValueError) as error:
+        raise CapabilityError(
+            f"the server has no torchrl_sglang_hidden server half, and its model {model_path!r} cannot be read from this "
+            "machine to learn the vocabulary size; start the server with `torchrl-sglang-hidden serve`"
+        ) from error
+    return config.vocab_size, config.hidden_size, config.max_position_embeddings

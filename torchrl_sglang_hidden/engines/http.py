@@ -1,0 +1,238 @@
+"""A running SGLang server, or several, over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+from weakref import WeakKeyDictionary
+
+import httpx
+
+from torchrl_sglang_hidden.engines.base import Engine, ask_model
+from torchrl_sglang_hidden.errors import (
+    AuthenticationError,
+    EngineError,
+    EngineTimeoutError,
+    EngineUnreachableError,
+    InputError,
+    InputTypeError,
+    PromptLengthError,
+    ProtocolError,
+    RequestRejectedError,
+)
+from torchrl_sglang_hidden.specs import Completion, EngineInfo, Request
+from torchrl_sglang_hidden.wire import check_requests, read_info, read_responses, to_payload
+
+__all__ = ["SGLangServer", "connect"]
+
+CONNECT_TIMEOUT_S = 5.0
+READ_TIMEOUT_S = 600.0
+# uvicorn closes an idle connection after 5 s; one reused in that instant would fail.
+KEEPALIVE_S = 2.0
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class SGLangServer(Engine):
+    """A client of one running SGLang server, or of several that share the rows of each batch.
+
+    Connects when made. Each call is one batched request per server, so that SGLang schedules the rows together. Safe
+    from several threads; connections are pooled. Pickles as its addresses and reconnects.
+
+    Args:
+        url: ``"http://host:port"``, or a sequence of them. Several servers must serve the same model; each gets an equal
+            contiguous share of the rows.
+        api_key: sent as a bearer token.
+        connect_timeout_s: seconds to reach a server.
+        read_timeout_s: seconds to wait for a batch.
+
+    Raises:
+        InputError: not an HTTP URL.
+        EngineUnreachableError: nothing answers there.
+        AuthenticationError: the server refuses the key, or wants one.
+        CapabilityError: the server does not generate text.
+        ProtocolError: the server half speaks another protocol, or the servers do not serve the same model.
+    """
+
+    def __init__(
+        self,
+        url: str | Sequence[str],
+        *,
+        api_key: str | None = None,
+        connect_timeout_s: float = CONNECT_TIMEOUT_S,
+        read_timeout_s: float = READ_TIMEOUT_S,
+    ) -> None:
+        urls = (url,) if isinstance(url, str) else tuple(url)
+        if not urls:
+            raise InputError("SGLangServer(url=()): 0 addresses; pass at least one, such as 'http://127.0.0.1:30000'")
+        self._config = {"api_key": api_key, "connect_timeout_s": connect_timeout_s, "read_timeout_s": read_timeout_s}
+        self._endpoints = [_Endpoint(one, api_key, connect_timeout_s, read_timeout_s) for one in urls]
+        models = {(e.info.model_path, e.info.vocab_size, e.info.hidden_size) for e in self._endpoints}
+        if len(models) > 1:
+            self.close()
+            raise ProtocolError(f"the servers do not serve the same model: {sorted(models, key=str)}")
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The servers' addresses."""
+        return tuple(endpoint.url for endpoint in self._endpoints)
+
+    @property
+    def url(self) -> str:
+        """The first server's address."""
+        return self.urls[0]
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the first server said of itself at connect."""
+        return self._endpoints[0].info
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """See `Engine.generate`."""
+        shares = self._share(requests)
+        if len(shares) == 1:
+            endpoint, share = shares[0]
+            return endpoint.generate(share)
+        with ThreadPoolExecutor(len(shares)) as pool:
+            parts = pool.map(lambda pair: pair[0].generate(pair[1]), shares)
+            return [completion for part in parts for completion in part]
+
+    async def agenerate(self, requests: Sequence[Request]) -> list[Completion]:
+        """See `Engine.agenerate`."""
+        parts = await asyncio.gather(*(endpoint.agenerate(share) for endpoint, share in self._share(requests)))
+        return [completion for part in parts for completion in part]
+
+    def close(self) -> None:
+        """Closes the connections; the servers run on."""
+        for endpoint in self._endpoints:
+            endpoint.close()
+
+    def _share(self, requests: Sequence[Request]) -> list[tuple[_Endpoint, Sequence[Request]]]:
+        # All rows are checked before any is sent: a bad one must not leave half a batch running.
+        for endpoint in self._endpoints:
+            check_requests(requests, endpoint.info)
+        if not requests:
+            raise PromptLengthError("the batch has 0 rows; pass at least 1 prompt")
+        size = -(-len(requests) // len(self._endpoints))
+        starts = range(0, len(requests), size)
+        return [(e, requests[start : start + size]) for e, start in zip(self._endpoints, starts, strict=False)]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_reconnect, (self.urls, self._config))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(self.urls)})"
+
+
+def connect(url: str | Sequence[str], *, api_key: str | None = None) -> SGLangServer:
+    """Connects to running SGLang servers; see `SGLangServer` for the arguments and errors."""
+    return SGLangServer(url, api_key=api_key)
+
+
+def _reconnect(urls: tuple[str, ...], config: dict[str, Any]) -> SGLangServer:
+    return SGLangServer(urls, **config)
+
+
+class _Endpoint:
+    """One server: its address, its connections, what it said of itself."""
+
+    def __init__(self, url: str, api_key: str | None, connect_timeout_s: float, read_timeout_s: float) -> None:
+        if not isinstance(url, str):
+            raise InputTypeError(f"url={url!r}: expected a string, such as 'http://127.0.0.1:30000'")
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise InputError(f"url={url!r}: expected http://host:port, such as 'http://127.0.0.1:30000'")
+        self.url = url.rstrip("/")
+        self._options: dict[str, Any] = {
+            "base_url": self.url,
+            "headers": {"Authorization": f"Bearer {api_key}"} if api_key else {},
+            "timeout": httpx.Timeout(read_timeout_s, connect=connect_timeout_s),
+            "limits": httpx.Limits(max_connections=None, keepalive_expiry=KEEPALIVE_S),
+            # A proxy from the environment is for the world outside, never for this machine.
+            "trust_env": parts.hostname not in LOOPBACK,
+        }
+        self._client = httpx.Client(**self._options)
+        # An async connection belongs to the event loop it was opened in.
+        self._async_clients: WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = WeakKeyDictionary()
+        self._lock = threading.Lock()
+        try:
+            self.info = read_info(self._get("/model_info"), self._get("/server_info"), ask_model)
+        except BaseException:
+            self._client.close()
+            raise
+
+    def _get(self, path: str) -> dict[str, Any]:
+        with _translated(self.url):
+            response = self._client.get(path)
+        body = _json(response, self.url)
+        if not isinstance(body, dict):
+            raise ProtocolError(f"{self.url}{path} answered {str(body)[:80]!r}; is that an SGLang server?")
+        return body
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        payload = to_payload(requests, self.info, binary=False)
+        with _translated(self.url):
+            response = self._client.post("/generate", json=payload)
+        return read_responses(requests, _json(response, self.url), self.info)
+
+    async def agenerate(self, requests: Sequence[Request]) -> list[Completion]:
+        payload = to_payload(requests, self.info, binary=False)
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            client = self._async_clients.get(loop)
+            if client is None:
+                client = self._async_clients[loop] = httpx.AsyncClient(**self._options)
+        with _translated(self.url):
+            response = await client.post("/generate", json=payload)
+        return read_responses(requests, _json(response, self.url), self.info)
+
+    def close(self) -> None:
+        self._client.close()
+        # An AsyncClient can only be closed in its own loop, which is not ours to run; its sockets end with it.
+        self._async_clients.clear()
+
+
+@contextmanager
+def _translated(url: str) -> Iterator[None]:
+    """The one place where httpx's exceptions become this package's."""
+    try:
+        yield
+    except httpx.ConnectError as error:
+        raise EngineUnreachableError(f"nothing answers at {url} ({error}); is the server running?") from error
+    except httpx.ConnectTimeout as error:
+        raise EngineUnreachableError(f"{url} did not accept a connection in time; is the address right?") from error
+    except httpx.TimeoutException as error:
+        raise EngineTimeoutError(f"{url} did not answer in time; raise read_timeout_s, or ask for less") from error
+    except httpx.TransportError as error:
+        raise EngineUnreachableError(f"{url} went away while answering ({error}); look at the server's log") from error
+    except RuntimeError as error:
+        if "client has been closed" not in str(error):
+            raise
+        raise EngineError(f"the connection to {url} was closed by close(); connect again") from error
+
+
+def _json(response: httpx.Response, url: str) -> Any:
+    """The answer's body, or the error that its status means."""
+    if response.status_code in (401, 403):
+        raise AuthenticationError(f"{url} refused the API key (status {response.status_code}); pass the right api_key")
+    if response.status_code >= 400:
+        message = f"{url} answered {response.status_code}: {_reason(response)}"
+        raise (RequestRejectedError if response.status_code < 500 else EngineError)(message)
+    try:
+        return response.json()
+    except ValueError as error:
+        raise ProtocolError(f"{url} answered no JSON: {response.text[:80]!r}; is that an SGLang server?") from error
+
+
+def _reason(response: httpx.Response) -> str:
+    """The server's own words about an error."""
+    try:
+        body = response.json()
+    except ValueError:
+        return response.text[:300]
+    error = body.get("error", body) if isinstance(body, dict) else body
+    return str(error.get("message", error) if isinstance(error, dict) else error)[:300]

@@ -1,0 +1,157 @@
+"""SGLang in this process: `sglang.Engine`, without HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torchrl_sglang_hidden.engines.base import Engine, ask_model
+from torchrl_sglang_hidden.errors import EngineError, InputTypeError, RequestRejectedError
+from torchrl_sglang_hidden.specs import Completion, EngineInfo, Request
+from torchrl_sglang_hidden.wire import check_requests, read_info, read_responses, to_payload
+
+__all__ = ["SGLangOffline"]
+
+T = TypeVar("T")
+
+
+class SGLangOffline(Engine):
+    """SGLang's in-process engine. Its scheduler and detokenizer are child processes; no port is opened.
+
+    Without an accelerator it runs on SGLang's CPU engine, which SGLang chooses when it is first imported: make this
+    before anything else imports ``sglang``. Use it under ``if __name__ == "__main__":``, for SGLang spawns processes.
+
+    Args:
+        model: the model's directory or hub name; or an ``sglang.Engine`` of yours, which stays yours to shut down.
+        server_args: SGLang's own arguments, as for ``sglang.Engine``. Not with an engine of yours.
+
+    Raises:
+        InputTypeError: ``model`` is neither, or arguments come with an engine.
+        CapabilityError: SGLang is not installed, or was imported before without its CPU engine on a machine that needs it.
+        EngineError: the engine did not start.
+    """
+
+    def __init__(self, model: str | Path | Any, **server_args: Any) -> None:
+        self._owned = isinstance(model, (str, Path))
+        if not self._owned and (server_args or not hasattr(model, "async_generate")):
+            raise InputTypeError(
+                f"SGLangOffline({type(model).__name__}, {', '.join(server_args)}): expected a model directory with "
+                "arguments, or an sglang.Engine without"
+            )
+        self.engine = _start(str(model), server_args) if self._owned else model
+        self._loop = _LoopThread(self.engine.loop)
+        self._info = self._loop.run(self._ask())
+        self._closed = False
+
+    async def _ask(self) -> EngineInfo:
+        states = await self.engine.tokenizer_manager.get_internal_state()
+        scheduler_info = self.engine._scheduler_init_result.scheduler_infos[0]
+        server_info = {**self.engine.tokenizer_manager.server_args.resolved_dict(), **scheduler_info}
+        return read_info(self.engine.get_model_info(), {**server_info, "internal_states": states}, ask_model)
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engine said of itself when it was wrapped."""
+        return self._info
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """See `Engine.generate`."""
+        check_requests(requests, self._info)
+        return self._loop.run(self._generate(requests))
+
+    async def agenerate(self, requests: Sequence[Request]) -> list[Completion]:
+        """See `Engine.agenerate`."""
+        check_requests(requests, self._info)
+        return await self._loop.arun(self._generate(requests))
+
+    async def _generate(self, requests: Sequence[Request]) -> list[Completion]:
+        payload = to_payload(requests, self._info, binary=True)
+        try:
+            rows = await self.engine.async_generate(**payload)
+        except ValueError as error:
+            raise RequestRejectedError(f"the engine refused the batch: {error}") from error
+        return read_responses(requests, rows, self._info)
+
+    def close(self) -> None:
+        """Shuts down an engine that this object started; leaves one of yours alone."""
+        if self._owned and not self._closed:
+            self._closed = True
+            self.engine.shutdown()
+
+
+def _start(model: str, server_args: dict[str, Any]) -> Any:
+    """Starts ``sglang.Engine`` with the server half, on the CPU engine where there is no accelerator."""
+    from torchrl_sglang_hidden.engines.launch import check_model, require_sglang
+    from torchrl_sglang_hidden.server.cpu import CPU_DEFAULTS, cpu_engine_environment, has_accelerator
+    from torchrl_sglang_hidden.wire import PLUGIN_ENV
+
+    require_sglang()
+    check_model(model)
+    on_cpu = server_args.get("device") == "cpu" or not has_accelerator()
+    before = os.environ.get(PLUGIN_ENV)
+    os.environ[PLUGIN_ENV] = "1"
+    try:
+        with cpu_engine_environment(on_cpu):
+            import sglang
+
+            arguments = {**(CPU_DEFAULTS if on_cpu else {}), "enable_return_hidden_states": True, **server_args}
+            engine = sglang.Engine(model_path=model, **arguments)
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        raise EngineError(f"SGLang did not start with {model!r}: {error}") from error
+    finally:
+        if before is None:
+            del os.environ[PLUGIN_ENV]
+        else:
+            os.environ[PLUGIN_ENV] = before
+    # SGLang takes the current event loop, which in a notebook is the notebook's own and always running.
+    engine.loop = asyncio.new_event_loop()
+    return engine
+
+
+class _LoopThread:
+    """Runs an engine's event loop in a thread while calls are under way, so that several threads may call at once.
+
+    Between calls the loop stands still, and the engine's own blocking methods work as before.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._lock = threading.Lock()
+        self._calls = 0
+        self._thread: threading.Thread | None = None
+
+    def run(self, call: Coroutine[Any, Any, T]) -> T:
+        with self._running():
+            return asyncio.run_coroutine_threadsafe(call, self._loop).result()
+
+    async def arun(self, call: Coroutine[Any, Any, T]) -> T:
+        if asyncio.get_running_loop() is self._loop:
+            return await call
+        with self._running():
+            return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(call, self._loop))
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        with self._lock:
+            if self._calls == 0:
+                if self._loop.is_running():
+                    raise EngineError(
+                        "the sglang.Engine's event loop is already running here, so that a blocking call would wait for "
+                        "itself; await agenerate(), or let SGLangOffline(model_path) make the engine"
+                    )
+                self._thread = threading.Thread(target=self._loop.run_forever, name="sglang-engine-loop", daemon=True)
+                self._thread.start()
+            self._calls += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._calls -= 1
+                if self._calls == 0 and self._thread is not None:
+                    self._loop.call_soon_threadsafe(self._loop.stop)
+                    self._thread.join()

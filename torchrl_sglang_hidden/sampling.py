@@ -1,0 +1,160 @@
+"""Generation options: TorchRL's standard names and Hugging Face's, checked and turned into SGLang's.
+
+Knows nothing of payloads: it ends with the dict of SGLang's sampling parameters.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from numbers import Real
+from typing import Any, NamedTuple
+
+from torchrl_sglang_hidden.errors import InputError, InputTypeError, UnknownOptionError
+
+__all__ = ["SGLANG_NAMES", "standardize", "to_sglang"]
+
+# SGLang's sampling parameters that a caller may set (sglang.srt.sampling.sampling_params.SamplingParams, 0.5.23; a test
+# compares). Left out: `n` and `beam_width` (one completion per request is the contract here), `custom_params` (this
+# package's own channel into the server), `stream_interval` and `watermark` (of no effect on a finished response).
+SGLANG_NAMES = frozenset(
+    {
+        "max_new_tokens", "stop", "stop_token_ids", "stop_regex", "temperature", "top_p", "top_k", "min_p",
+        "frequency_penalty", "presence_penalty", "repetition_penalty", "min_new_tokens", "json_schema", "regex",
+        "ebnf", "structural_tag", "ignore_eos", "skip_special_tokens", "spaces_between_special_tokens", "no_stop_trim",
+        "logit_bias", "sampling_seed",
+    }
+)  # fmt: skip
+
+# Other projects' names for the same thing → the name kept in `generate_kwargs` (TorchRL's where it has one).
+_ALIASES = {
+    "max_tokens": "max_new_tokens",  # vLLM
+    "stop": "stop_sequences",  # SGLang, vLLM
+    "stop_strings": "stop_sequences",  # Hugging Face
+    "eos_token_id": "stop_token_ids",  # Hugging Face
+    "seed": "sampling_seed",  # vLLM
+    "include_stop_str_in_output": "no_stop_trim",  # vLLM
+    "n": "num_return_sequences",  # SGLang, vLLM
+}
+
+
+class _Rule(NamedTuple):
+    types: tuple[type, ...]
+    holds: Callable[[Any], bool]
+    limit: str
+
+
+def _number(holds: Callable[[Any], bool], limit: str) -> _Rule:
+    return _Rule((Real,), lambda x: math.isfinite(x) and holds(x), limit)
+
+
+def _texts(value: Any) -> bool:
+    texts = [value] if isinstance(value, str) else value
+    return all(isinstance(text, str) and text for text in texts)
+
+
+_FLAG = _Rule((bool,), lambda x: True, "True or False")
+_TEXTS = _Rule((str, list, tuple), _texts, "a non-empty string or a list of them")
+_TEXT = _Rule((str,), bool, "a non-empty string")
+
+_RULES: dict[str, _Rule] = {
+    "max_new_tokens": _Rule((int,), lambda x: x >= 1, "an integer of at least 1"),
+    "min_new_tokens": _Rule((int,), lambda x: x >= 0, "an integer of at least 0"),
+    "temperature": _number(lambda x: x >= 0, "a finite number of at least 0 (0 is greedy)"),
+    "top_p": _number(lambda x: 0 < x <= 1, "in (0, 1]"),
+    "min_p": _number(lambda x: 0 <= x <= 1, "in [0, 1]"),
+    "top_k": _Rule((int,), lambda x: x >= 1 or x == -1, "an integer of at least 1, or -1 for all"),
+    "frequency_penalty": _number(lambda x: -2 <= x <= 2, "in [-2, 2]"),
+    "presence_penalty": _number(lambda x: -2 <= x <= 2, "in [-2, 2]"),
+    "repetition_penalty": _number(lambda x: 0 < x <= 2, "in (0, 2] (1 is none)"),
+    "num_return_sequences": _Rule((int,), lambda x: x == 1, "1: repeat the prompt for several samples"),
+    "sampling_seed": _Rule((int,), lambda x: -(2**63) <= x < 2**63, "an integer of 64 bits"),
+    "stop_sequences": _TEXTS,
+    "stop_regex": _TEXTS,
+    "stop_token_ids": _Rule(
+        (int, list, tuple, set),
+        lambda x: all(type(i) is int and i >= 0 for i in ([x] if isinstance(x, int) else x)),
+        "a token id or a list of them, each an integer of at least 0",
+    ),
+    "logit_bias": _Rule(
+        (Mapping,),
+        lambda x: all(isinstance(v, Real) and math.isfinite(v) and str(k).isdigit() for k, v in x.items()),
+        "a dict of token id to finite number",
+    ),
+    "do_sample": _FLAG, "ignore_eos": _FLAG, "skip_special_tokens": _FLAG, "spaces_between_special_tokens": _FLAG,
+    "no_stop_trim": _FLAG,
+    "json_schema": _TEXT, "regex": _TEXT, "ebnf": _TEXT, "structural_tag": _TEXT,
+}  # fmt: skip
+
+
+def standardize(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Renames the options to their standard names and checks every value.
+
+    Where an alias and the standard name are both given, the alias wins, as in TorchRL's wrappers. None means "the
+    engine's default" and drops the option.
+
+    Args:
+        options: TorchRL's standard names (``max_new_tokens``, ``temperature``, ``stop_sequences``, ``do_sample`` …),
+            Hugging Face's or vLLM's (``max_tokens``, ``stop_strings``, ``eos_token_id``, ``seed`` …), and every
+            sampling parameter of SGLang by its own name.
+
+    Returns:
+        A new dict by standard names.
+
+    Raises:
+        UnknownOptionError: a name nobody knows.
+        InputError: a value outside its limits, or two options that contradict each other.
+        InputTypeError: a value of the wrong type.
+    """
+    given = {name: value for name, value in (options or {}).items() if value is not None}
+    out = {name: value for name, value in given.items() if name not in _ALIASES}
+    out.update({_ALIASES[name]: value for name, value in given.items() if name in _ALIASES})
+    for name, value in out.items():
+        _check(name, value)
+    if out.get("do_sample") is False and out.get("temperature", 0) != 0:
+        raise InputError(
+            f"do_sample=False contradicts temperature={out['temperature']}: greedy decoding has temperature 0; leave "
+            "one of the two out"
+        )
+    if out.get("min_new_tokens", 0) > out.get("max_new_tokens", math.inf):
+        raise InputError(
+            f"min_new_tokens={out['min_new_tokens']} is over max_new_tokens={out['max_new_tokens']}; lower it"
+        )
+    grammars = [name for name in ("json_schema", "regex", "ebnf", "structural_tag") if name in out]
+    if len(grammars) > 1:
+        raise InputError(f"{' and '.join(grammars)} are set, and SGLang follows one grammar per request; keep one")
+    return out
+
+
+def _check(name: str, value: Any) -> None:
+    rule = _RULES.get(name)
+    if rule is None:
+        close = difflib.get_close_matches(str(name), sorted(_RULES | _ALIASES), n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(_RULES))}"
+        raise UnknownOptionError(f"unknown generation option {name!r}: {hint}")
+    # bool is an int to Python: temperature=True is a slip, not a 1.
+    if not isinstance(value, rule.types) or (isinstance(value, bool) and bool not in rule.types):
+        raise InputTypeError(f"{name}={value!r}: expected {rule.limit}")
+    if not rule.holds(value):
+        raise InputError(f"{name}={value!r}: must be {rule.limit}")
+
+
+def to_sglang(standard: Mapping[str, Any]) -> dict[str, Any]:
+    """Turns standardised options into SGLang's sampling parameters, JSON-serialisable.
+
+    ``do_sample=False`` becomes ``temperature=0``; ``skip_special_tokens`` stays SGLang's default, True.
+    """
+    out = dict(standard)
+    if out.pop("do_sample", True) is False:
+        out["temperature"] = 0.0
+    out.pop("num_return_sequences", None)
+    if "stop_sequences" in out:
+        stop = out.pop("stop_sequences")
+        out["stop"] = stop if isinstance(stop, str) else list(stop)
+    if "stop_token_ids" in out:
+        ids = out["stop_token_ids"]
+        out["stop_token_ids"] = [ids] if isinstance(ids, int) else sorted(ids)
+    if "logit_bias" in out:
+        out["logit_bias"] = {str(token_id): float(bias) for token_id, bias in out["logit_bias"].items()}
+    return out

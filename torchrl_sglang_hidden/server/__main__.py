@@ -1,0 +1,171 @@
+"""``python -m torchrl_sglang_hidden.server``: SGLang's server with this package's half switched on, on any device.
+
+Takes every argument of SGLang's own server and passes it on. What it adds: the plugin's opt-in, stock
+``return_hidden_states`` as the fallback, the CPU engine where there is no accelerator, and, for ``launch``, an API key
+that no process listing shows and an end together with the parent. ``--device`` is read from the command line only, not
+from a ``--config`` file.
+
+Knows nothing of TorchRL.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import select
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torchrl_sglang_hidden.server.cpu import cpu_server_args, has_accelerator, use_cpu_engine
+from torchrl_sglang_hidden.wire import PLUGIN_ENV
+
+__all__ = ["API_KEY_ENV", "PARENT_PID_ENV", "command_line", "main", "watch_parent"]
+
+# Set by launch. A command line can be read by every user of the machine, a process's environment by its owner only.
+API_KEY_ENV = "TORCHRL_SGLANG_HIDDEN_API_KEY"
+PARENT_PID_ENV = "TORCHRL_SGLANG_HIDDEN_PARENT_PID"
+
+_POLL_INTERVAL_S = 1.0
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Serves until it is stopped.
+
+    Args:
+        arguments: SGLang server arguments, as on the command line. They win over everything this adds.
+    """
+    _end_with_parent()
+    api_key = os.environ.pop(API_KEY_ENV, None)
+    os.environ[PLUGIN_ENV] = "1"
+    on_cpu = _serves_on_cpu(arguments)
+    if on_cpu:
+        use_cpu_engine()
+    _run_server(list(arguments), api_key, on_cpu=on_cpu)
+
+
+def command_line(server_args: Mapping[str, Any]) -> list[str]:
+    """SGLang server arguments by Python name as a command line: ``chunked_prefill_size=64`` → its flag and ``"64"``.
+
+    ``True`` gives the bare flag; ``None`` and ``False`` leave the argument out, since SGLang's switches can only be
+    set; a list or tuple gives one flag with several values; a mapping is written as JSON.
+    """
+    rendered: list[str] = []
+    for name, value in server_args.items():
+        if value is None or value is False:
+            continue
+        rendered.append("--" + name.replace("_", "-"))
+        if isinstance(value, (list, tuple)):
+            rendered.extend(str(item) for item in value)
+        elif isinstance(value, Mapping):
+            rendered.append(json.dumps(dict(value)))
+        elif value is not True:
+            rendered.append(str(value))
+    return rendered
+
+
+def watch_parent(parent_pid: int, pipe_fd: int, on_end: Callable[[], None]) -> None:
+    """Blocks until the parent is gone, then calls ``on_end``.
+
+    Args:
+        parent_pid: the parent, as it named itself: it may be gone before this process first looks.
+        pipe_fd: read end of a pipe that the parent holds open and never writes to.
+        on_end: what to do then.
+    """
+    while os.getppid() == parent_pid:
+        # The pipe tells at once; getppid also tells where a process forked off the parent keeps the pipe open.
+        readable, _, _ = select.select([pipe_fd], [], [], _POLL_INTERVAL_S)
+        if readable and not os.read(pipe_fd, 1):
+            break
+    on_end()
+
+
+def _end_with_parent() -> None:
+    parent_pid = os.environ.pop(PARENT_PID_ENV, None)
+    # A server started by hand from a shell that closes stdin must go on.
+    if parent_pid is None:
+        return
+    if os.getpgrp() != os.getpid():
+        raise SystemExit(
+            f"{PARENT_PID_ENV}={parent_pid}: this process (pid {os.getpid()}) shares the process group {os.getpgrp()}, "
+            "and ending with the parent ends the group; unset the variable, or start it in a session of its own"
+        )
+    # SIGKILL, as nothing is left that could wait for a slow end, and the group, as SGLang's own processes are in it.
+    threading.Thread(
+        target=watch_parent,
+        args=(int(parent_pid), sys.stdin.fileno(), lambda: os.killpg(os.getpgrp(), signal.SIGKILL)),
+        name="watch-parent",
+        daemon=True,
+    ).start()
+
+
+def _serves_on_cpu(arguments: Sequence[str]) -> bool:
+    device = _peek(arguments).device
+    return device == "cpu" if device is not None else not has_accelerator()
+
+
+def _peek(arguments: Sequence[str]) -> argparse.Namespace:
+    # Before SGLang is imported its own parser cannot be asked, and the device must be known before the import.
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--device")
+    parser.add_argument("--model-path", "--model")
+    parser.add_argument("--context-length", type=int)
+    return parser.parse_known_args(arguments)[0]
+
+
+def _run_server(arguments: list[str], api_key: str | None, *, on_cpu: bool) -> None:
+    from sglang.launch_server import run_server
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import prepare_server_args
+    from sglang.srt.utils import kill_process_tree
+
+    load_plugins()
+    arguments = _merge_config_file(arguments)
+    chosen = _peek(arguments)
+    defaults: dict[str, Any] = {"enable_return_hidden_states": True}
+    if on_cpu and chosen.model_path is not None:
+        defaults |= cpu_server_args(chosen.model_path, context_length=chosen.context_length)
+    # First, so that of an argument given twice the user's is the one that argparse keeps.
+    server_args = prepare_server_args(command_line(defaults) + arguments)
+    if api_key is not None:
+        # Not through the command line: SGLang keeps that, and shows it in /server_info.
+        server_args.api_key = api_key
+        _keep_out_of_logs(api_key)
+    try:
+        run_server(server_args)
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+
+
+def _merge_config_file(arguments: list[str]) -> list[str]:
+    # SGLang puts a config file's values in front of the command line, where the defaults above would override them.
+    if "--config" not in arguments:
+        return arguments
+    from sglang.srt.server_args import ServerArgs
+    from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
+
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    merged: list[str] = ConfigArgumentMerger(parser).merge_config_with_args(arguments)
+    return merged
+
+
+def _keep_out_of_logs(secret: str) -> None:
+    # SGLang logs all its server arguments at start, the API key in plain text among them.
+    make_record = logging.getLogRecordFactory()
+
+    def make_redacted_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = make_record(*args, **kwargs)
+        if secret in str(record.msg):
+            record.msg = str(record.msg).replace(secret, "***")
+        return record
+
+    logging.setLogRecordFactory(make_redacted_record)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

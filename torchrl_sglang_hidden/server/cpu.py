@@ -1,0 +1,143 @@
+"""SGLang without an accelerator: its CPU engine, and a stand-in for the CUDA kernels that it imports and never calls.
+
+Knows nothing of TorchRL, and imports no SGLang: everything here must happen before SGLang is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from torchrl_sglang_hidden.errors import CapabilityError
+
+__all__ = ["CPU_DEFAULTS", "cpu_engine_environment", "cpu_server_args", "has_accelerator", "use_cpu_engine"]
+
+CPU_ENGINE_ENV = "SGLANG_USE_CPU_ENGINE"
+STANDIN_DIR = Path(__file__).parent / "standin"
+
+CPU_DEFAULTS: Mapping[str, Any] = MappingProxyType(
+    {
+        "device": "cpu",
+        # The share of free memory that weights and KV cache may take together. SGLang's own choice, 0.9 and more, has a
+        # graphics card in mind that nobody else uses.
+        "mem_fraction_static": 0.7,
+        # SGLang zeroes the whole KV pool at start, so that on a CPU every token of it is resident memory from then on:
+        # without this limit the pool is mem_fraction_static of all free memory.
+        "max_total_tokens": 16384,
+        # SGLang sizes its request table for 2048 requests, context length × 4 bytes each, also resident. Two cores gain
+        # nothing beyond this, and what is over it waits in the queue.
+        "max_running_requests": 128,
+        # SGLang's scheduler polls: idle, it keeps one core busy, which a machine without an accelerator needs.
+        "sleep_on_idle": True,
+    }
+)
+
+# A request needs its prompt and its response in the pool at once, rounded up to a page: one full context and a bit.
+_POOL_HEADROOM_TOKENS = 64
+
+
+def has_accelerator() -> bool:
+    """Whether torch sees a device that SGLang serves on by itself.
+
+    Cheap: asks torch, starts no device context, imports no SGLang. Apple's MPS does not count, as SGLang needs an MLX
+    installation of its own there.
+    """
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator is not None and accelerator.type != "mps"
+
+
+def cpu_server_args(model: str, *, context_length: int | None = None) -> dict[str, Any]:
+    """`CPU_DEFAULTS` for one model: a KV pool in which a prompt of the model's full context length has room.
+
+    Args:
+        model: directory or hub name, as for ``--model-path``. A model without a readable config leaves the defaults as
+            they are: saying what is wrong with it is SGLang's part.
+        context_length: tokens, where the user limits it with ``--context-length``; else what the model's config says.
+
+    Returns:
+        SGLang server arguments by their Python names.
+    """
+    longest = context_length or _context_length(model)
+    pool_tokens = max(CPU_DEFAULTS["max_total_tokens"], longest + _POOL_HEADROOM_TOKENS)
+    return {**CPU_DEFAULTS, "max_total_tokens": pool_tokens}
+
+
+def use_cpu_engine() -> None:
+    """Makes SGLang, not yet imported, its CPU engine in this process and in every process it starts from here on.
+
+    Sets ``SGLANG_USE_CPU_ENGINE=1`` and puts the stand-in for ``sgl_kernel`` first on ``sys.path`` and first in
+    ``PYTHONPATH``, which spawned processes read. Where ``sglang-kernel-cpu``, SGLang's real CPU kernels, is installed,
+    no stand-in is used. Calling it again changes nothing.
+
+    Raises:
+        CapabilityError: SGLang was imported in this process already, for another device.
+    """
+    if "sglang" in sys.modules and os.environ.get(CPU_ENGINE_ENV) != "1":
+        raise CapabilityError(
+            f"sglang was imported in this process before its CPU engine was chosen ({CPU_ENGINE_ENV} is "
+            f"{os.environ.get(CPU_ENGINE_ENV)!r}, read when sglang is imported); set {CPU_ENGINE_ENV}=1 before the "
+            "first import of sglang, or use a server in a process of its own: launch(model, device='cpu')"
+        )
+    os.environ[CPU_ENGINE_ENV] = "1"
+    if _has_cpu_kernels():
+        return
+    standin = str(STANDIN_DIR)
+    if standin not in sys.path:
+        sys.path.insert(0, standin)
+    inherited = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part and part != standin]
+    os.environ["PYTHONPATH"] = os.pathsep.join([standin, *inherited])
+
+
+@contextmanager
+def cpu_engine_environment(enabled: bool = True) -> Iterator[None]:
+    """`use_cpu_engine` for the time in which an in-process ``sglang.Engine`` starts its processes.
+
+    Afterwards ``PYTHONPATH`` is what it was, so that the user's own child processes see no stand-in.
+    ``SGLANG_USE_CPU_ENGINE`` and ``sys.path`` stay: SGLang goes on reading both in this process.
+
+    Args:
+        enabled: False does nothing at all, for engines on an accelerator.
+
+    Raises:
+        CapabilityError: SGLang was imported in this process already, for another device.
+    """
+    if not enabled:
+        yield
+        return
+    before = os.environ.get("PYTHONPATH")
+    try:
+        use_cpu_engine()
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("PYTHONPATH", None)
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
+def _has_cpu_kernels() -> bool:
+    try:
+        metadata.version("sglang-kernel-cpu")
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _context_length(model: str) -> int:
+    from transformers import PretrainedConfig
+
+    try:
+        config, _ = PretrainedConfig.get_config_dict(model)
+    except (OSError, ValueError):
+        return 0
+    # Multimodal models keep the language model's numbers one level down.
+    text_config = {**config, **(config.get("text_config") or {})}
+    return int(text_config.get("max_position_embeddings") or 0)

@@ -1,0 +1,396 @@
+"""Both ends of the wire: requests to SGLang's payload, its answers to `Completion`s, and the server half's own channel.
+
+The only reader of SGLang's ``meta_info``, and the place where rows are counted against tokens. Past this module there
+are records, no dicts. Knows nothing of how bytes travel, nor of TensorDicts.
+
+The server half's channel: a request carries options in ``sampling_params["custom_params"]``; its answer comes back in
+``meta_info["torchrl_sglang_hidden"]``; the server's status stands in the internal state under the same name. Names,
+numbers and float32 bytes only: nothing received is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from torchrl_sglang_hidden.errors import (
+    AlignmentError,
+    CapabilityError,
+    InputTypeError,
+    PromptLengthError,
+    ProtocolError,
+    RequestAbortedError,
+    TokenIdError,
+)
+from torchrl_sglang_hidden.pooling import RequestPools, reduce_rows
+from torchrl_sglang_hidden.specs import (
+    POOLINGS,
+    SEGMENTS,
+    Completion,
+    EngineInfo,
+    HiddenSpec,
+    Pooled,
+    Pooling,
+    Request,
+    Segment,
+    rows_expected,
+)
+
+__all__ = [
+    "CHANNEL",
+    "PLUGIN_ENV",
+    "PROTOCOL",
+    "HiddenOptions",
+    "check_requests",
+    "pack_answer",
+    "pack_options",
+    "pack_status",
+    "read_info",
+    "read_responses",
+    "to_payload",
+    "unpack_options",
+]
+
+CHANNEL = "torchrl_sglang_hidden"
+PROTOCOL = 1
+PLUGIN_ENV = "TORCHRL_SGLANG_HIDDEN"  # "1" in a server's environment opts in to the server half
+
+FALLBACK_REMEDY = (
+    "start the server with torchrl_sglang_hidden.launch or `torchrl-sglang-hidden serve`, whose server half pools "
+    "without gaps"
+)
+
+
+# --- the server half's channel -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenOptions:
+    """What one request asks of the server half."""
+
+    segments: tuple[Segment, ...]
+    pooling: Pooling
+    binary: bool
+
+
+def pack_options(spec: HiddenSpec, *, binary: bool) -> dict[str, str | int | bool]:
+    """Writes a request's options. SGLang carries scalars, flat lists and flat dicts here, hence the joined names.
+
+    Args:
+        spec: what to pool.
+        binary: answer with raw bytes (in-process) instead of base64 text (JSON).
+    """
+    return {
+        "protocol": PROTOCOL,
+        "segments": ",".join(spec.segments),
+        "pooling": spec.pooling,
+        "binary": binary,
+    }
+
+
+def unpack_options(custom_params: object) -> HiddenOptions | None:
+    """Reads a request's options inside the server; None when there are none or they are not ours to read.
+
+    Never raises: an exception in the scheduler would end the server. What is not understood is not answered, and the
+    client reports that.
+    """
+    options = custom_params.get(CHANNEL) if isinstance(custom_params, dict) else None
+    if not isinstance(options, dict) or options.get("protocol") != PROTOCOL:
+        return None
+    segments, pooling = str(options.get("segments")).split(","), options.get("pooling")
+    if not set(segments) <= set(SEGMENTS) or pooling not in POOLINGS:
+        return None
+    return HiddenOptions(cast("tuple[Segment, ...]", tuple(segments)), pooling, options.get("binary") is True)
+
+
+def pack_answer(pools: RequestPools, *, binary: bool) -> dict[str, Any]:
+    """Writes a finished request's pools: the counts, and the vectors of the segments that have rows, one after another."""
+    results = pools.results()
+    vectors = [vector for vector, _ in results.values() if vector is not None]
+    data = torch.stack(vectors).numpy().astype("<f4").tobytes() if vectors else b""
+    return {
+        "protocol": PROTOCOL,
+        "segments": list(results),
+        "counts": [count for _, count in results.values()],
+        "data": data if binary else base64.b64encode(data).decode("ascii"),
+    }
+
+
+def _unpack_answer(answer: object, row: str) -> dict[Segment, tuple[torch.Tensor | None, int]]:
+    """Reads what `pack_answer` wrote."""
+    if not isinstance(answer, list) or len(answer) != 1 or not isinstance(answer[0], dict):
+        raise ProtocolError(f"{row}: expected one {CHANNEL} answer in meta_info, got {answer!r:.80}; {FALLBACK_REMEDY}")
+    fields = answer[0]
+    if fields.get("protocol") != PROTOCOL:
+        raise ProtocolError(
+            f"{row}: the server half speaks protocol {fields.get('protocol')!r} and this client {PROTOCOL}; install the "
+            "same version of torchrl_sglang_hidden on both sides"
+        )
+    try:
+        segments, counts, data = fields["segments"], fields["counts"], fields["data"]
+        payload = data if isinstance(data, bytes) else base64.b64decode(data, validate=True)
+        filled = sum(1 for count in counts if count > 0)
+        vectors_SD = np.frombuffer(payload, "<f4").reshape(filled, -1) if filled else np.empty((0, 0), "<f4")
+    except (KeyError, TypeError, ValueError, binascii.Error) as error:
+        raise ProtocolError(f"{row}: the pooled states cannot be read ({error}); was the answer cut short?") from error
+    vectors = iter(torch.from_numpy(vectors_SD.astype(np.float32)))
+    return {
+        segment: (next(vectors) if count > 0 else None, count) for segment, count in zip(segments, counts, strict=True)
+    }
+
+
+def pack_status(*, vocab_size: int, hidden_size: int, context_length: int, captures: bool, open_pools: int) -> Any:
+    """Writes what the server half says of itself in SGLang's internal state.
+
+    Args:
+        vocab_size: ids are in ``[0, vocab_size)``.
+        hidden_size: D.
+        context_length: most tokens of prompt and response together.
+        captures: whether every hook is in place and the server captures hidden states.
+        open_pools: requests with pools at this moment; 0 when nothing is running.
+    """
+    return {
+        "protocol": PROTOCOL,
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "context_length": context_length,
+        "captures": captures,
+        "open_pools": open_pools,
+    }
+
+
+def read_info(
+    model_info: Mapping[str, Any],
+    server_info: Mapping[str, Any],
+    ask_model: Callable[[str], tuple[int, int, int]],
+) -> EngineInfo:
+    """Reads what an engine says of itself.
+
+    Args:
+        model_info: SGLang's ``/model_info``.
+        server_info: SGLang's ``/server_info``.
+        ask_model: for an engine without the server half, gives vocabulary size, hidden size and context length of the
+            model at a path.
+
+    Raises:
+        ProtocolError: the server half speaks another protocol, or the answers lack what they should have.
+        CapabilityError: the server does not generate text.
+    """
+    if not model_info.get("is_generation", True) or server_info.get("skip_tokenizer_init"):
+        raise CapabilityError(
+            f"the server at model {model_info.get('model_path')!r} does not generate text; start it with a causal "
+            "language model and without --skip-tokenizer-init"
+        )
+    statuses = [state.get(CHANNEL) for state in server_info.get("internal_states") or [{}]]
+    spoken = {status["protocol"] for status in statuses if status is not None}
+    if spoken - {PROTOCOL}:
+        raise ProtocolError(
+            f"the server half speaks protocol {sorted(spoken)} and this client {PROTOCOL}; install the same version of "
+            "torchrl_sglang_hidden on both sides"
+        )
+    try:
+        if statuses[0] is not None:
+            sizes = tuple(statuses[0][name] for name in ("vocab_size", "hidden_size", "context_length"))
+        else:
+            sizes = ask_model(model_info["model_path"])
+        vocab_size, hidden_size, context_length = sizes
+        context_length = server_info.get("context_length") or context_length
+        return EngineInfo(
+            model_path=model_info["model_path"],
+            tokenizer_path=model_info.get("tokenizer_path") or model_info["model_path"],
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            context_length=context_length,
+            # SGLang refuses a prompt that leaves no room for a token, in the context or in its KV cache.
+            max_prompt_tokens=min(context_length, server_info["max_req_input_len"]) - 1,
+            weight_version=str(model_info["weight_version"]),
+            pools_in_server=all(status is not None and status["captures"] for status in statuses),
+            returns_hidden_states=bool(server_info.get("enable_return_hidden_states")),
+        )
+    except KeyError as error:
+        raise ProtocolError(f"the server's description lacks {error}; this client is written for SGLang 0.5.23") from error
+
+
+# --- requests ------------------------------------------------------------------------------------------------------
+
+
+def check_requests(requests: Sequence[Request], info: EngineInfo) -> None:
+    """Refuses what would take the whole server down, or be refused by it, before anything is sent.
+
+    SGLang 0.5.23's scheduler ends on an id outside the vocabulary and on an empty prompt.
+
+    Raises:
+        PromptLengthError: no rows, a row without tokens, or one over `EngineInfo.max_prompt_tokens`.
+        TokenIdError: an id outside ``[0, vocab_size)``.
+        InputTypeError: an id that is no Python int.
+        CapabilityError: hidden states asked of an engine that cannot return them.
+    """
+    if not requests:
+        raise PromptLengthError("the batch has 0 rows; pass at least 1 prompt")
+    for row, request in enumerate(requests):
+        ids = request.prompt_ids
+        if not ids:
+            raise PromptLengthError(f"row {row}: the prompt has 0 tokens; SGLang needs at least 1")
+        if any(type(token_id) is not int for token_id in ids):
+            wrong = next(token_id for token_id in ids if type(token_id) is not int)
+            raise InputTypeError(f"row {row}: token id {wrong!r} is a {type(wrong).__name__}; token ids are integers")
+        for extreme in (min(ids), max(ids)):
+            if not 0 <= extreme < info.vocab_size:
+                raise TokenIdError(
+                    f"row {row}: token id {extreme} at position {ids.index(extreme)} is outside the vocabulary of "
+                    f"{info.vocab_size}; ids are 0..{info.vocab_size - 1}. Was it made by another model's tokenizer?"
+                )
+        if len(ids) > info.max_prompt_tokens:
+            raise PromptLengthError(
+                f"row {row}: the prompt has {len(ids)} tokens, over the engine's limit of {info.max_prompt_tokens} (context "
+                f"length {info.context_length}); shorten it, or start the server with a larger context or KV cache"
+            )
+        if request.hidden is not None and not (info.pools_in_server or info.returns_hidden_states):
+            raise CapabilityError(
+                f"row {row}: hidden states are asked for, and the server was started without them; {FALLBACK_REMEDY}, "
+                "start SGLang with --enable-return-hidden-states, or pass hidden=None"
+            )
+
+
+def to_payload(requests: Sequence[Request], info: EngineInfo, *, binary: bool) -> dict[str, Any]:
+    """Writes one batched payload for SGLang's ``/generate`` (``Engine.async_generate`` takes the same names).
+
+    Args:
+        requests: checked requests, at least one.
+        info: decides between the server half and stock ``return_hidden_states``.
+        binary: see `pack_options`.
+    """
+    sampling = [dict(request.sampling) for request in requests]
+    payload: dict[str, Any] = {
+        "input_ids": [list(request.prompt_ids) for request in requests],
+        "sampling_params": sampling,
+        "return_logprob": [request.return_log_probs for request in requests],
+    }
+    if info.pools_in_server:
+        for request, params in zip(requests, sampling, strict=True):
+            if request.hidden is not None:
+                params["custom_params"] = {CHANNEL: pack_options(request.hidden, binary=binary)}
+    elif any(request.hidden is not None for request in requests):
+        payload["return_hidden_states"] = [request.hidden is not None for request in requests]
+        # Stock SGLang leaves out the rows of a prefix-cache hit. A salt of its own keeps a request from hitting.
+        payload["cache_salt"] = [
+            uuid.uuid4().hex if request.hidden is not None and request.hidden.reads_whole_prompt else ""
+            for request in requests
+        ]
+    return payload
+
+
+# --- answers -------------------------------------------------------------------------------------------------------
+
+
+def read_responses(requests: Sequence[Request], rows: object, info: EngineInfo) -> list[Completion]:
+    """Reads SGLang's answer to one batched payload, and counts every row.
+
+    Raises:
+        AlignmentError: ids, log-probs and states do not agree in number, or a prompt was not taken whole.
+        RequestAbortedError: the engine gave up on a row.
+        ProtocolError: the answer cannot be read.
+    """
+    if not isinstance(rows, list) or len(rows) != len(requests):
+        found = len(rows) if isinstance(rows, list) else repr(rows)[:80]
+        raise ProtocolError(f"sent {len(requests)} requests and got {found} answers")
+    return [_read_row(index, request, row, info) for index, (request, row) in enumerate(zip(requests, rows, strict=True))]
+
+
+def _read_row(index: int, request: Request, row: Any, info: EngineInfo) -> Completion:
+    try:
+        meta, text, response_ids = row["meta_info"], row["text"], tuple(int(i) for i in row["output_ids"])
+        name = f"row {index} (request {meta['id']})"
+        finish, num_prompt = meta["finish_reason"], meta["prompt_tokens"]
+        weight_version = str(meta["weight_version"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ProtocolError(f"row {index}: the answer lacks {error}: {str(row)[:200]}") from error
+    if finish["type"] not in ("stop", "length"):
+        raise RequestAbortedError(
+            f"{name}: finished with {finish['type']!r} after {len(response_ids)} tokens: {finish.get('message', '')}"
+        )
+    if num_prompt != len(request.prompt_ids):
+        raise AlignmentError(
+            f"{name}: sent a prompt of {len(request.prompt_ids)} tokens and the engine took {num_prompt}; start the "
+            "server without --allow-auto-truncate"
+        )
+    if not response_ids:
+        raise AlignmentError(f"{name}: 0 response tokens with finish reason {finish['type']!r}; expected at least 1")
+    return Completion(
+        prompt_ids=request.prompt_ids,
+        response_ids=response_ids,
+        text=text,
+        log_probs_T=_read_log_probs(name, meta, response_ids) if request.return_log_probs else None,
+        hidden=_read_hidden(name, request, meta, len(response_ids), info) if request.hidden is not None else {},
+        finish_reason=finish["type"],
+        weight_version=weight_version,
+    )
+
+
+def _read_log_probs(name: str, meta: Mapping[str, Any], response_ids: tuple[int, ...]) -> torch.Tensor:
+    entries = meta.get("output_token_logprobs")
+    if entries is None:
+        raise ProtocolError(f"{name}: log-probs were asked for and are not in the answer")
+    if tuple(entry[1] for entry in entries) != response_ids:
+        raise AlignmentError(
+            f"{name}: {len(entries)} log-probs for {len(response_ids)} response tokens, or of other ids; this is a fault "
+            "of the engine, please report it"
+        )
+    return torch.tensor([entry[0] for entry in entries], dtype=torch.float32)
+
+
+def _read_hidden(
+    name: str, request: Request, meta: Mapping[str, Any], num_response: int, info: EngineInfo
+) -> dict[Segment, Pooled]:
+    spec = cast("HiddenSpec", request.hidden)
+    num_prompt = len(request.prompt_ids)
+    if info.pools_in_server:
+        found = _unpack_answer(meta.get(CHANNEL), name)
+    else:
+        found = _pool_stock(name, spec, meta.get("hidden_states"), num_prompt)
+    hidden: dict[Segment, Pooled] = {}
+    for segment in spec.segments:
+        vector, count = found.get(segment, (None, 0))
+        expected = rows_expected(segment, num_prompt, num_response)
+        if vector is None or count != expected:
+            remedy = "send it again" if info.pools_in_server else FALLBACK_REMEDY
+            raise AlignmentError(
+                f"{name}: {count} rows of states for the {segment!r} segment of {num_prompt} prompt and {num_response} "
+                f"response tokens, expected {expected}; {remedy}"
+            )
+        if info.hidden_size is not None and vector.shape != (info.hidden_size,):
+            raise ProtocolError(f"{name}: a state of shape {tuple(vector.shape)}, expected ({info.hidden_size},)")
+        hidden[segment] = Pooled(vector, count)
+    return hidden
+
+
+def _pool_stock(
+    name: str, spec: HiddenSpec, entries: Any, num_prompt: int
+) -> dict[Segment, tuple[torch.Tensor | None, int]]:
+    """Pools stock ``hidden_states``: one entry per forward step, the first with the rows of the prompt that it computed.
+
+    A later entry of several rows is a prefill repeated after a retraction; its last row produced the next token.
+    """
+    if not isinstance(entries, list) or not entries:
+        raise ProtocolError(f"{name}: hidden states were asked for and are not in the answer; {FALLBACK_REMEDY}")
+    pools = RequestPools(spec.segments, spec.pooling, num_prompt)
+    try:
+        steps = [torch.atleast_2d(torch.tensor(entry, dtype=torch.float32)) for entry in entries]
+    except (TypeError, ValueError) as error:
+        raise ProtocolError(f"{name}: the hidden states cannot be read ({error})") from error
+    first_ND = steps[0]
+    start = num_prompt - first_ND.shape[0]
+    span = pools.prompt_span(max(start, 0), num_prompt)
+    if span is not None and start >= 0:
+        rows_D = reduce_rows(first_ND, span[0] - start, span[1] - start, spec.pooling)
+        pools.add_prompt(rows_D, *span)
+    for index, step_ND in enumerate(steps):
+        pools.add_produced(step_ND[-1], index)
+    return pools.results()
