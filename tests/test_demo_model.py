@@ -121,7 +121,7 @@ def test_a_cache_that_cannot_be_written_says_how_to_move_it(tmp_path: Path, monk
 def test_a_model_in_the_cache_is_returned_without_heavy_imports(tmp_path: Path) -> None:
     (tmp_path / demo._DIRECTORY).mkdir()
     code = (
-        "import json, sys\nbefore = set(sys.modules)\n"
+        "import json, sys\n"
         "from torchrl_sglang_hidden.demo.model import demo_model\nloaded = set(sys.modules)\n"
         "path = demo_model()\nprint(json.dumps([str(path), sorted(set(sys.modules) - loaded)]))"
     )

@@ -59,7 +59,7 @@ _ROOMS = {
     ),
 }  # fmt: skip
 
-__all__ = ["__version__", *sorted(_ROOMS)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_ROOMS)]
 
 
 def __getattr__(name: str) -> Any:

@@ -25,7 +25,7 @@ __all__ = ["HiddenStates", "OutputKeys", "Row", "assemble"]
 NOT_MEASURED = float("nan")
 
 
-class HiddenStates(TensorClass["nocast"]):  # type: ignore[misc]
+class HiddenStates(TensorClass["nocast"]):  # type: ignore[misc,name-defined]
     """Pooled hidden states, aligned with the tokens of the same row.
 
     Args:

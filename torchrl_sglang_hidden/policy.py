@@ -30,9 +30,9 @@ INPUT_MODES: tuple[InputMode, ...] = ("history", "text", "tokens")
 class SGLangHiddenWrapper(LLMWrapperBase):  # type: ignore[misc]
     """A TorchRL LLM policy over SGLang that also returns mean-pooled hidden states.
 
-    A drop-in for torchrl's ``SGLangWrapper``: it reads a prompt from the TensorDict, generates, and writes TorchRL's own
-    TensorClasses, beside `HiddenStates`. The token ids that the engine gets are the ids in ``tokens.prompt``, in every
-    input mode; one call is one batched request, which SGLang schedules.
+    A drop-in for torchrl's ``SGLangWrapper``: it reads a prompt from the TensorDict, generates, and writes TorchRL's
+    own TensorClasses, beside `HiddenStates`. The token ids that the engine gets are the ids in ``tokens.prompt``, in
+    every input mode; one call is one batched request, which SGLang schedules.
 
     Args:
         model: a URL or several, `SGLangServer`, `SGLangOffline`, an ``sglang.Engine``, or torchrl's ``AsyncSGLang``.
@@ -41,8 +41,8 @@ class SGLangHiddenWrapper(LLMWrapperBase):  # type: ignore[misc]
         tokenizer: a Hugging Face tokenizer, a name or path of one, or None for the engine's own.
         input_mode: ``"history"``, ``"text"`` or ``"tokens"``.
         input_key: where the prompt is read; by default ``(input_mode, "prompt")``. History mode reads a
-            ``torchrl.data.llm.History`` of shape ``[*batch, turns]``; text mode one string per row; tokens mode int64 ids,
-            ragged, or padded on the left.
+            ``torchrl.data.llm.History`` of shape ``[*batch, turns]``; text mode one string per row; tokens mode int64
+            ids, ragged, or padded on the left.
         attention_mask_key: in tokens mode, a mask ``[*batch, P]`` read from this key when it is there: ids where it is
             False are pads, which are never sent. Without it, the pad ids at the left of a row of a ``Tokens`` that says
             ``padded`` are its padding; every other id is sent as it is.
@@ -57,8 +57,8 @@ class SGLangHiddenWrapper(LLMWrapperBase):  # type: ignore[misc]
         device: where the output tensors go; by default the input's device, or the CPU.
         chat_template_name: one of torchrl's named chat templates, for history mode.
         chat_template: a Jinja chat template, for history mode. By default the tokenizer's own.
-        return_log_probs: whether the log-prob of every sampled token is returned; True by default. They are those of the
-            distribution after temperature, penalties and grammar, before top-k and top-p (SGLang's).
+        return_log_probs: whether the log-prob of every sampled token is returned; True by default. They are those of
+            the distribution after temperature, penalties and grammar, before top-k and top-p (SGLang's).
         text_key, tokens_key, masks_key, log_probs_key, history_key: where TorchRL's TensorClasses are written; None
             leaves one out.
         hidden: which hidden states are returned: a `HiddenSpec`, True for its defaults, False or None for none.
@@ -195,7 +195,9 @@ class SGLangHiddenWrapper(LLMWrapperBase):  # type: ignore[misc]
         options = to_sglang(standardize({**self.generate_kwargs, **standardize(generate_kwargs)}))
         rows = [self._read(row) for row in _unbind(tensordict)]
         if not rows:
-            raise PromptLengthError(f"the batch of size {tuple(tensordict.batch_size)} has 0 rows; pass at least 1 prompt")
+            raise PromptLengthError(
+                f"the batch of size {tuple(tensordict.batch_size)} has 0 rows; pass at least 1 prompt"
+            )
         completions = self.model.generate(
             [
                 Request(row.prompt_ids, sampling=options, return_log_probs=self.return_log_probs, hidden=self.hidden)
@@ -245,8 +247,8 @@ class SGLangHiddenWrapper(LLMWrapperBase):  # type: ignore[misc]
             )
         if history.ndim == 0:
             raise InputTypeError(
-                f"{self.input_key!r} is one message without a dimension of turns; give History.from_chats([[…]]) one list "
-                "of messages per row"
+                f"{self.input_key!r} is one message without a dimension of turns; give History.from_chats([[…]]) one "
+                "list of messages per row"
             )
         # Given neither, torchrl guesses a template from the tokenizer's name; the tokenizer's own is no guess.
         template = self.chat_template
@@ -264,7 +266,9 @@ class SGLangHiddenWrapper(LLMWrapperBase):  # type: ignore[misc]
 
     def _read_text(self, text: Any) -> Row:
         if not isinstance(text, str):
-            raise InputTypeError(f"{self.input_key!r} is a {type(text).__name__}, {text!r:.80}; text mode reads a string")
+            raise InputTypeError(
+                f"{self.input_key!r} is a {type(text).__name__}, {text!r:.80}; text mode reads a string"
+            )
         if not text:
             raise PromptLengthError(f"{self.input_key!r} is an empty string; SGLang needs at least 1 token")
         return Row(self._encode(text), text)
@@ -281,13 +285,15 @@ class SGLangHiddenWrapper(LLMWrapperBase):  # type: ignore[misc]
                 f"{self.input_key!r} is a {type(ids).__name__}{shape} per row; tokens mode reads one tensor of ids, [P]"
             )
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise InputTypeError(f"{self.input_key!r} is of dtype {ids.dtype}; token ids are integers, such as torch.int64")
+            raise InputTypeError(
+                f"{self.input_key!r} is of dtype {ids.dtype}; token ids are integers, such as torch.int64"
+            )
         mask = row.get(self.attention_mask_key, None)
         if mask is not None:
             if mask.shape != ids.shape:
                 raise InputError(
-                    f"{self.attention_mask_key!r} has shape {tuple(mask.shape)} and {self.input_key!r} {tuple(ids.shape)}; "
-                    "give both the same"
+                    f"{self.attention_mask_key!r} has shape {tuple(mask.shape)} and {self.input_key!r} "
+                    f"{tuple(ids.shape)}; give both the same"
                 )
             ids = ids[mask.bool()]
         elif self._is_padded(row):
@@ -370,4 +376,6 @@ def _tokenizer(tokenizer: PreTrainedTokenizerBase | str | None, engine: Engine) 
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise InputError(f"no tokenizer can be read at {path!r}; pass tokenizer=, a tokenizer or a path of one") from error
+        raise InputError(
+            f"no tokenizer can be read at {path!r}; pass tokenizer=, a tokenizer or a path of one"
+        ) from error

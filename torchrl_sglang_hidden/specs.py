@@ -73,9 +73,7 @@ class HiddenSpec:
         object.__setattr__(self, "segments", tuple(self.segments))
         unknown = [segment for segment in self.segments if segment not in SEGMENTS]
         if unknown or not self.segments or len(set(self.segments)) != len(self.segments):
-            raise InputError(
-                f"HiddenSpec(segments={self.segments!r}): expected one or more of {SEGMENTS}, each once"
-            )
+            raise InputError(f"HiddenSpec(segments={self.segments!r}): expected one or more of {SEGMENTS}, each once")
         if self.pooling not in POOLINGS:
             raise InputError(f"HiddenSpec(pooling={self.pooling!r}): expected one of {POOLINGS}")
         if type(self.layers) is not int or self.layers != -1:

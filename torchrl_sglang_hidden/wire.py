@@ -1,25 +1,18 @@
-"""Both ends of the wire: requests to SGLang's payload, its answers to `Completion`s, and the server half's own channel.
+"""Requests to SGLang's payload, and SGLang's answers to `Completion`s.
 
 The only reader of SGLang's ``meta_info``, and the place where rows are counted against tokens. Past this module there
 are records, no dicts. Knows nothing of how bytes travel, nor of TensorDicts.
-
-The server half's channel: a request carries options in ``sampling_params["custom_params"]``; its answer comes back in
-``meta_info["torchrl_sglang_hidden"]``; the server's status stands in the internal state under the same name. Names,
-numbers and float32 bytes only: nothing received is ever unpickled.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
-import numpy as np
 import torch
 
+from torchrl_sglang_hidden.channel import CHANNEL, FALLBACK_REMEDY, PROTOCOL, pack_options, unpack_answer
 from torchrl_sglang_hidden.errors import (
     AlignmentError,
     CapabilityError,
@@ -30,140 +23,9 @@ from torchrl_sglang_hidden.errors import (
     TokenIdError,
 )
 from torchrl_sglang_hidden.pooling import RequestPools, reduce_rows
-from torchrl_sglang_hidden.specs import (
-    POOLINGS,
-    SEGMENTS,
-    Completion,
-    EngineInfo,
-    HiddenSpec,
-    Pooled,
-    Pooling,
-    Request,
-    Segment,
-    rows_expected,
-)
+from torchrl_sglang_hidden.specs import Completion, EngineInfo, HiddenSpec, Pooled, Request, Segment, rows_expected
 
-__all__ = [
-    "CHANNEL",
-    "PLUGIN_ENV",
-    "PROTOCOL",
-    "HiddenOptions",
-    "check_requests",
-    "pack_answer",
-    "pack_options",
-    "pack_status",
-    "read_info",
-    "read_responses",
-    "to_payload",
-    "unpack_options",
-]
-
-CHANNEL = "torchrl_sglang_hidden"
-PROTOCOL = 1
-PLUGIN_ENV = "TORCHRL_SGLANG_HIDDEN"  # "1" in a server's environment opts in to the server half
-
-FALLBACK_REMEDY = (
-    "start the server with torchrl_sglang_hidden.launch or `torchrl-sglang-hidden serve`, whose server half pools "
-    "without gaps"
-)
-
-
-# --- the server half's channel -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class HiddenOptions:
-    """What one request asks of the server half."""
-
-    segments: tuple[Segment, ...]
-    pooling: Pooling
-    binary: bool
-
-
-def pack_options(spec: HiddenSpec, *, binary: bool) -> dict[str, str | int | bool]:
-    """Writes a request's options. SGLang carries scalars, flat lists and flat dicts here, hence the joined names.
-
-    Args:
-        spec: what to pool.
-        binary: answer with raw bytes (in-process) instead of base64 text (JSON).
-    """
-    return {
-        "protocol": PROTOCOL,
-        "segments": ",".join(spec.segments),
-        "pooling": spec.pooling,
-        "binary": binary,
-    }
-
-
-def unpack_options(custom_params: object) -> HiddenOptions | None:
-    """Reads a request's options inside the server; None when there are none or they are not ours to read.
-
-    Never raises: an exception in the scheduler would end the server. What is not understood is not answered, and the
-    client reports that.
-    """
-    options = custom_params.get(CHANNEL) if isinstance(custom_params, dict) else None
-    if not isinstance(options, dict) or options.get("protocol") != PROTOCOL:
-        return None
-    segments, pooling = str(options.get("segments")).split(","), options.get("pooling")
-    if not set(segments) <= set(SEGMENTS) or pooling not in POOLINGS:
-        return None
-    return HiddenOptions(cast("tuple[Segment, ...]", tuple(segments)), pooling, options.get("binary") is True)
-
-
-def pack_answer(pools: RequestPools, *, binary: bool) -> dict[str, Any]:
-    """Writes a finished request's pools: the counts, and the vectors of the segments that have rows, one after another."""
-    results = pools.results()
-    vectors = [vector for vector, _ in results.values() if vector is not None]
-    data = torch.stack(vectors).numpy().astype("<f4").tobytes() if vectors else b""
-    return {
-        "protocol": PROTOCOL,
-        "segments": list(results),
-        "counts": [count for _, count in results.values()],
-        "data": data if binary else base64.b64encode(data).decode("ascii"),
-    }
-
-
-def _unpack_answer(answer: object, row: str) -> dict[Segment, tuple[torch.Tensor | None, int]]:
-    """Reads what `pack_answer` wrote."""
-    if not isinstance(answer, list) or len(answer) != 1 or not isinstance(answer[0], dict):
-        raise ProtocolError(f"{row}: expected one {CHANNEL} answer in meta_info, got {answer!r:.80}; {FALLBACK_REMEDY}")
-    fields = answer[0]
-    if fields.get("protocol") != PROTOCOL:
-        raise ProtocolError(
-            f"{row}: the server half speaks protocol {fields.get('protocol')!r} and this client {PROTOCOL}; install the "
-            "same version of torchrl_sglang_hidden on both sides"
-        )
-    try:
-        segments, counts, data = fields["segments"], fields["counts"], fields["data"]
-        payload = data if isinstance(data, bytes) else base64.b64decode(data, validate=True)
-        filled = sum(1 for count in counts if count > 0)
-        vectors_SD = np.frombuffer(payload, "<f4").reshape(filled, -1) if filled else np.empty((0, 0), "<f4")
-    except (KeyError, TypeError, ValueError, binascii.Error) as error:
-        raise ProtocolError(f"{row}: the pooled states cannot be read ({error}); was the answer cut short?") from error
-    vectors = iter(torch.from_numpy(vectors_SD.astype(np.float32)))
-    return {
-        segment: (next(vectors) if count > 0 else None, count) for segment, count in zip(segments, counts, strict=True)
-    }
-
-
-def pack_status(*, vocab_size: int, hidden_size: int, context_length: int, captures: bool, open_pools: int) -> Any:
-    """Writes what the server half says of itself in SGLang's internal state.
-
-    Args:
-        vocab_size: ids are in ``[0, vocab_size)``.
-        hidden_size: D.
-        context_length: most tokens of prompt and response together.
-        captures: whether every hook is in place and the server captures hidden states.
-        open_pools: requests with pools at this moment; 0 when nothing is running.
-    """
-    return {
-        "protocol": PROTOCOL,
-        "vocab_size": vocab_size,
-        "hidden_size": hidden_size,
-        "context_length": context_length,
-        "captures": captures,
-        "open_pools": open_pools,
-    }
+__all__ = ["check_requests", "read_info", "read_responses", "to_payload"]
 
 
 def read_info(
@@ -215,7 +77,9 @@ def read_info(
             returns_hidden_states=bool(server_info.get("enable_return_hidden_states")),
         )
     except KeyError as error:
-        raise ProtocolError(f"the server's description lacks {error}; this client is written for SGLang 0.5.23") from error
+        raise ProtocolError(
+            f"the server's description lacks {error}; this client is written for SGLang 0.5.23"
+        ) from error
 
 
 # --- requests ------------------------------------------------------------------------------------------------------
@@ -249,8 +113,9 @@ def check_requests(requests: Sequence[Request], info: EngineInfo) -> None:
                 )
         if len(ids) > info.max_prompt_tokens:
             raise PromptLengthError(
-                f"row {row}: the prompt has {len(ids)} tokens, over the engine's limit of {info.max_prompt_tokens} (context "
-                f"length {info.context_length}); shorten it, or start the server with a larger context or KV cache"
+                f"row {row}: the prompt has {len(ids)} tokens, over the engine's limit of {info.max_prompt_tokens} "
+                f"(context length {info.context_length}); shorten it, or start the server with a larger context or KV "
+                "cache"
             )
         if request.hidden is not None and not (info.pools_in_server or info.returns_hidden_states):
             raise CapabilityError(
@@ -301,7 +166,9 @@ def read_responses(requests: Sequence[Request], rows: object, info: EngineInfo) 
     if not isinstance(rows, list) or len(rows) != len(requests):
         found = len(rows) if isinstance(rows, list) else repr(rows)[:80]
         raise ProtocolError(f"sent {len(requests)} requests and got {found} answers")
-    return [_read_row(index, request, row, info) for index, (request, row) in enumerate(zip(requests, rows, strict=True))]
+    return [
+        _read_row(index, request, row, info) for index, (request, row) in enumerate(zip(requests, rows, strict=True))
+    ]
 
 
 def _read_row(index: int, request: Request, row: Any, info: EngineInfo) -> Completion:
@@ -340,8 +207,8 @@ def _read_log_probs(name: str, meta: Mapping[str, Any], response_ids: tuple[int,
         raise ProtocolError(f"{name}: log-probs were asked for and are not in the answer")
     if tuple(entry[1] for entry in entries) != response_ids:
         raise AlignmentError(
-            f"{name}: {len(entries)} log-probs for {len(response_ids)} response tokens, or of other ids; this is a fault "
-            "of the engine, please report it"
+            f"{name}: {len(entries)} log-probs for {len(response_ids)} response tokens, or of other ids; this is a "
+            "fault of the engine, please report it"
         )
     return torch.tensor([entry[0] for entry in entries], dtype=torch.float32)
 
@@ -352,7 +219,7 @@ def _read_hidden(
     spec = cast("HiddenSpec", request.hidden)
     num_prompt = len(request.prompt_ids)
     if info.pools_in_server:
-        found = _unpack_answer(meta.get(CHANNEL), name)
+        found = unpack_answer(meta.get(CHANNEL), name)
     else:
         found = _pool_stock(name, spec, meta.get("hidden_states"), num_prompt)
     hidden: dict[Segment, Pooled] = {}
@@ -374,7 +241,7 @@ def _read_hidden(
 def _pool_stock(
     name: str, spec: HiddenSpec, entries: Any, num_prompt: int
 ) -> dict[Segment, tuple[torch.Tensor | None, int]]:
-    """Pools stock ``hidden_states``: one entry per forward step, the first with the rows of the prompt that it computed.
+    """Pools stock ``hidden_states``: one entry per forward step, the first with the prompt rows that it computed.
 
     A later entry of several rows is a prefill repeated after a retraction; its last row produced the next token.
     """
@@ -382,9 +249,10 @@ def _pool_stock(
         raise ProtocolError(f"{name}: hidden states were asked for and are not in the answer; {FALLBACK_REMEDY}")
     pools = RequestPools(spec.segments, spec.pooling, num_prompt)
     try:
-        steps = [torch.atleast_2d(torch.tensor(entry, dtype=torch.float32)) for entry in entries]
+        rows = [torch.tensor(entry, dtype=torch.float32) for entry in entries]
     except (TypeError, ValueError) as error:
         raise ProtocolError(f"{name}: the hidden states cannot be read ({error})") from error
+    steps = [row if row.ndim == 2 else row[None] for row in rows]
     first_ND = steps[0]
     start = num_prompt - first_ND.shape[0]
     span = pools.prompt_span(max(start, 0), num_prompt)

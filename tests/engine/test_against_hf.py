@@ -106,9 +106,9 @@ def test_history_holds_the_answer_and_the_ids_that_were_used(
     rows = assert_rows(out, smol_dir, SEGMENTS)
     for row in range(2):
         turns = out["history"].full[row].tolist()
-        assert [turn.role for turn in turns] == ["user", "assistant"]
-        assert turns[0].content == QUESTIONS[row]
-        assert turns[1].content == rows[row].text
+        assert [turn["role"] for turn in turns] == ["user", "assistant"]
+        assert turns[0]["content"] == QUESTIONS[row]
+        assert turns[1]["content"] == rows[row].text
         assert out["history"].response[row].content[-1] == rows[row].text
 
 

@@ -35,5 +35,6 @@ def as_engine(model: Any) -> Engine:
 
         return SGLangServer(model.server_url)
     raise InputTypeError(
-        f"model={model!r:.80}: expected a URL, an SGLangServer, an SGLangOffline, an sglang.Engine or torchrl's AsyncSGLang"
+        f"model={model!r:.80}: expected a URL, an SGLangServer, an SGLangOffline, an sglang.Engine or torchrl's "
+        "AsyncSGLang"
     )

@@ -68,7 +68,7 @@ def ask_model(model_path: str) -> tuple[int, int, int]:
         config = AutoConfig.from_pretrained(model_path).get_text_config()
     except (OSError, ValueError) as error:
         raise CapabilityError(
-            f"the server has no torchrl_sglang_hidden server half, and its model {model_path!r} cannot be read from this "
-            "machine to learn the vocabulary size; start the server with `torchrl-sglang-hidden serve`"
+            f"the server has no torchrl_sglang_hidden server half, and its model {model_path!r} cannot be read from "
+            "this machine to learn the vocabulary size; start the server with `torchrl-sglang-hidden serve`"
         ) from error
     return config.vocab_size, config.hidden_size, config.max_position_embeddings

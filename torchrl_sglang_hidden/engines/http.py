@@ -44,8 +44,8 @@ class SGLangServer(Engine):
     from several threads; connections are pooled. Pickles as its addresses and reconnects.
 
     Args:
-        url: ``"http://host:port"``, or a sequence of them. Several servers must serve the same model; each gets an equal
-            contiguous share of the rows.
+        url: ``"http://host:port"``, or a sequence of them. Several servers must serve the same model; each gets an
+            equal contiguous share of the rows.
         api_key: sent as a bearer token.
         connect_timeout_s: seconds to reach a server.
         read_timeout_s: seconds to wait for a batch.

@@ -43,6 +43,7 @@ OWNED_ARGUMENTS = MappingProxyType(
     }
 )
 
+_SERVER_MODULE = "torchrl_sglang_hidden.server"
 _TAIL_LINES = 20
 _TAIL_BYTES = 64 * 1024
 _POLL_INTERVAL_S = 0.25
@@ -133,7 +134,7 @@ class ServerProcess:
     """The child process, its group, its log and the pipe that tells it that its parent lives.
 
     Args:
-        arguments: command line of ``python -m torchrl_sglang_hidden.server``.
+        arguments: of ``python -m torchrl_sglang_hidden.server``.
         log_path: file that its output is appended to; made, with its directory, if it is not there.
         api_key: handed over in the environment.
 
@@ -151,7 +152,7 @@ class ServerProcess:
         with _open_log(log_path) as log:
             self._log_start = log.tell()
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "torchrl_sglang_hidden.server", *arguments],
+                [sys.executable, "-m", _SERVER_MODULE, *arguments],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -6,10 +6,11 @@ import asyncio
 import os
 import threading
 from collections.abc import Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torchrl_sglang_hidden.channel import PLUGIN_ENV
 from torchrl_sglang_hidden.engines.base import Engine, ask_model
 from torchrl_sglang_hidden.errors import EngineError, InputTypeError, RequestRejectedError
 from torchrl_sglang_hidden.specs import Completion, EngineInfo, Request
@@ -32,18 +33,21 @@ class SGLangOffline(Engine):
 
     Raises:
         InputTypeError: ``model`` is neither, or arguments come with an engine.
-        CapabilityError: SGLang is not installed, or was imported before without its CPU engine on a machine that needs it.
+        CapabilityError: SGLang is not installed, or was imported before without the CPU engine that this machine needs.
         EngineError: the engine did not start.
     """
 
     def __init__(self, model: str | Path | Any, **server_args: Any) -> None:
-        self._owned = isinstance(model, (str, Path))
-        if not self._owned and (server_args or not hasattr(model, "async_generate")):
+        self.engine: Any
+        if isinstance(model, (str, Path)):
+            self.engine, self._owned = _start(model, server_args), True
+        elif hasattr(model, "async_generate") and not server_args:
+            self.engine, self._owned = model, False
+        else:
             raise InputTypeError(
                 f"SGLangOffline({type(model).__name__}, {', '.join(server_args)}): expected a model directory with "
                 "arguments, or an sglang.Engine without"
             )
-        self.engine = _start(str(model), server_args) if self._owned else model
         self._loop = _LoopThread(self.engine.loop)
         self._info = self._loop.run(self._ask())
         self._closed = False
@@ -84,33 +88,39 @@ class SGLangOffline(Engine):
             self.engine.shutdown()
 
 
-def _start(model: str, server_args: dict[str, Any]) -> Any:
+def _start(model: str | Path, server_args: dict[str, Any]) -> Any:
     """Starts ``sglang.Engine`` with the server half, on the CPU engine where there is no accelerator."""
     from torchrl_sglang_hidden.engines.launch import check_model, require_sglang
-    from torchrl_sglang_hidden.server.cpu import CPU_DEFAULTS, cpu_engine_environment, has_accelerator
-    from torchrl_sglang_hidden.wire import PLUGIN_ENV
+    from torchrl_sglang_hidden.server.cpu import cpu_engine_environment, cpu_server_args, has_accelerator
 
     require_sglang()
-    check_model(model)
+    path = check_model(model)
     on_cpu = server_args.get("device") == "cpu" or not has_accelerator()
+    defaults = cpu_server_args(path, context_length=server_args.get("context_length")) if on_cpu else {}
+    try:
+        with _opted_in(), cpu_engine_environment() if on_cpu else nullcontext():
+            import sglang
+
+            engine = sglang.Engine(model_path=path, **{**defaults, "enable_return_hidden_states": True, **server_args})
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        raise EngineError(f"SGLang did not start with {path!r}: {error}") from error
+    # SGLang takes the current event loop, which in a notebook is the notebook's own and always running.
+    engine.loop = asyncio.new_event_loop()
+    return engine
+
+
+@contextmanager
+def _opted_in() -> Iterator[None]:
+    """Opts in to the server half for the time in which SGLang starts its processes."""
     before = os.environ.get(PLUGIN_ENV)
     os.environ[PLUGIN_ENV] = "1"
     try:
-        with cpu_engine_environment(on_cpu):
-            import sglang
-
-            arguments = {**(CPU_DEFAULTS if on_cpu else {}), "enable_return_hidden_states": True, **server_args}
-            engine = sglang.Engine(model_path=model, **arguments)
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
-        raise EngineError(f"SGLang did not start with {model!r}: {error}") from error
+        yield
     finally:
         if before is None:
             del os.environ[PLUGIN_ENV]
         else:
             os.environ[PLUGIN_ENV] = before
-    # SGLang takes the current event loop, which in a notebook is the notebook's own and always running.
-    engine.loop = asyncio.new_event_loop()
-    return engine
 
 
 class _LoopThread:
@@ -141,8 +151,8 @@ class _LoopThread:
             if self._calls == 0:
                 if self._loop.is_running():
                     raise EngineError(
-                        "the sglang.Engine's event loop is already running here, so that a blocking call would wait for "
-                        "itself; await agenerate(), or let SGLangOffline(model_path) make the engine"
+                        "the sglang.Engine's event loop is already running here, so that a blocking call would wait "
+                        "for itself; await agenerate(), or let SGLangOffline(model_path) make the engine"
                     )
                 self._thread = threading.Thread(target=self._loop.run_forever, name="sglang-engine-loop", daemon=True)
                 self._thread.start()

@@ -21,8 +21,8 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from torchrl_sglang_hidden.channel import PLUGIN_ENV
 from torchrl_sglang_hidden.server.cpu import cpu_server_args, has_accelerator, use_cpu_engine
-from torchrl_sglang_hidden.wire import PLUGIN_ENV
 
 __all__ = ["API_KEY_ENV", "PARENT_PID_ENV", "command_line", "main", "watch_parent"]
 
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> None:
     """
     _end_with_parent()
     api_key = os.environ.pop(API_KEY_ENV, None)
-    os.environ[PLUGIN_ENV] = "1"
+    os.environ.setdefault(PLUGIN_ENV, "1")  # an explicit "0" serves stock SGLang
     on_cpu = _serves_on_cpu(arguments)
     if on_cpu:
         use_cpu_engine()

@@ -17,9 +17,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from torchrl_sglang_hidden.channel import pack_answer, unpack_options
 from torchrl_sglang_hidden.pooling import RequestPools, reduce_rows
 from torchrl_sglang_hidden.specs import Pooling
-from torchrl_sglang_hidden.wire import pack_answer, unpack_options
 
 # The forward modes whose rows are one per position. Speculative verification, for one, has rows of tokens that may be
 # rejected; a request that met such a step comes back with too few rows, which the client refuses.
@@ -160,8 +160,8 @@ def _spans(pools: RequestPools, row: int, first: int, position: int, length: int
         start, stop = first + prompt[0] - position, first + prompt[1] - position
         spans.append(Span(row, "prompt", start, stop, prompt[0], pools.pooling))
     last = position + length - 1
-    # The row that produces a token is that of the prompt's last position, or one behind it. The end of a middle chunk of
-    # the prompt produces nothing.
+    # The row that produces a token is that of the prompt's last position, or one behind it. The end of a middle chunk
+    # of the prompt produces nothing.
     if last >= pools.num_prompt - 1 and pools.segments != ("prompt",):
         spans.append(Span(row, "produced", first + length - 1, first + length, last, pools.pooling))
     return spans

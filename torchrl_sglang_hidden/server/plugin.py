@@ -13,8 +13,8 @@ import logging
 import os
 from typing import Any
 
+from torchrl_sglang_hidden.channel import CHANNEL, PLUGIN_ENV, pack_status
 from torchrl_sglang_hidden.server.capture import Capture
-from torchrl_sglang_hidden.wire import CHANNEL, PLUGIN_ENV, pack_status
 
 logger = logging.getLogger(__name__)
 

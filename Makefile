@@ -1,0 +1,44 @@
+# The README's two commands are `make demo` and `make test`. Each sets up what it needs in .venv, once.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+CODE := torchrl_sglang_hidden tests
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test fast check format clean
+
+help: ## what can be made
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+install: $(INSTALLED) ## set up .venv: SGLang, PyTorch and the rest, about 11 GB
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "$(PYTHON) is older than 3.11; make PYTHON=python3.11 install"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -e '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED) ## a real model in a real SGLang server, driven by a TorchRL collector
+	$(BIN)/torchrl-sglang-hidden demo
+
+test: $(INSTALLED) ## every test, those with a real server included
+	$(BIN)/python -m pytest
+
+fast: $(INSTALLED) ## the tests that need no server
+	$(BIN)/python -m pytest -m "not engine"
+
+check: $(INSTALLED) ## ruff, format, mypy --strict and the fast tests: green on every commit
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not engine"
+
+format: $(INSTALLED) ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+clean: ## remove everything that can be made again
+	rm -rf $(VENV) demo_output .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,120 @@
+"""`launch` with real SGLang: two servers that start, two that do not."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from processes import still_running, watched
+
+from torchrl_sglang_hidden import (
+    AuthenticationError,
+    EngineUnreachableError,
+    HiddenSpec,
+    LaunchError,
+    SGLangServer,
+    launch,
+)
+from torchrl_sglang_hidden.specs import Request
+
+pytestmark = pytest.mark.engine
+
+API_KEY = "open-sesame-5c1e"
+REQUEST = Request(prompt_ids=(1, 4093, 198), sampling={"max_new_tokens": 4, "temperature": 0.0}, hidden=HiddenSpec())
+
+# The key comes over stdin, so that this process's own command line does not show it either.
+LAUNCHES = """
+import json, signal, sys
+from torchrl_sglang_hidden import launch
+model, log_file = sys.argv[1:]
+server = launch(model, api_key=sys.stdin.readline().strip(), log_file=log_file)
+print(json.dumps([server.url, server.pid]), flush=True)
+signal.pause()
+"""
+
+
+def group_of(leader: int) -> list[int]:
+    return [leader, *(child.pid for child in psutil.Process(leader).children(recursive=True))]
+
+
+def test_a_server_generates_is_copied_as_a_client_and_ends_with_close(smol_dir: str, tmp_path: Path) -> None:
+    server = launch(smol_dir, log_file=tmp_path / "server.log")
+    with server:
+        completion = server.generate([REQUEST])[0]
+        assert len(completion.response_ids) == 4
+        assert completion.hidden["response"].count == 4
+        assert server.info.pools_in_server
+        # A prompt of the model's full context length has room in the KV cache; SGLang keeps a few tokens for itself.
+        assert server.info.context_length - server.info.max_prompt_tokens < 16
+
+        copied, unpickled = copy.deepcopy(server), pickle.loads(pickle.dumps(server))
+        assert type(copied) is type(unpickled) is SGLangServer
+        copied.close()
+        assert unpickled.generate([REQUEST])[0].response_ids == completion.response_ids
+
+        handles = group_of(server.pid)
+        assert len(handles) > 2
+        with watched(handles) as group:
+            server.close()
+            assert still_running(group, timeout_s=5) == []
+        server.close()
+    with pytest.raises(EngineUnreachableError):
+        unpickled.generate([REQUEST])
+    assert "crashed" not in (tmp_path / "server.log").read_text()
+
+
+def test_a_server_keeps_its_key_and_ends_when_its_parent_is_killed(smol_dir: str, tmp_path: Path) -> None:
+    log_file = tmp_path / "server.log"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHES, smol_dir, str(log_file)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with parent:
+        assert parent.stdin is not None
+        assert parent.stdout is not None
+        parent.stdin.write(f"{API_KEY}\n")
+        parent.stdin.flush()
+        try:
+            url, leader = json.loads(parent.stdout.readline())
+            with SGLangServer(url, api_key=API_KEY) as server:
+                assert len(server.generate([REQUEST])[0].response_ids) == 4
+            for wrong in (None, "guessed"):
+                with pytest.raises(AuthenticationError):
+                    SGLangServer(url, api_key=wrong)
+            group = group_of(leader)
+            command_lines = [" ".join(psutil.Process(pid).cmdline()) for pid in group]
+            with watched(group) as handles:
+                parent.send_signal(signal.SIGKILL)
+                assert still_running(handles, timeout_s=30) == []
+        finally:
+            parent.kill()
+    assert not [line for line in command_lines if API_KEY in line]
+    assert API_KEY not in log_file.read_text()
+
+
+def test_an_argument_that_sglang_does_not_know_fails_the_start_with_its_words(smol_dir: str, tmp_path: Path) -> None:
+    with pytest.raises(LaunchError) as raised:
+        launch(smol_dir, log_file=tmp_path / "server.log", chunked_prefil_size=64)
+    assert "exit code 2" in str(raised.value)
+    assert "unrecognized arguments: --chunked-prefil-size 64" in str(raised.value)
+    assert str(tmp_path / "server.log") in str(raised.value)
+
+
+def test_a_model_without_weights_fails_the_start_with_the_last_log_lines(smol_dir: str, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(smol_dir, model, ignore=shutil.ignore_patterns("*.safetensors"))
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    with pytest.raises(LaunchError) as raised:
+        launch(model, log_file=tmp_path / "server.log")
+    assert "Cannot find any model weights" in str(raised.value)
+    assert {child.pid for child in psutil.Process().children(recursive=True)} <= before

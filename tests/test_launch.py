@@ -1,0 +1,339 @@
+"""`launch` without SGLang: what it refuses, how it starts, waits for, reports on and ends a child process.
+
+The processes are real. Where a server is needed, a few lines of http.server answer for it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from processes import still_running, watched
+
+from torchrl_sglang_hidden import InputError, LaunchError, UnknownOptionError, launch
+from torchrl_sglang_hidden.engines import launch as launch_module
+from torchrl_sglang_hidden.engines.launch import ServerProcess, check_model
+from torchrl_sglang_hidden.errors import CapabilityError, InputTypeError, SGLangHiddenError
+from torchrl_sglang_hidden.server.__main__ import API_KEY_ENV, PARENT_PID_ENV, command_line
+
+START = Callable[..., ServerProcess]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    directory = tmp_path / "model"
+    directory.mkdir()
+    (directory / "config.json").write_text("{}")
+    return directory
+
+
+@pytest.fixture
+def no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: pytest.fail("a process was started"))
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Starts a script in the server's place; ends what is left of it after the test."""
+    started: list[ServerProcess] = []
+
+    def run(script: str, arguments: list[str] | None = None, **options: Any) -> ServerProcess:
+        (tmp_path / "fake_server.py").write_text(textwrap.dedent(script))
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        monkeypatch.setattr(launch_module, "_SERVER_MODULE", "fake_server")
+        options = {"log_path": tmp_path / "logs" / "server.log", "api_key": None, **options}
+        started.append(ServerProcess(arguments or [], **options))
+        return started[-1]
+
+    yield run
+    for process in started:
+        process.stop()
+
+
+# Arguments
+
+
+def test_server_arguments_become_a_command_line() -> None:
+    arguments = {
+        "chunked_prefill_size": 64,
+        "disable_radix_cache": True,
+        "skip_tokenizer_init": False,
+        "quantization": None,
+        "lora_paths": ["a", "b"],
+        "mem_fraction_static": 0.5,
+        "preferred_sampling_params": {"top_k": 1},
+        "max_queued_requests": 0,
+    }
+    assert command_line(arguments) == [
+        *("--chunked-prefill-size", "64"),
+        "--disable-radix-cache",
+        *("--lora-paths", "a", "b"),
+        *("--mem-fraction-static", "0.5"),
+        *("--preferred-sampling-params", '{"top_k": 1}'),
+        *("--max-queued-requests", "0"),
+    ]
+
+
+@pytest.mark.usefixtures("no_process")
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"model_path": "x"}, UnknownOptionError, "launch(model_path=…)"),
+        ({"enable_return_hidden_states": False}, UnknownOptionError, "always on"),
+        ({"device": "tpu"}, InputError, "launch(device='tpu'): expected one of ('auto', 'cpu'"),
+        ({"port": 0}, InputError, "launch(port=0): expected 1..65535"),
+        ({"port": True}, InputError, "launch(port=True)"),
+        ({"timeout_s": 0}, InputError, "launch(timeout_s=0)"),
+        ({"timeout_s": float("nan")}, InputError, "launch(timeout_s=nan)"),
+        ({"host": "0.0.0.0"}, InputError, "no api_key given"),
+        ({"host": "::"}, InputError, "no api_key given"),
+        ({"host": "my-machine"}, InputError, "no api_key given"),
+        ({"host": "0.0.0.0", "api_key": " "}, InputError, "protects nothing"),
+    ],
+)
+def test_arguments_that_cannot_work_start_nothing(
+    arguments: dict[str, Any], error: type[SGLangHiddenError], message: str, model: Path
+) -> None:
+    with pytest.raises(error) as raised:
+        launch(model, **arguments)
+    assert message in str(raised.value)
+
+
+@pytest.mark.usefixtures("no_process")
+@pytest.mark.parametrize("name", ["./missing", "~/missing-model-of-this-test", "/missing-model-of-this-test"])
+def test_a_path_that_is_no_model_starts_nothing(name: str) -> None:
+    with pytest.raises(InputError, match=r"does not exist; pass a directory written by save_pretrained"):
+        launch(name)
+
+
+@pytest.mark.usefixtures("no_process")
+def test_a_directory_without_a_config_starts_nothing(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=rf"{tmp_path} is not a directory with a config\.json"):
+        launch(str(tmp_path))
+
+
+@pytest.mark.usefixtures("no_process")
+@pytest.mark.parametrize("name", ["", None, 3])
+def test_a_model_of_another_type_starts_nothing(name: Any) -> None:
+    with pytest.raises(InputTypeError):
+        launch(name)
+
+
+def test_models_reach_sglang_as_absolute_directories_or_as_hub_names(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model.parent)
+    monkeypatch.setenv("HOME", str(model.parent))
+    assert {check_model(name) for name in (model, "model", "./model", "~/model")} == {str(model)}
+    assert check_model("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
+
+
+@pytest.mark.usefixtures("no_process")
+def test_a_port_in_use_starts_nothing(model: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(LaunchError, match=rf"port={port}\): cannot be bound: .*; pass port=None"):
+            launch(model, port=port)
+
+
+@pytest.mark.usefixtures("no_process")
+def test_without_sglang_the_error_says_how_to_install_it(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = launch_module.importlib.util.find_spec
+    monkeypatch.setattr(
+        launch_module.importlib.util, "find_spec", lambda name: None if name == "sglang" else find_spec(name)
+    )
+    with pytest.raises(CapabilityError, match=r"pip install 'torchrl-sglang-hidden\[sglang\]'"):
+        launch(model)
+
+
+# The child process
+
+SERVES_AFTER_TWO_PROBES = """
+    import http.server, sys
+    probes = 0
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            global probes
+            probes += 1
+            self.send_response(200 if self.path == "/health_generate" and probes > 2 else 503)
+            self.end_headers()
+    http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def test_a_server_is_ready_only_when_it_generates(start: START) -> None:
+    port = launch_module._free_port("127.0.0.1", None)
+    process = start(SERVES_AFTER_TWO_PROBES, [str(port)])
+    process.wait_until_ready(f"http://127.0.0.1:{port}", timeout_s=60, progress=False)
+    answers = [line.split('" ')[1].split()[0] for line in process.log_tail()]
+    assert answers == ["503", "503", "200"]
+
+
+def test_a_failed_start_tells_the_exit_code_the_log_and_its_last_lines(start: START, tmp_path: Path) -> None:
+    log_path = tmp_path / "mine.log"
+    log_path.write_text("an earlier start\n")
+    process = start(
+        """
+        import os, sys
+        print("line", *range(30), sep="\\nline ")
+        print("0%\\r50%\\r100%", "\\n\\nkey:", os.environ["TORCHRL_SGLANG_HIDDEN_API_KEY"], file=sys.stderr)
+        sys.exit(3)
+        """,
+        log_path=log_path,
+        api_key="sesame",
+    )
+    with pytest.raises(LaunchError) as raised:
+        process.wait_until_ready("http://127.0.0.1:9", timeout_s=60, progress=False)
+    head, *lines = str(raised.value).splitlines()
+    assert head.startswith("the server ended with exit code 3 after ")
+    assert str(log_path) in head
+    assert [line.strip() for line in lines] == [
+        *(f"line {n}" for n in range(14, 30)),
+        *("0%", "50%", "100%", "key: ***"),
+    ]
+    assert process.log_tail(1000)[0] == "line"
+    assert log_path.read_text().startswith("an earlier start\n")
+
+
+def test_a_killed_server_is_named_by_its_signal(start: START) -> None:
+    process = start("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(LaunchError, match=r"signal 9 \(Killed\) .* The log is empty"):
+        process.wait_until_ready("http://127.0.0.1:9", timeout_s=60, progress=False)
+
+
+def test_a_start_that_takes_too_long_fails(start: START) -> None:
+    process = start("import signal; signal.pause()")
+    with pytest.raises(LaunchError, match=r"nothing within timeout_s=0\.5; raise timeout_s"):
+        process.wait_until_ready("http://127.0.0.1:9", timeout_s=0.5, progress=False)
+
+
+def test_the_api_key_travels_in_the_environment_and_the_log_is_private(start: START) -> None:
+    process = start("import signal; signal.pause()", api_key="sesame")
+    child = psutil.Process(process.pid)
+    assert child.environ()[API_KEY_ENV] == "sesame"
+    assert child.environ()[PARENT_PID_ENV] == str(os.getpid())
+    assert "sesame" not in " ".join(child.cmdline())
+    assert API_KEY_ENV not in os.environ
+    assert stat.S_IMODE(process.log_path.stat().st_mode) == 0o600
+
+
+STARTS_A_WORKER = """
+    import signal, subprocess, sys
+    for number in IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    print(subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"]).pid, flush=True)
+    signal.pause()
+"""
+
+
+@pytest.mark.parametrize("ignored", ["[]", "[signal.SIGINT, signal.SIGTERM]"])
+def test_stop_ends_the_whole_group_and_may_be_called_again(
+    ignored: str, start: START, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch_module, "_TERMINATE_TIMEOUT_S", 2.0)
+    process = start(STARTS_A_WORKER.replace("IGNORED", ignored))
+    worker = int(first_line(process))
+    with watched([process.pid, worker]) as handles:
+        process.stop()
+        assert still_running(handles, timeout_s=10) == []
+    process.stop()
+
+
+def test_stop_ends_the_workers_of_a_leader_that_is_gone(start: START) -> None:
+    process = start(STARTS_A_WORKER.replace("IGNORED", "[]"))
+    worker = int(first_line(process))
+    with watched([process.pid, worker]) as handles:
+        os.kill(process.pid, signal.SIGKILL)
+        assert still_running({process.pid: handles[process.pid]}, timeout_s=10) == []
+        assert still_running({worker: handles[worker]}, timeout_s=0) == [worker]
+        process.stop()
+        assert still_running(handles, timeout_s=10) == []
+
+
+def test_a_forked_child_does_not_end_its_parents_server(start: START) -> None:
+    process = start("import signal; signal.pause()")
+    pid = os.fork()
+    if pid == 0:
+        process.stop()
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert psutil.Process(process.pid).is_running()
+    with watched([process.pid]) as handles:
+        assert still_running(handles, timeout_s=0) == [process.pid]
+
+
+def first_line(process: ServerProcess) -> str:
+    """The first line of the log, once the child has written it."""
+    command = ["tail", "--follow", "--lines=+1", f"--pid={process.pid}", str(process.log_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as tail:
+        assert tail.stdout is not None
+        line = tail.stdout.readline()
+        tail.kill()
+    return line
+
+
+# The end with the parent, however it ends
+
+CHILD = "import signal; from torchrl_sglang_hidden.server.__main__ import _end_with_parent; _end_with_parent(); {then}"
+
+PARENT = """
+import os, signal, subprocess, sys
+environment = {{**os.environ, {variable!r}: str(os.getpid())}}
+child = subprocess.Popen(
+    [sys.executable, "-c", {child!r}], stdin=subprocess.PIPE, env=environment, start_new_session=True
+)
+sibling = (os.fork() or signal.pause()) if {forks} else 0
+print(child.pid, sibling, flush=True)
+signal.pause()
+"""
+
+
+@pytest.mark.parametrize("forks", [False, True], ids=["pipe-closed", "pipe-held-by-a-fork"])
+def test_the_server_ends_when_its_parent_is_killed(forks: bool) -> None:
+    child = CHILD.format(then="signal.pause()")
+    code = PARENT.format(variable=PARENT_PID_ENV, child=child, forks=forks)
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        server, sibling = map(int, parent.stdout.readline().split())
+        with watched([server]) as handles:
+            parent.kill()
+            assert still_running(handles, timeout_s=30) == []
+        if sibling:
+            os.kill(sibling, signal.SIGKILL)
+
+
+def test_a_server_started_by_hand_does_not_watch_its_stdin() -> None:
+    names = "import threading; print([thread.name for thread in threading.enumerate()])"
+    result = subprocess.run(
+        [sys.executable, "-c", CHILD.format(then=names)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert result.stdout.strip() == "['MainThread']"
+
+
+def test_a_watching_server_that_shares_its_callers_group_refuses_to_run() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", CHILD.format(then="")],
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, PARENT_PID_ENV: str(os.getpid())},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert result.returncode == 1
+    assert "ending with the parent ends the group" in result.stderr
