@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from torchrl_sglang_hidden import InputError, LaunchError, UnknownOptionError, l
 from torchrl_sglang_hidden.engines import launch as launch_module
 from torchrl_sglang_hidden.engines.launch import ServerProcess, check_model
 from torchrl_sglang_hidden.errors import CapabilityError, InputTypeError, SGLangHiddenError
-from torchrl_sglang_hidden.server.__main__ import API_KEY_ENV, PARENT_PID_ENV, command_line
+from torchrl_sglang_hidden.server.__main__ import API_KEY_ENV, PARENT_PID_ENV, command_line, watch_parent
 
 START = Callable[..., ServerProcess]
 
@@ -307,9 +308,20 @@ def test_the_server_ends_when_its_parent_is_killed(forks: bool) -> None:
         server, sibling = map(int, parent.stdout.readline().split())
         with watched([server]) as handles:
             parent.kill()
-            assert still_running(handles, timeout_s=30) == []
-        if sibling:
-            os.kill(sibling, signal.SIGKILL)
+            left = still_running(handles, timeout_s=30)
+        for pid in [*left, *([sibling] if sibling else [])]:
+            os.kill(pid, signal.SIGKILL)
+        assert left == []
+
+
+def test_the_closed_pipe_tells_by_itself() -> None:
+    read_end, write_end = os.pipe()
+    ended = threading.Event()
+    threading.Thread(target=watch_parent, args=(os.getppid(), read_end, ended.set), daemon=True).start()
+    assert not ended.is_set()
+    os.close(write_end)
+    assert ended.wait(10)
+    os.close(read_end)
 
 
 def test_a_server_started_by_hand_does_not_watch_its_stdin() -> None:

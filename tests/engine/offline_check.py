@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,8 +68,14 @@ def run_cases(model: Any, sglang_engine: Any, tokenizer: Any, cases: list[dict[s
         except InputError as error:
             refused = type(error).__name__
         with ThreadPoolExecutor(2) as pool:
-            again = list(pool.map(run, cases))
+            again = [outcome(future) for future in [pool.submit(run, case) for case in cases]]
     return {"results": results, "refused": refused, "from_threads": again, "carried_bytes": carried_bytes}
+
+
+def outcome(future: Future[list[Any]]) -> list[Any] | str:
+    """The rows, or what went wrong: the other cases must still be told."""
+    error = future.exception()
+    return future.result() if error is None else f"{type(error).__name__}: {error}"
 
 
 def main(job_path: str, result_path: str) -> None:
@@ -88,6 +94,7 @@ def main(job_path: str, result_path: str) -> None:
     import sglang
 
     engine = sglang.Engine(model_path=job["given"]["model_dir"], **by_hand)
+    # Every policy wraps the engine anew, those of two threads at once too.
     given = run_cases(engine, engine, tokenizer, job["given"]["cases"])
     SGLangOffline(engine).close()
     alive = engine.generate(input_ids=[5, 6], sampling_params={"max_new_tokens": 2})

@@ -27,6 +27,7 @@ from torchrl_sglang_hidden import (
     LaunchError,
     MissingKeyError,
     PromptLengthError,
+    RequestRejectedError,
     SGLangHiddenWrapper,
     SGLangServer,
     TokenIdError,
@@ -60,7 +61,11 @@ def plain(batch: TensorDictBase) -> list[dict[str, Any]]:
 
 
 def assert_refused(
-    policy: SGLangHiddenWrapper, batch: TensorDictBase, error: type[Exception], *words: str, **call: Any
+    policy: SGLangHiddenWrapper,
+    batch: TensorDictBase,
+    error: type[Exception] | tuple[type[Exception], ...],
+    *words: str,
+    **call: Any,
 ) -> None:
     before = plain(batch)
     with pytest.raises(error) as caught:
@@ -182,11 +187,17 @@ def test_unknown_constructor_keyword(smol: SGLangServer) -> None:
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("temperature", -1.0), ("max_new_tokens", 0), ("top_p", 1.5), ("max_new_tokens", CONTEXT_LENGTH)],
+    [("temperature", -1.0), ("max_new_tokens", 0), ("top_p", 1.5)],
 )
 def test_option_values_outside_their_limits(policy: Policy, option: str, value: float) -> None:
     with pytest.raises(InputError, match=str(value)):
         policy(**{option: value})(tokens_input([[5, 6]]))
+
+
+def test_more_new_tokens_than_the_context_has(policy: Policy) -> None:
+    batch = tokens_input([[5, 6]])
+    errors = (InputError, RequestRejectedError)
+    assert_refused(policy(max_new_tokens=CONTEXT_LENGTH), batch, errors, str(CONTEXT_LENGTH))
 
 
 def test_unknown_input_mode(smol: SGLangServer) -> None:
@@ -195,7 +206,7 @@ def test_unknown_input_mode(smol: SGLangServer) -> None:
 
 
 def test_no_engine_at_all() -> None:
-    with pytest.raises(InputTypeError, match="int"):
+    with pytest.raises(InputTypeError, match=r"7.*URL"):
         SGLangHiddenWrapper(7)
 
 

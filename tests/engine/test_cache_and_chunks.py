@@ -33,8 +33,8 @@ def test_prompts_around_and_over_the_chunk_size(policy: Policy, smol_dir: str, p
 def test_short_and_chunked_prompts_in_one_batch(
     policy: Policy, smol_dir: str, pooling: str, segments: tuple[str, ...]
 ) -> None:
-    prompts = [prompt_of(length, seed=50 + length) for length in (5, 3 * CHUNKED_PREFILL_SIZE, 11, 100, 2, 70)]
-    out = policy(segments=segments, pooling=pooling, max_new_tokens=6)(tokens_input(prompts))
+    prompts = [prompt_of(length, seed=50 + length) for length in (5, 2 * CHUNKED_PREFILL_SIZE + 9, 11, 70)]
+    out = policy(segments=segments, pooling=pooling, max_new_tokens=4)(tokens_input(prompts))
     assert_rows(out, smol_dir, segments, pooling)
 
 
@@ -66,8 +66,8 @@ def test_a_cache_filled_by_others(policy: Policy, smol_dir: str, pooling: str, s
 @pytest.mark.parametrize("segments", SEGMENT_CHOICES)
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_long_shared_prefixes(policy: Policy, smol_dir: str, pooling: str, segments: tuple[str, ...]) -> None:
-    shared = prompt_of(80, seed=7)
-    batch = tokens_input([shared + prompt_of(tail, seed=70 + tail) for tail in (1, 3, 12, 40)])
+    shared = prompt_of(40, seed=7)
+    batch = tokens_input([shared + prompt_of(tail, seed=70 + tail) for tail in (1, 3, 30)])
     sharing = policy(segments=segments, pooling=pooling, max_new_tokens=4)
     for _ in range(2):
         assert_rows(sharing(batch.clone()), smol_dir, segments, pooling)

@@ -78,7 +78,9 @@ def test_equals_hugging_face(
 ) -> None:
     """The second pass comes from two threads at once, with every prompt in the prefix cache."""
     case, model_dir = CASES[index], smol_dir if engine == "own" else qwen3_dir
-    rows = [row_from(row) for row in found[engine][pass_name][index]]
+    outcome = found[engine][pass_name][index]
+    assert not isinstance(outcome, str), outcome
+    rows = [row_from(row) for row in outcome]
     assert [row.prompt_ids for row in rows] == case["prompts"]
     for row in rows:
         # SGLang returns the log-probs of the tempered distribution; at temperature 0 those of temperature 1.

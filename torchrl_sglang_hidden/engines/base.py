@@ -5,13 +5,22 @@ Knows nothing of TensorDicts, tokenizers or policies.
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
+from torchrl_sglang_hidden.channel import PLUGIN_ENV
 from torchrl_sglang_hidden.errors import CapabilityError
 from torchrl_sglang_hidden.specs import Completion, EngineInfo, Request
+from torchrl_sglang_hidden.wire import check_requests
+
+
+FALLBACK_WARNING = (
+    "the server has no torchrl_sglang_hidden server half: falling back to SGLang's own return_hidden_states, the same "
+    f"numbers as JSON, much slower; start SGLang with {PLUGIN_ENV}=1 in its environment, or use launch or `serve`"
+)
 
 
 class Engine(ABC):
@@ -20,6 +29,15 @@ class Engine(ABC):
     Both calls send one batch, let SGLang schedule its rows, and return one `Completion` per `Request`, in order. They
     may be made from several threads at once. Usable as a context manager, which closes it.
     """
+
+    _warned = False
+
+    def _check(self, requests: Sequence[Request], info: EngineInfo) -> None:
+        """Refuses bad requests, and says once per engine that it falls back to stock hidden states."""
+        check_requests(requests, info)
+        if not self._warned and not info.pools_in_server and any(request.hidden is not None for request in requests):
+            self._warned = True
+            warnings.warn(FALLBACK_WARNING, stacklevel=2)
 
     @property
     @abstractmethod

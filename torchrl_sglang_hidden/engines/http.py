@@ -21,12 +21,11 @@ from torchrl_sglang_hidden.errors import (
     EngineUnreachableError,
     InputError,
     InputTypeError,
-    PromptLengthError,
     ProtocolError,
     RequestRejectedError,
 )
 from torchrl_sglang_hidden.specs import Completion, EngineInfo, Request
-from torchrl_sglang_hidden.wire import check_requests, read_info, read_responses, to_payload
+from torchrl_sglang_hidden.wire import read_info, read_responses, to_payload
 
 __all__ = ["SGLangServer", "connect"]
 
@@ -114,9 +113,7 @@ class SGLangServer(Engine):
     def _share(self, requests: Sequence[Request]) -> list[tuple[_Endpoint, Sequence[Request]]]:
         # All rows are checked before any is sent: a bad one must not leave half a batch running.
         for endpoint in self._endpoints:
-            check_requests(requests, endpoint.info)
-        if not requests:
-            raise PromptLengthError("the batch has 0 rows; pass at least 1 prompt")
+            self._check(requests, endpoint.info)
         size = -(-len(requests) // len(self._endpoints))
         starts = range(0, len(requests), size)
         return [(e, requests[start : start + size]) for e, start in zip(self._endpoints, starts, strict=False)]

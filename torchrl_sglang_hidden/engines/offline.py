@@ -14,7 +14,7 @@ from torchrl_sglang_hidden.channel import PLUGIN_ENV
 from torchrl_sglang_hidden.engines.base import Engine, ask_model
 from torchrl_sglang_hidden.errors import EngineError, InputTypeError, RequestRejectedError
 from torchrl_sglang_hidden.specs import Completion, EngineInfo, Request
-from torchrl_sglang_hidden.wire import check_requests, read_info, read_responses, to_payload
+from torchrl_sglang_hidden.wire import read_info, read_responses, to_payload
 
 __all__ = ["SGLangOffline"]
 
@@ -65,12 +65,12 @@ class SGLangOffline(Engine):
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """See `Engine.generate`."""
-        check_requests(requests, self._info)
+        self._check(requests, self._info)
         return self._loop.run(self._generate(requests))
 
     async def agenerate(self, requests: Sequence[Request]) -> list[Completion]:
         """See `Engine.agenerate`."""
-        check_requests(requests, self._info)
+        self._check(requests, self._info)
         return await self._loop.arun(self._generate(requests))
 
     async def _generate(self, requests: Sequence[Request]) -> list[Completion]:
