@@ -261,4 +261,9 @@ def _pool_stock(
         pools.add_prompt(rows_D, *span)
     for index, step_ND in enumerate(steps):
         pools.add_produced(step_ND[-1], index)
-    return pools.results()
+    found = pools.results()
+    if spec.reads_whole_prompt and start > 0:
+        # Rows are missing before those that came. Their number is for the error that follows.
+        missing = {"prompt": first_ND.shape[0], "full": first_ND.shape[0] + len(steps) - 1}
+        found.update({segment: (None, count) for segment, count in missing.items() if segment in found})
+    return found

@@ -16,7 +16,6 @@ from torchrl_sglang_hidden.errors import CapabilityError
 from torchrl_sglang_hidden.specs import Completion, EngineInfo, Request
 from torchrl_sglang_hidden.wire import check_requests
 
-
 FALLBACK_WARNING = (
     "the server has no torchrl_sglang_hidden server half: falling back to SGLang's own return_hidden_states, the same "
     f"numbers as JSON, much slower; start SGLang with {PLUGIN_ENV}=1 in its environment, or use launch or `serve`"
