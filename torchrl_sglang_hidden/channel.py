@@ -76,7 +76,7 @@ def unpack_options(custom_params: object) -> HiddenOptions | None:
     if not isinstance(options, dict) or options.get("protocol") != PROTOCOL:
         return None
     segments, pooling = str(options.get("segments")).split(","), options.get("pooling")
-    if not set(segments) <= set(SEGMENTS) or pooling not in POOLINGS:
+    if not set(segments) <= set(SEGMENTS) or len(set(segments)) < len(segments) or pooling not in POOLINGS:
         return None
     return HiddenOptions(cast("tuple[Segment, ...]", tuple(segments)), pooling, options.get("binary") is True)
 

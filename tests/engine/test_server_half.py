@@ -1,0 +1,142 @@
+"""The server half in SGLang's scheduler: inert for those who do not ask, nothing retained, right under pressure."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from checks import SEGMENTS, assert_rows, make_policy, prompt_of, relative_error, tokens_input
+from oracle import teacher_force
+from transformers import PreTrainedTokenizerBase
+
+from torchrl_sglang_hidden import HiddenSpec, SGLangServer, launch
+from torchrl_sglang_hidden.channel import CHANNEL, pack_options
+from torchrl_sglang_hidden.specs import Request
+from torchrl_sglang_hidden.wire import read_responses, to_payload
+
+SPEC = HiddenSpec(segments=SEGMENTS)
+
+
+@pytest.fixture
+def http(smol: SGLangServer) -> Iterator[httpx.Client]:
+    """SGLang's own interface, without this package's client."""
+    with httpx.Client(base_url=smol.url, timeout=120, trust_env=False) as client:
+        yield client
+
+
+def generate(http: httpx.Client, **payload: Any) -> Any:
+    response = http.post("/generate", json=payload)
+    response.raise_for_status()
+    return response.json()
+
+
+def open_pools(http: httpx.Client) -> int:
+    return http.get("/server_info").json()["internal_states"][0][CHANNEL]["open_pools"]
+
+
+def sampling(custom: object = None, max_new_tokens: int = 4) -> dict[str, Any]:
+    params: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": 0, "ignore_eos": True}
+    return params if custom is None else {**params, "custom_params": custom}
+
+
+def test_a_request_that_does_not_ask_sees_nothing_of_it(http: httpx.Client) -> None:
+    asks = {CHANNEL: pack_options(SPEC, binary=False)}
+    prompts = [prompt_of(6, seed=1), prompt_of(7, seed=2)]
+    quiet, asking = generate(http, input_ids=prompts, sampling_params=[sampling(), sampling(asks)])
+    alone = generate(http, input_ids=[prompts[0]], sampling_params=[sampling()])[0]
+    assert CHANNEL in asking["meta_info"]
+    assert quiet["meta_info"].keys() == alone["meta_info"].keys()
+    assert CHANNEL not in quiet["meta_info"]
+    assert "hidden_states" not in asking["meta_info"]
+    assert quiet["output_ids"] == alone["output_ids"]
+
+
+@pytest.mark.parametrize(
+    "custom",
+    [
+        {CHANNEL: "text"},
+        {CHANNEL: {"protocol": 2, "segments": "prompt", "pooling": "mean"}},
+        {CHANNEL: {"protocol": 1}},
+        {CHANNEL: {"protocol": 1, "segments": "", "pooling": "mean"}},
+        {CHANNEL: {"protocol": 1, "segments": "prompt,prompt", "pooling": "mean"}},
+        {CHANNEL: {"protocol": 1, "segments": "everything", "pooling": "mean"}},
+        {CHANNEL: {"protocol": 1, "segments": 7, "pooling": "max"}},
+    ],
+)
+def test_options_that_make_no_sense_are_not_answered_and_harm_nobody(http: httpx.Client, custom: object) -> None:
+    row = generate(http, input_ids=[prompt_of(5, seed=3)], sampling_params=[sampling(custom)])[0]
+    assert CHANNEL not in row["meta_info"]
+    assert len(row["output_ids"]) == 4
+
+
+def test_nothing_is_left_after_requests_finish_or_are_aborted(http: httpx.Client) -> None:
+    assert open_pools(http) == 0
+    asks = {CHANNEL: pack_options(SPEC, binary=False)}
+    rows = generate(http, input_ids=[prompt_of(6, seed=s) for s in (4, 5)], sampling_params=[sampling(asks)] * 2)
+    assert all(CHANNEL in row["meta_info"] for row in rows)
+    assert open_pools(http) == 0
+    payload = {"rid": "to-abort", "input_ids": prompt_of(6, seed=6), "sampling_params": sampling(asks, 2000)}
+    with http.stream("POST", "/generate", json={**payload, "stream": True}) as stream:
+        chunks = stream.iter_lines()
+        next(chunks)  # it runs
+        assert open_pools(http) == 1
+        http.post("/abort_request", json={"rid": "to-abort"}).raise_for_status()
+        assert any('"abort"' in line for line in chunks)
+    # The abort is answered before the scheduler's last step is done: a request behind it waits for that.
+    generate(http, input_ids=[prompt_of(4, seed=7)], sampling_params=[sampling()])
+    assert open_pools(http) == 0
+
+
+def test_one_vector_travels_however_long_the_prompt(http: httpx.Client) -> None:
+    asks = {CHANNEL: pack_options(SPEC, binary=False)}
+
+    def payload_bytes(num_prompt: int) -> int:
+        params = sampling(asks, max_new_tokens=2)
+        row = generate(http, input_ids=[prompt_of(num_prompt, seed=8)], sampling_params=[params])[0]
+        return len(row["meta_info"][CHANNEL][0]["data"])
+
+    assert payload_bytes(4) == payload_bytes(150) == 3 * 576 * 4 * 4 // 3  # three float32 vectors in base64
+
+
+@pytest.fixture(scope="module")
+def cramped(smol_dir: str) -> Iterator[SGLangServer]:
+    """A KV cache too small for what it lets in, small chunks, and prompts mixed into decode steps."""
+    arguments = {"max_total_tokens": 420, "chunked_prefill_size": 32, "enable_mixed_chunk": True}
+    with launch(smol_dir, dtype="float32", schedule_conservativeness=0.01, **arguments) as engine:
+        yield engine
+
+
+def test_retraction_and_mixed_chunks(cramped: SGLangServer, smol_dir: str) -> None:
+    lengths = (40, 9, 70, 25, 12, 50, 8, 33)
+    requests = [
+        Request(tuple(prompt_of(length, seed=length)), sampling=sampling(max_new_tokens=120), hidden=SPEC)
+        for length in lengths
+    ]
+    with httpx.Client(base_url=cramped.url, timeout=300, trust_env=False) as http:
+        rows = generate(http, **to_payload(requests, cramped.info, binary=False))
+    assert sum(row["meta_info"]["num_retractions"] for row in rows) > 0, "no pressure: the test proves nothing"
+    for completion in read_responses(requests, rows, cramped.info):
+        truth = teacher_force(smol_dir, completion.prompt_ids, completion.response_ids)
+        for segment, pooled in completion.hidden.items():
+            assert pooled.count == len(truth.rows(segment))
+            assert relative_error(pooled.vector_D, truth.pooled(segment, "mean")) < 1e-4
+
+
+def test_many_callers_at_once(cramped: SGLangServer, tokenizer: PreTrainedTokenizerBase, smol_dir: str) -> None:
+    policy = make_policy(cramped, tokenizer)
+    outs: dict[int, Any] = {}
+
+    def call(seed: int) -> None:
+        outs[seed] = policy(tokens_input([prompt_of(10 + 5 * seed, seed), prompt_of(20, seed)]))
+
+    threads = [threading.Thread(target=call, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed in range(6):
+        rows = assert_rows(outs[seed], smol_dir, SEGMENTS)
+        assert [row.prompt_ids for row in rows] == [prompt_of(10 + 5 * seed, seed), prompt_of(20, seed)]
