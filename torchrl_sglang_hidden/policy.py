@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
-from tensordict import LazyStackedTensorDict, TensorDictBase, is_non_tensor
+from tensordict import LazyStackedTensorDict, TensorDictBase, is_non_tensor, is_tensor_collection
 from tensordict.utils import NestedKey
 from torchrl.data.llm import History
 from torchrl.modules.llm.policies import LLMWrapperBase
@@ -25,6 +25,9 @@ __all__ = ["SGLangHiddenWrapper"]
 
 InputMode = Literal["history", "text", "tokens"]
 INPUT_MODES: tuple[InputMode, ...] = ("history", "text", "tokens")
+
+
+_CONTAINERS = {"history": "ChatHistory", "text": "Text", "tokens": "Tokens"}
 
 
 class SGLangHiddenWrapper(LLMWrapperBase):  # type: ignore[misc]
@@ -193,7 +196,9 @@ class SGLangHiddenWrapper(LLMWrapperBase):  # type: ignore[misc]
         if logits_only:
             raise InputError("logits_only=True: this version returns no logits; leave it out")
         options = to_sglang(standardize({**self.generate_kwargs, **standardize(generate_kwargs)}))
-        rows = [self._read(row) for row in _unbind(tensordict)]
+        if not is_tensor_collection(tensordict):
+            raise InputTypeError(f"{tensordict!r:.80} is a {type(tensordict).__name__}; the policy reads a TensorDict")
+        rows = [self._read(index, row) for index, row in enumerate(_unbind(tensordict))]
         if not rows:
             raise PromptLengthError(
                 f"the batch of size {tuple(tensordict.batch_size)} has 0 rows; pass at least 1 prompt"
@@ -224,9 +229,15 @@ class SGLangHiddenWrapper(LLMWrapperBase):  # type: ignore[misc]
 
     # --- reading prompts -------------------------------------------------------------------------------------------
 
-    def _read(self, row: TensorDictBase) -> Row:
+    def _read(self, index: int, row: TensorDictBase) -> Row:
         """The prompt of one row, a TensorDict without batch dimensions."""
-        value = row.get(self.input_key, None)
+        try:
+            value = row.get(self.input_key, None)
+        except ValueError as error:  # a tensor where the key's path has a container
+            raise InputTypeError(
+                f"{self.input_key!r} cannot be read: {error}; input_mode={self.input_mode!r} reads a "
+                f"{_CONTAINERS[self.input_mode]} there"
+            ) from error
         if value is None:
             raise MissingKeyError(
                 f"the TensorDict has no {self.input_key!r}, which input_mode={self.input_mode!r} reads; it has "
@@ -234,21 +245,20 @@ class SGLangHiddenWrapper(LLMWrapperBase):  # type: ignore[misc]
             )
         if is_non_tensor(value):
             value = value.data
+        name = f"row {index}, {self.input_key!r}:"
         if self.input_mode == "history":
-            return self._read_history(value)
+            return self._read_history(name, value)
         if self.input_mode == "text":
-            return self._read_text(value)
-        return self._read_tokens(row, value)
+            return self._read_text(name, value)
+        return self._read_tokens(name, row, value)
 
-    def _read_history(self, history: Any) -> Row:
+    def _read_history(self, name: str, history: Any) -> Row:
         if not isinstance(history, History):
-            raise InputTypeError(
-                f"{self.input_key!r} is a {type(history).__name__}; history mode reads a torchrl.data.llm.History"
-            )
+            raise InputTypeError(f"{name} a {type(history).__name__}; history mode reads a torchrl.data.llm.History")
         if history.ndim == 0:
             raise InputTypeError(
-                f"{self.input_key!r} is one message without a dimension of turns; give History.from_chats([[…]]) one "
-                "list of messages per row"
+                f"{name} one message without a dimension of turns; give History.from_chats([[…]]) one list of messages "
+                "per row"
             )
         # Given neither, torchrl guesses a template from the tokenizer's name; the tokenizer's own is no guess.
         template = self.chat_template
@@ -264,13 +274,11 @@ class SGLangHiddenWrapper(LLMWrapperBase):  # type: ignore[misc]
         # The template wrote the special tokens already.
         return Row(self._encode(text, add_special_tokens=False), text, history)
 
-    def _read_text(self, text: Any) -> Row:
+    def _read_text(self, name: str, text: Any) -> Row:
         if not isinstance(text, str):
-            raise InputTypeError(
-                f"{self.input_key!r} is a {type(text).__name__}, {text!r:.80}; text mode reads a string"
-            )
+            raise InputTypeError(f"{name} a {type(text).__name__}, {text!r:.80}; text mode reads one string per row")
         if not text:
-            raise PromptLengthError(f"{self.input_key!r} is an empty string; SGLang needs at least 1 token")
+            raise PromptLengthError(f"{name} an empty string, 0 tokens; SGLang needs at least 1")
         return Row(self._encode(text), text)
 
     def _encode(self, text: str, **defaults: Any) -> tuple[int, ...]:
@@ -278,22 +286,20 @@ class SGLangHiddenWrapper(LLMWrapperBase):  # type: ignore[misc]
         encoded = self.tokenizer(text, **options)
         return tuple(i for i, real in zip(encoded["input_ids"], encoded["attention_mask"], strict=True) if real)
 
-    def _read_tokens(self, row: TensorDictBase, ids: Any) -> Row:
+    def _read_tokens(self, name: str, row: TensorDictBase, ids: Any) -> Row:
         if not isinstance(ids, torch.Tensor) or ids.ndim != 1:
             shape = f" of shape {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else ""
             raise InputTypeError(
-                f"{self.input_key!r} is a {type(ids).__name__}{shape} per row; tokens mode reads one tensor of ids, [P]"
+                f"{name} a {type(ids).__name__}{shape}; tokens mode reads one tensor of ids per row, [P]"
             )
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise InputTypeError(
-                f"{self.input_key!r} is of dtype {ids.dtype}; token ids are integers, such as torch.int64"
-            )
+            raise InputTypeError(f"{name} of dtype {ids.dtype}; token ids are integers, such as torch.int64")
         mask = row.get(self.attention_mask_key, None)
         if mask is not None:
             if mask.shape != ids.shape:
                 raise InputError(
-                    f"{self.attention_mask_key!r} has shape {tuple(mask.shape)} and {self.input_key!r} "
-                    f"{tuple(ids.shape)}; give both the same"
+                    f"{name} of shape {tuple(ids.shape)}, and {self.attention_mask_key!r} of {tuple(mask.shape)}; give "
+                    "both the same"
                 )
             ids = ids[mask.bool()]
         elif self._is_padded(row):

@@ -117,6 +117,12 @@ def check_requests(requests: Sequence[Request], info: EngineInfo) -> None:
                 f"(context length {info.context_length}); shorten it, or start the server with a larger context or KV "
                 "cache"
             )
+        total = len(ids) + request.sampling.get("max_new_tokens", 1)
+        if total > info.context_length:
+            raise PromptLengthError(
+                f"row {row}: {len(ids)} prompt tokens and max_new_tokens={total - len(ids)} are {total} together, over the "
+                f"context length of {info.context_length}; lower max_new_tokens to {info.context_length - len(ids)} or less"
+            )
         if request.hidden is not None and not (info.pools_in_server or info.returns_hidden_states):
             raise CapabilityError(
                 f"row {row}: hidden states are asked for, and the server was started without them; {FALLBACK_REMEDY}, "

@@ -38,7 +38,8 @@ def open_pools(http: httpx.Client) -> int:
 
 
 def sampling(custom: object = None, max_new_tokens: int = 4) -> dict[str, Any]:
-    params: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": 0, "ignore_eos": True}
+    # Not ignore_eos: SGLang then reserves all of max_new_tokens in its KV cache, and never retracts.
+    params: dict[str, Any] = {"max_new_tokens": max_new_tokens, "min_new_tokens": max_new_tokens, "temperature": 0}
     return params if custom is None else {**params, "custom_params": custom}
 
 
@@ -104,15 +105,15 @@ def test_one_vector_travels_however_long_the_prompt(http: httpx.Client) -> None:
 @pytest.fixture(scope="module")
 def cramped(smol_dir: str) -> Iterator[SGLangServer]:
     """A KV cache too small for what it lets in, small chunks, and prompts mixed into decode steps."""
-    arguments = {"max_total_tokens": 420, "chunked_prefill_size": 32, "enable_mixed_chunk": True}
+    arguments = {"max_total_tokens": 180, "chunked_prefill_size": 32, "enable_mixed_chunk": True}
     with launch(smol_dir, dtype="float32", schedule_conservativeness=0.01, **arguments) as engine:
         yield engine
 
 
 def test_retraction_and_mixed_chunks(cramped: SGLangServer, smol_dir: str) -> None:
-    lengths = (40, 9, 70, 25, 12, 50, 8, 33)
+    lengths = (40, 9, 25, 12)
     requests = [
-        Request(tuple(prompt_of(length, seed=length)), sampling=sampling(max_new_tokens=120), hidden=SPEC)
+        Request(tuple(prompt_of(length, seed=length)), sampling=sampling(max_new_tokens=48), hidden=SPEC)
         for length in lengths
     ]
     with httpx.Client(base_url=cramped.url, timeout=300, trust_env=False) as http:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
+from weakref import WeakValueDictionary
 
 from torchrl_sglang_hidden.channel import PLUGIN_ENV
 from torchrl_sglang_hidden.engines.base import Engine, ask_model
@@ -48,8 +49,8 @@ class SGLangOffline(Engine):
                 f"SGLangOffline({type(model).__name__}, {', '.join(server_args)}): expected a model directory with "
                 "arguments, or an sglang.Engine without"
             )
-        self._loop = _LoopThread(self.engine.loop)
-        self._info = self._loop.run(self._ask())
+        self._loop = _LoopThread.of(self.engine.loop)
+        self._info = self._loop.run(self._ask)
         self._closed = False
 
     async def _ask(self) -> EngineInfo:
@@ -66,12 +67,12 @@ class SGLangOffline(Engine):
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """See `Engine.generate`."""
         self._check(requests, self._info)
-        return self._loop.run(self._generate(requests))
+        return self._loop.run(lambda: self._generate(requests))
 
     async def agenerate(self, requests: Sequence[Request]) -> list[Completion]:
         """See `Engine.agenerate`."""
         self._check(requests, self._info)
-        return await self._loop.arun(self._generate(requests))
+        return await self._loop.arun(lambda: self._generate(requests))
 
     async def _generate(self, requests: Sequence[Request]) -> list[Completion]:
         payload = to_payload(requests, self._info, binary=True)
@@ -126,8 +127,17 @@ def _opted_in() -> Iterator[None]:
 class _LoopThread:
     """Runs an engine's event loop in a thread while calls are under way, so that several threads may call at once.
 
-    Between calls the loop stands still, and the engine's own blocking methods work as before.
+    Between calls the loop stands still, and the engine's own blocking methods work as before. There is one per loop:
+    several wrappers of one engine share it.
     """
+
+    _all: ClassVar[WeakValueDictionary[asyncio.AbstractEventLoop, _LoopThread]] = WeakValueDictionary()
+    _all_lock = threading.Lock()
+
+    @classmethod
+    def of(cls, loop: asyncio.AbstractEventLoop) -> _LoopThread:
+        with cls._all_lock:
+            return cls._all.setdefault(loop, cls(loop))
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -135,15 +145,15 @@ class _LoopThread:
         self._calls = 0
         self._thread: threading.Thread | None = None
 
-    def run(self, call: Coroutine[Any, Any, T]) -> T:
+    def run(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
         with self._running():
-            return asyncio.run_coroutine_threadsafe(call, self._loop).result()
+            return asyncio.run_coroutine_threadsafe(call(), self._loop).result()
 
-    async def arun(self, call: Coroutine[Any, Any, T]) -> T:
+    async def arun(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
         if asyncio.get_running_loop() is self._loop:
-            return await call
+            return await call()
         with self._running():
-            return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(call, self._loop))
+            return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(call(), self._loop))
 
     @contextmanager
     def _running(self) -> Iterator[None]:

@@ -1,0 +1,246 @@
+"""`RecordingEngine`: an engine without a model, for the tests of what stands before and behind an engine.
+
+It answers as SGLang would, by the payload that `wire.to_payload` wrote, and its answer is read by `wire.read_responses`:
+every check that guards a real engine guards this one. Tokens, log-probs and states are functions of the prompt, given
+here as `response_of`, `log_prob_of` and `state_D`, so that a test can say what must come out.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from torchrl_sglang_hidden.channel import CHANNEL, pack_answer, unpack_options
+from torchrl_sglang_hidden.engines import Engine
+from torchrl_sglang_hidden.pooling import RequestPools, reduce_rows
+from torchrl_sglang_hidden.specs import SEGMENTS, Completion, EngineInfo, Pooling, Request, Segment
+from torchrl_sglang_hidden.wire import read_responses, to_payload
+
+Answer = list[dict[str, Any]]
+Fault = Callable[[Answer], None]
+
+HIDDEN_SIZE = 8
+CONTEXT_LENGTH = 64
+DEFAULT_NEW_TOKENS = 5
+
+EOS_ID = PAD_ID = 1
+WORDS = ("<unk>", "<|end|>", "<|start|>", "user", "assistant", "system", *(f"w{i}" for i in range(90)))
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|start|> {{ message.role }} {{ message.content }} <|end|> {% endfor %}"
+    "{% if add_generation_prompt %}<|start|> assistant {% endif %}"
+)
+
+
+def tiny_tokenizer(**options: Any) -> PreTrainedTokenizerBase:
+    """A tokenizer of 96 words, made here: its pad token is its EOS token, as in the demo model."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"unk_token": "<unk>", "eos_token": "<|end|>", "pad_token": "<|end|>", **options}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT_TEMPLATE, **special)
+
+
+def response_of(prompt_ids: Sequence[int]) -> list[int]:
+    """1 to 5 ids that differ from prompt to prompt; ends with EOS when there are fewer than 5."""
+    total = sum((i + 1) * token for i, token in enumerate(prompt_ids))
+    length = 1 + total % DEFAULT_NEW_TOKENS
+    ids = [6 + (7 * total + 11 * i) % 90 for i in range(length)]
+    return ids if length == DEFAULT_NEW_TOKENS else [*ids[:-1], EOS_ID]
+
+
+def log_prob_of(token_id: int) -> float:
+    """A multiple of 1/4, so that float32 holds it exactly."""
+    return -0.25 * (1 + token_id % 7)
+
+
+def state_D(ids: Sequence[int], position: int) -> torch.Tensor:
+    """The last layer's state at a position: of the token there and of the one before it."""
+    before = ids[position - 1] if position else 0
+    return torch.sin(torch.arange(1, HIDDEN_SIZE + 1) * (1.0 + ids[position]) + 0.37 * before + position)
+
+
+def states_ND(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> torch.Tensor:
+    """The states of every position that is computed, ``[P+T-1, D]``."""
+    ids = [*prompt_ids, *response_ids]
+    return torch.stack([state_D(ids, position) for position in range(len(ids) - 1)])
+
+
+def pooled_D(hidden_ND: torch.Tensor, segment: Segment, pooling: Pooling, num_prompt: int) -> torch.Tensor:
+    """What a segment pools to, in plain torch, in float64."""
+    rows = {"prompt": hidden_ND[:num_prompt], "response": hidden_ND[num_prompt - 1 :], "full": hidden_ND}[segment]
+    return rows.double().mean(0) if pooling == "mean" else rows[-1].double()
+
+
+def make_info(**changes: Any) -> EngineInfo:
+    """What a `RecordingEngine` says of itself."""
+    fields: dict[str, Any] = {
+        "model_path": "recorder",
+        "tokenizer_path": "recorder",
+        "vocab_size": len(WORDS),
+        "hidden_size": HIDDEN_SIZE,
+        "context_length": CONTEXT_LENGTH,
+        "max_prompt_tokens": CONTEXT_LENGTH - 6,
+        "weight_version": "v7",
+        "pools_in_server": True,
+        "returns_hidden_states": True,
+    }
+    return EngineInfo(**{**fields, **changes})
+
+
+class RecordingEngine(Engine):
+    """See the module.
+
+    Args:
+        tokenizer: makes the texts; without one they are the ids in words.
+        binary: states travel as raw bytes, as in-process; else everything goes through JSON.
+        respond: the sampled ids by prompt, before ``max_new_tokens`` cuts them.
+        fault: spoils the answer before it is read; may be set and unset between calls.
+        **info: fields of `EngineInfo` that differ from `make_info`.
+
+    Attributes:
+        requests: every request that was sent, in order.
+        payloads: the payload of every call.
+        closed: how often `close` was called.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        binary: bool = False,
+        respond: Callable[[Sequence[int]], Sequence[int]] = response_of,
+        fault: Fault | None = None,
+        **info: Any,
+    ) -> None:
+        self._info = make_info(**info)
+        self._tokenizer, self._binary, self._respond = tokenizer, binary, respond
+        self._lock = threading.Lock()
+        self.fault = fault
+        self.requests: list[Request] = []
+        self.payloads: list[dict[str, Any]] = []
+        self.closed = 0
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        self._check(requests, self._info)
+        payload = to_payload(requests, self._info, binary=self._binary)
+        with self._lock:
+            self.requests += requests
+            self.payloads.append(payload)
+        rows = self.answer(payload)
+        if self.fault is not None:
+            self.fault(rows)
+        return read_responses(requests, rows, self._info)
+
+    async def agenerate(self, requests: Sequence[Request]) -> list[Completion]:
+        return self.generate(requests)
+
+    def close(self) -> None:
+        self.closed += 1
+
+    def answer(self, payload: dict[str, Any]) -> Answer:
+        """What SGLang's ``/generate`` would say to a payload."""
+        stock = payload.get("return_hidden_states", [False] * len(payload["input_ids"]))
+        columns = (payload["input_ids"], payload["sampling_params"], payload["return_logprob"], stock)
+        rows = [self._answer_row(index, *row) for index, row in enumerate(zip(*columns, strict=True))]
+        return rows if self._binary else json.loads(json.dumps(rows))
+
+    def _answer_row(
+        self, index: int, prompt_ids: list[int], sampling: dict[str, Any], return_logprob: bool, stock: bool
+    ) -> dict[str, Any]:
+        limit = sampling.get("max_new_tokens", DEFAULT_NEW_TOKENS)
+        response_ids = list(self._respond(prompt_ids))[:limit]
+        stopped = response_ids[-1] == EOS_ID
+        meta: dict[str, Any] = {
+            "id": f"recorded-{index}",
+            "prompt_tokens": len(prompt_ids),
+            "weight_version": self._info.weight_version,
+            "finish_reason": {"type": "stop", "matched": EOS_ID} if stopped else {"type": "length", "length": limit},
+        }
+        if return_logprob:
+            meta["output_token_logprobs"] = [[log_prob_of(i), i, None] for i in response_ids]
+        hidden_ND = states_ND(prompt_ids, response_ids)
+        options = unpack_options(sampling.get("custom_params"))
+        if options is not None:
+            pools = RequestPools(options.segments, options.pooling, len(prompt_ids))
+            feed(pools, hidden_ND)
+            meta[CHANNEL] = [pack_answer(pools, binary=options.binary)]
+        if stock:
+            num_prompt = len(prompt_ids)
+            meta["hidden_states"] = [hidden_ND[:num_prompt].tolist(), *hidden_ND[num_prompt:].tolist()]
+        return {"text": self._text(response_ids), "output_ids": response_ids, "meta_info": meta}
+
+    def _text(self, response_ids: list[int]) -> str:
+        if self._tokenizer is None:
+            return " ".join(map(str, response_ids))
+        return str(self._tokenizer.decode(response_ids, skip_special_tokens=True))
+
+
+def feed(pools: RequestPools, hidden_ND: torch.Tensor) -> None:
+    """Feeds a request's rows as a server does that computes the prompt in one piece."""
+    num_prompt = pools.num_prompt
+    span = pools.prompt_span(0, num_prompt)
+    if span is not None:
+        pools.add_prompt(reduce_rows(hidden_ND, *span, pools.pooling), *span)
+    for index, position in enumerate(range(num_prompt - 1, len(hidden_ND))):
+        pools.add_produced(reduce_rows(hidden_ND, position, position + 1, pools.pooling), index)
+
+
+# --- faults: each spoils the first row of an answer, or the number of rows --------------------------------------------
+
+
+def lose_a_state_row(rows: Answer) -> None:
+    meta = rows[0]["meta_info"]
+    if CHANNEL in meta:
+        meta[CHANNEL][0]["counts"][-1] -= 1
+    else:
+        del meta["hidden_states"][-1]
+
+
+def lose_all_states(rows: Answer) -> None:
+    rows[0]["meta_info"].pop(CHANNEL, None)
+    rows[0]["meta_info"].pop("hidden_states", None)
+
+
+def abort_a_row(rows: Answer) -> None:
+    rows[0]["meta_info"]["finish_reason"] = {"type": "abort", "message": "out of memory"}
+
+
+def lose_a_log_prob(rows: Answer) -> None:
+    del rows[0]["meta_info"]["output_token_logprobs"][-1]
+
+
+def swap_a_log_prob(rows: Answer) -> None:
+    rows[0]["meta_info"]["output_token_logprobs"][0][1] += 1
+
+
+def truncate_the_data(rows: Answer) -> None:
+    answer = rows[0]["meta_info"][CHANNEL][0]
+    answer["data"] = answer["data"][:-3]
+
+
+def speak_another_protocol(rows: Answer) -> None:
+    rows[0]["meta_info"][CHANNEL][0]["protocol"] = 99
+
+
+def add_a_row(rows: Answer) -> None:
+    rows.append(rows[-1])
+
+
+def lose_a_row(rows: Answer) -> None:
+    del rows[-1]
+
+
+FAULTS: tuple[Fault, ...] = (
+    lose_a_state_row, lose_all_states, abort_a_row, lose_a_log_prob, swap_a_log_prob, truncate_the_data,
+    speak_another_protocol, add_a_row, lose_a_row,
+)  # fmt: skip
+ALL_SEGMENTS: tuple[Segment, ...] = SEGMENTS
