@@ -1,8 +1,8 @@
 """`RecordingEngine`: an engine without a model, for the tests of what stands before and behind an engine.
 
-It answers as SGLang would, by the payload that `wire.to_payload` wrote, and its answer is read by `wire.read_responses`:
-every check that guards a real engine guards this one. Tokens, log-probs and states are functions of the prompt, given
-here as `response_of`, `log_prob_of` and `state_D`, so that a test can say what must come out.
+It answers the payload that `wire.to_payload` wrote as SGLang would, and `wire.read_responses` reads that answer: every
+check that guards a real engine guards this one. Tokens, log-probs and states are functions of the prompt, given here as
+`response_of`, `log_prob_of` and `state_D`, so that a test can say what must come out.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -21,6 +22,10 @@ from torchrl_sglang_hidden.engines import Engine
 from torchrl_sglang_hidden.pooling import RequestPools, reduce_rows
 from torchrl_sglang_hidden.specs import SEGMENTS, Completion, EngineInfo, Pooling, Request, Segment
 from torchrl_sglang_hidden.wire import read_responses, to_payload
+
+# A busy machine is no fault of the code; and a failure says how to repeat itself without a database.
+settings.register_profile("tests", deadline=None, database=None)
+settings.load_profile("tests")
 
 Answer = list[dict[str, Any]]
 Fault = Callable[[Answer], None]

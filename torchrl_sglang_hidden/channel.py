@@ -117,14 +117,17 @@ def unpack_answer(answer: object, row: str) -> dict[Segment, tuple[torch.Tensor 
     }
 
 
-def pack_status(*, vocab_size: int, hidden_size: int, context_length: int, captures: bool, open_pools: int) -> Any:
+def pack_status(
+    *, vocab_size: int, hidden_size: int, context_length: int, captures: bool, normed: bool, open_pools: int
+) -> Any:
     """Writes what the server half says of itself in SGLang's internal state.
 
     Args:
         vocab_size: ids are in ``[0, vocab_size)``.
         hidden_size: D.
         context_length: most tokens of prompt and response together.
-        captures: whether every hook is in place and the server captures hidden states.
+        captures: whether every hook is in place, and the server captures one state per position.
+        normed: whether those states are the ones after the final norm.
         open_pools: requests with pools at this moment; 0 when nothing is running.
     """
     return {
@@ -133,5 +136,6 @@ def pack_status(*, vocab_size: int, hidden_size: int, context_length: int, captu
         "hidden_size": hidden_size,
         "context_length": context_length,
         "captures": captures,
+        "normed": normed,
         "open_pools": open_pools,
     }

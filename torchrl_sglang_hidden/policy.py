@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from torchrl_sglang_hidden.assemble import OutputKeys, Row, assemble
 from torchrl_sglang_hidden.engines import Engine, as_engine
 from torchrl_sglang_hidden.errors import InputError, InputTypeError, MissingKeyError, PromptLengthError
-from torchrl_sglang_hidden.sampling import standardize, to_sglang
+from torchrl_sglang_hidden.sampling import override, standardize, to_sglang
 from torchrl_sglang_hidden.specs import HiddenSpec, Request
 
 __all__ = ["SGLangHiddenWrapper"]
@@ -195,7 +195,7 @@ class SGLangHiddenWrapper(LLMWrapperBase):  # type: ignore[misc]
         """
         if logits_only:
             raise InputError("logits_only=True: this version returns no logits; leave it out")
-        options = to_sglang(standardize({**self.generate_kwargs, **standardize(generate_kwargs)}))
+        options = to_sglang(override(self.generate_kwargs, generate_kwargs))
         if not is_tensor_collection(tensordict):
             raise InputTypeError(f"{tensordict!r:.80} is a {type(tensordict).__name__}; the policy reads a TensorDict")
         rows = [self._read(index, row) for index, row in enumerate(_unbind(tensordict))]
@@ -203,6 +203,7 @@ class SGLangHiddenWrapper(LLMWrapperBase):  # type: ignore[misc]
             raise PromptLengthError(
                 f"the batch of size {tuple(tensordict.batch_size)} has 0 rows; pass at least 1 prompt"
             )
+        target = self._target(tensordict, tensordict_out)
         completions = self.model.generate(
             [
                 Request(row.prompt_ids, sampling=options, return_log_probs=self.return_log_probs, hidden=self.hidden)
@@ -218,14 +219,27 @@ class SGLangHiddenWrapper(LLMWrapperBase):  # type: ignore[misc]
             pad_id=self.padding_value if self.pad_output else None,
             device=self._device or tensordict.device,
         )
-        if tensordict_out is None:
-            if self.inplace is False:
-                return out
-            tensordict_out = tensordict if self.inplace is True else tensordict.empty()
+        if target is None:
+            return out
         # set, not update: update would merge into a TensorClass of the previous step and keep its stale fields.
         for key in self.out_keys:
-            tensordict_out.set(key, out.get(key))
-        return tensordict_out
+            target.set(key, out.get(key))
+        return target
+
+    def _target(self, tensordict: TensorDictBase, given: TensorDictBase | None) -> TensorDictBase | None:
+        """What the outputs are written to, None for a new TensorDict; checked before the engine has worked for it."""
+        if given is None:
+            if self.inplace is False:
+                return None
+            given = tensordict if self.inplace is True else tensordict.empty()
+        if given.is_locked:
+            raise InputError("the TensorDict to write to is locked; unlock_() it, or use inplace=False")
+        if given.batch_size != tensordict.batch_size:
+            raise InputError(
+                f"tensordict_out has batch size {tuple(given.batch_size)} and the input "
+                f"{tuple(tensordict.batch_size)}; give both the same"
+            )
+        return given
 
     # --- reading prompts -------------------------------------------------------------------------------------------
 

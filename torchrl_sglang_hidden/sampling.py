@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torchrl_sglang_hidden.errors import InputError, InputTypeError, UnknownOptionError
 
-__all__ = ["SGLANG_NAMES", "standardize", "to_sglang"]
+__all__ = ["SGLANG_NAMES", "override", "standardize", "to_sglang"]
 
 # SGLang's sampling parameters that a caller may set (sglang.srt.sampling.sampling_params.SamplingParams, 0.5.23; a test
 # compares). Left out: `n` and `beam_width` (one completion per request is the contract here), `custom_params` (this
@@ -37,6 +37,12 @@ _ALIASES = {
     "include_stop_str_in_output": "no_stop_trim",  # vLLM
     "n": "num_return_sequences",  # SGLang, vLLM
 }
+
+
+MAX_LOGIT_BIAS = 1e9
+_GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag")
+# One of these in a call replaces all of its group in the defaults.
+_GROUPS = (_GRAMMARS, ("do_sample", "temperature"))
 
 
 class _Rule(NamedTuple):
@@ -64,10 +70,19 @@ _RULES: dict[str, _Rule] = {
     "temperature": _number(lambda x: x >= 0, "a finite number of at least 0 (0 is greedy)"),
     "top_p": _number(lambda x: 0 < x <= 1, "in (0, 1]"),
     "min_p": _number(lambda x: 0 <= x <= 1, "in [0, 1]"),
-    "top_k": _Rule((int,), lambda x: x >= 1 or x == -1, "an integer of at least 1, or -1 for all"),
+    # Beyond these SGLang's scheduler overflows an int32 or a float32, and ends.
+    "top_k": _Rule((int,), lambda x: 1 <= x < 2**31 or x == -1, "an integer in 1..2147483647, or -1 for all"),
+    "repetition_penalty": _number(lambda x: 0.01 <= x <= 2, "in [0.01, 2] (1 is none)"),
+    "logit_bias": _Rule(
+        (Mapping,),
+        lambda x: all(
+            isinstance(v, Real) and abs(float(v)) <= MAX_LOGIT_BIAS and (type(k) is int or str(k).isdecimal())
+            for k, v in x.items()
+        ),
+        "a dict of token id to a number in [-1e9, 1e9]",
+    ),
     "frequency_penalty": _number(lambda x: -2 <= x <= 2, "in [-2, 2]"),
     "presence_penalty": _number(lambda x: -2 <= x <= 2, "in [-2, 2]"),
-    "repetition_penalty": _number(lambda x: 0 < x <= 2, "in (0, 2] (1 is none)"),
     "num_return_sequences": _Rule((int,), lambda x: x == 1, "1: repeat the prompt for several samples"),
     "sampling_seed": _Rule((int,), lambda x: -(2**63) <= x < 2**63, "an integer of 64 bits"),
     "stop_sequences": _TEXTS,
@@ -76,11 +91,6 @@ _RULES: dict[str, _Rule] = {
         (int, list, tuple, set),
         lambda x: all(type(i) is int and i >= 0 for i in ([x] if isinstance(x, int) else x)),
         "a token id or a list of them, each an integer of at least 0",
-    ),
-    "logit_bias": _Rule(
-        (Mapping,),
-        lambda x: all(isinstance(v, Real) and math.isfinite(v) and str(k).isdigit() for k, v in x.items()),
-        "a dict of token id to finite number",
     ),
     "do_sample": _FLAG, "ignore_eos": _FLAG, "skip_special_tokens": _FLAG, "spaces_between_special_tokens": _FLAG,
     "no_stop_trim": _FLAG,
@@ -121,10 +131,29 @@ def standardize(options: Mapping[str, Any] | None) -> dict[str, Any]:
         raise InputError(
             f"min_new_tokens={out['min_new_tokens']} is over max_new_tokens={out['max_new_tokens']}; lower it"
         )
-    grammars = [name for name in ("json_schema", "regex", "ebnf", "structural_tag") if name in out]
+    grammars = [name for name in _GRAMMARS if name in out]
     if len(grammars) > 1:
         raise InputError(f"{' and '.join(grammars)} are set, and SGLang follows one grammar per request; keep one")
     return out
+
+
+def override(defaults: Mapping[str, Any], call: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of one call over standardised defaults, standardised.
+
+    An option of the call replaces the default of the same name, and those it would contradict: a grammar another
+    grammar, ``do_sample`` the ``temperature``. None takes a default away, back to the engine's own.
+
+    Raises:
+        InputError: see `standardize`.
+    """
+    named = {_ALIASES.get(name, name): value for name, value in call.items()}
+    kept = dict(defaults)
+    for name in named:
+        for group in _GROUPS:
+            if name in group:
+                kept = {key: value for key, value in kept.items() if key not in group}
+        kept.pop(name, None)
+    return standardize({**kept, **standardize(call)})
 
 
 def _check(name: str, value: Any) -> None:
@@ -155,6 +184,9 @@ def to_sglang(standard: Mapping[str, Any]) -> dict[str, Any]:
     if "stop_token_ids" in out:
         ids = out["stop_token_ids"]
         out["stop_token_ids"] = [ids] if isinstance(ids, int) else sorted(ids)
+    for name, rule in _RULES.items():
+        if name in out and Real in rule.types:
+            out[name] = float(out[name])  # numpy's numbers are no JSON
     if "logit_bias" in out:
         out["logit_bias"] = {str(token_id): float(bias) for token_id, bias in out["logit_bias"].items()}
     return out

@@ -74,7 +74,8 @@ def read_info(
             max_prompt_tokens=min(context_length, server_info["max_req_input_len"]) - 1,
             weight_version=str(model_info["weight_version"]),
             pools_in_server=all(status is not None and status["captures"] for status in statuses),
-            returns_hidden_states=bool(server_info.get("enable_return_hidden_states")),
+            returns_hidden_states=bool(server_info.get("enable_return_hidden_states"))
+            and all(status is None or status["normed"] for status in statuses),
         )
     except KeyError as error:
         raise ProtocolError(
@@ -117,11 +118,18 @@ def check_requests(requests: Sequence[Request], info: EngineInfo) -> None:
                 f"(context length {info.context_length}); shorten it, or start the server with a larger context or KV "
                 "cache"
             )
+        for name in ("stop_token_ids", "logit_bias"):
+            unknown = [i for i in map(int, request.sampling.get(name) or ()) if i >= info.vocab_size]
+            if unknown:
+                raise TokenIdError(
+                    f"row {row}: {name} has id {unknown[0]}, outside the vocabulary of {info.vocab_size}; ids are "
+                    f"0..{info.vocab_size - 1}"
+                )
         total = len(ids) + request.sampling.get("max_new_tokens", 1)
         if total > info.context_length:
             raise PromptLengthError(
-                f"row {row}: {len(ids)} prompt tokens and max_new_tokens={total - len(ids)} are {total} together, over the "
-                f"context length of {info.context_length}; lower max_new_tokens to {info.context_length - len(ids)} or less"
+                f"row {row}: {len(ids)} prompt tokens and max_new_tokens={total - len(ids)} are {total} together, over "
+                f"the context length of {info.context_length}; lower max_new_tokens to {info.context_length - len(ids)}"
             )
         if request.hidden is not None and not (info.pools_in_server or info.returns_hidden_states):
             raise CapabilityError(
@@ -182,12 +190,13 @@ def _read_row(index: int, request: Request, row: Any, info: EngineInfo) -> Compl
         meta, text, response_ids = row["meta_info"], row["text"], tuple(int(i) for i in row["output_ids"])
         name = f"row {index} (request {meta['id']})"
         finish, num_prompt = meta["finish_reason"], meta["prompt_tokens"]
+        finish_type = finish["type"]
         weight_version = str(meta["weight_version"])
     except (KeyError, TypeError, ValueError) as error:
         raise ProtocolError(f"row {index}: the answer lacks {error}: {str(row)[:200]}") from error
-    if finish["type"] not in ("stop", "length"):
+    if finish_type not in ("stop", "length"):
         raise RequestAbortedError(
-            f"{name}: finished with {finish['type']!r} after {len(response_ids)} tokens: {finish.get('message', '')}"
+            f"{name}: finished with {finish_type!r} after {len(response_ids)} tokens: {finish.get('message', '')}"
         )
     if num_prompt != len(request.prompt_ids):
         raise AlignmentError(
@@ -195,14 +204,14 @@ def _read_row(index: int, request: Request, row: Any, info: EngineInfo) -> Compl
             "server without --allow-auto-truncate"
         )
     if not response_ids:
-        raise AlignmentError(f"{name}: 0 response tokens with finish reason {finish['type']!r}; expected at least 1")
+        raise AlignmentError(f"{name}: 0 response tokens with finish reason {finish_type!r}; expected at least 1")
     return Completion(
         prompt_ids=request.prompt_ids,
         response_ids=response_ids,
         text=text,
         log_probs_T=_read_log_probs(name, meta, response_ids) if request.return_log_probs else None,
         hidden=_read_hidden(name, request, meta, len(response_ids), info) if request.hidden is not None else {},
-        finish_reason=finish["type"],
+        finish_reason=finish_type,
         weight_version=weight_version,
     )
 

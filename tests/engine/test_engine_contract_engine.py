@@ -1,4 +1,4 @@
-"""The engines' contract, of ../test_engine_contract.py, on real engines: HTTP here, in-process in a process of its own."""
+"""The contract of ../test_engine_contract.py on real engines: HTTP here, in-process in a process of its own."""
 
 from __future__ import annotations
 
@@ -27,19 +27,6 @@ class TestServer(EngineContract):
         return connect(smol.url)
 
 
-class TestTwoAddresses(EngineContract):
-    """One server under two addresses: the rows are shared, and come back in order."""
-
-    @pytest.fixture
-    def engine(self, smol: SGLangServer) -> Iterator[SGLangServer]:
-        with connect([smol.url, smol.url]) as engine:
-            yield engine
-
-    @pytest.fixture
-    def another(self, smol: SGLangServer) -> SGLangServer:
-        return connect([smol.url, smol.url])
-
-
 class InProcess(EngineContract):
     """Collected by the process that `test_in_process` starts, and not by name in this one."""
 
@@ -56,11 +43,11 @@ class InProcess(EngineContract):
 
 def test_in_process(tmp_path: Path) -> None:
     """`sglang.Engine` changes the process that it runs in for good, so its tests get one of their own."""
-    command = [sys.executable, "-m", "pytest", "-vv", "-o", "python_classes=InProcess", "-o", "python_functions=none"]
+    command = [sys.executable, "-m", "pytest", "-vv", "-o", "python_classes=InProcess"]
     log = tmp_path / "log.txt"
     with log.open("w") as output:
         done = subprocess.run(
-            [*command, "-p", "no:cacheprovider", __file__],
+            [*command, "-p", "no:cacheprovider", f"{__file__}::InProcess"],
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
             stdout=output,
             stderr=subprocess.STDOUT,

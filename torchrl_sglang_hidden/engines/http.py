@@ -6,10 +6,9 @@ import asyncio
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
-from urllib.parse import urlsplit
-from weakref import WeakKeyDictionary
+from urllib.parse import SplitResult, urlsplit
 
 import httpx
 
@@ -69,7 +68,12 @@ class SGLangServer(Engine):
         if not urls:
             raise InputError("SGLangServer(url=()): 0 addresses; pass at least one, such as 'http://127.0.0.1:30000'")
         self._config = {"api_key": api_key, "connect_timeout_s": connect_timeout_s, "read_timeout_s": read_timeout_s}
-        self._endpoints = [_Endpoint(one, api_key, connect_timeout_s, read_timeout_s) for one in urls]
+        with ExitStack() as stack:
+            self._endpoints = []
+            for one in urls:
+                self._endpoints.append(_Endpoint(one, api_key, connect_timeout_s, read_timeout_s))
+                stack.callback(self._endpoints[-1].close)
+            stack.pop_all()
         models = {(e.info.model_path, e.info.vocab_size, e.info.hidden_size) for e in self._endpoints}
         if len(models) > 1:
             self.close()
@@ -138,11 +142,13 @@ class _Endpoint:
     """One server: its address, its connections, what it said of itself."""
 
     def __init__(self, url: str, api_key: str | None, connect_timeout_s: float, read_timeout_s: float) -> None:
-        if not isinstance(url, str):
-            raise InputTypeError(f"url={url!r}: expected a string, such as 'http://127.0.0.1:30000'")
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise InputError(f"url={url!r}: expected http://host:port, such as 'http://127.0.0.1:30000'")
+        parts = _split(url)
+        if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key):
+            # Unseen here, httpx would show the key in its own error.
+            raise InputError(
+                "api_key: has white space around it, a line break or a character outside ASCII, which no HTTP header "
+                "carries; strip() it when you read it from a file"
+            )
         self.url = url.rstrip("/")
         self._options: dict[str, Any] = {
             "base_url": self.url,
@@ -154,7 +160,7 @@ class _Endpoint:
         }
         self._client = httpx.Client(**self._options)
         # An async connection belongs to the event loop it was opened in.
-        self._async_clients: WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = WeakKeyDictionary()
+        self._async_clients: dict[asyncio.AbstractEventLoop, httpx.AsyncClient] = {}
         self._lock = threading.Lock()
         try:
             self.info = read_info(self._get("/model_info"), self._get("/server_info"), ask_model)
@@ -178,19 +184,38 @@ class _Endpoint:
 
     async def agenerate(self, requests: Sequence[Request]) -> list[Completion]:
         payload = to_payload(requests, self.info, binary=False)
+        with _translated(self.url):
+            response = await self._async_client().post("/generate", json=payload)
+        return read_responses(requests, _json(response, self.url), self.info)
+
+    def _async_client(self) -> httpx.AsyncClient:
         loop = asyncio.get_running_loop()
         with self._lock:
-            client = self._async_clients.get(loop)
-            if client is None:
-                client = self._async_clients[loop] = httpx.AsyncClient(**self._options)
-        with _translated(self.url):
-            response = await client.post("/generate", json=payload)
-        return read_responses(requests, _json(response, self.url), self.info)
+            if self._client.is_closed:
+                raise EngineError(f"the connection to {self.url} was closed by close(); connect again")
+            if loop not in self._async_clients:
+                # A client holds its loop, so that neither goes by itself: one asyncio.run after another would pile up.
+                alive = {one: client for one, client in self._async_clients.items() if not one.is_closed()}
+                self._async_clients = {**alive, loop: httpx.AsyncClient(**self._options)}
+            return self._async_clients[loop]
 
     def close(self) -> None:
         self._client.close()
         # An AsyncClient can only be closed in its own loop, which is not ours to run; its sockets end with it.
         self._async_clients.clear()
+
+
+def _split(url: object) -> SplitResult:
+    if not isinstance(url, str):
+        raise InputTypeError(f"url={url!r}: expected a string, such as 'http://127.0.0.1:30000'")
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, an unclosed bracket
+        valid = False
+    if not valid:
+        raise InputError(f"url={url!r}: expected http://host:port, such as 'http://127.0.0.1:30000'")
+    return parts
 
 
 @contextmanager
@@ -206,6 +231,8 @@ def _translated(url: str) -> Iterator[None]:
         raise EngineTimeoutError(f"{url} did not answer in time; raise read_timeout_s, or ask for less") from error
     except httpx.TransportError as error:
         raise EngineUnreachableError(f"{url} went away while answering ({error}); look at the server's log") from error
+    except httpx.HTTPError as error:
+        raise ProtocolError(f"{url} answered what cannot be read ({error}); is that an SGLang server?") from error
     except RuntimeError as error:
         if "client has been closed" not in str(error):
             raise

@@ -6,14 +6,14 @@ import asyncio
 import os
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 from weakref import WeakValueDictionary
 
 from torchrl_sglang_hidden.channel import PLUGIN_ENV
 from torchrl_sglang_hidden.engines.base import Engine, ask_model
-from torchrl_sglang_hidden.errors import EngineError, InputTypeError, RequestRejectedError
+from torchrl_sglang_hidden.errors import EngineError, InputTypeError, RequestAbortedError, RequestRejectedError
 from torchrl_sglang_hidden.specs import Completion, EngineInfo, Request
 from torchrl_sglang_hidden.wire import read_info, read_responses, to_payload
 
@@ -66,27 +66,37 @@ class SGLangOffline(Engine):
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """See `Engine.generate`."""
+        self._check_open()
         self._check(requests, self._info)
         return self._loop.run(lambda: self._generate(requests))
 
     async def agenerate(self, requests: Sequence[Request]) -> list[Completion]:
         """See `Engine.agenerate`."""
+        self._check_open()
         self._check(requests, self._info)
         return await self._loop.arun(lambda: self._generate(requests))
 
     async def _generate(self, requests: Sequence[Request]) -> list[Completion]:
+        from starlette.exceptions import HTTPException  # what SGLang raises for an abort, in-process too
+
         payload = to_payload(requests, self._info, binary=True)
         try:
             rows = await self.engine.async_generate(**payload)
-        except ValueError as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise RequestRejectedError(f"the engine refused the batch: {error}") from error
+        except HTTPException as error:
+            raise RequestAbortedError(f"the engine aborted the batch: {error.detail}") from error
         return read_responses(requests, rows, self._info)
 
     def close(self) -> None:
         """Shuts down an engine that this object started; leaves one of yours alone."""
-        if self._owned and not self._closed:
-            self._closed = True
+        if not self._closed and self._owned:
             self.engine.shutdown()
+        self._closed = True
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineError("the engine was closed by close(); make a new one")
 
 
 def _start(model: str | Path, server_args: dict[str, Any]) -> Any:
@@ -99,7 +109,7 @@ def _start(model: str | Path, server_args: dict[str, Any]) -> Any:
     on_cpu = server_args.get("device") == "cpu" or not has_accelerator()
     defaults = cpu_server_args(path, context_length=server_args.get("context_length")) if on_cpu else {}
     try:
-        with _opted_in(), cpu_engine_environment() if on_cpu else nullcontext():
+        with _opted_in(), cpu_engine_environment(on_cpu):
             import sglang
 
             engine = sglang.Engine(model_path=path, **{**defaults, "enable_return_hidden_states": True, **server_args})

@@ -49,22 +49,27 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class HostRows:
-    """One step's reduced rows on the host, SGLang's ``HostAuxiliaryOutput``."""
+    """One step's reduced rows on the host, SGLang's ``HostAuxiliaryOutput``.
 
-    rows_SD: torch.Tensor  # float32 [spans, D]
-    spans: tuple[Span, ...]
-    reqs: tuple[Any, ...]
-    capture: Capture
+    Args:
+        rows_SD: float32 ``[rows, D]``.
+        indices: the row of each span.
+        plan: what was planned.
+    """
+
+    rows_SD: torch.Tensor
+    indices: Sequence[int]
+    plan: StepPlan
 
     def consume(self, batch: Any, commits: Sequence[Any]) -> None:
         """Adds the rows to the pools of their requests. ``commits[i]`` is None when row i committed no token."""
-        for index, span in enumerate(self.spans):
-            req = self.reqs[span.row]
-            pools = self.capture.pools.get(req)
+        for index, span in enumerate(self.plan.spans):
+            req = self.plan.reqs[span.row]
+            pools = self.plan.capture.pools.get(req)
             if pools is None or span.row >= len(batch.reqs) or batch.reqs[span.row] is not req:
                 continue
             # A clone: a view would keep the whole step's buffer alive in the pools of one request.
-            row_D = self.rows_SD[index].clone()
+            row_D = self.rows_SD[self.indices[index]].clone()
             if span.part == "prompt":
                 pools.add_prompt(row_D, span.position, span.position + span.stop - span.start)
             elif commits[span.row] is not None:
@@ -76,11 +81,12 @@ class DeviceRows:
     """One step's reduced rows on the device, SGLang's ``DeviceAuxiliaryOutput``."""
 
     rows_SD: torch.Tensor
+    indices: Sequence[int]
     plan: StepPlan
 
     def copy_to_host(self, copy: Callable[[torch.Tensor], torch.Tensor]) -> HostRows:
         """Starts the step's one copy."""
-        return HostRows(copy(self.rows_SD), self.plan.spans, self.plan.reqs, self.plan.capture)
+        return HostRows(copy(self.rows_SD), self.indices, self.plan)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,18 +94,22 @@ class StepPlan:
     """What to take from one forward step, noted before it ran."""
 
     spans: tuple[Span, ...]
+    num_rows: int
+    is_decode: bool
     reqs: tuple[Any, ...]
     capture: Capture
 
     def gather(self, hidden_ND: torch.Tensor | None) -> DeviceRows | None:
-        """Reduces the planned rows of the step's hidden states ``[N, D]`` to float32 ``[spans, D]``, on the device."""
-        if hidden_ND is None or hidden_ND.dim() != 2 or hidden_ND.shape[0] < max(span.stop for span in self.spans):
+        """Reduces the planned rows of the step's hidden states ``[N, D]`` to float32, on the device."""
+        if hidden_ND is None or hidden_ND.dim() != 2 or hidden_ND.shape[0] < self.num_rows:
             return None
-        if [(span.start, span.stop) for span in self.spans] == [(i, i + 1) for i in range(len(self.spans))]:
-            # Every row of a decode step: one cast. A copy even from float32, for the rows may be a CUDA graph's buffer.
-            return DeviceRows(hidden_ND[: len(self.spans)].to(torch.float32, copy=True), self)
+        if self.is_decode:
+            # One cast for all, also of rows that nobody asked for: cheaper than a kernel for each that somebody did. A
+            # copy even from float32, for the rows may be a CUDA graph's buffer.
+            rows_SD = hidden_ND[: self.num_rows].to(torch.float32, copy=True)
+            return DeviceRows(rows_SD, [span.start for span in self.spans], self)
         rows = [reduce_rows(hidden_ND, span.start, span.stop, span.pooling) for span in self.spans]
-        return DeviceRows(torch.stack(rows), self)
+        return DeviceRows(torch.stack(rows), range(len(rows)), self)
 
 
 class Capture:
@@ -107,9 +117,12 @@ class Capture:
 
     Attributes:
         pools: by request, weakly: what SGLang forgets (finished, aborted) is forgotten here.
+        normed: whether the model hands over its states after the final norm. SGLang prefers those before it where a
+            model gives both.
     """
 
     def __init__(self) -> None:
+        self.normed = True
         self.pools: WeakKeyDictionary[Any, RequestPools] = WeakKeyDictionary()
 
     def pools_of(self, req: Any) -> RequestPools | None:
@@ -125,7 +138,7 @@ class Capture:
     def plan_step(self, batch: Any) -> StepPlan | None:
         """Notes which rows of the coming step are wanted; None when no request of the batch asked."""
         mode = batch.forward_mode.name
-        if mode not in (*_PREFILL_MODES, _DECODE_MODE):
+        if mode not in (*_PREFILL_MODES, _DECODE_MODE) or not self.normed:
             return None
         spans: list[Span] = []
         first = 0
@@ -136,7 +149,7 @@ class Capture:
                 position = batch.prefix_lens[row] if mode in _PREFILL_MODES else pools.num_prompt
                 spans += _spans(pools, row, first, position, length)
             first += length
-        return StepPlan(tuple(spans), tuple(batch.reqs), self) if spans else None
+        return StepPlan(tuple(spans), first, mode == _DECODE_MODE, tuple(batch.reqs), self) if spans else None
 
     def needs_uncached_prompt(self, req: Any) -> bool:
         """Whether a prefix-cache hit would leave a gap in what the request asked for."""

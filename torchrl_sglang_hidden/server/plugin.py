@@ -26,7 +26,10 @@ _PLAN = "_torchrl_sglang_hidden_plan"
 
 def after_forward_batch(forward_batch: Any, cls: type, batch: Any, model_runner: Any, **kwargs: Any) -> None:
     """Plans the step while the batch's lengths are those of this step; overlap scheduling moves them on later."""
-    if not model_runner.is_draft_worker:
+    from sglang.srt.runtime_context import get_parallel
+
+    # Between pipeline stages SGLang carries no auxiliary output, and ends where it meets one.
+    if not model_runner.is_draft_worker and get_parallel().pp_size == 1:
         setattr(forward_batch, _PLAN, _capture.plan_step(batch))
 
 
@@ -35,7 +38,8 @@ def after_sample(token_ids: Any, runner: Any, logits_output: Any, forward_batch:
     from sglang.srt.managers.auxiliary_output import append_auxiliary_output
 
     plan = getattr(forward_batch, _PLAN, None)
-    if plan is not None:
+    # With token indices the rows are a choice of positions, not all of them in order.
+    if plan is not None and logits_output.hidden_states_token_indices is None:
         rows = plan.gather(logits_output.hidden_states)
         logits_output.auxiliary_device_output = append_auxiliary_output(logits_output.auxiliary_device_output, rows)
 
@@ -70,22 +74,49 @@ def after_update_meta_info(result: None, manager: Any, meta_info: dict[str, Any]
 
 def after_internal_state(output: Any, scheduler: Any, recv_req: Any) -> None:
     """Adds the server half's status."""
-    from sglang.srt.plugins.hook_registry import HookRegistry
-
     config = scheduler.model_config
     output.internal_state[CHANNEL] = pack_status(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         context_length=config.context_len,
-        captures=bool(scheduler.server_args.enable_return_hidden_states)
-        and all(target in HookRegistry._patched for target in _HOOKS),
+        captures=_in_place() and _supported(scheduler),
+        normed=_capture.normed,
         open_pools=len(_capture.pools),
     )
+
+
+def _in_place() -> bool:
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    return all(target in HookRegistry._patched for target in _HOOKS)
+
+
+def _supported(scheduler: Any) -> bool:
+    """Whether this server captures one row per position, and SGLang brings it to the host."""
+    from sglang.srt.runtime_context import get_parallel
+
+    return (
+        bool(scheduler.server_args.enable_return_hidden_states)
+        and get_parallel().pp_size == 1
+        and scheduler.spec_algorithm.is_none()
+        and scheduler.disaggregation_mode.value == "null"
+        and not scheduler.enable_pdmux
+        and _capture.normed
+    )
+
+
+def after_states_to_store(
+    result: Any, processor: Any, hidden_states: Any, hidden_states_before_norm: Any, *args: Any
+) -> None:
+    """Notes a model whose captured states are those before the final norm, against this package's layer -1."""
+    if hidden_states_before_norm is not None:
+        _capture.normed = False
 
 
 _HOOKS = {
     "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new": after_forward_batch,
     "sglang.srt.model_executor.model_runner.ModelRunner.sample": after_sample,
+    "sglang.srt.layers.logits_processor.LogitsProcessor._get_hidden_states_to_store": after_states_to_store,
     "sglang.srt.managers.schedule_batch.Req._compute_max_prefix_len": after_max_prefix_len,
     "sglang.srt.managers.scheduler.Scheduler.get_output_streamer_class": after_streamer_class,
     "sglang.srt.managers.scheduler.Scheduler.get_internal_state": after_internal_state,
