@@ -194,6 +194,20 @@ def test_option_values_outside_their_limits(policy: Policy, option: str, value: 
         policy(**{option: value})(tokens_input([[5, 6]]))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_k": 2**31, "temperature": 1.0},
+        {"logit_bias": {5: 1e300}, "temperature": 1.0},
+        {"repetition_penalty": 1e-38, "temperature": 1.0},
+        {"stop_token_ids": [VOCAB_SIZE], "min_new_tokens": 1},
+        {"logit_bias": {VOCAB_SIZE: 1.0}},
+    ],
+)
+def test_options_that_would_overflow_in_the_scheduler(policy: Policy, options: dict[str, Any]) -> None:
+    assert_refused(policy(), tokens_input([[5, 6]]), InputError, **options)
+
+
 def test_more_new_tokens_than_the_context_has(policy: Policy) -> None:
     batch = tokens_input([[5, 6]])
     errors = (InputError, RequestRejectedError)
