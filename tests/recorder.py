@@ -8,8 +8,11 @@ check that guards a real engine guards this one. Tokens, log-probs and states ar
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import torch
@@ -17,7 +20,7 @@ from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from torchrl_sglang_hidden.channel import CHANNEL, pack_answer, unpack_options
+from torchrl_sglang_hidden.channel import CHANNEL, PROTOCOL, pack_answer, unpack_options
 from torchrl_sglang_hidden.engines import Engine
 from torchrl_sglang_hidden.pooling import RequestPools, reduce_rows
 from torchrl_sglang_hidden.specs import SEGMENTS, Completion, EngineInfo, Pooling, Request, Segment
@@ -197,6 +200,85 @@ def feed(pools: RequestPools, hidden_ND: torch.Tensor) -> None:
         pools.add_prompt(reduce_rows(hidden_ND, *span, pools.pooling), *span)
     for index, position in enumerate(range(num_prompt - 1, len(hidden_ND))):
         pools.add_produced(reduce_rows(hidden_ND, position, position + 1, pools.pooling), index)
+
+
+# --- over HTTP --------------------------------------------------------------------------------------------------------
+
+Respond = Callable[["Handler", dict[str, Any]], None]
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: RecordingServer
+
+    def do_GET(self) -> None:
+        self.server.seen.append((self.path, dict(self.headers)))
+        self.say(self.server.pages.get(self.path, (404, "Not Found")))
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.seen.append((self.path, dict(self.headers)))
+        payload = json.loads(body)
+        self.server.payloads.append(payload)
+        self.server.respond(self, payload)
+
+    def say(self, page: tuple[int, Any]) -> None:
+        status, body = page
+        data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+class RecordingServer(ThreadingHTTPServer):
+    """Serves a `RecordingEngine` as SGLang would; `pages` and `respond` may be set to serve something else."""
+
+    daemon_threads = True
+
+    def __init__(self, port: int = 0, model_path: str = "m", vocab_size: int = 96) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
+        info = make_info()
+        status = {
+            "protocol": PROTOCOL, "vocab_size": vocab_size, "hidden_size": info.hidden_size, "captures": True,
+            "context_length": info.context_length, "normed": True, "open_pools": 0,
+        }  # fmt: skip
+        self.pages: dict[str, tuple[int, Any]] = {
+            "/model_info": (200, {"model_path": model_path, "weight_version": "v7", "is_generation": True}),
+            "/server_info": (
+                200,
+                {"internal_states": [{CHANNEL: status}], "max_req_input_len": info.context_length - 5},
+            ),
+        }
+        self.respond: Respond = lambda handler, payload: handler.say((200, RecordingEngine().answer(payload)))
+        self.seen: list[tuple[str, dict[str, str]]] = []
+        self.payloads: list[dict[str, Any]] = []
+        self.connections: list[socket.socket] = []
+        self.thread = threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True)
+        self.thread.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    @property
+    def sent_rows(self) -> list[list[int]]:
+        return [ids for payload in self.payloads for ids in payload["input_ids"]]
+
+    def get_request(self) -> Any:
+        accepted = super().get_request()
+        self.connections.append(accepted[0])
+        return accepted
+
+    def stop(self) -> None:
+        self.shutdown()
+        for connection in self.connections:
+            with suppress(OSError):  # the other end has closed it already
+                connection.shutdown(socket.SHUT_RDWR)
+        self.server_close()
 
 
 # --- faults: each spoils the first row of an answer, or the number of rows --------------------------------------------

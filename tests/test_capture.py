@@ -22,7 +22,7 @@ from torchrl_sglang_hidden.channel import CHANNEL, pack_options, unpack_answer
 from torchrl_sglang_hidden.server.capture import Capture, HostRows
 from torchrl_sglang_hidden.specs import POOLINGS, SEGMENTS, HiddenSpec, Pooling, rows_expected
 
-POISON = 1e6  # the value of rows that belong to nobody
+POISON = 1e4  # the value of rows that belong to nobody
 
 
 class Req:
@@ -277,9 +277,9 @@ GOOD = pack_options(HiddenSpec(), binary=False)
 GARBAGE = [
     None, {}, [], "text", 7, {CHANNEL: None}, {CHANNEL: []}, {CHANNEL: "response"}, {CHANNEL: 3.5}, {"other": GOOD},
     *({CHANNEL: {**GOOD, "protocol": value}} for value in (None, 0, 2, "1", [1], {})),
-    *({CHANNEL: {**GOOD, "segments": value}} for value in (None, "", ",", "answer", "prompt,prompt", 1, ["prompt"], {})),
+    *({CHANNEL: {**GOOD, "segments": value}} for value in (None, "", ",", "answer", "prompt,prompt", 1, ["prompt"])),
     *({CHANNEL: {**GOOD, "pooling": value}} for value in (None, "max", 1, ["mean"], {})),
-    *({CHANNEL: {name: value for name, value in GOOD.items() if name != missing}} for missing in GOOD if missing != "binary"),
+    *({CHANNEL: {name: GOOD[name] for name in GOOD if name != gone}} for gone in ("protocol", "segments", "pooling")),
 ]  # fmt: skip
 
 

@@ -109,12 +109,11 @@ def unpack_answer(answer: object, row: str) -> dict[Segment, tuple[torch.Tensor 
         payload = data if isinstance(data, bytes) else base64.b64decode(data, validate=True)
         filled = sum(1 for count in counts if count > 0)
         vectors_SD = np.frombuffer(payload, "<f4").reshape(filled, -1) if filled else np.empty((0, 0), "<f4")
+        rows = dict(zip(segments, counts, strict=True))
     except (KeyError, TypeError, ValueError, binascii.Error) as error:
         raise ProtocolError(f"{row}: the pooled states cannot be read ({error}); was the answer cut short?") from error
     vectors = iter(torch.from_numpy(vectors_SD.astype(np.float32)))
-    return {
-        segment: (next(vectors) if count > 0 else None, count) for segment, count in zip(segments, counts, strict=True)
-    }
+    return {segment: (next(vectors) if count > 0 else None, count) for segment, count in rows.items()}
 
 
 def pack_status(

@@ -125,7 +125,7 @@ class SGLangHiddenWrapper(LLMWrapperBase):  # type: ignore[misc]
             raise InputError(f"input_mode={input_mode!r}: expected one of {INPUT_MODES}")
         if generate is not True:
             raise InputError(f"generate={generate!r}: this version generates only; leave it out")
-        if inplace not in (None, True, False, "empty"):
+        if inplace != "empty" and not any(inplace is value for value in (None, True, False)):
             raise InputError(f"inplace={inplace!r}: expected True, False or 'empty'")
         self.hidden = _hidden_spec(hidden)
         self.generate_kwargs = standardize(generate_kwargs)
@@ -157,6 +157,11 @@ class SGLangHiddenWrapper(LLMWrapperBase):  # type: ignore[misc]
         )
         self.in_keys = [self.input_key]
         self.out_keys = self._keys.present()
+        twice = [key for key in self.out_keys if self.out_keys.count(key) > 1]
+        if twice:
+            raise InputError(
+                f"{twice[0]!r} is the key of {len(twice)} outputs; give each its own, or None to leave it out"
+            )
         # What the base class reads. SGLang batches by itself, so that TorchRL's queue is never used.
         self._min_batch_size = self._max_batch_size = None
         self.num_samples = self.layout = None

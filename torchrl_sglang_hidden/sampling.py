@@ -60,6 +60,15 @@ def _texts(value: Any) -> bool:
     return all(isinstance(text, str) and text for text in texts)
 
 
+def _is_token_id(value: Any) -> bool:
+    # JSON's keys are strings.
+    return (type(value) is int and value >= 0) or (isinstance(value, str) and value.isascii() and value.isdecimal())
+
+
+def _is_bias(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(float(value)) <= MAX_LOGIT_BIAS
+
+
 _FLAG = _Rule((bool,), lambda x: True, "True or False")
 _TEXTS = _Rule((str, list, tuple), _texts, "a non-empty string or a list of them")
 _TEXT = _Rule((str,), bool, "a non-empty string")
@@ -75,10 +84,7 @@ _RULES: dict[str, _Rule] = {
     "repetition_penalty": _number(lambda x: 0.01 <= x <= 2, "in [0.01, 2] (1 is none)"),
     "logit_bias": _Rule(
         (Mapping,),
-        lambda x: all(
-            isinstance(v, Real) and abs(float(v)) <= MAX_LOGIT_BIAS and (type(k) is int or str(k).isdecimal())
-            for k, v in x.items()
-        ),
+        lambda x: all(_is_token_id(token_id) and _is_bias(bias) for token_id, bias in x.items()),
         "a dict of token id to a number in [-1e9, 1e9]",
     ),
     "frequency_penalty": _number(lambda x: -2 <= x <= 2, "in [-2, 2]"),

@@ -220,12 +220,17 @@ def _read_log_probs(name: str, meta: Mapping[str, Any], response_ids: tuple[int,
     entries = meta.get("output_token_logprobs")
     if entries is None:
         raise ProtocolError(f"{name}: log-probs were asked for and are not in the answer")
-    if tuple(entry[1] for entry in entries) != response_ids:
+    try:
+        found_ids = tuple(int(entry[1]) for entry in entries)
+        log_probs_T = torch.tensor([float(entry[0]) for entry in entries], dtype=torch.float32)
+    except (TypeError, ValueError, IndexError) as error:
+        raise ProtocolError(f"{name}: the log-probs cannot be read ({error})") from error
+    if found_ids != response_ids:
         raise AlignmentError(
             f"{name}: {len(entries)} log-probs for {len(response_ids)} response tokens, or of other ids; this is a "
             "fault of the engine, please report it"
         )
-    return torch.tensor([entry[0] for entry in entries], dtype=torch.float32)
+    return log_probs_T
 
 
 def _read_hidden(

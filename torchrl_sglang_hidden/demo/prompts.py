@@ -1,6 +1,7 @@
-"""The demo's prompts: six kinds, four of each, none longer than a line.
+"""The demo's prompts: six kinds, four of each.
 
-Chosen so that a model of 135 million parameters answers most of them sensibly within `MAX_NEW_TOKENS`.
+Chosen so that a model of 135 million parameters answers most of them sensibly within `MAX_NEW_TOKENS`, and short enough
+that the table shows them whole.
 """
 
 from __future__ import annotations
@@ -42,19 +43,19 @@ _TEXTS = MappingProxyType(
             "What is the opposite of hot?",
             "What is the opposite of big?",
             "What is the opposite of day?",
-            "What is the opposite of happy?",
+            "What is the opposite of up?",
         ),
         "rhymes": (
-            "Write a two-line rhyme about a cat.",
-            "Write a short rhyme about the moon.",
-            "Write a short rhyme about a bee.",
-            "Write a short rhyme about a star.",
+            "Write a rhyme about a cat.",
+            "Write a rhyme about the moon.",
+            "Write a rhyme about a star.",
+            "Write a rhyme about the sea.",
         ),
         "code": (
-            "Write a Python line that prints hello.",
-            "Write a Python line that adds 1 to x.",
-            "Write a Python line that imports math.",
-            "Write a Python line that squares x.",
+            "Print hello in Python.",
+            "Print 42 in Python.",
+            "Write Python to import math.",
+            "Write Python that adds 1 to x.",
         ),
         "animals": (
             "Where do penguins live?",

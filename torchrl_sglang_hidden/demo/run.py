@@ -44,9 +44,9 @@ _BATCH_SIZE = 8
 _PLAIN_WIDTH = 100
 
 # Okabe and Ito's palette, told apart with every common colour blindness (jfly.uni-koeln.de/color); its yellow is left
-# out, which is faint on white. Five markers against seven colours: 35 kinds differ in one or the other.
+# out, which is faint on white. Six markers against seven colours: 42 kinds differ in one or the other.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#000000", "#D55E00", "#56B4E9")
-_MARKERS = ("o", "s", "^", "D", "P")
+_MARKERS = ("o", "s", "^", "D", "P", "v")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class DemoResult:
     """What the demo collected, and where it is.
 
     Args:
-        rollout: batch size ``[24]``, in the order of ``PROMPTS``, with the query and its kind beside the policy's outputs.
+        rollout: batch size ``[24]``, in the order of ``PROMPTS``; ``query`` and ``kind`` beside the policy's outputs.
         rollout_path: directory that ``TensorDict.load_memmap`` reads it from.
         picture_path: the PNG.
     """
@@ -75,7 +75,7 @@ def run_demo(
     """Asks two dozen prompts through ``ChatEnv`` and ``LLMCollector``, and shows and saves what comes back.
 
     Args:
-        output_dir: where ``rollout`` and ``pooled.png`` are written; those of an earlier run are replaced.
+        output_dir: where ``rollouts`` and ``hidden_states.png`` are written; those of an earlier run are replaced.
         model: an engine or a URL; by default a server is launched with the demo model, and ended.
         max_new_tokens: most tokens of one response.
         temperature: 0 is greedy.
@@ -89,7 +89,7 @@ def run_demo(
     """
     console = console or _console()
     directory = Path(output_dir)
-    rollout_path, picture_path = directory / "rollout", directory / "pooled.png"
+    rollout_path, picture_path = directory / "rollouts", directory / "hidden_states.png"
     # Before the half minute that a server takes to start.
     _require_matplotlib()
     _check_replaceable(rollout_path)
@@ -108,7 +108,7 @@ def run_demo(
     figure = plot_pooled(
         rollout["hidden_states"].prompt,
         list(rollout["kind"]),
-        title="Mean-pooled hidden states of 24 prompts, SmolLM2-135M-Instruct",
+        title=f"Mean-pooled hidden states of {len(rollout)} prompts",
     )
     figure.savefig(picture_path)
     console.print(_farewell(rollout_path, picture_path))
@@ -116,35 +116,33 @@ def run_demo(
 
 
 def rollout_table(rollout: TensorDictBase) -> Table:
-    """One line per row: what was asked and answered, and what was measured of the response.
+    """One line per row, under its kind: what was asked and answered, and what was measured of the response.
 
     Args:
-        rollout: batch size ``[B]``, with ``query``, ``kind``, and the policy's text, tokens, log-probs and hidden states.
+        rollout: batch size ``[B]``, with ``query`` and ``kind`` beside the policy's outputs.
     """
     table = Table(
         box=box.SIMPLE_HEAD,
         title="What the collector brought back",
         title_style="bold",
-        caption="The pooled vector is the mean of the states that produced the response: one row per token.",
+        caption="Pooled: the mean of the states that produced the response's tokens, one row per token.",
         caption_justify="left",
         pad_edge=False,
         collapse_padding=True,
         expand=True,
     )
-    table.add_column("kind", no_wrap=True, min_width=10, style="cyan")
-    table.add_column("prompt", no_wrap=True, overflow="ellipsis", ratio=5)
-    table.add_column("response", no_wrap=True, overflow="ellipsis", ratio=6)
+    table.add_column("prompt", no_wrap=True, overflow="ellipsis", ratio=10)
+    table.add_column("response", no_wrap=True, overflow="ellipsis", ratio=11)
     for name in ("tokens", "mean\nlog-prob", "rows\npooled", "vector\nnorm"):
         table.add_column(name, no_wrap=True, justify="right", min_width=max(map(len, name.split("\n"))))
     responses = rollout.get(("tokens", "response"), as_list=True)
     log_probs = rollout.get(("log_probs", "response"), as_list=True)
     hidden = rollout["hidden_states"]
-    previous = None
-    for row, kind in enumerate(rollout["kind"]):
-        if previous not in (None, kind):
-            table.add_section()
+    kinds = list(rollout["kind"])
+    for row, kind in enumerate(kinds):
+        if row == 0 or kind != kinds[row - 1]:
+            table.add_row(Text(kind, style="bold cyan"))
         table.add_row(
-            Text(kind if kind != previous else ""),
             _one_line(rollout["query"][row]),
             _one_line(rollout["text"].response[row]),
             str(len(responses[row])),
@@ -152,7 +150,6 @@ def rollout_table(rollout: TensorDictBase) -> Table:
             str(hidden.response_count[row].item()),
             f"{hidden.response[row].norm().item():.1f}",
         )
-        previous = kind
     return table
 
 
@@ -268,7 +265,8 @@ def _collect_with_progress(policy: SGLangHiddenWrapper, console: Console) -> Ten
 
 
 def _collect(policy: SGLangHiddenWrapper, on_batch: Callable[[int], None]) -> TensorDictBase:
-    loader = DataLoader([{"query": prompt.text, "kind": prompt.kind} for prompt in PROMPTS], batch_size=_BATCH_SIZE)
+    samples = [{"query": prompt.text, "kind": prompt.kind} for prompt in PROMPTS]
+    loader: DataLoader[dict[str, str]] = DataLoader(samples, batch_size=_BATCH_SIZE)  # type: ignore[arg-type]
     # The loader's other keys stay in the TensorDict: each row keeps its kind.
     env = ChatEnv.from_dataloader(loader, batch_size=(_BATCH_SIZE,), system_prompt=SYSTEM_PROMPT)
     with warnings.catch_warnings():
@@ -294,7 +292,7 @@ def _collect(policy: SGLangHiddenWrapper, on_batch: Callable[[int], None]) -> Te
 
 def _farewell(rollout_path: Path, picture_path: Path) -> Text:
     return Text(
-        f"Picture     {picture_path}\n"
+        f"\nPicture     {picture_path}\n"
         f"TensorDict  {rollout_path}{os.sep}, to be read with\n\n"
         "    from tensordict import TensorDict\n"
         "    from torchrl_sglang_hidden import HiddenStates  # the import makes its classes known\n"
@@ -316,7 +314,9 @@ def _one_line(text: str) -> Text:
 
 def _check_replaceable(path: Path) -> None:
     if path.exists() and not (path / "meta.json").is_file():
-        raise InputError(f"{path} is there and is no saved TensorDict; choose another output directory, or move it away")
+        raise InputError(
+            f"{path} is there and is no saved TensorDict; choose another output directory, or move it away"
+        )
 
 
 def _require_matplotlib() -> None:

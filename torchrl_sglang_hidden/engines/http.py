@@ -64,7 +64,7 @@ class SGLangServer(Engine):
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
         read_timeout_s: float = READ_TIMEOUT_S,
     ) -> None:
-        urls = (url,) if isinstance(url, str) else tuple(url)
+        urls: tuple[Any, ...] = tuple(url) if isinstance(url, (list, tuple)) else (url,)
         if not urls:
             raise InputError("SGLangServer(url=()): 0 addresses; pass at least one, such as 'http://127.0.0.1:30000'")
         self._config = {"api_key": api_key, "connect_timeout_s": connect_timeout_s, "read_timeout_s": read_timeout_s}
@@ -143,12 +143,8 @@ class _Endpoint:
 
     def __init__(self, url: str, api_key: str | None, connect_timeout_s: float, read_timeout_s: float) -> None:
         parts = _split(url)
-        if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key):
-            # Unseen here, httpx would show the key in its own error.
-            raise InputError(
-                "api_key: has white space around it, a line break or a character outside ASCII, which no HTTP header "
-                "carries; strip() it when you read it from a file"
-            )
+        if api_key is not None:
+            _check_api_key(api_key)
         self.url = url.rstrip("/")
         self._options: dict[str, Any] = {
             "base_url": self.url,
@@ -203,6 +199,17 @@ class _Endpoint:
         self._client.close()
         # An AsyncClient can only be closed in its own loop, which is not ours to run; its sockets end with it.
         self._async_clients.clear()
+
+
+def _check_api_key(api_key: object) -> None:
+    # httpx would show the key in its own error.
+    if not isinstance(api_key, str):
+        raise InputTypeError(f"api_key is a {type(api_key).__name__}; expected a string")
+    if not (api_key and api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key):
+        raise InputError(
+            "api_key is empty, or has white space around it, a line break or a character outside ASCII, which no HTTP "
+            "header carries; strip() it when you read it from a file"
+        )
 
 
 def _split(url: object) -> SplitResult:

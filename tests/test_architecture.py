@@ -1,0 +1,205 @@
+"""The order of the house, read from the imports of every module, those inside functions too.
+
+    _version, errors → specs → pooling, sampling, constraints → channel → wire → server → engines, assemble
+      → policy → transforms, recording → demo → cli → __main__, __init__
+
+A room imports rooms before it, or itself.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import torchrl_sglang_hidden
+
+PACKAGE = "torchrl_sglang_hidden"
+ROOT = Path(torchrl_sglang_hidden.__file__).parent
+ORDER: list[set[str]] = [
+    {"_version"},
+    {"errors"},
+    {"specs"},
+    {"pooling", "sampling", "constraints"},
+    {"channel"},
+    {"wire"},
+    {"server"},
+    {"engines", "assemble"},
+    {"policy"},
+    {"transforms", "recording"},
+    {"demo"},
+    {"cli"},
+    {"__main__", "__init__"},
+]
+LEVELS = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
+
+# What a room must not import beyond the order: other rooms of the package, or libraries.
+FORBIDDEN: dict[str, set[str]] = {
+    "specs": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
+    "pooling": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
+    "sampling": {"sglang", "tensordict", "torchrl", "transformers", "httpx", "torch"},
+    "channel": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
+    "wire": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
+    "server": {"tensordict", "torchrl", f"{PACKAGE}.wire", f"{PACKAGE}.sampling"},
+    "engines": {"tensordict", "torchrl", f"{PACKAGE}.sampling"},
+    "assemble": {"sglang", "httpx", *(f"{PACKAGE}.{room}" for room in ("server", "engines", "wire", "channel"))},
+    "policy": {"sglang", "httpx", *(f"{PACKAGE}.{room}" for room in ("wire", "channel", "pooling", "server"))},
+}
+# `policy` reaches the engines by their front door.
+FRONT_DOORS = {"policy": {f"{PACKAGE}.engines"}}
+
+
+class Import(NamedTuple):
+    target: str
+    line: int
+    lazy: bool
+
+
+def imports_of(source: str, module: str) -> Iterator[Import]:
+    """Every import of a module, by the full name of what it reaches. Those for type checkers count too."""
+    tree = ast.parse(source)
+    lazy = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            package = ".".join(module.split(".")[: -node.level]) if node.level else ""
+            base = ".".join(part for part in (package, node.module) if part)
+            # `from package import room` reaches the room.
+            names = [f"{base}.{alias.name}" if base == PACKAGE else base for alias in node.names]
+        else:
+            continue
+        yield from (Import(name, node.lineno, id(node) in lazy) for name in dict.fromkeys(names))
+
+
+def room_of(module: str) -> str:
+    """The room of a module's full name. The package itself is its `__init__`."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def breaches(source: str, module: str) -> list[str]:
+    """What a module imports and should not."""
+    room, found = room_of(module), []
+    for target, line, lazy in imports_of(source, module):
+        where = f"{module}:{line} imports {target}"
+        top = target.split(".")[0]
+        if top == PACKAGE:
+            other = room_of(target)
+            if other not in LEVELS:
+                found.append(f"{where}, a room without a place in the order")
+            elif other != room and LEVELS[other] >= LEVELS[room]:
+                found.append(f"{where}, upward")
+            doors = FRONT_DOORS.get(room, set())
+            if any(target.startswith(f"{door}.") for door in doors):
+                found.append(f"{where}, past the front door")
+        if top == "sglang" and not lazy:
+            found.append(f"{where} when it is imported itself")
+        if any(target == name or target.startswith(f"{name}.") for name in FORBIDDEN.get(room, ())):
+            found.append(f"{where}, which {room} knows nothing of")
+    return found
+
+
+def module_of(path: Path) -> str:
+    parts = [PACKAGE, *path.relative_to(ROOT).with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 2 else parts)
+
+
+def modules() -> list[Path]:
+    # The stand-in is no part of the house: it takes the place of `sgl_kernel` on a path of its own.
+    return [path for path in sorted(ROOT.rglob("*.py")) if "standin" not in path.parts]
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_one_way(path: Path) -> None:
+    assert breaches(path.read_text(), module_of(path)) == []
+
+
+def test_every_room_has_its_place() -> None:
+    assert {room_of(module_of(path)) for path in modules()} <= set(LEVELS)
+    assert len(modules()) > 15
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "words"),
+    [
+        ("errors", "from torchrl_sglang_hidden.specs import Request", "upward"),
+        ("specs", "def f():\n    from torchrl_sglang_hidden import policy", "upward"),
+        ("pooling", "import torchrl_sglang_hidden.sampling", "upward"),
+        ("wire", "from torchrl_sglang_hidden import HiddenSpec", "a room without a place"),
+        ("wire", "import torchrl_sglang_hidden", "upward"),
+        ("wire", "from . import engines", "upward"),
+        ("wire", "from .engines import http", "upward"),
+        ("server.capture", "from ..engines import base", "upward"),
+        ("server.capture", "async def f():\n    import torchrl_sglang_hidden.engines.http", "upward"),
+        ("assemble", "from torchrl_sglang_hidden.engines import Engine", "upward"),
+        ("assemble", "from torchrl_sglang_hidden.wire import to_payload", "knows nothing of"),
+        ("engines.http", "from torchrl_sglang_hidden.assemble import Row", "upward"),
+        ("engines.http", "import tensordict", "knows nothing of"),
+        ("server.plugin", "def f():\n    from torchrl.data import x", "knows nothing of"),
+        ("server.plugin", "import sglang", "when it is imported itself"),
+        ("server.plugin", "class A:\n    import sglang.srt", "when it is imported itself"),
+        ("policy", "from torchrl_sglang_hidden.wire import to_payload", "knows nothing of"),
+        ("policy", "from torchrl_sglang_hidden.engines.http import SGLangServer", "front door"),
+        ("cli", "from torchrl_sglang_hidden.__main__ import main", "upward"),
+        ("policy", "from torchrl_sglang_hidden.new_room import x", "a room without a place"),
+    ],
+)
+def test_the_check_goes_red(module: str, source: str, words: str) -> None:
+    found = breaches(source, f"{PACKAGE}.{module}")
+    assert any(words in breach for breach in found), found
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("server.plugin", "def f():\n    import sglang"),
+        ("engines.launch", "from torchrl_sglang_hidden.server.cpu import x\nfrom .http import y"),
+        ("policy", "from torchrl_sglang_hidden.engines import Engine"),
+        ("__init__", "from torchrl_sglang_hidden import policy, cli"),
+    ],
+)
+def test_the_check_allows_what_is_right(module: str, source: str) -> None:
+    assert breaches(source, f"{PACKAGE}.{module}") == []
+
+
+# --- trust ------------------------------------------------------------------------------------------------------------
+
+
+UNSAFE = {"pickle", "dill", "cloudpickle", "marshal", "shelve", "eval", "exec", "__import__"}
+
+
+def unsafe_names(source: str) -> set[str]:
+    """Names that run what comes in as data; `tensor.load` and `getattr` tricks are beyond a test like this."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {(node.module or "").split(".")[0], *(alias.name for alias in node.names)}
+        elif isinstance(node, ast.Name):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
+            found |= {"pickle"} if node.attr == "load" else set()
+    return found & UNSAFE
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_received_can_run(path: Path) -> None:
+    assert unsafe_names(path.read_text()) == set()
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["import pickle", "from dill import loads", "def f(x):\n    return eval(x)", "import torch\ntorch.load('x')"],
+)
+def test_the_check_of_unsafe_names_goes_red(source: str) -> None:
+    assert unsafe_names(source)

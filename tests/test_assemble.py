@@ -1,0 +1,238 @@
+"""Completions to TensorDicts: every length, shape and padding, against a few lines of plain Python."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from recorder import HIDDEN_SIZE, PAD_ID, log_prob_of
+from tensordict import TensorDictBase, lazy_stack
+from torchrl.data.llm import History
+from torchrl.modules.llm.policies import ChatHistory, LogProbs, Masks, Text, Tokens
+
+from torchrl_sglang_hidden.assemble import HiddenStates, OutputKeys, Row, assemble
+from torchrl_sglang_hidden.specs import SEGMENTS, Completion, HiddenSpec, Pooled, rows_expected
+
+ALL = HiddenSpec(SEGMENTS)
+NAMES: dict[str, Any] = {
+    "text": "text", "tokens": "tokens", "masks": "masks", "log_probs": "log_probs", "history": "history",
+    "hidden_states": "hidden_states", "weight_version": "weight_version", "finish_reason": "finish_reason",
+}  # fmt: skip
+
+
+def completion(prompt_ids: list[int], response_ids: list[int], spec: HiddenSpec | None = ALL) -> Completion:
+    hidden = {}
+    for index, segment in enumerate(spec.segments if spec is not None else ()):
+        count = rows_expected(segment, len(prompt_ids), len(response_ids))
+        hidden[segment] = Pooled(torch.full((HIDDEN_SIZE,), sum(prompt_ids) + index / 4), count)
+    return Completion(
+        prompt_ids=tuple(prompt_ids),
+        response_ids=tuple(response_ids),
+        text=f"answer {response_ids}",
+        log_probs_T=torch.tensor([log_prob_of(i) for i in response_ids]),
+        hidden=hidden,
+        finish_reason="stop" if response_ids[-1] == PAD_ID else "length",
+        weight_version=f"v{len(prompt_ids)}",
+    )
+
+
+def assembled(
+    pairs: list[tuple[list[int], list[int]]],
+    shape: tuple[int, ...] | None = None,
+    *,
+    padded: bool = False,
+    spec: HiddenSpec | None = ALL,
+    device: torch.device | None = None,
+    **keys: Any,
+) -> TensorDictBase:
+    return assemble(
+        [Row(tuple(prompt), f"prompt {prompt}") for prompt, _ in pairs],
+        [completion(prompt, response, spec) for prompt, response in pairs],
+        batch_size=torch.Size((len(pairs),) if shape is None else shape),
+        keys=OutputKeys(**{**NAMES, **keys}),
+        hidden=spec,
+        pad_id=PAD_ID if padded else None,
+        device=device,
+    )
+
+
+def flat(out: TensorDictBase) -> list[TensorDictBase]:
+    return [row for part in out.unbind(0) for row in flat(part)] if out.ndim else [out]
+
+
+def assert_one_block(mask: torch.Tensor) -> None:
+    changes = mask.int().diff().abs().sum()
+    assert mask.any()
+    assert changes <= (0 if mask[0] and mask[-1] else 1 if mask[0] or mask[-1] else 2)
+
+
+def assert_row(row: TensorDictBase, prompt: list[int], response: list[int], left: int = 0, right: int = 0) -> None:
+    """One row against what it must hold, with ``left`` pads before the prompt and ``right`` behind the response."""
+    tokens, masks, log_probs, text = (row[key] for key in ("tokens", "masks", "log_probs", "text"))
+    assert tokens.prompt.tolist() == [PAD_ID] * left + prompt
+    assert tokens.response.tolist() == response + [PAD_ID] * right
+    assert tokens.full.tolist() == [PAD_ID] * left + prompt + response + [PAD_ID] * right
+    assert tokens.full.dtype == torch.int64
+    assert tokens.padded is masks.padded is log_probs.padded
+    real = [False] * left + [True] * len(prompt + response) + [False] * right
+    assert masks.all_attention_mask.tolist() == real
+    assert masks.all_attention_mask.dtype == masks.all_assistant_mask.dtype == torch.bool
+    assistant = [False] * (left + len(prompt)) + [True] * len(response) + [False] * right
+    assert masks.all_assistant_mask.tolist() == assistant
+    assert_one_block(masks.all_attention_mask)
+    assert_one_block(masks.all_assistant_mask)
+    measured = [log_prob_of(i) for i in response]
+    assert log_probs.prompt is None
+    assert log_probs.full.dtype == torch.float32
+    assert log_probs.full.isnan().tolist() == [not here for here in assistant]
+    assert log_probs.full[masks.all_assistant_mask].tolist() == measured
+    assert log_probs.response[: len(response)].tolist() == measured
+    assert all(math.isnan(value) for value in log_probs.response[len(response) :].tolist())
+    assert (text.prompt, text.response) == (f"prompt {prompt}", f"answer {response}")
+    assert text.full == text.prompt + text.response
+    assert row["weight_version"] == f"v{len(prompt)}"
+    assert row["finish_reason"] == ("stop" if response[-1] == PAD_ID else "length")
+    for index, segment in enumerate(SEGMENTS):
+        assert getattr(row["hidden_states"], segment).tolist() == [sum(prompt) + index / 4] * HIDDEN_SIZE
+        count = getattr(row["hidden_states"], f"{segment}_count")
+        assert (count.dtype, int(count)) == (torch.int64, rows_expected(segment, len(prompt), len(response)))
+
+
+ids = st.lists(st.integers(0, 9), min_size=1, max_size=6)  # PAD_ID among them, anywhere: a genuine EOS is data
+SHAPES = [(), (1,), (3,), (2, 3), (1, 1), (2, 1, 2)]
+
+
+@given(shape=st.sampled_from(SHAPES), padded=st.booleans(), data=st.data())
+def test_any_lengths_shape_and_padding(shape: tuple[int, ...], padded: bool, data: st.DataObject) -> None:
+    num_rows = math.prod(shape)
+    pairs = data.draw(st.lists(st.tuples(ids, ids), min_size=num_rows, max_size=num_rows))
+    out = assembled(pairs, shape, padded=padded)
+    assert out.batch_size == torch.Size(shape)
+    wide_prompt, wide_response = (max(map(len, column)) for column in zip(*pairs, strict=True))
+    for row, (prompt, response) in zip(flat(out), pairs, strict=True):
+        left = wide_prompt - len(prompt) if padded else 0
+        right = wide_response - len(response) if padded else 0
+        assert_row(row, prompt, response, left, right)
+        assert row["tokens"].padded is padded
+    if padded:
+        assert out["tokens"].full.shape == (*shape, wide_prompt + wide_response)
+    assert out["hidden_states"].response.shape == (*shape, HIDDEN_SIZE)
+    assert out["hidden_states"].response_count.shape == shape
+
+
+RAGGED = [([3, 4, 5], [6, PAD_ID]), ([PAD_ID, 7], [8, 9, PAD_ID, 2]), ([2], [PAD_ID])]
+
+
+def test_padded_and_unpadded_hold_the_same() -> None:
+    bare, padded = assembled(RAGGED), assembled(RAGGED, padded=True)
+    for one, other in zip(bare.unbind(0), padded.unbind(0), strict=True):
+        mask = other["masks"].all_attention_mask
+        assert one["tokens"].full.tolist() == other["tokens"].full[mask].tolist()
+        assert torch.equal(one["log_probs"].full.nan_to_num(7), other["log_probs"].full[mask].nan_to_num(7))
+        assert one["masks"].all_assistant_mask.tolist() == other["masks"].all_assistant_mask[mask].tolist()
+        assert one["hidden_states"].full.equal(other["hidden_states"].full)
+        assert one["text"].full == other["text"].full
+
+
+def test_the_classes_are_torchrls_own() -> None:
+    out = assembled(RAGGED, padded=True)
+    found = {key: type(out[key]) for key in ("text", "tokens", "masks", "log_probs", "hidden_states")}
+    assert found == {
+        "text": Text,
+        "tokens": Tokens,
+        "masks": Masks,
+        "log_probs": LogProbs,
+        "hidden_states": HiddenStates,
+    }
+    assert out["text"].response == [f"answer {response}" for _, response in RAGGED]
+    assert out["finish_reason"] == ["stop", "length", "stop"]
+
+
+def test_ragged_leaves_come_as_lists() -> None:
+    out = assembled(RAGGED)
+    for key, column in ((("tokens", "prompt"), 0), (("tokens", "response"), 1)):
+        assert [leaf.tolist() for leaf in out.get(key, as_list=True)] == [pair[column] for pair in RAGGED]
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_calls_of_different_lengths_stack(padded: bool) -> None:
+    first, second = assembled(RAGGED, padded=padded), assembled([([5] * 9, [6] * 7)] * 3, padded=padded)
+    both = lazy_stack([first, second])
+    assert both.batch_size == (2, 3)
+    assert both[1]["tokens"].get("full", as_list=True)[0].tolist() == [5] * 9 + [6] * 7
+    assert both["hidden_states"].response.shape == (2, 3, HIDDEN_SIZE)
+    assert both[0, 1]["tokens"].prompt.tolist()[-2:] == RAGGED[1][0]
+    assert torch.cat([first, second])["hidden_states"].prompt.shape == (6, HIDDEN_SIZE)
+
+
+@pytest.mark.parametrize("segments", [("response",), ("prompt", "full"), SEGMENTS])
+def test_segments_that_were_not_asked_for_are_none(segments: Any) -> None:
+    hidden = assembled(RAGGED, spec=HiddenSpec(segments))["hidden_states"]
+    for segment in SEGMENTS:
+        assert (getattr(hidden, segment) is not None) is (segment in segments)
+        assert (getattr(hidden, f"{segment}_count") is not None) is (segment in segments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_states_in_the_dtype_of_the_spec(dtype: torch.dtype) -> None:
+    hidden = assembled(RAGGED, spec=HiddenSpec(SEGMENTS, dtype=dtype))["hidden_states"]
+    assert {getattr(hidden, segment).dtype for segment in SEGMENTS} == {dtype}
+    assert hidden.prompt_count.dtype == torch.int64
+
+
+def test_tensors_go_to_the_device() -> None:
+    out = assembled(RAGGED, padded=True, device=torch.device("meta"))
+    leaves = [leaf for row in out.unbind(0) for leaf in row.values(True, True) if isinstance(leaf, torch.Tensor)]
+    assert len(leaves) >= 3 * 12
+    assert {leaf.device.type for leaf in leaves} == {"meta"}
+    assert out[0]["text"].response == "answer [6, 1]"
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "history"])
+def test_a_key_set_to_none_is_left_out(name: str) -> None:
+    out = assembled(RAGGED, **{name: None})
+    assert set(out.keys()) == set(NAMES) - {name, "history"}
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "history"])
+def test_keys_may_be_others_and_nested(name: str) -> None:
+    out = assembled(RAGGED, **{name: ("deep", "er", name)})
+    assert set(out.keys()) == {"deep", *NAMES} - {name, "history"}
+    assert set(out["deep", "er"].keys()) == {name}
+
+
+def test_no_log_probs_no_key() -> None:
+    bare = [Completion((5,), (6,), "six", None, {}, "length", "v")]
+    out = assemble(
+        [Row((5,), "five")],
+        bare,
+        batch_size=torch.Size((1,)),
+        keys=OutputKeys(**NAMES),
+        hidden=None,
+        pad_id=None,
+        device=None,
+    )
+    assert set(out.keys()) == set(NAMES) - {"history", "log_probs", "hidden_states"}
+
+
+def test_a_chat_grows_by_the_response() -> None:
+    chat = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    history = History.from_chats([chat])[0]
+    out = assemble(
+        [Row((5,), "five", history)],
+        [completion([5], [6])],
+        batch_size=torch.Size(()),
+        keys=OutputKeys(**NAMES),
+        hidden=ALL,
+        pad_id=None,
+        device=None,
+    )["history"]
+    assert isinstance(out, ChatHistory)
+    assert out.prompt.shape == (2,)
+    assert (out.response.shape, out.response.role, out.response.content) == ((1,), ["assistant"], ["answer [6]"])
+    assert (out.full.role, out.full.content) == (["system", "user", "assistant"], ["be brief", "hi", "answer [6]"])
+    assert history.shape == (2,), "the input's history is as it was"

@@ -1,0 +1,323 @@
+"""The command line without a server: help, version, errors; ``serve``'s arguments, signals and ends."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from torchrl_sglang_hidden import InputError, LaunchError, UnknownOptionError, __version__, cli
+from torchrl_sglang_hidden.cli import app, parse_server_arguments
+from torchrl_sglang_hidden.demo import model as model_module
+from torchrl_sglang_hidden.demo import run as run_module
+from torchrl_sglang_hidden.demo.prompts import MAX_NEW_TOKENS
+from torchrl_sglang_hidden.engines import launch as launch_module
+from torchrl_sglang_hidden.server.__main__ import API_KEY_ENV
+
+URL = "http://127.0.0.1:4321"
+EXIT_3 = "raise SystemExit(3)"
+SIGTERM_PARENT = "import os, signal; input(); os.kill(os.getppid(), signal.SIGTERM); input()"
+SIGINT_PARENT = "import os, signal; input(); os.kill(os.getppid(), signal.SIGINT); input()"
+
+
+def invoke(*arguments: str, env: dict[str, str] | None = None) -> Result:
+    return CliRunner().invoke(
+        app, list(arguments), env={"COLUMNS": "100", "TERM": "dumb", API_KEY_ENV: "", **(env or {})}
+    )
+
+
+@dataclass
+class FakeServer:
+    """What `launch` returns, around a child process that runs ``code`` and gets a line once it is waited for."""
+
+    code: str
+    log_path: Path
+    calls: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
+    closed: int = 0
+    url: str = URL
+
+    info: Any = field(default_factory=lambda: SimpleNamespace(model_path="some-model"))
+
+    @property
+    def pid(self) -> int:
+        # Read when everything is printed and the command begins to wait.
+        self.say("go")
+        return self.child.pid
+
+    def launch(self, model: Any, **options: Any) -> FakeServer:
+        self.calls.append((model, options))
+        self.child = subprocess.Popen([sys.executable, "-c", self.code], stdin=subprocess.PIPE)
+        return self
+
+    def say(self, line: str) -> None:
+        assert self.child.stdin is not None
+        with suppress(BrokenPipeError):
+            self.child.stdin.write(f"{line}\n".encode())
+            self.child.stdin.flush()
+
+    def __enter__(self) -> FakeServer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.closed += 1
+
+
+@pytest.fixture
+def serving(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[str], FakeServer]]:
+    """Lets ``serve`` launch a child that runs some code in place of a server."""
+    servers: list[FakeServer] = []
+
+    def make(code: str) -> FakeServer:
+        server = FakeServer(code, tmp_path / "server.log")
+        server.log_path.write_text("\n".join(f"line {number}" for number in range(100)))
+        monkeypatch.setattr(launch_module, "launch", server.launch)
+        servers.append(server)
+        return server
+
+    yield make
+    for server in servers:
+        server.child.kill()
+        server.child.wait()
+        assert server.child.stdin is not None
+        server.child.stdin.close()
+
+
+class TestHelp:
+    def test_names_the_commands(self) -> None:
+        result = invoke("--help")
+        assert result.exit_code == 0
+        for word in ("demo", "serve", "--version", "--debug"):
+            assert word in result.stdout
+
+    @pytest.mark.parametrize(
+        ("command", "options"),
+        [
+            ("demo", ["--output", "--max-new-tokens", "--temperature"]),
+            ("serve", ["--device", "--host", "--port", "--api-key", "--log-file", "MODEL", API_KEY_ENV]),
+        ],
+    )
+    def test_of_a_command_names_its_options(self, command: str, options: list[str]) -> None:
+        result = invoke(command, "--help")
+        assert result.exit_code == 0
+        assert [option for option in options if option not in result.stdout] == []
+
+    def test_without_a_command_is_the_help(self) -> None:
+        assert "serve" in invoke().output
+
+    def test_loads_neither_torch_nor_sglang(self) -> None:
+        code = (
+            "import sys; sys.argv[1:] = ['--help']\n"
+            "from torchrl_sglang_hidden.cli import main\n"
+            "try:\n    main()\nexcept SystemExit as end:\n    print(end.code)\n"
+            "print(sorted({'torch', 'torchrl', 'sglang', 'transformers', 'matplotlib', 'httpx'} & set(sys.modules)))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-2:] == ["0", "[]"]
+
+    def test_python_dash_m_is_the_same(self) -> None:
+        command = [sys.executable, "-m", "torchrl_sglang_hidden", "--version"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout == f"torchrl-sglang-hidden {__version__}\n"
+
+    def test_version(self) -> None:
+        result = invoke("--version")
+        assert (result.exit_code, result.stdout) == (0, f"torchrl-sglang-hidden {__version__}\n")
+
+
+class TestErrors:
+    @pytest.fixture
+    def failing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(**options: Any) -> None:
+            raise LaunchError("the value, the limit, the remedy")
+
+        monkeypatch.setattr(run_module, "run_demo", fail)
+
+    @pytest.mark.usefixtures("failing")
+    def test_are_one_line_on_stderr(self) -> None:
+        result = invoke("demo")
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert result.stderr == "Error: the value, the limit, the remedy\n"
+
+    @pytest.mark.usefixtures("failing")
+    def test_are_red_in_a_terminal(self) -> None:
+        result = CliRunner().invoke(app, ["demo"], color=True)
+        assert result.stderr == "\x1b[31mError: the value, the limit, the remedy\x1b[0m\n"
+
+    @pytest.mark.usefixtures("failing")
+    def test_debug_shows_where_they_come_from(self) -> None:
+        result = invoke("--debug", "demo")
+        assert isinstance(result.exception, LaunchError)
+        assert result.stderr == ""
+
+    def test_faults_of_the_program_keep_their_traceback(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(run_module, "run_demo", lambda **options: 1 / 0)
+        assert isinstance(invoke("demo").exception, ZeroDivisionError)
+
+    @pytest.mark.parametrize("arguments", [["demo", "--tokens", "3"], ["record"], ["demo", "--max-new-tokens", "0"]])
+    def test_unknown_or_impossible_arguments_are_usage_errors(self, arguments: list[str]) -> None:
+        assert invoke(*arguments).exit_code == 2
+
+
+class TestDemo:
+    def test_passes_its_options_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen: list[dict[str, Any]] = []
+        monkeypatch.setattr(run_module, "run_demo", lambda **options: seen.append(options))
+        assert invoke("demo").exit_code == 0
+        assert invoke("demo", "--output", "here", "--max-new-tokens", "5", "--temperature", "0.5").exit_code == 0
+        assert seen == [
+            {"output_dir": Path("demo_output"), "max_new_tokens": MAX_NEW_TOKENS, "temperature": 0.0},
+            {"output_dir": Path("here"), "max_new_tokens": 5, "temperature": 0.5},
+        ]
+
+
+class TestParseServerArguments:
+    @pytest.mark.parametrize(
+        ("arguments", "model", "server_args"),
+        [
+            ([], None, {}),
+            (["some/model"], "some/model", {}),
+            (["m", "--dtype", "float32"], "m", {"dtype": "float32"}),
+            (["m", "--dtype=float32"], "m", {"dtype": "float32"}),
+            (["m", "--chunked-prefill-size", "64"], "m", {"chunked_prefill_size": "64"}),
+            (["--skip-server-warmup"], None, {"skip_server_warmup": True}),
+            (["m", "--lora-paths", "a=b", "c=d", "--x", "1"], "m", {"lora_paths": ["a=b", "c=d"], "x": "1"}),
+            (["m", "--x", "-1", "--y", "-0.5"], "m", {"x": "-1", "y": "-0.5"}),
+            (["m", "--json=a=b"], "m", {"json": "a=b"}),
+            (["m", "--json", '{"a": 1}'], "m", {"json": '{"a": 1}'}),
+        ],
+    )
+    def test_reads(self, arguments: list[str], model: str | None, server_args: dict[str, Any]) -> None:
+        assert parse_server_arguments(arguments) == (model, server_args)
+
+    @pytest.mark.parametrize(
+        ("arguments", "error", "named"),
+        [
+            (["m", "other"], UnknownOptionError, "other"),
+            (["m", "-x", "1"], UnknownOptionError, "-x"),
+            (["m", "--=1"], UnknownOptionError, "--=1"),
+            (["--model", "m"], UnknownOptionError, "serve MODEL"),
+            (["m", "--dtype", "a", "--dtype", "b"], InputError, "--dtype"),
+        ],
+    )
+    def test_refuses(self, arguments: list[str], error: type[Exception], named: str) -> None:
+        with pytest.raises(error, match=named):
+            parse_server_arguments(arguments)
+
+
+class TestServe:
+    @pytest.mark.parametrize(
+        ("arguments", "named"),
+        [
+            (["/no/such/model"], "/no/such/model does not exist"),
+            (["m", "other"], "one model only"),
+            (["m", "--model-path", "other"], "pass the model as the first argument"),
+            (["m", "--enable-return-hidden-states"], "it is always on"),
+            (["m", "--port", "99999"], "port=99999"),
+            (["m", "--device", "abacus"], "device='abacus'"),
+            (["m", "--host", "0.0.0.0"], "no api_key given"),
+        ],
+    )
+    def test_refuses_before_anything_starts(
+        self, arguments: list[str], named: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(launch_module, "ServerProcess", lambda *args, **kwargs: pytest.fail("it was started"))
+        result = invoke("serve", *arguments)
+        assert result.exit_code == 1
+        assert result.stderr.startswith("Error: ")
+        assert named in result.stderr
+
+    def test_passes_everything_to_launch(self, serving: Callable[[str], FakeServer]) -> None:
+        server = serving(SIGTERM_PARENT)
+        options = ["--device", "cpu", "--port", "4321", "--log-file", "x.log", "--host", "127.0.0.2"]
+        result = invoke("serve", "m", "--dtype", "float32", *options, "--tp", "2")
+        assert result.exit_code == 0, result.output
+        assert server.calls == [
+            (
+                "m",
+                {
+                    "device": "cpu",
+                    "host": "127.0.0.2",
+                    "port": 4321,
+                    "api_key": None,
+                    "log_file": Path("x.log"),
+                    "dtype": "float32",
+                    "tp": "2",
+                },
+            )
+        ]
+
+    def test_without_a_model_serves_the_demo_model(
+        self, serving: Callable[[str], FakeServer], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(model_module, "demo_model", lambda: Path("the-demo-model"))
+        server = serving(SIGTERM_PARENT)
+        assert invoke("serve", "--dtype", "float32").exit_code == 0
+        assert server.calls[0][0] == Path("the-demo-model")
+        assert server.calls[0][1]["dtype"] == "float32"
+
+    @pytest.mark.parametrize("code", [SIGTERM_PARENT, SIGINT_PARENT], ids=["SIGTERM", "Ctrl-C"])
+    def test_runs_until_a_signal_then_closes_and_is_content(
+        self, serving: Callable[[str], FakeServer], code: str
+    ) -> None:
+        before = signal.getsignal(signal.SIGTERM)
+        server = serving(code)
+        result = invoke("serve", "m")
+        assert (result.exit_code, server.closed) == (0, 1)
+        assert result.stdout.endswith("Stopped.\n")
+        assert signal.getsignal(signal.SIGTERM) is before
+
+    def test_prints_the_address_and_lines_to_paste(self, serving: Callable[[str], FakeServer]) -> None:
+        serving(SIGTERM_PARENT)
+        out = invoke("serve", "m").stdout
+        assert f"Serving some-model at {URL}" in out
+        assert f'SGLangHiddenWrapper("{URL}", ' in out
+        snippet = out[out.index("from tensordict") : out.index("Stopped.")]
+        compile(snippet, "snippet", "exec")
+
+    def test_a_key_is_passed_on_and_never_printed(self, serving: Callable[[str], FakeServer]) -> None:
+        server = serving(SIGTERM_PARENT)
+        result = invoke("serve", "m", env={API_KEY_ENV: "hush-hush"})
+        assert server.calls[0][1]["api_key"] == "hush-hush"
+        assert "hush-hush" not in result.output
+        assert f'connect("{URL}", api_key=' in result.stdout
+
+    def test_a_server_that_ends_by_itself_is_an_error_with_its_last_words(
+        self, serving: Callable[[str], FakeServer]
+    ) -> None:
+        server = serving(EXIT_3)
+        server.log_path.write_text("first\n" + "filler\n" * 30 + "the key hush-hush\n\nlast words\r50%\r100%\n")
+        result = invoke("serve", "m", "--api-key", "hush-hush")
+        assert (result.exit_code, server.closed) == (1, 1)
+        assert "ended by itself, with exit code 3" in result.stderr
+        assert str(server.log_path) in result.stderr
+        assert result.stderr.splitlines()[-4:] == ["    the key ***", "    last words", "    50%", "    100%"]
+        assert "first" not in result.stderr
+        # The exit code is left for the server's own close.
+        assert server.child.wait() == 3
+
+    def test_a_server_that_was_killed_is_an_error_that_names_the_signal(
+        self, serving: Callable[[str], FakeServer]
+    ) -> None:
+        serving("import os; os.kill(os.getpid(), 9)")
+        result = invoke("serve", "m")
+        assert result.exit_code == 1
+        assert "ended by itself, by signal 9" in result.stderr
+
+
+def test_the_api_key_variable_is_the_servers() -> None:
+    assert cli.API_KEY_ENV == API_KEY_ENV
+
+
+def test_the_console_script_is_main() -> None:
+    script = Path(sys.executable).parent / "torchrl-sglang-hidden"
+    done = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"torchrl-sglang-hidden {__version__}\n"

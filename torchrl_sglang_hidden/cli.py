@@ -1,0 +1,234 @@
+"""The command line: ``torchrl-sglang-hidden demo | serve``.
+
+Knows nothing of SGLang or TorchRL: a command imports what it runs when it runs, so that ``--help`` is at once there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from torchrl_sglang_hidden._version import __version__
+from torchrl_sglang_hidden.errors import EngineError, InputError, SGLangHiddenError, UnknownOptionError
+
+if TYPE_CHECKING:
+    from torchrl_sglang_hidden.engines.launch import LaunchedServer
+
+__all__ = ["app", "main", "parse_server_arguments"]
+
+API_KEY_ENV = "TORCHRL_SGLANG_HIDDEN_API_KEY"
+
+_POLL_INTERVAL_S = 0.2
+_TAIL_LINES = 20
+_TAIL_BYTES = 64 * 1024
+
+_SNIPPET = """\
+from tensordict import TensorDict
+from torchrl.modules.llm.policies import Text
+from torchrl_sglang_hidden import SGLangHiddenWrapper{connect_import}
+
+policy = SGLangHiddenWrapper({engine}, input_mode="text", generate_kwargs={{"max_new_tokens": 16}})
+out = policy(TensorDict(text=Text(prompt=["The capital of France is"], batch_size=1), batch_size=1))
+print(out["text"].response, out["hidden_states", "response"].shape)
+"""
+
+
+class _ErrorsAsOneLine(TyperGroup):
+    """Prints this package's errors on stderr, without a traceback, unless ``--debug`` asks for it."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SGLangHiddenError as error:
+            if ctx.params["debug"]:
+                raise
+            typer.secho(f"Error: {error}", fg="red", err=True)
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    name="torchrl-sglang-hidden",
+    cls=_ErrorsAsOneLine,
+    help="A TorchRL policy over SGLang that returns text, tokens, log-probs and mean-pooled hidden states.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """The entry point of the console script."""
+    app()
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"torchrl-sglang-hidden {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Where the picture and the TensorDict are written.")] = Path(
+        "demo_output"
+    ),
+    # prompts.MAX_NEW_TOKENS; importing it would load PyTorch for the help. A test compares.
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one response.")] = 32,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")] = 0.0,
+) -> None:
+    """Drive a real model in a real SGLang server with a TorchRL collector: a table, a picture, a TensorDict."""
+    from torchrl_sglang_hidden.demo.run import run_demo
+
+    run_demo(output_dir=output, max_new_tokens=max_new_tokens, temperature=temperature)
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def serve(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="MODEL|SGLANG_ARGUMENT",
+            help="A model directory or a model hub's name, by default the demo model; then any arguments of SGLang's "
+            "server, such as --dtype float32.",
+            show_default=False,
+        ),
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="auto: the accelerator, or SGLang's CPU engine; or a device name.")
+    ] = "auto",
+    host: Annotated[str, typer.Option(help="Address to bind; anything but loopback needs an API key.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(help="TCP port; by default a free one.", show_default=False)] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar=API_KEY_ENV,
+            help="Key that clients must send; as a variable no process listing shows it.",
+            show_default=False,
+        ),
+    ] = None,
+    log_file: Annotated[
+        Path | None, typer.Option(help="Where the server logs; by default a new file.", show_default=False)
+    ] = None,
+) -> None:
+    """Serve a model with hidden-state pooling until Ctrl-C or SIGTERM."""
+    model, server_args = parse_server_arguments(arguments or [])
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        from torchrl_sglang_hidden.demo.model import demo_model
+        from torchrl_sglang_hidden.engines.launch import launch
+
+        with launch(
+            demo_model() if model is None else model,
+            device=device,
+            host=host,
+            port=port,
+            api_key=api_key,
+            log_file=log_file,
+            **server_args,
+        ) as server:
+            _announce(server, with_key=api_key is not None)
+            _wait_for_end(server, api_key)
+    except KeyboardInterrupt:
+        typer.echo("Stopped.")
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def parse_server_arguments(arguments: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
+    """Splits the arguments of ``serve`` into the model and keyword arguments of ``launch``.
+
+    ``--chunked-prefill-size 64`` and ``--chunked-prefill-size=64`` become ``chunked_prefill_size="64"``, several values
+    a list, a bare flag True. Which names SGLang knows is left to SGLang.
+
+    Raises:
+        UnknownOptionError: a second way to name the model, or something that is no ``--name``.
+        InputError: a name given twice.
+    """
+    rest = list(arguments)
+    model = rest.pop(0) if rest and not rest[0].startswith("-") else None
+    values: dict[str, list[str]] = {}
+    current: list[str] | None = None
+    for argument in rest:
+        # A negative number is a value.
+        if not argument.startswith("-") or re.fullmatch(r"-[\d.]+", argument):
+            if current is None:
+                raise UnknownOptionError(f"serve {argument}: one model only; server arguments look like --name value")
+            current.append(argument)
+            continue
+        flag, equals, value = argument.partition("=")
+        if not re.fullmatch(r"--[A-Za-z][\w-]*", flag):
+            raise UnknownOptionError(f"serve {argument}: server arguments look like --name value, or --name=value")
+        name = flag[2:].replace("-", "_")
+        if name == "model":
+            raise UnknownOptionError("serve --model: pass the model first, serve MODEL --name value")
+        if name in values:
+            raise InputError(f"serve {flag}: given twice; give it once, with all its values")
+        current = values[name] = [value] if equals else []
+    return model, {name: _value(found) for name, found in values.items()}
+
+
+def _value(found: list[str]) -> str | list[str] | bool:
+    if not found:
+        return True
+    return found[0] if len(found) == 1 else found
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _announce(server: LaunchedServer, *, with_key: bool) -> None:
+    engine, connect_import = f'"{server.url}"', ""
+    if with_key:
+        engine, connect_import = f'connect("{server.url}", api_key="…")', ", connect"
+    typer.echo(f"Serving {server.info.model_path} at {server.url}")
+    typer.echo(f"Log: {server.log_path}")
+    typer.echo("Ctrl-C ends it. To use it, paste into Python:\n")
+    typer.echo(_SNIPPET.format(engine=engine, connect_import=connect_import))
+
+
+def _wait_for_end(server: LaunchedServer, api_key: str | None) -> NoReturn:
+    """Ends with an exception: the user's interrupt, or what became of the server.
+
+    Raises:
+        EngineError: the server ended by itself; with the last log lines.
+    """
+    pid = server.pid
+    # WNOWAIT: the exit code stays there for the server's own close. Short waits: a signal that comes just before one is
+    # seen only after it.
+    while (end := os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)) is None:
+        time.sleep(_POLL_INTERVAL_S)
+    how = f"with exit code {end.si_status}" if end.si_code == os.CLD_EXITED else f"by signal {end.si_status}"
+    raise EngineError(
+        f"the server ended by itself, {how}; the whole log is {server.log_path}. Last log lines:\n"
+        f"{_log_tail(server.log_path, api_key)}"
+    )
+
+
+def _log_tail(path: Path, api_key: str | None) -> str:
+    with path.open("rb") as log:
+        log.seek(max(0, log.seek(0, os.SEEK_END) - _TAIL_BYTES))
+        text = log.read().decode(errors="replace")
+    if api_key is not None:
+        text = text.replace(api_key, "***")
+    lines = [line.rstrip() for line in re.split(r"[\r\n]+", text) if line.strip()]
+    return "\n".join(f"    {line}" for line in lines[-_TAIL_LINES:])
