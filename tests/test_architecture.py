@@ -1,6 +1,6 @@
 """The order of the house, read from the imports of every module, those inside functions too.
 
-    _version, errors → specs → pooling, sampling, constraints → channel → wire → server → engines, assemble
+    _version, errors → specs → pooling, sampling, constraints → channel → wire → server, prompts → engines, assemble
       → policy → transforms, recording → demo → cli → __main__, __init__
 
 A room imports rooms before it, or itself.
@@ -26,7 +26,7 @@ ORDER: list[set[str]] = [
     {"pooling", "sampling", "constraints"},
     {"channel"},
     {"wire"},
-    {"server"},
+    {"server", "prompts"},
     {"engines", "assemble"},
     {"policy"},
     {"transforms", "recording"},
@@ -45,6 +45,7 @@ FORBIDDEN: dict[str, set[str]] = {
     "wire": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
     "server": {"tensordict", "torchrl", f"{PACKAGE}.wire", f"{PACKAGE}.sampling"},
     "engines": {"tensordict", "torchrl", f"{PACKAGE}.sampling"},
+    "prompts": {"sglang", "httpx", *(f"{PACKAGE}.{room}" for room in ("wire", "channel", "sampling", "pooling"))},
     "assemble": {"sglang", "httpx", *(f"{PACKAGE}.{room}" for room in ("server", "engines", "wire", "channel"))},
     "policy": {"sglang", "httpx", *(f"{PACKAGE}.{room}" for room in ("wire", "channel", "pooling", "server"))},
 }

@@ -17,9 +17,10 @@ from tensordict.utils import NestedKey
 from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, LogProbs, Masks, Text, Tokens
 
+from torchrl_sglang_hidden.prompts import Row
 from torchrl_sglang_hidden.specs import SEGMENTS, Completion, HiddenSpec
 
-__all__ = ["HiddenStates", "OutputKeys", "Row", "assemble"]
+__all__ = ["HiddenStates", "OutputKeys", "assemble"]
 
 # A log-prob that nobody measured is not 0, which would be probability 1.
 NOT_MEASURED = float("nan")
@@ -73,21 +74,6 @@ class OutputKeys:
             self.finish_reason,
         )  # fmt: skip
         return [key for key in keys if key is not None]
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One prompt as the user gave it, beside the ids made of it.
-
-    Args:
-        prompt_ids: P ids.
-        prompt_text: the text that the ids stand for.
-        history: the chat that the text was made of, ``[turns]``, in history mode.
-    """
-
-    prompt_ids: tuple[int, ...]
-    prompt_text: str
-    history: History | None = None
 
 
 def assemble(
