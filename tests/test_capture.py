@@ -332,8 +332,24 @@ def test_rows_of_a_request_that_left_the_batch_are_dropped() -> None:
     batch.reqs[:] = [stays]
     scheduler.waiting[0] = (host, batch, commits[1:])
     scheduler.commit()
-    counts = {count for _, count in unpack_answer(scheduler.finish(stays), "row 0").values()}
-    assert counts == {2, 1}, "the row of another request must not be taken for this one's"
+    for req in (stays, gone):
+        counts = {segment: count for segment, (_, count) in unpack_answer(scheduler.finish(req), "row 0").items()}
+        assert counts == {"prompt": 2, "response": 1, "full": 2}, "a commit of another request is not this one's"
+
+
+def test_only_rows_that_are_pooled_are_copied() -> None:
+    """A middle chunk of a prompt is one row, its sum. The last one has token 0's too; "last" has those two alone."""
+    mean, last = asking(9, 8, 7, 6), asking(9, 8, 7, 6, pooling="last")
+    for start, stop, num_rows in ((0, 2, 1), (2, 4, 1 + 1 + 2)):
+        reqs = [mean] if stop == 2 else [mean, last]
+        batch = SimpleNamespace(
+            forward_mode=SimpleNamespace(name="EXTEND"),
+            reqs=reqs,
+            extend_lens=[stop - start] * len(reqs),
+            prefix_lens=[start] * len(reqs),
+        )
+        rows = Capture().plan_step(batch).gather(torch.zeros(2 * len(reqs), HIDDEN_SIZE)).rows_SD
+        assert rows.shape == (num_rows, HIDDEN_SIZE)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -13,6 +13,7 @@ from recorder import (
     FAULTS,
     HIDDEN_SIZE,
     PAD_ID,
+    WORDS,
     Fault,
     RecordingEngine,
     pooled_D,
@@ -21,6 +22,7 @@ from recorder import (
     tiny_tokenizer,
 )
 from tensordict import TensorDict, TensorDictBase, lazy_stack
+from tokenizers.processors import TemplateProcessing
 from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, Text, Tokens
 
@@ -226,6 +228,20 @@ def test_prompts_are_read_where_they_are_said_to_be(mode: str) -> None:
     batch = stacked([TensorDict(my={"prompt": row_of(mode, p)[mode].prompt}) for p in PROMPTS], (3,))
     assert policy.in_keys == [("my", "prompt")]
     assert_rows(policy(batch), sent(engine))
+
+
+def test_the_template_writes_the_special_tokens_of_a_chat() -> None:
+    """A text gets the tokenizer's own; a chat that got them too would start twice."""
+    adds_start = tiny_tokenizer()
+    adds_start.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|start|> $A", special_tokens=[("<|start|>", WORDS.index("<|start|>"))]
+    )
+    engine = RecordingEngine(tokenizer=adds_start)
+    for mode in ("text", "history"):
+        make(mode, engine=engine, tokenizer=adds_start)[0](batch_of(mode, ["w1"]))
+    of_text, of_chat = (TOKENIZER.decode(ids) for ids in sent(engine))
+    assert of_text == "<|start|> w1"
+    assert of_chat == "<|start|> system w9 <|end|> <|start|> user w1 <|end|> <|start|> assistant"
 
 
 def test_the_chat_template_may_be_given() -> None:

@@ -127,6 +127,14 @@ def test_a_gap_in_the_prompt_leaves_the_count_short(
         assert count == expected if segment == "response" else count < expected
 
 
+def test_a_piece_that_comes_twice_does_not_fill_a_gap() -> None:
+    """The count would be right and the mean wrong."""
+    pools, hidden_ND = RequestPools(("prompt", "full"), "mean", 6), hidden_of(6, 0)
+    for start, stop in ((0, 2), (4, 6), (4, 6)):
+        prefill(pools, hidden_ND, start, stop)
+    assert counts(pools) == {"prompt": 2, "full": 2}
+
+
 @given(case=requests(), data=st.data())
 def test_a_lost_decode_row_leaves_the_count_short(case: Any, data: st.DataObject) -> None:
     pools, hidden_ND, num_response = case

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import threading
+import os
+import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -12,7 +14,7 @@ from checks import SEGMENTS, assert_rows, make_policy, prompt_of, relative_error
 from oracle import teacher_force
 from transformers import PreTrainedTokenizerBase
 
-from torchrl_sglang_hidden import HiddenSpec, SGLangServer, launch
+from torchrl_sglang_hidden import EngineUnreachableError, HiddenSpec, SGLangServer, launch
 from torchrl_sglang_hidden.channel import CHANNEL, pack_options
 from torchrl_sglang_hidden.specs import Request
 from torchrl_sglang_hidden.wire import read_responses, to_payload
@@ -128,16 +130,25 @@ def test_retraction_and_mixed_chunks(cramped: SGLangServer, smol_dir: str) -> No
 
 def test_many_callers_at_once(cramped: SGLangServer, tokenizer: PreTrainedTokenizerBase, smol_dir: str) -> None:
     policy = make_policy(cramped, tokenizer)
-    outs: dict[int, Any] = {}
+    prompts = [[prompt_of(10 + 5 * seed, seed), prompt_of(20, seed)] for seed in range(6)]
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        outs = list(pool.map(lambda pair: policy(tokens_input(pair)), prompts))
+    for pair, out in zip(prompts, outs, strict=True):
+        assert [row.prompt_ids for row in assert_rows(out, smol_dir, SEGMENTS)] == pair
 
-    def call(seed: int) -> None:
-        outs[seed] = policy(tokens_input([prompt_of(10 + 5 * seed, seed), prompt_of(20, seed)]))
 
-    threads = [threading.Thread(target=call, args=(seed,)) for seed in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for seed in range(6):
-        rows = assert_rows(outs[seed], smol_dir, SEGMENTS)
-        assert [row.prompt_ids for row in rows] == [prompt_of(10 + 5 * seed, seed), prompt_of(20, seed)]
+def test_a_server_that_dies_in_the_middle_of_a_call(cramped: SGLangServer, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The last test of its server."""
+    policy = make_policy(cramped, tokenizer, max_new_tokens=150, min_new_tokens=150)
+    batch = tokens_input([prompt_of(8, seed=9)])
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(policy, batch)
+        with httpx.Client(base_url=cramped.url, trust_env=False) as http:
+            while open_pools(http) == 0:
+                assert not call.done(), "too quick to be killed in the middle"
+        os.killpg(cramped.pid, signal.SIGKILL)
+        with pytest.raises(EngineUnreachableError, match=cramped.url):
+            call.result(timeout=10)
+    assert list(batch[0].keys(True, True)) == [("tokens", "prompt")]
+    with pytest.raises(EngineUnreachableError, match="nothing answers"):
+        policy(batch)
