@@ -21,7 +21,7 @@ import psutil
 import pytest
 from processes import still_running, watched
 
-from torchrl_sglang_hidden import InputError, LaunchError, UnknownOptionError, launch
+from torchrl_sglang_hidden import EngineError, InputError, LaunchError, UnknownOptionError, launch
 from torchrl_sglang_hidden.engines import launch as launch_module
 from torchrl_sglang_hidden.engines.launch import ServerProcess, check_model
 from torchrl_sglang_hidden.errors import CapabilityError, InputTypeError, SGLangHiddenError
@@ -204,6 +204,24 @@ def test_a_failed_start_tells_the_exit_code_the_log_and_its_last_lines(start: ST
     ]
     assert process.log_tail(1000)[0] == "line"
     assert log_path.read_text().startswith("an earlier start\n")
+
+
+@pytest.mark.parametrize(
+    ("end", "how"), [("sys.exit(3)", "exit code 3"), ("os.kill(os.getpid(), 9)", r"signal 9 \(Killed\)")]
+)
+def test_waiting_ends_when_the_server_ends_by_itself(start: START, end: str, how: str) -> None:
+    process = start(
+        f"import os, sys; print('the key', os.environ['{API_KEY_ENV}'], flush=True); {end}", api_key="sesame"
+    )
+    with pytest.raises(EngineError, match=rf"ended by itself, with {how}; the whole log is .*(?s:.)*the key \*\*\*"):
+        process.wait()
+
+
+def test_without_a_key_the_server_gets_none_from_the_environment(start: START, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(API_KEY_ENV, "of another server")
+    process = start(f"import os; print('key:', os.environ.get('{API_KEY_ENV}'))")
+    with pytest.raises(EngineError, match="key: None"):
+        process.wait()
 
 
 def test_a_killed_server_is_named_by_its_signal(start: START) -> None:

@@ -5,19 +5,17 @@ Knows nothing of SGLang or TorchRL: a command imports what it runs when it runs,
 
 from __future__ import annotations
 
-import os
 import re
 import signal
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from torchrl_sglang_hidden._version import __version__
-from torchrl_sglang_hidden.errors import EngineError, InputError, SGLangHiddenError, UnknownOptionError
+from torchrl_sglang_hidden.errors import InputError, SGLangHiddenError, UnknownOptionError
 
 if TYPE_CHECKING:
     from torchrl_sglang_hidden.engines.launch import LaunchedServer
@@ -25,10 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["app", "main", "parse_server_arguments"]
 
 API_KEY_ENV = "TORCHRL_SGLANG_HIDDEN_API_KEY"
-
-_POLL_INTERVAL_S = 0.2
-_TAIL_LINES = 20
-_TAIL_BYTES = 64 * 1024
 
 _SNIPPET = """\
 from tensordict import TensorDict
@@ -146,7 +140,7 @@ def serve(
             **server_args,
         ) as server:
             _announce(server, with_key=api_key is not None)
-            _wait_for_end(server, api_key)
+            server.wait()
     except KeyboardInterrupt:
         typer.echo("Stopped.")
     finally:
@@ -204,31 +198,3 @@ def _announce(server: LaunchedServer, *, with_key: bool) -> None:
     typer.echo(f"Log: {server.log_path}")
     typer.echo("Ctrl-C ends it. To use it, paste into Python:\n")
     typer.echo(_SNIPPET.format(engine=engine, connect_import=connect_import))
-
-
-def _wait_for_end(server: LaunchedServer, api_key: str | None) -> NoReturn:
-    """Ends with an exception: the user's interrupt, or what became of the server.
-
-    Raises:
-        EngineError: the server ended by itself; with the last log lines.
-    """
-    pid = server.pid
-    # WNOWAIT: the exit code stays there for the server's own close. Short waits: a signal that comes just before one is
-    # seen only after it.
-    while (end := os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)) is None:
-        time.sleep(_POLL_INTERVAL_S)
-    how = f"with exit code {end.si_status}" if end.si_code == os.CLD_EXITED else f"by signal {end.si_status}"
-    raise EngineError(
-        f"the server ended by itself, {how}; the whole log is {server.log_path}. Last log lines:\n"
-        f"{_log_tail(server.log_path, api_key)}"
-    )
-
-
-def _log_tail(path: Path, api_key: str | None) -> str:
-    with path.open("rb") as log:
-        log.seek(max(0, log.seek(0, os.SEEK_END) - _TAIL_BYTES))
-        text = log.read().decode(errors="replace")
-    if api_key is not None:
-        text = text.replace(api_key, "***")
-    lines = [line.rstrip() for line in re.split(r"[\r\n]+", text) if line.strip()]
-    return "\n".join(f"    {line}" for line in lines[-_TAIL_LINES:])

@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx
 import platformdirs
@@ -28,7 +28,14 @@ from rich.console import Console
 from rich.markup import escape
 
 from torchrl_sglang_hidden.engines.http import SGLangServer
-from torchrl_sglang_hidden.errors import CapabilityError, InputError, InputTypeError, LaunchError, UnknownOptionError
+from torchrl_sglang_hidden.errors import (
+    CapabilityError,
+    EngineError,
+    InputError,
+    InputTypeError,
+    LaunchError,
+    UnknownOptionError,
+)
 from torchrl_sglang_hidden.server.__main__ import API_KEY_ENV, PARENT_PID_ENV, command_line
 
 __all__ = ["LaunchedServer", "launch"]
@@ -122,7 +129,16 @@ class LaunchedServer(SGLangServer):
         self.log_path = process.log_path
         # Runs once: at close, when the last reference goes, or when the interpreter exits.
         self._stop = weakref.finalize(self, process.stop)
+        self._process = process
         super().__init__(url, api_key=api_key)
+
+    def wait(self) -> NoReturn:
+        """Blocks for as long as the server runs.
+
+        Raises:
+            EngineError: the server ended by itself; with exit code, log file and last log lines.
+        """
+        self._process.wait()
 
     def close(self) -> None:
         """Closes the client and ends the server. A second call does nothing."""
@@ -147,6 +163,8 @@ class ServerProcess:
         self._api_key = api_key
         self._owner_pid = os.getpid()
         environment = {**os.environ, PARENT_PID_ENV: str(self._owner_pid), "PYTHONUNBUFFERED": "1"}
+        # Not the parent's: the server would want a key that its own client does not send.
+        environment.pop(API_KEY_ENV, None)
         if api_key is not None:
             environment[API_KEY_ENV] = api_key
         with _open_log(log_path) as log:
@@ -189,6 +207,17 @@ class ServerProcess:
                     )
                 last_line = (self.log_tail(1) or ["Python starts"])[0]
                 show(f"Starting SGLang, {elapsed_s:.0f} s: {_without_timestamp(last_line)}")
+
+    def wait(self) -> NoReturn:
+        """Blocks until the process has ended, and raises an `EngineError` that tells how."""
+        while (code := self._process.poll()) is None:
+            # Short waits: a signal that comes just before one is seen only after it.
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_POLL_INTERVAL_S)
+        raise EngineError(
+            f"the server ended by itself, with {_exit_reason(code)}; the whole log is {self.log_path}. "
+            f"{self._last_words()}"
+        )
 
     def log_tail(self, limit: int = _TAIL_LINES) -> list[str]:
         """The last ``limit`` lines that this start wrote, oldest first, without blank ones and without the API key."""
