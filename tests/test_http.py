@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from recorder import Handler, RecordingServer, Respond
+from recorder import Handler, RecordingEngine, RecordingServer, Respond, abort_a_row
 
 from torchrl_sglang_hidden import SGLangServer, connect
 from torchrl_sglang_hidden.errors import (
@@ -28,6 +28,7 @@ from torchrl_sglang_hidden.errors import (
     InputError,
     InputTypeError,
     ProtocolError,
+    RequestAbortedError,
     RequestRejectedError,
     SGLangHiddenError,
     TokenIdError,
@@ -287,14 +288,37 @@ def test_a_bad_row_sends_nothing_anywhere(make_server: Callable[..., RecordingSe
         assert [server.payloads for server in servers] == [[], []]
 
 
-def test_one_of_two_servers_fails(make_server: Callable[..., RecordingServer]) -> None:
-    servers = [make_server(), make_server()]
+@pytest.mark.parametrize("way", ["sync", "async"])
+def test_one_of_two_servers_fails_and_is_reported_while_the_other_works(
+    make_server: Callable[..., RecordingServer], way: str
+) -> None:
+    servers, reported = [make_server(), make_server()], threading.Event()
+    servers[0].respond = lambda handler, payload: reported.wait(30)
     servers[1].respond = lambda handler, payload: handler.say((500, "broken"))
     with (
         connect([server.url for server in servers]) as engine,
         pytest.raises(EngineError, match=rf"{servers[1].url} answered 500: broken"),
     ):
-        engine.generate(requests_of(4))
+        generate(engine, way, requests_of(4))
+    assert not reported.is_set()
+    reported.set()
+
+
+@pytest.mark.parametrize("way", ["sync", "async"])
+def test_a_row_is_named_by_its_place_in_the_whole_batch(make_server: Callable[..., RecordingServer], way: str) -> None:
+    servers = [make_server(), make_server()]
+
+    def abort(handler: Handler, payload: dict[str, Any]) -> None:
+        rows = RecordingEngine().answer(payload)
+        abort_a_row(rows)
+        handler.say((200, rows))
+
+    servers[1].respond = abort
+    with (
+        connect([server.url for server in servers]) as engine,
+        pytest.raises(RequestAbortedError, match="row 3 "),
+    ):
+        generate(engine, way, requests_of(5))
 
 
 def test_servers_of_two_models_do_not_share(make_server: Callable[..., RecordingServer]) -> None:

@@ -7,11 +7,14 @@ import os
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from torchrl_sglang_hidden.channel import PLUGIN_ENV
+from torchrl_sglang_hidden import HiddenSpec
+from torchrl_sglang_hidden.channel import CHANNEL, PLUGIN_ENV, pack_options
+from torchrl_sglang_hidden.server.capture import Capture
 
 # SGLang's two modules, as much of them as `register` touches: importing the real ones takes seconds and a CUDA wheel.
 FAKE_SGLANG = """
@@ -100,6 +103,16 @@ def test_sglang_finds_it() -> None:
     assert entry.value == "torchrl_sglang_hidden.server.plugin:register"
 
 
+class Asking:
+    """SGLang's request, as much of it as is read."""
+
+    sampling_params = SimpleNamespace(custom_params={CHANNEL: pack_options(HiddenSpec(), binary=False)})
+    origin_input_ids = (1, 2)
+
+    def finished(self) -> bool:
+        return False
+
+
 class Streamer:
     """SGLang's output streamer, as much of it as is subclassed."""
 
@@ -110,10 +123,26 @@ class Streamer:
         return {"theirs": [1 for _ in reqs]}
 
 
+@pytest.mark.parametrize(("rust_server", "pp_size"), [(object(), 1), (None, 2)])
+def test_off_where_sglang_cannot_carry_the_rows(
+    monkeypatch: pytest.MonkeyPatch, rust_server: object, pp_size: int
+) -> None:
+    from torchrl_sglang_hidden.server import plugin
+
+    capture = Capture()
+    monkeypatch.setattr(plugin, "_capture", capture)
+    scheduler = SimpleNamespace(rust_server=rust_server, server_args=SimpleNamespace(pp_size=pp_size))
+    assert plugin.after_streamer_class(Streamer, scheduler) is Streamer
+    assert capture.pools_of(Asking()) is None
+    capture.on = True
+    assert capture.pools_of(Asking()) is not None, "else the test proves nothing"
+
+
 def test_the_streamer_keeps_what_others_add(monkeypatch: pytest.MonkeyPatch) -> None:
     from torchrl_sglang_hidden.server import plugin
 
-    streamer = plugin.after_streamer_class(Streamer, None)()
+    scheduler = SimpleNamespace(rust_server=None, server_args=SimpleNamespace(pp_size=1))
+    streamer = plugin.after_streamer_class(Streamer, scheduler)()
     assert streamer.has_additional_customized_info
     assert streamer.is_request_level_customized_info_key(plugin.CHANNEL)
     assert streamer.is_request_level_customized_info_key("theirs")

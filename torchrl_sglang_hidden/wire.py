@@ -169,8 +169,16 @@ def to_payload(requests: Sequence[Request], info: EngineInfo, *, binary: bool) -
 # --- answers -------------------------------------------------------------------------------------------------------
 
 
-def read_responses(requests: Sequence[Request], rows: object, info: EngineInfo) -> list[Completion]:
+def read_responses(
+    requests: Sequence[Request], rows: object, info: EngineInfo, *, first_row: int = 0
+) -> list[Completion]:
     """Reads SGLang's answer to one batched payload, and counts every row.
+
+    Args:
+        requests: what was sent.
+        rows: SGLang's answers.
+        info: as for `to_payload`.
+        first_row: where these requests start in the caller's batch, for the errors.
 
     Raises:
         AlignmentError: ids, log-probs and states do not agree in number, or a prompt was not taken whole.
@@ -181,7 +189,8 @@ def read_responses(requests: Sequence[Request], rows: object, info: EngineInfo) 
         found = len(rows) if isinstance(rows, list) else repr(rows)[:80]
         raise ProtocolError(f"sent {len(requests)} requests and got {found} answers")
     return [
-        _read_row(index, request, row, info) for index, (request, row) in enumerate(zip(requests, rows, strict=True))
+        _read_row(index, request, row, info)
+        for index, (request, row) in enumerate(zip(requests, rows, strict=True), first_row)
     ]
 
 

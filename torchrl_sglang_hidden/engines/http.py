@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
@@ -98,15 +98,30 @@ class SGLangServer(Engine):
         """See `Engine.generate`."""
         shares = self._share(requests)
         if len(shares) == 1:
-            endpoint, share = shares[0]
-            return endpoint.generate(share)
-        with ThreadPoolExecutor(len(shares)) as pool:
-            parts = pool.map(lambda pair: pair[0].generate(pair[1]), shares)
-            return [completion for part in parts for completion in part]
+            endpoint, share, first_row = shares[0]
+            return endpoint.generate(share, first_row)
+        pool = ThreadPoolExecutor(len(shares), thread_name_prefix="sglang-server")
+        calls = [pool.submit(endpoint.generate, share, first_row) for endpoint, share, first_row in shares]
+        # A failed server is reported at once, not when the slowest of the others is done.
+        wait(calls, return_when=FIRST_EXCEPTION)
+        pool.shutdown(wait=False)
+        for call in calls:
+            if call.done() and (error := call.exception()) is not None:
+                raise error
+        return [completion for call in calls for completion in call.result()]
 
     async def agenerate(self, requests: Sequence[Request]) -> list[Completion]:
         """See `Engine.agenerate`."""
-        parts = await asyncio.gather(*(endpoint.agenerate(share) for endpoint, share in self._share(requests)))
+        calls = [
+            asyncio.ensure_future(endpoint.agenerate(share, first_row))
+            for endpoint, share, first_row in self._share(requests)
+        ]
+        try:
+            parts = await asyncio.gather(*calls)
+        finally:
+            # Where one failed, the others' answers are of no use. A task that is done takes no notice.
+            for call in calls:
+                call.cancel()
         return [completion for part in parts for completion in part]
 
     def close(self) -> None:
@@ -114,13 +129,14 @@ class SGLangServer(Engine):
         for endpoint in self._endpoints:
             endpoint.close()
 
-    def _share(self, requests: Sequence[Request]) -> list[tuple[_Endpoint, Sequence[Request]]]:
+    def _share(self, requests: Sequence[Request]) -> list[tuple[_Endpoint, Sequence[Request], int]]:
+        """Each server's requests, and the row that they start at."""
         # All rows are checked before any is sent: a bad one must not leave half a batch running.
         for endpoint in self._endpoints:
             self._check(requests, endpoint.info)
         size = -(-len(requests) // len(self._endpoints))
         starts = range(0, len(requests), size)
-        return [(e, requests[start : start + size]) for e, start in zip(self._endpoints, starts, strict=False)]
+        return [(e, requests[start : start + size], start) for e, start in zip(self._endpoints, starts, strict=False)]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_reconnect, (self.urls, self._config))
@@ -172,17 +188,17 @@ class _Endpoint:
             raise ProtocolError(f"{self.url}{path} answered {str(body)[:80]!r}; is that an SGLang server?")
         return body
 
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+    def generate(self, requests: Sequence[Request], first_row: int) -> list[Completion]:
         payload = to_payload(requests, self.info, binary=False)
         with _translated(self.url):
             response = self._client.post("/generate", json=payload)
-        return read_responses(requests, _json(response, self.url), self.info)
+        return read_responses(requests, _json(response, self.url), self.info, first_row=first_row)
 
-    async def agenerate(self, requests: Sequence[Request]) -> list[Completion]:
+    async def agenerate(self, requests: Sequence[Request], first_row: int) -> list[Completion]:
         payload = to_payload(requests, self.info, binary=False)
         with _translated(self.url):
             response = await self._async_client().post("/generate", json=payload)
-        return read_responses(requests, _json(response, self.url), self.info)
+        return read_responses(requests, _json(response, self.url), self.info, first_row=first_row)
 
     def _async_client(self) -> httpx.AsyncClient:
         loop = asyncio.get_running_loop()

@@ -160,8 +160,8 @@ def _keep_out_of_logs(secret: str) -> None:
 
     def make_redacted_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
         record = make_record(*args, **kwargs)
-        if secret in str(record.msg):
-            record.msg = str(record.msg).replace(secret, "***")
+        if secret in f"{record.msg}{record.args}":
+            record.msg, record.args = record.getMessage().replace(secret, "***"), None
         return record
 
     logging.setLogRecordFactory(make_redacted_record)

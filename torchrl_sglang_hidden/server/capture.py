@@ -117,11 +117,13 @@ class Capture:
 
     Attributes:
         pools: by request, weakly: what SGLang forgets (finished, aborted) is forgotten here.
+        on: whether this SGLang can carry the rows at all.
         normed: whether the model hands over its states after the final norm. SGLang prefers those before it where a
             model gives both.
     """
 
     def __init__(self) -> None:
+        self.on = True
         self.normed = True
         self.pools: WeakKeyDictionary[Any, RequestPools] = WeakKeyDictionary()
 
@@ -129,7 +131,7 @@ class Capture:
         """The request's pools, made when it is first seen; None when it did not ask."""
         pools = self.pools.get(req)
         if pools is None:
-            options = unpack_options(req.sampling_params.custom_params)
+            options = unpack_options(req.sampling_params.custom_params) if self.on else None
             if options is None or req.finished():
                 return None
             pools = self.pools[req] = RequestPools(options.segments, options.pooling, len(req.origin_input_ids))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Any
+from typing import Any, cast
 
 from torchrl_sglang_hidden.channel import CHANNEL, PLUGIN_ENV, pack_status
 from torchrl_sglang_hidden.server.capture import Capture
@@ -26,10 +26,7 @@ _PLAN = "_torchrl_sglang_hidden_plan"
 
 def after_forward_batch(forward_batch: Any, cls: type, batch: Any, model_runner: Any, **kwargs: Any) -> None:
     """Plans the step while the batch's lengths are those of this step; overlap scheduling moves them on later."""
-    from sglang.srt.runtime_context import get_parallel
-
-    # Between pipeline stages SGLang carries no auxiliary output, and ends where it meets one.
-    if not model_runner.is_draft_worker and get_parallel().pp_size == 1:
+    if not model_runner.is_draft_worker:
         setattr(forward_batch, _PLAN, _capture.plan_step(batch))
 
 
@@ -51,6 +48,11 @@ def after_max_prefix_len(length: int, req: Any, input_len: int) -> int | None:
 
 def after_streamer_class(streamer_class: Any, scheduler: Any) -> type:
     """Gives the scheduler an output streamer that hands out the answers."""
+    if scheduler.rust_server is not None or scheduler.server_args.pp_size > 1:
+        # SGLang's Rust server takes no additional fields, and nothing carries auxiliary outputs between pipeline
+        # stages: the one does not start with them, the other ends where it meets one.
+        _capture.on = False
+        return cast("type", streamer_class)
 
     class PooledOutputStreamer(streamer_class):  # type: ignore[misc]
         has_additional_customized_info = True
@@ -85,6 +87,14 @@ def after_internal_state(output: Any, scheduler: Any, recv_req: Any) -> None:
     )
 
 
+def after_states_to_store(
+    result: Any, processor: Any, hidden_states: Any, hidden_states_before_norm: Any, *args: Any
+) -> None:
+    """Notes a model whose captured states are those before the final norm, against this package's layer -1."""
+    if hidden_states_before_norm is not None:
+        _capture.normed = False
+
+
 def _in_place() -> bool:
     from sglang.srt.plugins.hook_registry import HookRegistry
 
@@ -93,24 +103,14 @@ def _in_place() -> bool:
 
 def _supported(scheduler: Any) -> bool:
     """Whether this server captures one row per position, and SGLang brings it to the host."""
-    from sglang.srt.runtime_context import get_parallel
-
     return (
         bool(scheduler.server_args.enable_return_hidden_states)
-        and get_parallel().pp_size == 1
+        and _capture.on
+        and _capture.normed
         and scheduler.spec_algorithm.is_none()
         and scheduler.disaggregation_mode.value == "null"
         and not scheduler.enable_pdmux
-        and _capture.normed
     )
-
-
-def after_states_to_store(
-    result: Any, processor: Any, hidden_states: Any, hidden_states_before_norm: Any, *args: Any
-) -> None:
-    """Notes a model whose captured states are those before the final norm, against this package's layer -1."""
-    if hidden_states_before_norm is not None:
-        _capture.normed = False
 
 
 _HOOKS = {
