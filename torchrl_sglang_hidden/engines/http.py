@@ -174,11 +174,10 @@ class _Endpoint:
         # An async connection belongs to the event loop it was opened in.
         self._async_clients: dict[asyncio.AbstractEventLoop, httpx.AsyncClient] = {}
         self._lock = threading.Lock()
-        try:
+        with ExitStack() as stack:
+            stack.callback(self._client.close)
             self.info = read_info(self._get("/model_info"), self._get("/server_info"), ask_model)
-        except BaseException:
-            self._client.close()
-            raise
+            stack.pop_all()
 
     def _get(self, path: str) -> dict[str, Any]:
         with _translated(self.url):
