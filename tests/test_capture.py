@@ -352,6 +352,15 @@ def test_only_rows_that_are_pooled_are_copied() -> None:
         assert rows.shape == (num_rows, HIDDEN_SIZE)
 
 
+def test_a_decode_step_copies_only_the_rows_of_those_who_asked() -> None:
+    batch = SimpleNamespace(
+        forward_mode=SimpleNamespace(name="DECODE"), reqs=[Req([1]), asking(2, 3), Req([4]), asking(5)]
+    )
+    hidden_ND = torch.arange(4.0)[:, None].expand(4, HIDDEN_SIZE).clone()
+    rows_SD = Capture().plan_step(batch).gather(hidden_ND).rows_SD
+    assert rows_SD[:, 0].tolist() == [1.0, 3.0]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_rows_are_pooled_in_float32(dtype: torch.dtype) -> None:
     scheduler, req = Scheduler(dtype=dtype), asking(9, 8, 7, 6, 5)

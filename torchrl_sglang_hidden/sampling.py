@@ -15,18 +15,6 @@ from torchrl_sglang_hidden.errors import InputError, InputTypeError, UnknownOpti
 
 __all__ = ["SGLANG_NAMES", "override", "standardize", "to_sglang"]
 
-# SGLang's sampling parameters that a caller may set (sglang.srt.sampling.sampling_params.SamplingParams, 0.5.23; a test
-# compares). Left out: `n` and `beam_width` (one completion per request is the contract here), `custom_params` (this
-# package's own channel into the server), `stream_interval` and `watermark` (of no effect on a finished response).
-SGLANG_NAMES = frozenset(
-    {
-        "max_new_tokens", "stop", "stop_token_ids", "stop_regex", "temperature", "top_p", "top_k", "min_p",
-        "frequency_penalty", "presence_penalty", "repetition_penalty", "min_new_tokens", "json_schema", "regex",
-        "ebnf", "structural_tag", "ignore_eos", "skip_special_tokens", "spaces_between_special_tokens", "no_stop_trim",
-        "logit_bias", "sampling_seed",
-    }
-)  # fmt: skip
-
 # Other projects' names for the same thing → the name kept in `generate_kwargs` (TorchRL's where it has one).
 _ALIASES = {
     "max_tokens": "max_new_tokens",  # vLLM
@@ -102,6 +90,12 @@ _RULES: dict[str, _Rule] = {
     "no_stop_trim": _FLAG,
     "json_schema": _TEXT, "regex": _TEXT, "ebnf": _TEXT, "structural_tag": _TEXT,
 }  # fmt: skip
+
+
+# SGLang's sampling parameters that a caller may set (sglang.srt.sampling.sampling_params.SamplingParams, 0.5.23; a test
+# compares). Left out: `n` and `beam_width` (one completion per request is the contract here), `custom_params` (this
+# package's own channel into the server), `stream_interval` and `watermark` (of no effect on a finished response).
+SGLANG_NAMES = (frozenset(_RULES) - {"do_sample", "num_return_sequences", "stop_sequences"}) | {"stop"}
 
 
 def standardize(options: Mapping[str, Any] | None) -> dict[str, Any]:

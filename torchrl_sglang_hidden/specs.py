@@ -152,7 +152,7 @@ class EngineInfo:
         model_path: where the engine read the weights from, in its own file system.
         tokenizer_path: likewise for the tokenizer.
         vocab_size: ids are in ``[0, vocab_size)``.
-        hidden_size: D, or None when the engine does not tell.
+        hidden_size: D.
         context_length: most tokens of prompt and response together.
         max_prompt_tokens: most tokens of one prompt; less than the context length when the KV cache is small.
         weight_version: the engine's name for its weights at connect.
@@ -163,7 +163,7 @@ class EngineInfo:
     model_path: str
     tokenizer_path: str
     vocab_size: int
-    hidden_size: int | None
+    hidden_size: int
     context_length: int
     max_prompt_tokens: int
     weight_version: str

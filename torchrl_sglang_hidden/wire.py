@@ -261,7 +261,7 @@ def _read_hidden(
                 f"{name}: {count} rows of states for the {segment!r} segment of {num_prompt} prompt and {num_response} "
                 f"response tokens, expected {expected}; {remedy}"
             )
-        if info.hidden_size is not None and vector.shape != (info.hidden_size,):
+        if vector.shape != (info.hidden_size,):
             raise ProtocolError(f"{name}: a state of shape {tuple(vector.shape)}, expected ({info.hidden_size},)")
         hidden[segment] = Pooled(vector, count)
     return hidden

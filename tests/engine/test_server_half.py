@@ -150,5 +150,7 @@ def test_a_server_that_dies_in_the_middle_of_a_call(cramped: SGLangServer, token
         with pytest.raises(EngineUnreachableError, match=cramped.url):
             call.result(timeout=10)
     assert list(batch[0].keys(True, True)) == [("tokens", "prompt")]
+    # Until it has ended, its socket may still take a connection. WNOWAIT: reaping it is launch's part.
+    os.waitid(os.P_PID, cramped.pid, os.WEXITED | os.WNOWAIT)
     with pytest.raises(EngineUnreachableError, match="nothing answers"):
         policy(batch)

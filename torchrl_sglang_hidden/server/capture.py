@@ -52,13 +52,11 @@ class HostRows:
     """One step's reduced rows on the host, SGLang's ``HostAuxiliaryOutput``.
 
     Args:
-        rows_SD: float32 ``[rows, D]``.
-        indices: the row of each span.
+        rows_SD: float32 ``[spans, D]``.
         plan: what was planned.
     """
 
     rows_SD: torch.Tensor
-    indices: Sequence[int]
     plan: StepPlan
 
     def consume(self, batch: Any, commits: Sequence[Any]) -> None:
@@ -69,7 +67,7 @@ class HostRows:
             if pools is None or span.row >= len(batch.reqs) or batch.reqs[span.row] is not req:
                 continue
             # A clone: a view would keep the whole step's buffer alive in the pools of one request.
-            row_D = self.rows_SD[self.indices[index]].clone()
+            row_D = self.rows_SD[index].clone()
             if span.part == "prompt":
                 pools.add_prompt(row_D, span.position, span.position + span.stop - span.start)
             elif commits[span.row] is not None:
@@ -81,17 +79,24 @@ class DeviceRows:
     """One step's reduced rows on the device, SGLang's ``DeviceAuxiliaryOutput``."""
 
     rows_SD: torch.Tensor
-    indices: Sequence[int]
     plan: StepPlan
 
     def copy_to_host(self, copy: Callable[[torch.Tensor], torch.Tensor]) -> HostRows:
         """Starts the step's one copy."""
-        return HostRows(copy(self.rows_SD), self.indices, self.plan)
+        return HostRows(copy(self.rows_SD), self.plan)
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What to take from one forward step, noted before it ran."""
+    """What to take from one forward step, noted before it ran.
+
+    Args:
+        spans: the rows wanted.
+        num_rows: all rows of the step, wanted or not.
+        is_decode: whether every request has one row.
+        reqs: the batch's requests.
+        capture: whose pools the rows are for.
+    """
 
     spans: tuple[Span, ...]
     num_rows: int
@@ -100,16 +105,15 @@ class StepPlan:
     capture: Capture
 
     def gather(self, hidden_ND: torch.Tensor | None) -> DeviceRows | None:
-        """Reduces the planned rows of the step's hidden states ``[N, D]`` to float32, on the device."""
+        """Reduces the planned rows of the step's hidden states ``[N, D]`` to float32 ``[spans, D]``, on the device."""
         if hidden_ND is None or hidden_ND.dim() != 2 or hidden_ND.shape[0] < self.num_rows:
             return None
         if self.is_decode:
-            # One cast for all, also of rows that nobody asked for: cheaper than a kernel for each that somebody did. A
-            # copy even from float32, for the rows may be a CUDA graph's buffer.
-            rows_SD = hidden_ND[: self.num_rows].to(torch.float32, copy=True)
-            return DeviceRows(rows_SD, [span.start for span in self.spans], self)
+            # Two kernels however many rows, and only the rows that somebody asked for. cat copies: the rows may be a
+            # CUDA graph's buffer, which the next step overwrites.
+            return DeviceRows(torch.cat([hidden_ND[span.start : span.stop] for span in self.spans]).float(), self)
         rows = [reduce_rows(hidden_ND, span.start, span.stop, span.pooling) for span in self.spans]
-        return DeviceRows(torch.stack(rows), range(len(rows)), self)
+        return DeviceRows(torch.stack(rows), self)
 
 
 class Capture:
