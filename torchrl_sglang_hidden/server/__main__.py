@@ -138,7 +138,17 @@ def _run_server(arguments: list[str], api_key: str | None, *, on_cpu: bool) -> N
     try:
         run_server(server_args)
     finally:
+        _stop_watchdog()
         kill_process_tree(os.getpid(), include_parent=False)
+
+
+def _stop_watchdog() -> None:
+    # Before its processes are ended on purpose: SGLang's watchdog polls once a second, and reports a crash if it sees it.
+    from sglang.srt.entrypoints.http_server import get_global_state
+
+    state = get_global_state()
+    if state is not None and state.tokenizer_manager._subprocess_watchdog is not None:
+        state.tokenizer_manager._subprocess_watchdog.stop()
 
 
 def _merge_config_file(arguments: list[str]) -> list[str]:
