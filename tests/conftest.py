@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import pytest
 from checks import CHUNKED_PREFILL_SIZE, make_policy
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from torchrl_sglang_hidden import SGLangHiddenWrapper, SGLangServer, demo_model, launch
+from torchrl_sglang_hidden import SGLangHiddenWrapper, SGLangServer, connect, demo_model, launch
 
+# A running server for the `smol` fixture, started with the arguments below: saves its start on each run of a test at work.
+TEST_URL_ENV = "TORCHRL_SGLANG_HIDDEN_TEST_URL"
 ENGINE_TESTS = Path(__file__).parent / "engine"
 
 
@@ -39,6 +42,11 @@ def qwen3_dir(smol_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def smol(smol_dir: str) -> Iterator[SGLangServer]:
+    url = os.environ.get(TEST_URL_ENV)
+    if url is not None:
+        with connect(url) as engine:
+            yield engine
+        return
     # sleep_on_idle: this server outlives the modules that start others, and an idle SGLang spins on a core.
     with launch(smol_dir, dtype="float32", chunked_prefill_size=CHUNKED_PREFILL_SIZE, sleep_on_idle=True) as engine:
         yield engine
