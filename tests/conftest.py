@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden import SGLangHiddenWrapper, SGLangServer, connect, demo_model, launch
 
-# A running server for the `smol` fixture, started with the arguments below: saves its start on each run of a test at work.
+# A running server for the `smol` fixture, started with the arguments below: saves its start on each run at work.
 TEST_URL_ENV = "TORCHRL_SGLANG_HIDDEN_TEST_URL"
 ENGINE_TESTS = Path(__file__).parent / "engine"
 

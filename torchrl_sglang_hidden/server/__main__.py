@@ -143,7 +143,7 @@ def _run_server(arguments: list[str], api_key: str | None, *, on_cpu: bool) -> N
 
 
 def _stop_watchdog() -> None:
-    # Before its processes are ended on purpose: SGLang's watchdog polls once a second, and reports a crash if it sees it.
+    # SGLang's watchdog looks once a second, and would report processes that are ended on purpose as a crash.
     from sglang.srt.entrypoints.http_server import get_global_state
 
     state = get_global_state()
