@@ -7,6 +7,7 @@ check that guards a real engine guards this one. Tokens, log-probs and states ar
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import socket
 import threading
@@ -22,6 +23,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from torchrl_sglang_hidden.channel import CHANNEL, PROTOCOL, pack_answer, unpack_options
 from torchrl_sglang_hidden.engines import Engine
+from torchrl_sglang_hidden.engines.weights import next_version
 from torchrl_sglang_hidden.pooling import RequestPools, reduce_rows
 from torchrl_sglang_hidden.specs import SEGMENTS, Completion, EngineInfo, Pooling, Request, Segment
 from torchrl_sglang_hidden.wire import read_responses, to_payload
@@ -96,6 +98,7 @@ def make_info(**changes: Any) -> EngineInfo:
         "weight_version": "v7",
         "pools_in_server": True,
         "returns_hidden_states": True,
+        "honours_seeds": True,
     }
     return EngineInfo(**{**fields, **changes})
 
@@ -114,6 +117,7 @@ class RecordingEngine(Engine):
         requests: every request that was sent, in order.
         payloads: the payload of every call.
         closed: how often `close` was called.
+        updates: weights, transport and running of every `update_weights`.
     """
 
     def __init__(
@@ -132,6 +136,7 @@ class RecordingEngine(Engine):
         self.requests: list[Request] = []
         self.payloads: list[dict[str, Any]] = []
         self.closed = 0
+        self.updates: list[tuple[Any, str, str]] = []
 
     @property
     def info(self) -> EngineInfo:
@@ -151,18 +156,28 @@ class RecordingEngine(Engine):
     async def agenerate(self, requests: Sequence[Request]) -> list[Completion]:
         return self.generate(requests)
 
+    def update_weights(
+        self, weights: Any, *, version: str | None = None, transport: str = "auto", running: str = "finish"
+    ) -> str:
+        """Takes note of the weights; the version moves as SGLang's does."""
+        version = version or next_version(self._info.weight_version)
+        self.updates.append((weights, transport, running))
+        self._info = dataclasses.replace(self._info, weight_version=version)
+        return version
+
     def close(self) -> None:
         self.closed += 1
 
     def answer(self, payload: dict[str, Any]) -> Answer:
         """What SGLang's ``/generate`` would say to a payload."""
         stock = payload.get("return_hidden_states", [False] * len(payload["input_ids"]))
-        columns = (payload["input_ids"], payload["sampling_params"], payload["return_logprob"], stock)
+        starts = payload.get("logprob_start_len", [-1] * len(payload["input_ids"]))
+        columns = (payload["input_ids"], payload["sampling_params"], payload["return_logprob"], stock, starts)
         rows = [self._answer_row(index, *row) for index, row in enumerate(zip(*columns, strict=True))]
         return rows if self._binary else json.loads(json.dumps(rows))
 
     def _answer_row(
-        self, index: int, prompt_ids: list[int], sampling: dict[str, Any], return_logprob: bool, stock: bool
+        self, index: int, prompt_ids: list[int], sampling: dict[str, Any], return_logprob: bool, stock: bool, start: int
     ) -> dict[str, Any]:
         limit = sampling.get("max_new_tokens", DEFAULT_NEW_TOKENS)
         response_ids = list(self._respond(prompt_ids))[:limit]
@@ -175,6 +190,9 @@ class RecordingEngine(Engine):
         }
         if return_logprob:
             meta["output_token_logprobs"] = [[log_prob_of(i), i, None] for i in response_ids]
+        if return_logprob and start == 0:
+            given = [[log_prob_of(i), i, None] for i in prompt_ids[1:]]
+            meta["input_token_logprobs"] = [[None, prompt_ids[0], None], *given]
         hidden_ND = states_ND(prompt_ids, response_ids)
         options = unpack_options(sampling.get("custom_params"))
         if options is not None:

@@ -189,7 +189,7 @@ BAD_ANSWERS: dict[str, tuple[Spoil, type[SGLangHiddenError], str]] = {
     "too few log-probs": (
         lambda row: row["meta_info"]["output_token_logprobs"].pop(),
         AlignmentError,
-        r"row 0 .*log-probs for \d response tokens",
+        r"row 0 .*log-probs for \d output tokens",
     ),
     "log-probs of other ids": (
         lambda row: row["meta_info"]["output_token_logprobs"].reverse(),

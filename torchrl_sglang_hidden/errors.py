@@ -4,6 +4,7 @@
     ├── InputError (ValueError)                 what the caller passed; nothing was sent
     │   ├── TokenIdError                        an id the model does not have
     │   ├── PromptLengthError                   an empty prompt or batch, or one over the context length
+    │   ├── WeightsError                        weights that do not fit the served model, or are not finite
     │   ├── MissingKeyError (KeyError)          the TensorDict lacks a key
     │   ├── InputTypeError (TypeError)          a value of the wrong type
     │   └── UnknownOptionError (TypeError)      an option nobody knows
@@ -44,6 +45,7 @@ __all__ = [
     "SGLangHiddenError",
     "TokenIdError",
     "UnknownOptionError",
+    "WeightsError",
 ]
 
 
@@ -65,6 +67,10 @@ class TokenIdError(InputError):
 
 class PromptLengthError(InputError):
     """A prompt without tokens, a batch without prompts, or a prompt that leaves no room in the context."""
+
+
+class WeightsError(InputError):
+    """Weights whose names, shapes or values do not fit the model that is served; the engine keeps its own."""
 
 
 class MissingKeyError(InputError, KeyError):

@@ -100,12 +100,14 @@ class Request:
         sampling: SGLang's sampling parameters, by SGLang's names.
         return_log_probs: whether the log-prob of every sampled token comes back.
         hidden: which hidden states come back, or None.
+        score_prompt: whether the log-prob of every prompt token comes back.
     """
 
     prompt_ids: tuple[int, ...]
     sampling: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     return_log_probs: bool = True
     hidden: HiddenSpec | None = None
+    score_prompt: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +134,10 @@ class Completion:
         log_probs_T: float32 ``[T]``, or None when not asked for.
         hidden: the segments asked for, pooled.
         finish_reason: ``"stop"`` or ``"length"``.
-        weight_version: the engine's name for the weights it ran with.
+        weight_version: the engine's name for the weights that the last token was sampled with.
+        mixed_weights: whether tokens before it were sampled with other weights, because of an update in between.
+        prompt_log_probs_P: float32 ``[P]``, when asked for: each prompt token's log-prob given those before it, of the
+            model's own distribution, without temperature or penalties. The first is NaN: nothing is before it.
     """
 
     prompt_ids: tuple[int, ...]
@@ -142,6 +147,8 @@ class Completion:
     hidden: Mapping[Segment, Pooled]
     finish_reason: str
     weight_version: str
+    mixed_weights: bool = False
+    prompt_log_probs_P: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +165,8 @@ class EngineInfo:
         weight_version: the engine's name for its weights at connect.
         pools_in_server: whether the server half is there and speaks this version's protocol.
         returns_hidden_states: whether the engine serves stock ``return_hidden_states``.
+        honours_seeds: whether a request's ``sampling_seed`` has an effect: SGLang reads it only under
+            ``--enable-deterministic-inference``.
     """
 
     model_path: str
@@ -169,3 +178,4 @@ class EngineInfo:
     weight_version: str
     pools_in_server: bool
     returns_hidden_states: bool
+    honours_seeds: bool

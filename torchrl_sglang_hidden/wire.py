@@ -6,9 +6,10 @@ are records, no dicts. Knows nothing of how bytes travel, nor of TensorDicts.
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 
@@ -76,6 +77,7 @@ def read_info(
             pools_in_server=all(status is not None and status["captures"] for status in statuses),
             returns_hidden_states=bool(server_info.get("enable_return_hidden_states"))
             and all(status is None or status["normed"] for status in statuses),
+            honours_seeds=bool(server_info.get("enable_deterministic_inference")),
         )
     except KeyError as error:
         raise ProtocolError(
@@ -95,7 +97,7 @@ def check_requests(requests: Sequence[Request], info: EngineInfo) -> None:
         PromptLengthError: no rows, a row without tokens, or one over `EngineInfo.max_prompt_tokens`.
         TokenIdError: an id outside ``[0, vocab_size)``.
         InputTypeError: an id that is no Python int.
-        CapabilityError: hidden states asked of an engine that cannot return them.
+        CapabilityError: hidden states or seeds asked of an engine that has no use for them.
     """
     if not requests:
         raise PromptLengthError("the batch has 0 rows; pass at least 1 prompt")
@@ -125,6 +127,11 @@ def check_requests(requests: Sequence[Request], info: EngineInfo) -> None:
                     f"row {row}: {name} has id {unknown[0]}, outside the vocabulary of {info.vocab_size}; ids are "
                     f"0..{info.vocab_size - 1}"
                 )
+        if "sampling_seed" in request.sampling and not info.honours_seeds:
+            raise CapabilityError(
+                f"row {row}: sampling_seed={request.sampling['sampling_seed']}, which this engine does not read; start "
+                "SGLang with --enable-deterministic-inference (an accelerator's attention backend), or leave it out"
+            )
         total = len(ids) + request.sampling.get("max_new_tokens", 1)
         if total > info.context_length:
             raise PromptLengthError(
@@ -150,8 +157,11 @@ def to_payload(requests: Sequence[Request], info: EngineInfo, *, binary: bool) -
     payload: dict[str, Any] = {
         "input_ids": [list(request.prompt_ids) for request in requests],
         "sampling_params": sampling,
-        "return_logprob": [request.return_log_probs for request in requests],
+        "return_logprob": [request.return_log_probs or request.score_prompt for request in requests],
     }
+    if any(request.score_prompt for request in requests):
+        # From the first token on; -1 is SGLang's "no prompt log-probs".
+        payload["logprob_start_len"] = [0 if request.score_prompt else -1 for request in requests]
     if info.pools_in_server:
         for request, params in zip(requests, sampling, strict=True):
             if request.hidden is not None:
@@ -201,6 +211,7 @@ def _read_row(index: int, request: Request, row: Any, info: EngineInfo) -> Compl
         finish, num_prompt = meta["finish_reason"], meta["prompt_tokens"]
         finish_type = finish["type"]
         weight_version = str(meta["weight_version"])
+        versions = {span["version"] for span in meta.get("weight_versions") or ()}
     except (KeyError, TypeError, ValueError) as error:
         raise ProtocolError(f"row {index}: the answer lacks {error}: {str(row)[:200]}") from error
     if finish_type not in ("stop", "length"):
@@ -218,28 +229,36 @@ def _read_row(index: int, request: Request, row: Any, info: EngineInfo) -> Compl
         prompt_ids=request.prompt_ids,
         response_ids=response_ids,
         text=text,
-        log_probs_T=_read_log_probs(name, meta, response_ids) if request.return_log_probs else None,
+        log_probs_T=_read_log_probs(name, meta, "output", response_ids) if request.return_log_probs else None,
         hidden=_read_hidden(name, request, meta, len(response_ids), info) if request.hidden is not None else {},
         finish_reason=finish_type,
         weight_version=weight_version,
+        mixed_weights=len(versions) > 1,
+        prompt_log_probs_P=_read_log_probs(name, meta, "input", request.prompt_ids) if request.score_prompt else None,
     )
 
 
-def _read_log_probs(name: str, meta: Mapping[str, Any], response_ids: tuple[int, ...]) -> torch.Tensor:
-    entries = meta.get("output_token_logprobs")
+def _read_log_probs(
+    name: str, meta: Mapping[str, Any], side: Literal["input", "output"], ids: tuple[int, ...]
+) -> torch.Tensor:
+    """The log-prob of each of ``ids``, float32; NaN for the first of the input, which SGLang gives as null."""
+    entries = meta.get(f"{side}_token_logprobs")
     if entries is None:
-        raise ProtocolError(f"{name}: log-probs were asked for and are not in the answer")
+        raise ProtocolError(f"{name}: {side} log-probs were asked for and are not in the answer")
     try:
         found_ids = tuple(int(entry[1]) for entry in entries)
-        log_probs_T = torch.tensor([float(entry[0]) for entry in entries], dtype=torch.float32)
+        values = [entry[0] for entry in entries]
+        if side == "input" and values and values[0] is None:
+            values[0] = math.nan
+        log_probs = torch.tensor([float(value) for value in values], dtype=torch.float32)
     except (TypeError, ValueError, IndexError) as error:
-        raise ProtocolError(f"{name}: the log-probs cannot be read ({error})") from error
-    if found_ids != response_ids:
+        raise ProtocolError(f"{name}: the {side} log-probs cannot be read ({error})") from error
+    if found_ids != ids:
         raise AlignmentError(
-            f"{name}: {len(entries)} log-probs for {len(response_ids)} response tokens, or of other ids; this is a "
-            "fault of the engine, please report it"
+            f"{name}: {len(entries)} log-probs for {len(ids)} {side} tokens, or of other ids; this is a fault of the "
+            "engine, please report it"
         )
-    return log_probs_T
+    return log_probs
 
 
 def _read_hidden(

@@ -5,6 +5,7 @@ Knows nothing of TensorDicts, tokenizers or policies.
 
 from __future__ import annotations
 
+import asyncio
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from torchrl_sglang_hidden.channel import PLUGIN_ENV
+from torchrl_sglang_hidden.engines.weights import Running, Transport, Weights
 from torchrl_sglang_hidden.errors import CapabilityError
 from torchrl_sglang_hidden.specs import Completion, EngineInfo, Request
 from torchrl_sglang_hidden.wire import check_requests
@@ -56,6 +58,59 @@ class Engine(ABC):
     @abstractmethod
     async def agenerate(self, requests: Sequence[Request]) -> list[Completion]:
         """As `generate`, awaited."""
+
+    @abstractmethod
+    def update_weights(
+        self,
+        weights: Weights,
+        *,
+        version: str | None = None,
+        transport: Transport = "auto",
+        running: Running = "finish",
+    ) -> str:
+        """Gives the engine new weights while it serves, and empties its prefix cache: no state of the old ones stays.
+
+        Names, shapes and values are held against the served checkpoint first; where they do not fit, nothing is sent.
+        Each tensor travels in its own dtype and SGLang casts it to the one it serves. May be called while other threads
+        generate; several calls go one after another. From then on every sample carries the new version.
+
+        Args:
+            weights: a checkpoint directory with safetensors; a state dict with Hugging Face's checkpoint names; or a
+                Hugging Face model, or a wrapper with one as ``.model``, such as torchrl's ``TransformersWrapper``.
+                Always the whole model. A tied ``lm_head.weight`` may be there or not.
+            version: what the engine calls the weights; None counts on from its present version, "default" → "1" → "2".
+            transport: ``"disk"``, a checkpoint in memory (tmpfs) that the engine reads and that is deleted afterwards,
+                or your directory itself; ``"network"``, SGLang's own update group with gloo, for which the server
+                connects to this machine; ``"auto"``, disk where the server is on this machine, else network.
+            running: what becomes of requests that are being answered. ``"finish"``, they end with the old weights, the
+                update waits for them, and every sample is of one version. ``"continue"``, the update comes at once:
+                their tokens and log-probs so far stay, the rest is sampled with the new weights from a prefix that is
+                computed again, and the sample says so. Pooled states follow the tokens: each row is of the weights that
+                sampled its token, the prompt's rows of those that first read it. If this process dies in between, the
+                server stays paused until the next such update.
+
+        Returns:
+            The new version.
+
+        Raises:
+            WeightsError: the weights do not fit, or are not finite. The engine keeps its own.
+            InputError: an option out of range, or a version that the engine already has.
+            CapabilityError: nothing tells which weights the engine serves, or the transport cannot serve it.
+            EngineError: the engine failed or refused; with several servers it names those that have the new weights.
+        """
+
+    async def aupdate_weights(
+        self,
+        weights: Weights,
+        *,
+        version: str | None = None,
+        transport: Transport = "auto",
+        running: Running = "finish",
+    ) -> str:
+        """As `update_weights`, awaited: it runs in a thread."""
+        return await asyncio.to_thread(
+            self.update_weights, weights, version=version, transport=transport, running=running
+        )
 
     @abstractmethod
     def close(self) -> None:

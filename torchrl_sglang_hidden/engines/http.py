@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 import httpx
 
+from torchrl_sglang_hidden.channel import CHANNEL
+from torchrl_sglang_hidden.engines import broadcast
 from torchrl_sglang_hidden.engines.base import Engine, ask_model
+from torchrl_sglang_hidden.engines.weights import (
+    Running,
+    Transport,
+    Weights,
+    check_options,
+    check_weights,
+    checkpoint,
+    load_from_disk,
+    next_version,
+    open_weights,
+)
 from torchrl_sglang_hidden.errors import (
     AuthenticationError,
+    CapabilityError,
     EngineError,
     EngineTimeoutError,
     EngineUnreachableError,
@@ -22,7 +39,9 @@ from torchrl_sglang_hidden.errors import (
     InputTypeError,
     ProtocolError,
     RequestRejectedError,
+    SGLangHiddenError,
 )
+from torchrl_sglang_hidden.server.checkpoint import ServedWeights, served_weights
 from torchrl_sglang_hidden.specs import Completion, EngineInfo, Request
 from torchrl_sglang_hidden.wire import read_info, read_responses, to_payload
 
@@ -67,6 +86,7 @@ class SGLangServer(Engine):
         urls: tuple[Any, ...] = tuple(url) if isinstance(url, (list, tuple)) else (url,)
         if not urls:
             raise InputError("SGLangServer(url=()): 0 addresses; pass at least one, such as 'http://127.0.0.1:30000'")
+        self._updating = threading.Lock()
         self._config = {"api_key": api_key, "connect_timeout_s": connect_timeout_s, "read_timeout_s": read_timeout_s}
         with ExitStack() as stack:
             self._endpoints = []
@@ -91,7 +111,7 @@ class SGLangServer(Engine):
 
     @property
     def info(self) -> EngineInfo:
-        """What the first server said of itself at connect."""
+        """What the first server said of itself at connect, and the version of the weights sent to it since."""
         return self._endpoints[0].info
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
@@ -123,6 +143,54 @@ class SGLangServer(Engine):
             for call in calls:
                 call.cancel()
         return [completion for part in parts for completion in part]
+
+    def update_weights(
+        self,
+        weights: Weights,
+        *,
+        version: str | None = None,
+        transport: Transport = "auto",
+        running: Running = "finish",
+    ) -> str:
+        """See `Engine.update_weights`. All servers get the weights, at the same time."""
+        check_options(version, transport, running)
+        with self._updating, ExitStack() as stack:
+            tensors = check_weights(open_weights(weights), self._endpoints[0].served_weights())
+            before = [endpoint.weight_version() for endpoint in self._endpoints]
+            version = next_version(before[0]) if version is None else version
+            if set(before) == {version}:
+                raise InputError(
+                    f"version={version!r} is that of the weights already served, so that no sample could tell the two "
+                    "apart; pass another, or None"
+                )
+            ways = [endpoint.way(transport) for endpoint in self._endpoints]
+            path = None
+            if "disk" in ways:
+                # One checkpoint for all servers of this machine; a directory of the user's is one already.
+                if isinstance(weights, (str, os.PathLike)):
+                    path = Path(weights).expanduser().absolute()
+                else:
+                    path = stack.enter_context(checkpoint(tensors))
+            pool = stack.enter_context(ThreadPoolExecutor(len(ways), thread_name_prefix="sglang-weights"))
+            calls = [
+                pool.submit(endpoint.load, way, path, tensors, version, running)
+                for endpoint, way in zip(self._endpoints, ways, strict=True)
+            ]
+            errors = [call.exception() for call in calls]
+        return self._all_updated(version, errors)
+
+    def _all_updated(self, version: str, errors: Sequence[BaseException | None]) -> str:
+        failed = [(url, error) for url, error in zip(self.urls, errors, strict=True) if error is not None]
+        if not failed:
+            return version
+        unforeseen = next((error for _, error in failed if not isinstance(error, SGLangHiddenError)), None)
+        if unforeseen is not None or len(errors) == 1:
+            raise unforeseen or failed[0][1]
+        raise EngineError(
+            f"{len(errors) - len(failed)} of {len(errors)} servers took version {version!r}, and not "
+            f"{'; '.join(f'{url}: {error}' for url, error in failed)}; they serve different weights until an update "
+            "reaches all of them"
+        ) from failed[0][1]
 
     def close(self) -> None:
         """Closes the connections; the servers run on."""
@@ -159,6 +227,8 @@ class _Endpoint:
 
     def __init__(self, url: str, api_key: str | None, connect_timeout_s: float, read_timeout_s: float) -> None:
         parts = _split(url)
+        self._host, self._port = str(parts.hostname), parts.port or (443 if parts.scheme == "https" else 80)
+        self._read_timeout_s = read_timeout_s
         if api_key is not None:
             _check_api_key(api_key)
         self.url = url.rstrip("/")
@@ -198,6 +268,65 @@ class _Endpoint:
         with _translated(self.url):
             response = await self._async_client().post("/generate", json=payload)
         return read_responses(requests, _json(response, self.url), self.info, first_row=first_row)
+
+    def call(self, route: str, payload: dict[str, Any]) -> dict[str, Any]:
+        """One of SGLang's control routes. Some say in words what others say in JSON."""
+        with _translated(self.url):
+            response = self._client.post(f"/{route}", json=payload)
+        if response.status_code not in (200, 400):
+            return dict(_json(response, self.url))
+        try:
+            body = response.json()
+        except ValueError:
+            return {"success": response.status_code == 200, "message": response.text}
+        if not isinstance(body, dict) or (response.status_code == 400 and "success" not in body):
+            raise RequestRejectedError(f"{self.url}/{route} answered {response.status_code}: {_reason(response)}")
+        return body
+
+    def weight_version(self) -> str:
+        """The version at this moment: other clients may have moved it."""
+        return str(self._get("/model_info")["weight_version"])
+
+    def served_weights(self) -> ServedWeights:
+        """Names and shapes of the served checkpoint: from the server half, or from the directory itself."""
+        if self.info.pools_in_server:
+            try:
+                return ServedWeights.unpack(self.call("get_weights_by_name", {"name": CHANNEL}))
+            except (KeyError, TypeError, ValueError) as error:
+                raise ProtocolError(f"{self.url} does not say which weights it serves ({error})") from error
+        try:
+            return served_weights(self.info.model_path)
+        except (OSError, ValueError) as error:
+            raise CapabilityError(
+                f"the names and shapes of the weights that {self.url} serves are not known: {self.info.model_path!r} "
+                f"cannot be read from here ({error}), and wrong ones end an SGLang server; start the server with "
+                "`torchrl-sglang-hidden serve`"
+            ) from error
+
+    def way(self, transport: Transport) -> Transport:
+        """How weights get to this server: ``"disk"`` or ``"network"``."""
+        if transport != "auto":
+            return transport
+        # A loopback address may be a tunnel to another machine. Without the server half SGLang would go on naming the
+        # deleted checkpoint as its model, and later clients would fail on it.
+        near = self._host in LOOPBACK and Path(self.info.model_path).is_dir()
+        return "disk" if near and self.info.pools_in_server else "network"
+
+    def load(self, way: Transport, path: Path | None, tensors: Any, version: str, running: Running) -> None:
+        """Sends checked weights, and takes note of their version."""
+        if way == "disk" and path is not None:
+            load_from_disk(self.call, path, version, running)
+        else:
+            broadcast.broadcast(
+                self.call,
+                tensors,
+                version,
+                server_info=self._get("/server_info"),
+                address=broadcast.own_address(self._host, self._port),
+                running=running,
+                timeout_s=self._read_timeout_s,
+            )
+        self.info = dataclasses.replace(self.info, weight_version=version)
 
     def _async_client(self) -> httpx.AsyncClient:
         loop = asyncio.get_running_loop()

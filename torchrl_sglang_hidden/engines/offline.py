@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -13,7 +14,26 @@ from weakref import WeakValueDictionary
 
 from torchrl_sglang_hidden.channel import PLUGIN_ENV
 from torchrl_sglang_hidden.engines.base import Engine, ask_model
-from torchrl_sglang_hidden.errors import EngineError, InputTypeError, RequestAbortedError, RequestRejectedError
+from torchrl_sglang_hidden.engines.weights import (
+    Running,
+    Transport,
+    Weights,
+    check_options,
+    check_weights,
+    checkpoint,
+    load_from_disk,
+    next_version,
+    open_weights,
+)
+from torchrl_sglang_hidden.errors import (
+    CapabilityError,
+    EngineError,
+    InputError,
+    InputTypeError,
+    RequestAbortedError,
+    RequestRejectedError,
+)
+from torchrl_sglang_hidden.server.checkpoint import served_weights
 from torchrl_sglang_hidden.specs import Completion, EngineInfo, Request
 from torchrl_sglang_hidden.wire import read_info, read_responses, to_payload
 
@@ -51,6 +71,7 @@ class SGLangOffline(Engine):
             )
         self._loop = _LoopThread.of(self.engine.loop)
         self._info = self._loop.run(self._ask)
+        self._updating = threading.Lock()
         self._closed = False
 
     async def _ask(self) -> EngineInfo:
@@ -61,7 +82,7 @@ class SGLangOffline(Engine):
 
     @property
     def info(self) -> EngineInfo:
-        """What the engine said of itself when it was wrapped."""
+        """What the engine said of itself when it was wrapped, and the version of the weights given to it since."""
         return self._info
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
@@ -87,6 +108,57 @@ class SGLangOffline(Engine):
         except HTTPException as error:
             raise RequestAbortedError(f"the engine aborted the batch: {error.detail}") from error
         return read_responses(requests, rows, self._info)
+
+    def update_weights(
+        self,
+        weights: Weights,
+        *,
+        version: str | None = None,
+        transport: Transport = "auto",
+        running: Running = "finish",
+    ) -> str:
+        """See `Engine.update_weights`. The engine is on this machine: there is no network to take."""
+        self._check_open()
+        check_options(version, transport, running)
+        if transport == "network":
+            raise CapabilityError("transport='network' is for servers; an engine in this process reads from disk")
+        with self._updating:
+            try:
+                served = served_weights(self._info.model_path)
+            except (OSError, ValueError) as error:
+                raise CapabilityError(
+                    f"the names and shapes of the served weights cannot be read from {self._info.model_path!r} "
+                    f"({error}), and wrong ones end SGLang; start the engine from a directory with safetensors"
+                ) from error
+            tensors = check_weights(open_weights(weights), served)
+            before = str(self.engine.get_model_info()["weight_version"])
+            version = next_version(before) if version is None else version
+            if version == before:
+                raise InputError(f"version={version!r} is that of the weights already served; pass another, or None")
+            if isinstance(weights, (str, os.PathLike)):
+                load_from_disk(self._call, Path(weights).expanduser().absolute(), version, running)
+            else:
+                with checkpoint(tensors) as path:
+                    load_from_disk(self._call, path, version, running)
+            self._info = dataclasses.replace(self._info, weight_version=version)
+        return version
+
+    def _call(self, route: str, payload: dict[str, Any]) -> dict[str, Any]:
+        """One of SGLang's control calls, as its HTTP server makes it."""
+        from sglang.srt.managers import io_struct
+
+        inputs: dict[str, Any] = {
+            "update_weights_from_disk": io_struct.UpdateWeightFromDiskReqInput,
+            "pause_generation": io_struct.PauseGenerationReqInput,
+            "continue_generation": io_struct.ContinueGenerationReqInput,
+            "update_weight_version": io_struct.UpdateWeightVersionReqInput,
+        }
+        manager = self.engine.tokenizer_manager
+        arguments = (inputs[route](**payload),) if route in inputs else ()
+        answer = self._loop.run(lambda: getattr(manager, route)(*arguments))
+        if isinstance(answer, tuple):
+            return {"success": answer[0], "message": answer[1]}
+        return {"success": getattr(answer, "success", True), "message": getattr(answer, "message", "")}
 
     def close(self) -> None:
         """Shuts down an engine that this object started; leaves one of yours alone."""

@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Coroutine
+from pathlib import PurePath
 from typing import Any, cast
 
 from torchrl_sglang_hidden.channel import CHANNEL, PLUGIN_ENV, pack_status
 from torchrl_sglang_hidden.server.capture import Capture
+from torchrl_sglang_hidden.server.checkpoint import PUSHED_PREFIX, served_weights
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +77,28 @@ def after_update_meta_info(result: None, manager: Any, meta_info: dict[str, Any]
         del meta_info[CHANNEL]
 
 
+def after_model_path(result: None, manager: Any, model_path: str, load_format: str) -> None:
+    """Keeps the server's name for its model where the weights came from a directory that is deleted right after.
+
+    Clients that connect later read the model's configuration, tokenizer and tensor names from there.
+    """
+    if PurePath(model_path).name.startswith(PUSHED_PREFIX):
+        manager.model_path = manager.server_args.model_path
+        manager.served_model_name = manager.server_args.served_model_name or manager.model_path
+
+
+def after_get_weights(result: Coroutine[Any, Any, Any], manager: Any, obj: Any, request: Any = None) -> Any:
+    """Answers, in the place of a weight, which weights a client may send; see `ServedWeights`."""
+    if obj.name != CHANNEL:
+        return None
+    result.close()
+
+    async def answer() -> dict[str, Any]:
+        return served_weights(manager.model_path).pack()
+
+    return answer()
+
+
 def after_internal_state(output: Any, scheduler: Any, recv_req: Any) -> None:
     """Adds the server half's status."""
     config = scheduler.model_config
@@ -121,6 +146,8 @@ _HOOKS = {
     "sglang.srt.managers.scheduler.Scheduler.get_output_streamer_class": after_streamer_class,
     "sglang.srt.managers.scheduler.Scheduler.get_internal_state": after_internal_state,
     "sglang.srt.managers.tokenizer_manager.TokenizerManager.update_request_meta_info": after_update_meta_info,
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager._update_model_path_info": after_model_path,
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager.get_weights_by_name": after_get_weights,
 }
 
 

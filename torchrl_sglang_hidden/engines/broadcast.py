@@ -1,0 +1,175 @@
+"""Weights to a server that shares no file system: SGLang's own update group, gloo over TCP, this process as rank 0.
+
+The server connects to this process, not the other way round, and its scheduler waits while it does.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import uuid
+from collections.abc import Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed
+
+from torchrl_sglang_hidden.engines.weights import Call, Running, finish_update, paused, succeeded
+from torchrl_sglang_hidden.errors import CapabilityError, EngineError
+
+__all__ = ["broadcast", "own_address"]
+
+# Untyped, and in part private: what SGLang uses on its side too.
+dist: Any = torch.distributed
+c10d: Any = torch.distributed.distributed_c10d
+
+# torch registers process groups in a table of the process.
+_GROUPS = threading.Lock()
+
+
+def own_address(host: str, port: int) -> str:
+    """This machine's address on the way to ``host``."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(address)  # UDP: asks the routing table, sends nothing
+        return str(probe.getsockname()[0])
+
+
+def broadcast(
+    call: Call,
+    tensors: Mapping[str, torch.Tensor],
+    version: str,
+    *,
+    server_info: Mapping[str, Any],
+    address: str,
+    running: Running,
+    timeout_s: float,
+) -> None:
+    """Sends checked weights to one server.
+
+    All of them go in one call: the server loads them only when it has them all, and needs room for a second copy of the
+    model meanwhile.
+
+    Args:
+        call: the server's control routes.
+        tensors: the weights.
+        version: their name.
+        server_info: SGLang's ``/server_info``.
+        address: of this machine, as the server can reach it.
+        running: see `Engine.update_weights`.
+        timeout_s: seconds for the group to form, and for each tensor.
+
+    Raises:
+        CapabilityError: the server has data- or pipeline-parallel replicas, which SGLang's update group does not serve.
+        EngineError: it did not work; the server keeps its weights.
+    """
+    for name in ("dp_size", "pp_size"):
+        if server_info.get(name, 1) > 1:
+            raise CapabilityError(
+                f"the server runs with {name}={server_info[name]}, and SGLang's weight update over the network is for "
+                "1; use transport='disk' with a directory that both machines see"
+            )
+    values = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    payload = {
+        "names": list(values),
+        "dtypes": [str(value.dtype).removeprefix("torch.") for value in values.values()],
+        "shapes": [list(value.shape) for value in values.values()],
+        "weight_version": version,
+    }
+    with (
+        ThreadPoolExecutor(2, thread_name_prefix="sglang-weights") as pool,
+        _group(call, pool, address, 1 + int(server_info.get("tp_size", 1)), timeout_s) as (group, group_name),
+        paused(call) if running == "continue" else nullcontext(),
+        _session(call),
+    ):
+        update = pool.submit(call, "update_weights_from_distributed", {**payload, "group_name": group_name})
+        sending = pool.submit(_send, group, values)
+        done: list[Future[Any]] = [update, sending]
+        wait(done, return_when=FIRST_COMPLETED)
+        if update.done() and (update.exception() is not None or not update.result().get("success")):
+            # It left before it had all: ending its side of the group ends the sending here.
+            call("destroy_weights_update_group", {"group_name": group_name})
+            wait([sending])
+            error = update.exception()
+            if error is not None:
+                raise error
+        else:
+            _raise_lost(sending.exception())
+        answer = update.result()
+    finish_update(call, answer, version, "take the weights over the network")
+
+
+def _raise_lost(error: BaseException | None) -> None:
+    if error is not None:
+        raise EngineError(f"the connection for the weights was lost ({error}); the server keeps its weights") from error
+
+
+def _send(group: Any, values: Mapping[str, torch.Tensor]) -> None:
+    for value in values.values():
+        group.broadcast(value, 0).wait()
+
+
+@contextmanager
+def _session(call: Call) -> Iterator[None]:
+    """SGLang takes weights over the network between these two calls only."""
+    answer = call("begin_weight_update", {})
+    if not answer.get("success"):
+        raise EngineError(
+            f"SGLang refused to begin a weight update: {answer.get('message')}; if no other trainer is updating this "
+            "server, one died while it did: POST /end_weight_update once"
+        )
+    try:
+        yield
+    finally:
+        succeeded(call("end_weight_update", {}), "end a weight update")
+
+
+@contextmanager
+def _group(
+    call: Call, pool: ThreadPoolExecutor, address: str, size: int, timeout_s: float
+) -> Iterator[tuple[Any, str]]:
+    """A process group of this process and the server's ranks, under a name of its own."""
+    name, timeout = f"torchrl-sglang-hidden-{uuid.uuid4().hex}", timedelta(seconds=timeout_s)
+    # A listener of our own: torch's would be open on every interface, to whoever comes.
+    listener = socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
+    port = listener.getsockname()[1]
+    store = dist.TCPStore(
+        address, port, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=listener.detach()
+    )
+    join = pool.submit(
+        call,
+        "init_weights_update_group",
+        {
+            "master_address": address, "master_port": port, "rank_offset": 1, "world_size": size, "group_name": name,
+            "backend": "gloo",
+        },
+    )  # fmt: skip
+    try:
+        with _GROUPS:
+            group = _join(dist.PrefixStore(name, store), name, size, timeout)
+    except RuntimeError as error:
+        if join.done():
+            succeeded(join.result(), "join the update group")
+        raise EngineError(
+            f"the server did not connect to {address}:{port} within {timeout_s:g} s ({error}); can it reach this "
+            "machine? Else use transport='disk' with a directory that both see"
+        ) from error
+    try:
+        succeeded(join.result(), "join the update group")
+        yield group, name
+    finally:
+        call("destroy_weights_update_group", {"group_name": name})
+        with _GROUPS:
+            dist.destroy_process_group(group)
+
+
+def _join(store: Any, name: str, size: int, timeout: timedelta) -> Any:
+    """What ``sglang.srt.utils.init_custom_process_group`` does on the server's side: both must use the same keys."""
+    group, _ = c10d._new_process_group_helper(
+        size, 0, [], c10d.Backend("gloo"), store, group_name=name, backend_options=None, timeout=timeout
+    )
+    c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(size)}
+    return group
