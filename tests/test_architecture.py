@@ -1,7 +1,7 @@
 """The order of the house, read from the imports of every module, those inside functions too.
 
     _version, errors → specs → pooling, sampling, constraints → channel → wire → server, prompts → engines, assemble
-      → policy → transforms, recording → demo → cli → __main__, __init__
+      → policy → transforms, recording, weight_sync → demo → cli → __main__, __init__
 
 A room imports rooms before it, or itself.
 """
@@ -29,7 +29,7 @@ ORDER: list[set[str]] = [
     {"server", "prompts"},
     {"engines", "assemble"},
     {"policy"},
-    {"transforms", "recording"},
+    {"transforms", "recording", "weight_sync"},
     {"demo"},
     {"cli"},
     {"__main__", "__init__"},
@@ -49,8 +49,8 @@ FORBIDDEN: dict[str, set[str]] = {
     "assemble": {"sglang", "httpx", *(f"{PACKAGE}.{room}" for room in ("server", "engines", "wire", "channel"))},
     "policy": {"sglang", "httpx", *(f"{PACKAGE}.{room}" for room in ("wire", "channel", "pooling", "server"))},
 }
-# `policy` reaches the engines by their front door.
-FRONT_DOORS = {"policy": {f"{PACKAGE}.engines"}}
+# `policy` and `weight_sync` reach the engines by their front door.
+FRONT_DOORS = {"policy": {f"{PACKAGE}.engines"}, "weight_sync": {f"{PACKAGE}.engines"}}
 
 
 class Import(NamedTuple):

@@ -21,6 +21,7 @@ ALL = HiddenSpec(SEGMENTS)
 NAMES: dict[str, Any] = {
     "text": "text", "tokens": "tokens", "masks": "masks", "log_probs": "log_probs", "history": "history",
     "hidden_states": "hidden_states", "weight_version": "weight_version", "finish_reason": "finish_reason",
+    "mixed_weights": "mixed_weights",
 }  # fmt: skip
 
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from recorder import PAD_ID, RecordingEngine
+from recorder import PAD_ID, WORDS, RecordingEngine, RecordingServer, tiny_tokenizer
 from tensordict import TensorDict, TensorDictBase
 from test_policy import ALL, TOKENIZER, batch_of, flat, make, plain, tokens_batch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
-from torchrl_sglang_hidden import SGLangHiddenWrapper
+from torchrl_sglang_hidden import SGLangHiddenWrapper, SGLangServer
 from torchrl_sglang_hidden.errors import (
     InputError,
     InputTypeError,
@@ -37,12 +44,23 @@ def test_options_of_a_call_win_over_those_of_the_constructor() -> None:
     [
         ({"hiden": True}, TypeError, "hiden"),
         ({"input_mode": "prose"}, InputError, r"input_mode='prose': expected one of .*'history'"),
-        ({"generate": False}, InputError, r"generate=False: this version generates only"),
+        ({"generate": 1}, InputTypeError, r"generate=1: expected True or False"),
+        ({"generate": False, "return_log_probs": False, "hidden": None}, InputError, r"nothing to compute"),
+        ({"pad_model_input": True}, InputError, r"pad_model_input=True: pads are never sent"),
+        ({"layout": torch.sparse_coo}, InputError, r"layout=torch.sparse_coo: expected torch.strided"),
+        ({"batching": False, "min_batch_size": 2}, InputError, r"batching=False with min_batch_size=2"),
+        ({"batching": True, "min_batch_size": 3, "max_batch_size": 2}, InputError, r"min_batch_size=3 is over"),
+        ({"max_batch_size": 0}, InputError, r"max_batch_size=0"),
+        ({"batching_timeout": 0, "batching": True}, InputError, r"timeout"),
+        ({"num_samples": 0}, InputError, r"num_samples=0: expected an integer of at least 1"),
+        ({"num_samples": True}, InputError, r"num_samples=True: expected an integer"),
+        ({"num_samples": 2, "inplace": True}, InputError, r"inplace=True with num_samples=2"),
+        ({"num_samples": 1, "inplace": "empty"}, InputError, r"inplace='empty' with num_samples=1"),
+        ({"num_samples": 2, "generate_kwargs": {"n": 3}}, InputError, r"num_samples=2 and num_return_sequences=3"),
         ({"inplace": "yes"}, InputError, r"inplace='yes': expected True, False or 'empty'"),
         ({"inplace": 0}, InputError, r"inplace=0"),
         ({"inplace": 1}, InputError, r"inplace=1"),
         ({"generate_kwargs": {"temprature": 1}}, UnknownOptionError, r"'temprature': did you mean 'temperature'"),
-        ({"generate_kwargs": {"n": 2}}, InputError, r"num_return_sequences=2"),
         ({"tokenizer": "./no-such-tokenizer"}, InputError, r"no tokenizer can be read at './no-such-tokenizer'"),
         ({"text_key": "same", "tokens_key": "same"}, InputError, r"same"),
     ],
@@ -52,12 +70,32 @@ def test_arguments_that_cannot_work(options: dict[str, Any], error: type[Excepti
         make(**options)
 
 
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    tiny_tokenizer().save_pretrained(tmp_path)
+    engine = RecordingEngine(tokenizer_path=str(tmp_path))
+    SGLangHiddenWrapper(engine, tokenizer=tiny_tokenizer())
+    words = {word: i for i, word in enumerate(reversed(WORDS))}
+    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="<unk>")), unk_token="<unk>")
+    other.save_pretrained(tmp_path / "other")
+    for given in (other, str(tmp_path / "other")):
+        with pytest.raises(InputError, match=r"is not the engine's: 96 tokens have other ids"):
+            SGLangHiddenWrapper(engine, tokenizer=given)
+    # Where the engine's own cannot be read, its vocabulary's size still tells; a pad is never sent.
+    small = RecordingEngine(vocab_size=90)
+    with pytest.raises(InputError, match=r"6 ids are outside the engine's vocabulary of 90, such as 90 for 'w84'"):
+        SGLangHiddenWrapper(small, tokenizer=tiny_tokenizer())
+    with_pad = tiny_tokenizer()
+    with_pad.add_special_tokens({"pad_token": "<pad>"})
+    assert with_pad.pad_token_id == 96
+    SGLangHiddenWrapper(engine, tokenizer=with_pad)
+
+
 def test_options_of_a_call_that_cannot_work() -> None:
     policy, engine = make()
     with pytest.raises(UnknownOptionError, match="temprature"):
         policy(batch_of("text"), temprature=1)
-    with pytest.raises(InputError, match="logits_only=True"):
-        policy(batch_of("text"), logits_only=True)
+    with pytest.raises(InputError, match="num_return_sequences=2 in a call"):
+        policy(batch_of("text"), n=2)
     assert engine.requests == []
 
 
@@ -91,8 +129,11 @@ def test_inputs_that_are_not_sent(mode: str, batch: Any, error: type[SGLangHidde
 FULL_CONFIG: dict[str, Any] = {
     "tokenizer": TOKENIZER, "input_mode": "tokens", "input_key": ("my", "ids"), "attention_mask_key": ("my", "mask"),
     "generate": True, "generate_kwargs": {"max_new_tokens": 3, "stop_sequences": ["w1"]},
-    "tokenizer_kwargs": {"padding": True}, "pad_output": True, "inplace": "empty", "device": torch.device("cpu"),
+    "tokenizer_kwargs": {"padding": True}, "pad_output": True, "pad_model_input": False, "inplace": False,
+    "device": torch.device("cpu"), "layout": torch.jagged, "num_samples": 2, "prefer_tokens": True,
     "chat_template_name": "chatml_format", "chat_template": "x", "return_log_probs": False, "history_key": "h",
+"batching": True, "min_batch_size": 1,
+    "max_batch_size": 8, "batching_timeout": 2.5,
     "text_key": None, "tokens_key": ("a", "b"), "masks_key": "m", "log_probs_key": None, "hidden": ALL,
     "hidden_states_key": "s",
 }  # fmt: skip
@@ -110,12 +151,97 @@ def test_a_new_version_loses_nothing() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"pad_output": False}, {"hidden": None}, {"generate_kwargs": {"top_k": 2}}, {"text_key": "t"}, {"inplace": False}],
+    [
+        {"pad_output": False},
+        {"hidden": None},
+        {"generate_kwargs": {"top_k": 2}},
+        {"text_key": "t"},
+        {"num_samples": None, "inplace": "empty"},
+        {"generate": False},
+        {"layout": None},
+    ],
 )
 def test_a_new_version_changes_only_what_is_said(changes: dict[str, Any]) -> None:
     policy, _ = make(**FULL_CONFIG)
     assert policy.get_new_version(**changes).config == {**FULL_CONFIG, **changes}
     assert policy.config == FULL_CONFIG
+
+
+@pytest.mark.parametrize("mode", ["history", "text", "tokens"])
+def test_the_default_input_key_follows_mode_and_generate(mode: str) -> None:
+    policy, _ = make(mode)
+    scorer = policy.get_new_version(generate=False)
+    assert (scorer.input_key, scorer.in_keys) == ((mode, "full"), [(mode, "full")])
+    assert scorer.get_new_version(generate=True).config == policy.config
+    # What torchrl's RetrieveKL passes.
+    changes = {"generate": False, "return_log_probs": True, "log_probs_key": ("gen", "log_probs"), "pad_output": True}
+    gen = policy.get_new_version(**changes, input_mode="tokens", input_key=("tokens", "full"))
+    assert {key: gen.config[key] for key in changes} == changes
+    assert (gen.input_mode, gen.input_key) == ("tokens", ("tokens", "full"))
+
+
+def test_the_number_of_samples_has_two_names() -> None:
+    named, _ = make(generate_kwargs={"n": 2, "top_k": 3})
+    assert (named.num_samples, named.inplace) == (2, False)
+    assert named.get_new_version().num_samples == 2
+    assert named.get_new_version(num_samples=4).num_samples == 4
+    assert named.get_new_version(num_samples=4).generate_kwargs == {"top_k": 3}
+    assert named.get_new_version(num_samples=None).num_samples is None
+    assert make(num_samples=2)[0].get_new_version(generate_kwargs={"num_return_sequences": 3}).num_samples == 3
+    assert make(num_samples=2)[0].get_new_version(generate_kwargs={"top_k": 3}).num_samples == 2
+    one, _ = make(generate_kwargs={"n": 1})
+    assert (one.num_samples, one.inplace) == (None, True)
+
+
+def test_concurrent_callers_share_a_request() -> None:
+    policy, engine = make("tokens", min_batch_size=2, batching_timeout=30.0)
+    assert policy.batching
+    assert policy.model is engine
+    with ThreadPoolExecutor(2) as pool:
+        outs = list(pool.map(policy, [tokens_batch([6, 7]), tokens_batch([8])]))
+    assert len(engine.payloads) == 1
+    assert [[list(row["tokens"].prompt) for row in flat(out)] for out in outs] == [[[6, 7]], [[8]]]
+    assert policy.get_new_version().get_batching_state()["min_batch_size"] == 2
+    assert policy.get_batching_state()["queue_size"] == 0
+    unbatched, _ = make()
+    assert (unbatched.batching, unbatched.get_batching_state()) == (False, {"batching_enabled": False})
+
+
+def test_a_copy_and_a_pickle_lose_nothing() -> None:
+    server = RecordingServer()
+    options = {**FULL_CONFIG, "min_batch_size": 2, "input_mode": "text", "input_key": None}
+    try:
+        policy = SGLangHiddenWrapper(SGLangServer(server.url), **options)
+        for same in (copy.deepcopy(policy), pickle.loads(pickle.dumps(policy))):
+            assert same.model is not policy.model
+            assert same._engine.engine is same.model
+            assert {**same.config, "tokenizer": None} == {**policy.config, "tokenizer": None}
+            assert same.tokenizer.get_vocab() == TOKENIZER.get_vocab()
+            out = same(batch_of("text"))
+            assert out.batch_size == (3, 2)
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize("flush", [True, False])
+def test_cleanup_ends_the_waiting(flush: bool) -> None:
+    policy, _ = make("tokens", min_batch_size=2, batching_timeout=3600.0)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(policy, tokens_batch([6, 7]))
+        while policy.get_batching_state()["queue_size"] == 0:
+            assert not waiting.done()
+        policy.cleanup_batching(flush=flush)
+        if flush:
+            assert waiting.result(30)["tokens"].prompt.tolist() == [[6, 7]]
+        else:
+            with pytest.raises(CancelledError, match="the queue was emptied"):
+                waiting.result(30)
+
+
+def test_the_layout_is_of_ragged_output() -> None:
+    assert make()[0].layout is torch.strided
+    assert make(layout=torch.jagged)[0].layout is torch.jagged
+    assert make(pad_output=True)[0].layout is None
 
 
 def test_a_new_version_in_another_mode_reads_there() -> None:

@@ -44,7 +44,7 @@ LIMITS: list[tuple[str, list[Any], list[Any], str]] = [
     ("frequency_penalty", [-2, 2, 0.0], [-2.1, 2.1], r"\[-2, 2\]"),
     ("presence_penalty", [-2, 2, 0.0], [-2.1, 2.1], r"\[-2, 2\]"),
     ("repetition_penalty", [0.01, 2], [0, -1, 0.001, 2.1], r"\[0\.01, 2\]"),
-    ("num_return_sequences", [1], [0, 2], "repeat the prompt"),
+    ("num_return_sequences", [1, 8], [0, -1], "at least 1"),
     ("sampling_seed", [0, -(2**63), 2**63 - 1], [2**63, -(2**63) - 1], "64 bits"),
     ("stop_sequences", ["a", ["a", "b"], ("a",)], ["", [""], ["a", 1]], "non-empty string"),
     ("stop_regex", ["a", ["a"]], ["", [None]], "non-empty string"),

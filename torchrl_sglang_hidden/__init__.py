@@ -36,12 +36,15 @@ if TYPE_CHECKING:
     from torchrl_sglang_hidden.errors import SGLangHiddenError as SGLangHiddenError
     from torchrl_sglang_hidden.errors import TokenIdError as TokenIdError
     from torchrl_sglang_hidden.errors import UnknownOptionError as UnknownOptionError
+    from torchrl_sglang_hidden.errors import WeightsError as WeightsError
     from torchrl_sglang_hidden.policy import SGLangHiddenWrapper as SGLangHiddenWrapper
     from torchrl_sglang_hidden.specs import HiddenSpec as HiddenSpec
+    from torchrl_sglang_hidden.weight_sync import SGLangHiddenWeightSyncScheme as SGLangHiddenWeightSyncScheme
 
 _ROOMS = {
     "HiddenSpec": "specs",
     "HiddenStates": "assemble",
+    "SGLangHiddenWeightSyncScheme": "weight_sync",
     "SGLangHiddenWrapper": "policy",
     "SGLangOffline": "engines.offline",
     "SGLangServer": "engines.http",
@@ -53,7 +56,7 @@ _ROOMS = {
             "AlignmentError", "AuthenticationError", "CapabilityError", "DemoModelError", "EngineError",
             "EngineTimeoutError", "EngineUnreachableError", "InputError", "InputTypeError", "LaunchError",
             "MissingKeyError", "PromptLengthError", "ProtocolError", "RequestAbortedError", "RequestRejectedError",
-            "SGLangHiddenError", "TokenIdError", "UnknownOptionError",
+            "SGLangHiddenError", "TokenIdError", "UnknownOptionError", "WeightsError",
         ),
         "errors",
     ),

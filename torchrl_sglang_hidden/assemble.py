@@ -20,7 +20,7 @@ from torchrl.modules.llm.policies import ChatHistory, LogProbs, Masks, Text, Tok
 from torchrl_sglang_hidden.prompts import Row
 from torchrl_sglang_hidden.specs import SEGMENTS, Completion, HiddenSpec
 
-__all__ = ["HiddenStates", "OutputKeys", "assemble"]
+__all__ = ["HiddenStates", "OutputKeys", "assemble", "assemble_scores"]
 
 # A log-prob that nobody measured is not 0, which would be probability 1.
 NOT_MEASURED = float("nan")
@@ -32,11 +32,11 @@ class HiddenStates(TensorClass["nocast"]):  # type: ignore[misc,name-defined]
     Args:
         prompt (torch.Tensor | None): prompt positions ``0 … P-1``.
         response (torch.Tensor | None): the states that produced the response tokens, positions ``P-1 … P+T-2``.
-        full (torch.Tensor | None): every position once, ``0 … P+T-2``.
+        full (torch.Tensor | None): every position once: ``0 … P+T-2``; of a scored sequence ``0 … N-1``.
         prompt_count (torch.Tensor | None): rows of the segment, P. Each was pooled for ``"mean"``; ``"last"`` took the
             last of them.
         response_count (torch.Tensor | None): likewise, T.
-        full_count (torch.Tensor | None): likewise, P+T-1.
+        full_count (torch.Tensor | None): likewise, P+T-1, or N.
 
     Shapes:
         - prompt, response, full: ``[*batch, D]``, float32 unless `HiddenSpec.dtype` says otherwise. None for a segment
@@ -66,12 +66,13 @@ class OutputKeys:
     hidden_states: NestedKey | None
     weight_version: NestedKey | None
     finish_reason: NestedKey | None
+    mixed_weights: NestedKey | None
 
     def present(self) -> list[NestedKey]:
         """The keys that are written."""
         keys = (
             self.text, self.masks, self.tokens, self.log_probs, self.history, self.hidden_states, self.weight_version,
-            self.finish_reason,
+            self.finish_reason, self.mixed_weights,
         )  # fmt: skip
         return [key for key in keys if key is not None]
 
@@ -108,13 +109,41 @@ def assemble(
         _row(row, completion, keys=keys, hidden=hidden, widths=widths, pad_id=pad_id or 0)
         for row, completion in zip(rows, completions, strict=True)
     ]
-    if device is not None:
-        out = [td.to(device) for td in out]
-    return _stack(out, batch_size)
+    return _stack(out, batch_size, device)
 
 
-def _stack(rows: list[TensorDictBase], batch_size: torch.Size) -> TensorDictBase:
+def assemble_scores(
+    rows: Sequence[Row],
+    completions: Sequence[Completion],
+    *,
+    batch_size: torch.Size,
+    keys: OutputKeys,
+    hidden: HiddenSpec | None,
+    pad_id: int | None,
+    device: torch.device | None,
+) -> TensorDictBase:
+    """Builds the output of scoring; arguments and result as for `assemble`, with ``full`` as the only segment.
+
+    Under ``pad_id`` sequences given as one padded tensor keep their places in it; others are padded on the left.
+    """
+    placements: list[tuple[bool, ...] | None] = [None] * len(rows)
+    if pad_id is not None:
+        placements = [row.placement for row in rows]
+        if len({None if given is None else len(given) for given in placements}) > 1 or placements[0] is None:
+            width = max(len(row.prompt_ids) for row in rows)
+            lengths = [len(row.prompt_ids) for row in rows]
+            placements = [(False,) * (width - length) + (True,) * length for length in lengths]
+    out = [
+        _scored_row(row, completion, keys=keys, hidden=hidden, placement=placement, pad_id=pad_id or 0)
+        for row, completion, placement in zip(rows, completions, placements, strict=True)
+    ]
+    return _stack(out, batch_size, device)
+
+
+def _stack(rows: list[TensorDictBase], batch_size: torch.Size, device: torch.device | None) -> TensorDictBase:
     """Stacks rows lazily to any shape, one dimension at a time from the last."""
+    if device is not None:
+        rows = [td.to(device) for td in rows]
     for size in reversed(batch_size):
         rows = [lazy_stack(rows[start : start + size]) for start in range(0, len(rows), size)]
     return rows[0]
@@ -152,6 +181,7 @@ def _row(
         ),
         keys.weight_version: completion.weight_version,
         keys.finish_reason: completion.finish_reason,
+        keys.mixed_weights: torch.tensor(completion.mixed_weights),
     }
     if completion.log_probs_T is not None:
         log_probs_T = _pad(completion.log_probs_T, 0, right, NOT_MEASURED)
@@ -163,6 +193,50 @@ def _row(
         values[keys.hidden_states] = _hidden_states(completion, hidden)
     if row.history is not None:
         values[keys.history] = _chat_history(row.history, completion.text)
+    return _tensordict(values)
+
+
+def _scored_row(
+    row: Row,
+    completion: Completion,
+    *,
+    keys: OutputKeys,
+    hidden: HiddenSpec | None,
+    placement: tuple[bool, ...] | None,
+    pad_id: int,
+) -> TensorDictBase:
+    padded = placement is not None
+    real_N = torch.tensor(placement or (True,) * len(row.prompt_ids))
+
+    def placed(values: torch.Tensor, pad: float | bool) -> torch.Tensor:
+        out_N = torch.full(real_N.shape, pad, dtype=values.dtype)
+        out_N[real_N] = values
+        return out_N
+
+    masks = Masks(all_attention_mask=real_N, padded=padded, batch_size=())
+    if row.assistant_mask is not None:
+        masks.all_assistant_mask = placed(torch.tensor(row.assistant_mask), False)
+    values: dict[NestedKey | None, Any] = {
+        keys.text: Text(full=row.prompt_text, batch_size=()),
+        keys.tokens: Tokens(full=placed(torch.tensor(row.prompt_ids), pad_id), padded=padded, batch_size=()),
+        keys.masks: masks,
+        keys.weight_version: completion.weight_version,
+    }
+    if completion.prompt_log_probs_P is not None:
+        log_probs = completion.prompt_log_probs_P.clone()
+        log_probs[0] = 0.0  # TorchRL's convention: the first token's, which nothing conditions
+        values[keys.log_probs] = LogProbs(full=placed(log_probs, NOT_MEASURED), padded=padded, batch_size=())
+    if hidden is not None:
+        whole = completion.hidden["prompt"]
+        values[keys.hidden_states] = HiddenStates(
+            full=whole.vector_D.to(hidden.dtype), full_count=torch.tensor(whole.count), batch_size=()
+        )
+    if row.history is not None:
+        values[keys.history] = ChatHistory(full=row.history, batch_size=())
+    return _tensordict(values)
+
+
+def _tensordict(values: dict[NestedKey | None, Any]) -> TensorDictBase:
     td = TensorDict()
     for key, value in values.items():
         if key is not None:

@@ -5,21 +5,22 @@ Knows nothing of wire formats or padding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, NoReturn
 
 import torch
-from tensordict import TensorDictBase
-from tensordict.utils import NestedKey
+from tensordict import TensorDict, TensorDictBase, lazy_stack
+from tensordict.utils import NestedKey, unravel_key
 from torchrl.modules.llm.policies import LLMWrapperBase
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from torchrl_sglang_hidden.assemble import OutputKeys, assemble
-from torchrl_sglang_hidden.engines import Engine, as_engine
-from torchrl_sglang_hidden.errors import InputError, InputTypeError
-from torchrl_sglang_hidden.prompts import INPUT_MODES, InputMode, PromptReader
+from torchrl_sglang_hidden.assemble import OutputKeys, assemble, assemble_scores
+from torchrl_sglang_hidden.engines import BatchingEngine, Engine, as_engine, generate_samples
+from torchrl_sglang_hidden.errors import CapabilityError, InputError, InputTypeError
+from torchrl_sglang_hidden.prompts import INPUT_MODES, InputMode, PromptReader, Row, read_tokenizer
 from torchrl_sglang_hidden.sampling import override, standardize, to_sglang
-from torchrl_sglang_hidden.specs import HiddenSpec, Request
+from torchrl_sglang_hidden.specs import Completion, HiddenSpec, Request
 
 __all__ = ["SGLangHiddenWrapper"]
 
@@ -37,25 +38,44 @@ class SGLangHiddenWrapper(LLMWrapperBase):  # type: ignore[misc]
     Keyword Args:
         tokenizer: a Hugging Face tokenizer, a name or path of one, or None for the engine's own.
         input_mode: ``"history"``, ``"text"`` or ``"tokens"``.
-        input_key: where the prompt is read; by default ``(input_mode, "prompt")``. History mode reads a
+        input_key: where the prompt is read; by default ``(input_mode, "prompt")``, and ``(input_mode, "full")`` for
+            scoring. History mode reads a
             ``torchrl.data.llm.History`` of shape ``[*batch, turns]``; text mode one string per row; tokens mode int64
             ids, ragged, or padded on the left.
         attention_mask_key: in tokens mode, a mask ``[*batch, P]`` read from this key when it is there: ids where it is
             False are pads, which are never sent. Without it, the pad ids at the left of a row of a ``Tokens`` that says
             ``padded`` are its padding; every other id is sent as it is.
-        generate: True. Scoring is not in this version.
+        generate: True generates; False scores a given sequence, without sampling: see Scoring below. What is of
+            generation only (``generate_kwargs``, ``num_samples``, the segments of ``hidden``) is then kept for
+            `get_new_version` and has no effect.
         generate_kwargs: generation options by TorchRL's standard names, Hugging Face's or SGLang's; see
             `torchrl_sglang_hidden.sampling.standardize`. Options passed to a call override these.
         tokenizer_kwargs: passed to the tokenizer when text is turned into ids. Padding it adds is taken off again.
         pad_output: pad the ragged leaves to one width: prompts on the left, responses on the right, ids with the
             tokenizer's pad (or EOS) id, log-probs with NaN, masks with False. False leaves them ragged.
+        pad_model_input: None or False. Pads are never sent to an engine, so that True raises.
         inplace: True (the default) writes into the input and returns it; False returns a new TensorDict of the outputs;
-            ``"empty"`` returns an empty copy of the input with the outputs.
+            ``"empty"`` returns an empty copy of the input with the outputs. With ``num_samples`` only False, which is
+            then the default.
         device: where the output tensors go; by default the input's device, or the CPU.
+        layout: of the nested tensors that TorchRL's ``RetrieveLogProb`` makes of this wrapper's ragged log-probs,
+            ``torch.strided`` (the default) or ``torch.jagged``. The outputs themselves are ragged stacks, without one.
+        num_samples: responses per prompt, n. The output has batch size ``[*batch, n]``. The prompt is computed once.
+            ``generate_kwargs={"num_return_sequences": n}`` says the same.
+        batching: whether concurrent callers share requests. SGLang batches what runs at the same time by itself, and
+            this is only for those who want few and large requests. Sizes alone turn it on too.
+        min_batch_size: rows to wait for before a request is sent; 1 by default.
+        max_batch_size: most rows of one request.
+        batching_timeout: seconds that a caller waits at most for others.
         chat_template_name: one of torchrl's named chat templates, for history mode.
         chat_template: a Jinja chat template, for history mode. By default the tokenizer's own.
+        prefer_tokens: in history mode, send the ids that are at ``(tokens_key, "prompt")`` already, such as those of
+            torchrl's ``IncrementalTokenizer``, where they stand for the chat: they decode to what the template writes
+            for it, or to its beginning, and then the rest is tokenized and sent after them. So a response stays as it
+            was sampled in the turns that follow. Ids of any other chat are not used.
         return_log_probs: whether the log-prob of every sampled token is returned; True by default. They are those of
-            the distribution after temperature, penalties and grammar, before top-k and top-p (SGLang's).
+            the distribution after temperature, penalties and grammar, before top-k and top-p (SGLang's). Scoring gives
+            those of the model's own distribution.
         text_key, tokens_key, masks_key, log_probs_key, history_key: where TorchRL's TensorClasses are written; None
             leaves one out.
         hidden: which hidden states are returned: a `HiddenSpec`, True for its defaults, False or None for none.
@@ -70,6 +90,17 @@ class SGLangHiddenWrapper(LLMWrapperBase):  # type: ignore[misc]
         - history (history mode): ``prompt``, ``response``, ``full``, the last usable as the next prompt.
         - hidden_states: see `HiddenStates`.
         - weight_version, finish_reason (``"stop"`` or ``"length"``): one string per row.
+        - mixed_weights: bool ``[*batch]``, True where an update of the weights came in the middle of the response: its
+          first tokens are of an older version than ``weight_version``.
+
+    Scoring (``generate=False``; N tokens of the given sequence) writes one segment, ``full``:
+        - text, tokens [N], history: the sequence as it was read. Ids given as one padded tensor keep their places under
+          ``pad_output``; others are padded on the left.
+        - masks: ``all_assistant_mask`` in history mode from the chat template (those that say ``{% generation %}`` mark
+          the end-of-turn token too), in tokens mode as it was given under ``masks_key``; else None.
+        - log_probs: float32 [N], each token given those before it, without temperature; 0 for the first, as in TorchRL.
+        - hidden_states: all N positions.
+        - weight_version. No ``finish_reason``, no ``mixed_weights``.
 
     Raises:
         InputError: an argument, prompt or key that cannot be served, before anything is sent.
@@ -101,10 +132,18 @@ class SGLangHiddenWrapper(LLMWrapperBase):  # type: ignore[misc]
         generate_kwargs: Mapping[str, Any] | None = None,
         tokenizer_kwargs: Mapping[str, Any] | None = None,
         pad_output: bool = False,
+        pad_model_input: bool | None = None,
         inplace: Literal[True, False, "empty"] | None = None,
         device: torch.device | str | None = None,
+        layout: torch.layout | None = None,
+        num_samples: int | None = None,
         chat_template_name: str | None = None,
         chat_template: str | None = None,
+        prefer_tokens: bool = False,
+        batching: bool | None = None,
+        min_batch_size: int | None = None,
+        max_batch_size: int | None = None,
+        batching_timeout: float = 10.0,
         return_log_probs: bool | None = None,
         history_key: NestedKey | None = "history",
         text_key: NestedKey | None = "text",
@@ -117,21 +156,36 @@ class SGLangHiddenWrapper(LLMWrapperBase):  # type: ignore[misc]
         super().__init__()
         if input_mode not in INPUT_MODES:
             raise InputError(f"input_mode={input_mode!r}: expected one of {INPUT_MODES}")
-        if generate is not True:
-            raise InputError(f"generate={generate!r}: this version generates only; leave it out")
+        if not isinstance(generate, bool):
+            raise InputTypeError(f"generate={generate!r}: expected True or False")
+        if pad_model_input:
+            raise InputError("pad_model_input=True: pads are never sent to the engine; leave it out")
+        if layout not in (None, torch.strided, torch.jagged):
+            raise InputError(f"layout={layout!r}: expected torch.strided, torch.jagged or None")
         if inplace != "empty" and not any(inplace is value for value in (None, True, False)):
             raise InputError(f"inplace={inplace!r}: expected True, False or 'empty'")
         self.hidden = _hidden_spec(hidden)
         self.generate_kwargs = standardize(generate_kwargs)
         self.model: Engine = as_engine(model)
-        self.tokenizer = _tokenizer(tokenizer, self.model)
+        self.tokenizer = read_tokenizer(tokenizer, self.model.info.tokenizer_path, self.model.info.vocab_size)
         self.input_mode = input_mode
-        self.input_key: NestedKey = (input_mode, "prompt") if input_key is None else input_key
+        self.input_key: NestedKey = _default_key(input_mode, generate) if input_key is None else input_key
         self.attention_mask_key = attention_mask_key
         self.generate = generate
         self.tokenizer_kwargs = dict(tokenizer_kwargs or {})
         self.pad_output = pad_output
-        self.inplace = True if inplace is None else inplace
+        self.pad_model_input = pad_model_input
+        # As given: the defaults of these depend on other arguments, which `get_new_version` may change.
+        self._given = {"inplace": inplace, "layout": layout, "num_samples": num_samples}
+        self.num_samples = _num_samples(num_samples, self.generate_kwargs)
+        many = generate and self.num_samples is not None
+        if many and inplace not in (None, False):
+            raise InputError(
+                f"inplace={inplace!r} with num_samples={self.num_samples}: the output has another batch size than the "
+                "input; leave inplace out, or set it to False"
+            )
+        self.inplace = not many if inplace is None else inplace
+        self.layout = torch.strided if layout is None and not pad_output else layout
         self._device = None if device is None else torch.device(device)
         self.chat_template_name = chat_template_name
         self.chat_template = chat_template
@@ -139,6 +193,9 @@ class SGLangHiddenWrapper(LLMWrapperBase):  # type: ignore[misc]
         self.history_key, self.text_key, self.tokens_key = history_key, text_key, tokens_key
         self.masks_key, self.log_probs_key = masks_key, log_probs_key
         self.hidden_states_key = hidden_states_key
+        self.prefer_tokens = prefer_tokens
+        if prefer_tokens and tokens_key is None:
+            raise InputError("prefer_tokens=True reads the tokens at tokens_key, which is None; give it a key")
         self._keys = OutputKeys(
             text=text_key,
             tokens=tokens_key,
@@ -147,18 +204,52 @@ class SGLangHiddenWrapper(LLMWrapperBase):  # type: ignore[misc]
             history=history_key if input_mode == "history" else None,
             hidden_states=hidden_states_key if self.hidden is not None else None,
             weight_version="weight_version",
-            finish_reason="finish_reason",
+            finish_reason="finish_reason" if generate else None,
+            mixed_weights="mixed_weights" if generate else None,
         )
+        if not generate and self._keys.log_probs is None and self._keys.hidden_states is None:
+            raise InputError(
+                "generate=False with neither log-probs nor hidden states: there is nothing to compute; leave "
+                "return_log_probs out, or pass hidden=True"
+            )
         self.in_keys = [self.input_key]
-        self.out_keys = self._keys.present()
-        twice = [key for key in self.out_keys if self.out_keys.count(key) > 1]
+        written = self._keys.present()
+        # The states by leaf: a module that reads ("hidden_states", "prompt") is fed by this one only if it says so.
+        segments: tuple[str, ...] = () if self.hidden is None else self.hidden.segments if generate else ("full",)
+        leaves = [f"{segment}{suffix}" for segment in segments for suffix in ("", "_count")]
+        states = [] if self._keys.hidden_states is None else [unravel_key((hidden_states_key, leaf)) for leaf in leaves]
+        self.out_keys = [key for key in written if key != self._keys.hidden_states] + states
+        twice = [key for key in written if written.count(key) > 1]
         if twice:
             raise InputError(
                 f"{twice[0]!r} is the key of {len(twice)} outputs; give each its own, or None to leave it out"
             )
-        # What the base class reads. SGLang batches by itself, so that TorchRL's queue is never used.
-        self._min_batch_size = self._max_batch_size = None
-        self.num_samples = self.layout = None
+        self._given |= {
+            "batching": batching,
+            "min_batch_size": min_batch_size,
+            "max_batch_size": max_batch_size,
+            "batching_timeout": batching_timeout,
+        }
+        sizes = (min_batch_size, max_batch_size) != (None, None)
+        if batching is False and sizes:
+            raise InputError(
+                f"batching=False with min_batch_size={min_batch_size} and max_batch_size={max_batch_size}: leave the "
+                "sizes out, or batching"
+            )
+        self._batcher = (
+            BatchingEngine(
+                self.model,
+                min_batch_size=1 if min_batch_size is None else min_batch_size,
+                max_batch_size=max_batch_size,
+                timeout_s=batching_timeout,
+            )
+            if batching or sizes
+            else None
+        )
+        # What the base class reads.
+        self._min_batch_size = None if self._batcher is None else self._batcher.min_batch_size
+        self._max_batch_size = max_batch_size
+        self._batching_timeout = batching_timeout
 
     @property
     def device(self) -> torch.device | None:
@@ -172,16 +263,24 @@ class SGLangHiddenWrapper(LLMWrapperBase):  # type: ignore[misc]
         return next(token_id for token_id in ids if token_id is not None)
 
     @property
+    def _engine(self) -> Engine:
+        """The engine that calls go to: with batching not the user's own, but the queue in front of it."""
+        return self.model if self._batcher is None else self._batcher
+
+    @property
     def _reader(self) -> PromptReader:
         return PromptReader(
             tokenizer=self.tokenizer,
             input_mode=self.input_mode,
             input_key=self.input_key,
             attention_mask_key=self.attention_mask_key,
+            masks_key=self.masks_key,
+            generate=self.generate,
             tokenizer_kwargs=self.tokenizer_kwargs,
             chat_template=self.chat_template,
             chat_template_name=self.chat_template_name,
             padding_value=self.padding_value,
+            prefer_tokens=unravel_key((self.tokens_key, "prompt")) if self.prefer_tokens else None,
         )
 
     def forward(
@@ -192,7 +291,7 @@ class SGLangHiddenWrapper(LLMWrapperBase):  # type: ignore[misc]
         logits_only: bool = False,
         **generate_kwargs: Any,
     ) -> TensorDictBase:
-        """Generates one response per row.
+        """Generates one response per row, or `num_samples`; or scores one sequence per row.
 
         Args:
             tensordict: any batch size, none included. Written to, whole or not at all, with ``inplace=True``.
@@ -200,39 +299,78 @@ class SGLangHiddenWrapper(LLMWrapperBase):  # type: ignore[misc]
         Keyword Args:
             tensordict_out: written to instead, and returned.
             logits_only: False; this version returns no logits.
-            **generate_kwargs: override those of the constructor in this call.
+            **generate_kwargs: override those of the constructor in this call. None with ``generate=False``.
 
         Returns:
             See the class.
         """
         if logits_only:
             raise InputError("logits_only=True: this version returns no logits; leave it out")
-        options = to_sglang(override(self.generate_kwargs, generate_kwargs))
+        options = self._call_options(generate_kwargs)
         rows = self._reader.read(tensordict)
-        target = self._target(tensordict, tensordict_out)
-        completions = self.model.generate(
-            [
-                Request(row.prompt_ids, sampling=options, return_log_probs=self.return_log_probs, hidden=self.hidden)
-                for row in rows
-            ]
-        )
-        out = assemble(
-            rows,
-            completions,
-            batch_size=tensordict.batch_size,
-            keys=self._keys,
-            hidden=self.hidden,
-            pad_id=self.padding_value if self.pad_output else None,
-            device=self._device or tensordict.device,
-        )
+        samples = self.num_samples if self.generate else None
+        batch_size = tensordict.batch_size if samples is None else torch.Size((*tensordict.batch_size, samples))
+        target = self._target(tensordict, tensordict_out, batch_size)
+        layout: dict[str, Any] = {
+            "batch_size": batch_size,
+            "keys": self._keys,
+            "hidden": self.hidden,
+            "pad_id": self.padding_value if self.pad_output else None,
+            "device": self._device or tensordict.device,
+        }
+        if self.generate:
+            out = assemble([row for row in rows for _ in range(samples or 1)], self._sample(rows, options), **layout)
+        else:
+            out = assemble_scores(rows, self._score(rows), **layout)
         if target is None:
             return out
         # set, not update: update would merge into a TensorClass of the previous step and keep its stale fields.
-        for key in self.out_keys:
+        for key in self._keys.present():
             target.set(key, out.get(key))
         return target
 
-    def _target(self, tensordict: TensorDictBase, given: TensorDictBase | None) -> TensorDictBase | None:
+    def _call_options(self, generate_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """SGLang's sampling parameters of one call."""
+        if generate_kwargs and not self.generate:
+            raise InputError(
+                f"generate=False scores and samples nothing; leave {', '.join(sorted(generate_kwargs))} out of the call"
+            )
+        options = override(self.generate_kwargs, generate_kwargs)
+        if _num_samples(self.num_samples, options) != self.num_samples:
+            raise InputError(
+                f"num_return_sequences={options['num_return_sequences']} in a call, and no num_samples in the wrapper, "
+                "whose output would have another shape; use get_new_version(num_samples=…)"
+            )
+        return to_sglang(options)
+
+    def _sample(self, rows: Sequence[Row], options: Mapping[str, Any]) -> list[Completion]:
+        """The completions of every row, those of one row together."""
+        requests = [
+            Request(row.prompt_ids, sampling=options, return_log_probs=self.return_log_probs, hidden=self.hidden)
+            for row in rows
+        ]
+        if self.num_samples is None:
+            return self._engine.generate(requests)
+        return generate_samples(self._engine, requests, self.num_samples)
+
+    def _score(self, rows: Sequence[Row]) -> list[Completion]:
+        """One prefill per row: the sequence is a prompt, and the one token that SGLang must sample is dropped."""
+        return self._engine.generate(
+            [
+                Request(
+                    row.prompt_ids,
+                    sampling={"max_new_tokens": 1, "temperature": 0.0},
+                    return_log_probs=False,
+                    hidden=None if self.hidden is None else replace(self.hidden, segments=("prompt",)),
+                    score_prompt=self.return_log_probs,
+                )
+                for row in rows
+            ]
+        )
+
+    def _target(
+        self, tensordict: TensorDictBase, given: TensorDictBase | None, batch_size: torch.Size
+    ) -> TensorDictBase | None:
         """What the outputs are written to, None for a new TensorDict; checked before the engine has worked for it."""
         if given is None:
             if self.inplace is False:
@@ -240,12 +378,97 @@ class SGLangHiddenWrapper(LLMWrapperBase):  # type: ignore[misc]
             given = tensordict if self.inplace is True else tensordict.empty()
         if given.is_locked:
             raise InputError("the TensorDict to write to is locked; unlock_() it, or use inplace=False")
-        if given.batch_size != tensordict.batch_size:
+        if given.batch_size != batch_size:
             raise InputError(
-                f"tensordict_out has batch size {tuple(given.batch_size)} and the input "
-                f"{tuple(tensordict.batch_size)}; give both the same"
+                f"tensordict_out has batch size {tuple(given.batch_size)} and the output has {tuple(batch_size)}; give "
+                "both the same"
             )
         return given
+
+    def cleanup_batching(self, *, flush: bool = False) -> None:
+        """Empties the queue of callers that wait for a batch to fill, and returns at once.
+
+        Args:
+            flush: True has them sent now; False ends them with a ``concurrent.futures.CancelledError``.
+        """
+        # The base class calls this from __del__, on objects that were never finished too.
+        batcher = self.__dict__.get("_batcher")
+        if batcher is not None:
+            batcher.cleanup(flush=flush)
+
+    def get_batching_state(self) -> dict[str, Any]:
+        """The queue of callers: see `BatchingEngine.state`."""
+        return {"batching_enabled": False} if self._batcher is None else self._batcher.state()
+
+    # --- distributions ---------------------------------------------------------------------------------------------
+
+    def log_prob(self, data: TensorDictBase, **get_kwargs: Any) -> Any:
+        """The log-probs of the responses in given sequences, with ``generate=False``.
+
+        Args:
+            data: what `forward` reads; not written to.
+            **get_kwargs: as for ``TensorDict.get``: ``as_list``, ``as_padded_tensor``, ``as_nested_tensor`` …
+
+        Returns:
+            float32 ``[*batch, T]``, the log-probs where ``all_assistant_mask`` is True, those of several turns one
+            behind the other. Rows of different T need one of the options above.
+
+        Raises:
+            CapabilityError: the wrapper generates.
+            InputError: it returns no log-probs or no masks, or nothing says which tokens are the response.
+        """
+        if self.generate:
+            raise CapabilityError(
+                "log_prob with generate=True: this wrapper samples; get_new_version(generate=False) scores"
+            )
+        if self._keys.log_probs is None or self._keys.masks is None:
+            raise InputError(
+                f"log_prob with return_log_probs={self.return_log_probs}, log_probs_key={self.log_probs_key!r}, "
+                f"masks_key={self.masks_key!r}: it needs all three; give them to get_new_version"
+            )
+        scored = self(data, tensordict_out=TensorDict(batch_size=data.batch_size))
+        return self._responses(scored).get("response", **get_kwargs)
+
+    def _responses(self, scored: TensorDictBase) -> TensorDictBase:
+        """The log-probs of the response tokens at ``"response"``, ragged."""
+        if scored.ndim:
+            return lazy_stack([self._responses(row) for row in scored.unbind(0)])
+        mask_N = scored.get(self.masks_key).all_assistant_mask
+        if mask_N is None or not mask_N.any():
+            key = unravel_key((self.masks_key, "all_assistant_mask"))
+            raise InputError(
+                f"log_prob with input_mode={self.input_mode!r}: a row's {key!r} is "
+                f"{'None' if mask_N is None else 'False everywhere'}, so nothing says which tokens are its response; "
+                "history mode takes it from the assistant's messages, tokens mode from the TensorDict"
+            )
+        return TensorDict(response=scored.get(self.log_probs_key).full[mask_N])
+
+    def get_dist(self, tensordict: TensorDictBase, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raises `CapabilityError`: a distribution over tokens needs logits, which this version does not return."""
+        raise self._no_distribution("get_dist")
+
+    # torchrl's losses ask for these, through _get_sft_dist, _get_rlhf_dist and _get_generic_dist.
+    _get_dist_with_prompt_mask = _get_dist_with_assistant_mask = get_dist
+    _get_dist_with_attention_mask = _get_dist_with_custom_mask = get_dist
+
+    class _NoKeys(list[NestedKey]):
+        """Adds nothing to a sequence's keys. A loss that has this wrapper itself as its actor asks for the first."""
+
+        def __getitem__(self, index: Any) -> NoReturn:
+            raise SGLangHiddenWrapper._no_distribution("a loss with this wrapper as its actor")
+
+    def _no_keys(self) -> list[NestedKey]:
+        """None. A sequence joins its modules' keys, and losses take those for the action's, which tokens are not."""
+        return self._NoKeys()
+
+    dist_params_keys = dist_sample_keys = log_prob_keys = property(_no_keys)
+
+    @staticmethod
+    def _no_distribution(what: str) -> CapabilityError:
+        return CapabilityError(
+            f"{what} needs the logits of every token, which this version does not return; for log-probs use log_prob "
+            "of get_new_version(generate=False), for a loss torchrl's TransformersWrapper of the same weights as actor"
+        )
 
     # --- configuration ---------------------------------------------------------------------------------------------
 
@@ -261,10 +484,12 @@ class SGLangHiddenWrapper(LLMWrapperBase):  # type: ignore[misc]
             "generate_kwargs": dict(self.generate_kwargs),
             "tokenizer_kwargs": dict(self.tokenizer_kwargs),
             "pad_output": self.pad_output,
-            "inplace": self.inplace,
+            "pad_model_input": self.pad_model_input,
             "device": self._device,
+            **self._given,
             "chat_template_name": self.chat_template_name,
             "chat_template": self.chat_template,
+            "prefer_tokens": self.prefer_tokens,
             "return_log_probs": self.return_log_probs,
             "history_key": self.history_key,
             "text_key": self.text_key,
@@ -279,9 +504,31 @@ class SGLangHiddenWrapper(LLMWrapperBase):  # type: ignore[misc]
         """A wrapper of the same engine with some constructor arguments changed; the others are kept, all of them."""
         config = {**self.config, **changes}
         # The default input key belongs to its mode; a key of the user's own is kept.
-        if "input_mode" in changes and "input_key" not in changes and self.input_key == (self.input_mode, "prompt"):
+        if "input_key" not in changes and self.input_key == _default_key(self.input_mode, self.generate):
             config["input_key"] = None
+        # The number of samples has two names, and the one that is changed wins.
+        if "num_samples" in changes and "generate_kwargs" not in changes:
+            config["generate_kwargs"].pop("num_return_sequences", None)
+        elif "num_samples" not in changes and "num_return_sequences" in standardize(config["generate_kwargs"]):
+            config["num_samples"] = None
         return type(self)(config.pop("model", self.model), **config)
+
+
+def _default_key(input_mode: str, generate: bool) -> NestedKey:
+    return (input_mode, "prompt" if generate else "full")
+
+
+def _num_samples(num_samples: int | None, options: Mapping[str, Any]) -> int | None:
+    """Samples per prompt, which either argument may say."""
+    if num_samples is not None and (type(num_samples) is not int or num_samples < 1):
+        raise InputError(f"num_samples={num_samples!r}: expected an integer of at least 1, or None")
+    given = options.get("num_return_sequences")
+    if given is None:
+        return num_samples
+    if num_samples not in (None, given):
+        raise InputError(f"num_samples={num_samples} and num_return_sequences={given} contradict each other; give one")
+    # One response without a dimension of samples is what every other wrapper gives for 1.
+    return num_samples if given == 1 else given
 
 
 def _hidden_spec(hidden: HiddenSpec | bool | None) -> HiddenSpec | None:
@@ -290,15 +537,3 @@ def _hidden_spec(hidden: HiddenSpec | bool | None) -> HiddenSpec | None:
     if hidden is False or hidden is None or isinstance(hidden, HiddenSpec):
         return hidden or None
     raise InputTypeError(f"hidden={hidden!r}: expected a HiddenSpec, True, False or None")
-
-
-def _tokenizer(tokenizer: PreTrainedTokenizerBase | str | None, engine: Engine) -> PreTrainedTokenizerBase:
-    path = engine.info.tokenizer_path if tokenizer is None else tokenizer
-    if not isinstance(path, str):
-        return path
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"no tokenizer can be read at {path!r}; pass tokenizer=, a tokenizer or a path of one"
-        ) from error

@@ -5,19 +5,21 @@ Knows nothing of engines. What is read here is what the engine gets, and what ``
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from tensordict import LazyStackedTensorDict, TensorDictBase, is_non_tensor, is_tensor_collection
 from tensordict.utils import NestedKey
 from torchrl.data.llm import History
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden.errors import InputError, InputTypeError, MissingKeyError, PromptLengthError
 
-__all__ = ["INPUT_MODES", "InputMode", "PromptReader", "Row"]
+__all__ = ["INPUT_MODES", "InputMode", "PromptReader", "Row", "read_tokenizer"]
 
 InputMode = Literal["history", "text", "tokens"]
 INPUT_MODES: tuple[InputMode, ...] = get_args(InputMode)
@@ -32,11 +34,16 @@ class Row:
         prompt_ids: P ids.
         prompt_text: the text that the ids stand for.
         history: the chat that the text was made of, ``[turns]``, in history mode.
+        assistant_mask: for scoring, which of the ids the assistant wrote; None when nothing tells.
+        placement: for scoring, where the ids stand among the pads that they were given with, True at an id; None when
+            they were not given as a tensor.
     """
 
     prompt_ids: tuple[int, ...]
     prompt_text: str
     history: History | None = None
+    assistant_mask: tuple[bool, ...] | None = None
+    placement: tuple[bool, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +51,22 @@ class PromptReader:
     """Reads the prompts of a TensorDict; the arguments are those of `SGLangHiddenWrapper`.
 
     Args:
+        generate: whether prompts are read, or whole sequences to score.
         padding_value: the id that pads a ``Tokens`` that says it is padded.
+        prefer_tokens: where the ids are that history mode prefers to its own, or None.
     """
 
     tokenizer: PreTrainedTokenizerBase
     input_mode: InputMode
     input_key: NestedKey
     attention_mask_key: NestedKey
+    masks_key: NestedKey | None
+    generate: bool
     tokenizer_kwargs: Mapping[str, Any]
     chat_template: str | None
     chat_template_name: str | None
     padding_value: int
+    prefer_tokens: NestedKey | None = None
 
     def read(self, tensordict: TensorDictBase) -> list[Row]:
         """The prompts in row-major order of the batch.
@@ -91,12 +103,12 @@ class PromptReader:
             value = value.data
         name = f"row {index}, {self.input_key!r}:"
         if self.input_mode == "history":
-            return self._read_history(name, value)
+            return self._read_history(name, row, value)
         if self.input_mode == "text":
             return self._read_text(name, value)
         return self._read_tokens(name, row, value)
 
-    def _read_history(self, name: str, history: Any) -> Row:
+    def _read_history(self, name: str, row: TensorDictBase, history: Any) -> Row:
         if not isinstance(history, History):
             raise InputTypeError(f"{name} a {type(history).__name__}; history mode reads a torchrl.data.llm.History")
         if history.ndim == 0:
@@ -108,15 +120,49 @@ class PromptReader:
         template = self.chat_template
         if template is None and self.chat_template_name is None:
             template = self.tokenizer.chat_template
-        text = history.apply_chat_template(
-            tokenizer=self.tokenizer,
-            add_generation_prompt=True,
-            chat_template=template,
-            chat_template_name=self.chat_template_name,
-            tokenize=False,
-        )
+        options = {
+            "tokenizer": self.tokenizer,
+            "add_generation_prompt": self.generate,
+            "chat_template": template,
+            "chat_template_name": self.chat_template_name,
+        }
+        text = history.apply_chat_template(**options, tokenize=False)
         # The template wrote the special tokens already.
-        return Row(self._encode(text, add_special_tokens=False), text, history)
+        ids = self._encode(text, add_special_tokens=False)
+        if self.generate:
+            return Row(self._preferred(row, ids) if self.prefer_tokens else ids, text, history)
+        encoded = history.apply_chat_template(**options, return_assistant_tokens_mask=True)
+        if tuple(encoded["input_ids"].tolist()) != ids:
+            raise InputError(
+                f"{name} tokenizer_kwargs={dict(self.tokenizer_kwargs)} change the ids of the chat, so that the "
+                "template's assistant mask does not fit them; leave them out to score a chat"
+            )
+        return Row(ids, text, history, assistant_mask=tuple(encoded["assistant_masks"].bool().tolist()))
+
+    def _preferred(self, row: TensorDictBase, prompt_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """The ids at `prefer_tokens` where they stand for the chat, or for its beginning: then the rest is added.
+
+        The beginning is what torchrl's IncrementalTokenizer leaves after a turn, prompt and response as they were
+        sampled, without the generation prompt and any message that follow. Ids that say anything else belong to
+        another chat, and ``prompt_ids`` stay, the chat as the tokenizer writes it.
+        """
+        try:
+            found = row.get(self.prefer_tokens, None)
+        except ValueError as error:  # a tensor where the key's path has a container
+            raise InputTypeError(
+                f"{self.prefer_tokens!r} cannot be read: {error}; prefer_tokens=True reads a Tokens there"
+            ) from error
+        if found is None:
+            return prompt_ids
+        _check_ids(f"{self.prefer_tokens!r}:", found)
+        text, ids = self._decode(prompt_ids), tuple(found.tolist())
+        for preferred in (ids, _strip(ids, self.padding_value)):
+            rest = text[len(self._decode(preferred)) :]
+            whole = preferred + self._encode(rest, add_special_tokens=False)
+            # Not so for ids of another chat, nor where a tokenizer writes a text otherwise than its two halves.
+            if self._decode(whole) == text:
+                return whole
+        return prompt_ids
 
     def _read_text(self, name: str, text: Any) -> Row:
         if not isinstance(text, str):
@@ -131,26 +177,45 @@ class PromptReader:
         return tuple(i for i, real in zip(encoded["input_ids"], encoded["attention_mask"], strict=True) if real)
 
     def _read_tokens(self, name: str, row: TensorDictBase, ids: Any) -> Row:
-        if not isinstance(ids, torch.Tensor) or ids.ndim != 1:
-            shape = f" of shape {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else ""
-            raise InputTypeError(
-                f"{name} a {type(ids).__name__}{shape}; tokens mode reads one tensor of ids per row, [P]"
+        _check_ids(name, ids)
+        real = self._read_mask(name, row, ids, self.attention_mask_key)
+        assistant_mask = None
+        if not self.generate and self.masks_key is not None:
+            masks_key = self.masks_key if isinstance(self.masks_key, tuple) else (self.masks_key,)
+            whole = self._read_mask(name, row, ids, (*masks_key, "all_attention_mask"))
+            real = real if whole is None else whole
+            assistant_mask = self._read_mask(name, row, ids, (*masks_key, "all_assistant_mask"))
+        if real is None:
+            real = self._guess_padding(name, row, ids)
+        prompt_ids = tuple(ids[real].tolist())
+        text = self._decode(prompt_ids)
+        if self.generate:
+            return Row(prompt_ids, text)
+        return Row(
+            prompt_ids,
+            text,
+            assistant_mask=None if assistant_mask is None else tuple(assistant_mask[real].tolist()),
+            placement=tuple(real.tolist()),
+        )
+
+    def _read_mask(self, name: str, row: TensorDictBase, ids: torch.Tensor, key: NestedKey) -> torch.Tensor | None:
+        mask = row.get(key, None)
+        if mask is not None and mask.shape != ids.shape:
+            raise InputError(
+                f"{name} of shape {tuple(ids.shape)}, and {key!r} of {tuple(mask.shape)}; give both the same"
             )
-        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise InputTypeError(f"{name} of dtype {ids.dtype}; token ids are integers, such as torch.int64")
-        mask = row.get(self.attention_mask_key, None)
-        if mask is not None:
-            if mask.shape != ids.shape:
-                raise InputError(
-                    f"{name} of shape {tuple(ids.shape)}, and {self.attention_mask_key!r} of {tuple(mask.shape)}; give "
-                    "both the same"
-                )
-            ids = ids[mask.bool()]
-        elif self._is_padded(row):
-            real = (ids != self.padding_value).cumsum(0).bool()
-            ids = ids[real]
-        prompt_ids = tuple(ids.tolist())
-        return Row(prompt_ids, self._decode(prompt_ids))
+        return None if mask is None else mask.bool()
+
+    def _guess_padding(self, name: str, row: TensorDictBase, ids: torch.Tensor) -> torch.Tensor:
+        """Which ids are real when no mask tells: all, but the left padding of a ``Tokens`` that says it is padded."""
+        if not self._is_padded(row):
+            return torch.ones_like(ids, dtype=torch.bool)
+        if not self.generate and len(ids) and ids[-1] == self.padding_value:
+            raise InputError(
+                f"{name} is padded and ends with the pad id {self.padding_value}, which may be padding or a token that "
+                f"was sampled; give the mask, at {self.attention_mask_key!r} or in {self.masks_key!r}"
+            )
+        return (ids != self.padding_value).cumsum(0).bool()
 
     def _is_padded(self, row: TensorDictBase) -> bool:
         """Whether the ids come from a ``Tokens`` that says it is padded."""
@@ -164,6 +229,20 @@ class PromptReader:
         return str(self.tokenizer.decode(prompt_ids))
 
 
+def _check_ids(name: str, ids: Any) -> None:
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 1:
+        shape = f" of shape {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else ""
+        raise InputTypeError(f"{name} a {type(ids).__name__}{shape}; expected one tensor of ids per row, [P]")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise InputTypeError(f"{name} of dtype {ids.dtype}; token ids are integers, such as torch.int64")
+
+
+def _strip(ids: tuple[int, ...], pad_id: int) -> tuple[int, ...]:
+    """The ids without the pads at both ends."""
+    real = [place for place, token_id in enumerate(ids) if token_id != pad_id]
+    return ids[real[0] : real[-1] + 1] if real else ()
+
+
 def _unbind(tensordict: TensorDictBase) -> Iterator[TensorDictBase]:
     """The rows in row-major order, without reshaping: ragged and lazy leaves have no reshape."""
     if tensordict.ndim == 0:
@@ -173,3 +252,61 @@ def _unbind(tensordict: TensorDictBase) -> Iterator[TensorDictBase]:
     else:
         for part in tensordict.unbind(0):
             yield from _unbind(part)
+
+
+def read_tokenizer(
+    tokenizer: PreTrainedTokenizerBase | str | None, engine_path: str, vocab_size: int
+) -> PreTrainedTokenizerBase:
+    """The tokenizer to use: the one given, or the engine's own.
+
+    Args:
+        tokenizer: a tokenizer, a name or path of one, or None for the engine's.
+        engine_path: where the engine read its own.
+        vocab_size: the engine's.
+
+    Raises:
+        InputError: it cannot be read; or it gives a token another id than the engine's own does, where that can be read
+            from here; or ids outside the engine's vocabulary. A padding token may be outside: pads are never sent.
+    """
+    if not isinstance(tokenizer, (str, type(None))):
+        _check_vocabulary(tokenizer, engine_path, vocab_size)
+        return tokenizer
+    path = engine_path if tokenizer is None else tokenizer
+    try:
+        found = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"no tokenizer can be read at {path!r}; pass tokenizer=, a tokenizer or a path of one"
+        ) from error
+    return read_tokenizer(found, engine_path, vocab_size) if path != engine_path else found
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, engine_path: str, vocab_size: int) -> None:
+    vocabulary, expected = tokenizer.get_vocab(), _vocabulary(engine_path)
+    other = [token for token, token_id in vocabulary.items() if expected.get(token, token_id) != token_id]
+    if other:
+        raise InputError(
+            f"the tokenizer {tokenizer.name_or_path!r} is not the engine's: {len(other)} tokens have other ids than in "
+            f"{engine_path!r}, such as {other[0]!r}, {vocabulary[other[0]]} and not {expected[other[0]]}; pass the "
+            "model's own, or leave tokenizer out"
+        )
+    outside = {token: i for token, i in vocabulary.items() if i >= vocab_size and token != tokenizer.pad_token}
+    if outside:
+        token, token_id = min(outside.items(), key=lambda item: item[1])
+        raise InputError(
+            f"the tokenizer {tokenizer.name_or_path!r} is not the engine's: {len(outside)} ids are outside the "
+            f"engine's vocabulary of {vocab_size}, such as {token_id} for {token!r}; pass the model's own, or leave "
+            "tokenizer out"
+        )
+
+
+@functools.lru_cache(maxsize=8)
+def _vocabulary(path: str) -> dict[str, int]:
+    """The ids of a served model's tokens; none where they cannot be read from this machine."""
+    # Of directories only: a model hub's name would be looked up in the network.
+    if not Path(path).is_dir():
+        return {}
+    try:
+        return dict(AutoTokenizer.from_pretrained(path).get_vocab())
+    except (OSError, ValueError):
+        return {}

@@ -77,7 +77,7 @@ _RULES: dict[str, _Rule] = {
     ),
     "frequency_penalty": _number(lambda x: -2 <= x <= 2, "in [-2, 2]"),
     "presence_penalty": _number(lambda x: -2 <= x <= 2, "in [-2, 2]"),
-    "num_return_sequences": _Rule((int,), lambda x: x == 1, "1: repeat the prompt for several samples"),
+    "num_return_sequences": _Rule((int,), lambda x: x >= 1, "an integer of at least 1"),
     "sampling_seed": _Rule((int,), lambda x: -(2**63) <= x < 2**63, "an integer of 64 bits"),
     "stop_sequences": _TEXTS,
     "stop_regex": _TEXTS,
