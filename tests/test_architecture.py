@@ -1,7 +1,7 @@
 """The order of the house, read from the imports of every module, those inside functions too.
 
     _version, errors → specs → pooling, sampling, constraints → channel → wire → server, prompts → engines, assemble
-      → policy → transforms, recording, weight_sync → demo → cli → __main__, __init__
+      → distributions → policy → transforms, recording, weight_sync → demo → cli → __main__, __init__
 
 A room imports rooms before it, or itself.
 """
@@ -28,6 +28,7 @@ ORDER: list[set[str]] = [
     {"wire"},
     {"server", "prompts"},
     {"engines", "assemble"},
+    {"distributions"},
     {"policy"},
     {"transforms", "recording", "weight_sync"},
     {"demo"},

@@ -26,10 +26,11 @@ from torchrl.modules.llm.policies import LLMWrapperBase
 
 from torchrl_sglang_hidden import SGLangServer, connect
 from torchrl_sglang_hidden.engines import Engine
-from torchrl_sglang_hidden.engines.batching import BatchCancelledError, BatchingEngine
+from torchrl_sglang_hidden.engines.batching import BatchingEngine
 from torchrl_sglang_hidden.errors import (
     AlignmentError,
     AuthenticationError,
+    BatchCancelledError,
     EngineError,
     EngineTimeoutError,
     EngineUnreachableError,

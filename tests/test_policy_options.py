@@ -223,6 +223,32 @@ def test_a_copy_and_a_pickle_lose_nothing() -> None:
         server.stop()
 
 
+def test_the_sizes_switch_batching_on_and_batching_switches_it_off() -> None:
+    batched, _ = make(min_batch_size=2, max_batch_size=4)
+    off = batched.get_new_version(batching=False)
+    assert (off.batching, off.config["min_batch_size"], off.config["max_batch_size"]) == (False, None, None)
+    on = off.get_new_version(max_batch_size=4)
+    assert on.get_batching_state()["min_batch_size"] == 1
+    with pytest.raises(InputError, match="batching=False with min_batch_size=3"):
+        batched.get_new_version(batching=False, min_batch_size=3)
+    with pytest.raises(InputTypeError, match="batching='no': expected True, False or None"):
+        make(batching="no")
+    with pytest.raises(InputError, match="batching timeout of nan"):
+        make(batching_timeout=float("nan"))
+
+
+def test_a_shallow_copy_that_goes_ends_nobodys_wait() -> None:
+    policy, engine = make("tokens", min_batch_size=2, batching_timeout=3600.0)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(policy, tokens_batch([6, 7]))
+        while policy.get_batching_state()["queue_size"] == 0:
+            assert not waiting.done()
+        copy.copy(policy).__del__()
+        policy(tokens_batch([8]))
+        assert waiting.result(30)["tokens"].prompt.tolist() == [[6, 7]]
+    assert len(engine.payloads) == 1
+
+
 @pytest.mark.parametrize("flush", [True, False])
 def test_cleanup_ends_the_waiting(flush: bool) -> None:
     policy, _ = make("tokens", min_batch_size=2, batching_timeout=3600.0)

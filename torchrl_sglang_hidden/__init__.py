@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torchrl_sglang_hidden.engines.offline import SGLangOffline as SGLangOffline
     from torchrl_sglang_hidden.errors import AlignmentError as AlignmentError
     from torchrl_sglang_hidden.errors import AuthenticationError as AuthenticationError
+    from torchrl_sglang_hidden.errors import BatchCancelledError as BatchCancelledError
     from torchrl_sglang_hidden.errors import CapabilityError as CapabilityError
     from torchrl_sglang_hidden.errors import DemoModelError as DemoModelError
     from torchrl_sglang_hidden.errors import EngineError as EngineError
@@ -53,10 +54,10 @@ _ROOMS = {
     "launch": "engines.launch",
     **dict.fromkeys(
         (
-            "AlignmentError", "AuthenticationError", "CapabilityError", "DemoModelError", "EngineError",
-            "EngineTimeoutError", "EngineUnreachableError", "InputError", "InputTypeError", "LaunchError",
-            "MissingKeyError", "PromptLengthError", "ProtocolError", "RequestAbortedError", "RequestRejectedError",
-            "SGLangHiddenError", "TokenIdError", "UnknownOptionError", "WeightsError",
+            "AlignmentError", "AuthenticationError", "BatchCancelledError", "CapabilityError", "DemoModelError",
+            "EngineError", "EngineTimeoutError", "EngineUnreachableError", "InputError", "InputTypeError",
+            "LaunchError", "MissingKeyError", "PromptLengthError", "ProtocolError", "RequestAbortedError",
+            "RequestRejectedError", "SGLangHiddenError", "TokenIdError", "UnknownOptionError", "WeightsError",
         ),
         "errors",
     ),

@@ -15,6 +15,7 @@
     │   ├── AuthenticationError                 a missing or wrong API key
     │   ├── RequestRejectedError                the engine refused the request
     │   ├── RequestAbortedError                 the engine gave up on a request midway
+    │   ├── BatchCancelledError (CancelledError) a batch that was given up before it was sent
     │   ├── CapabilityError                     the server was started without what this needs
     │   └── ProtocolError                       an answer that cannot be read
     ├── AlignmentError (RuntimeError)           rows of states and tokens do not agree
@@ -26,9 +27,12 @@ and cross process boundaries unchanged.
 
 from __future__ import annotations
 
+from concurrent.futures import CancelledError
+
 __all__ = [
     "AlignmentError",
     "AuthenticationError",
+    "BatchCancelledError",
     "CapabilityError",
     "DemoModelError",
     "EngineError",
@@ -111,6 +115,10 @@ class RequestRejectedError(EngineError):
 
 class RequestAbortedError(EngineError):
     """The engine dropped a request before it was done."""
+
+
+class BatchCancelledError(EngineError, CancelledError):
+    """A caller waited for its batch to fill when the queue was emptied; its rows were not sent."""
 
 
 class CapabilityError(EngineError):

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
-from tensordict import TensorDict, TensorDictBase, lazy_stack
+from tensordict import TensorDictBase
 from tensordict.utils import NestedKey, unravel_key
 from torchrl.modules.llm.policies import LLMWrapperBase
 from transformers import PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden.assemble import OutputKeys, assemble, assemble_scores
-from torchrl_sglang_hidden.engines import BatchingEngine, Engine, as_engine, generate_samples
-from torchrl_sglang_hidden.errors import CapabilityError, InputError, InputTypeError
+from torchrl_sglang_hidden.distributions import Distributions
+from torchrl_sglang_hidden.engines import BatchingEngine, Engine, as_engine, check_batching, generate_samples
+from torchrl_sglang_hidden.errors import InputError, InputTypeError
 from torchrl_sglang_hidden.prompts import INPUT_MODES, InputMode, PromptReader, Row, read_tokenizer
 from torchrl_sglang_hidden.sampling import override, standardize, to_sglang
 from torchrl_sglang_hidden.specs import Completion, HiddenSpec, Request
@@ -25,7 +26,7 @@ from torchrl_sglang_hidden.specs import Completion, HiddenSpec, Request
 __all__ = ["SGLangHiddenWrapper"]
 
 
-class SGLangHiddenWrapper(LLMWrapperBase):  # type: ignore[misc]
+class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
     """A TorchRL LLM policy over SGLang that also returns mean-pooled hidden states.
 
     A drop-in for torchrl's ``SGLangWrapper``: it reads a prompt from the TensorDict, generates, and writes TorchRL's
@@ -176,7 +177,7 @@ class SGLangHiddenWrapper(LLMWrapperBase):  # type: ignore[misc]
         self.pad_output = pad_output
         self.pad_model_input = pad_model_input
         # As given: the defaults of these depend on other arguments, which `get_new_version` may change.
-        self._given = {"inplace": inplace, "layout": layout, "num_samples": num_samples}
+        self._given: dict[str, Any] = {"inplace": inplace, "layout": layout, "num_samples": num_samples}
         self.num_samples = _num_samples(num_samples, self.generate_kwargs)
         many = generate and self.num_samples is not None
         if many and inplace not in (None, False):
@@ -230,6 +231,9 @@ class SGLangHiddenWrapper(LLMWrapperBase):  # type: ignore[misc]
             "max_batch_size": max_batch_size,
             "batching_timeout": batching_timeout,
         }
+        if batching is not None and not isinstance(batching, bool):
+            raise InputTypeError(f"batching={batching!r}: expected True, False or None")
+        check_batching(1 if min_batch_size is None else min_batch_size, max_batch_size, batching_timeout)
         sizes = (min_batch_size, max_batch_size) != (None, None)
         if batching is False and sizes:
             raise InputError(
@@ -396,79 +400,12 @@ class SGLangHiddenWrapper(LLMWrapperBase):  # type: ignore[misc]
         if batcher is not None:
             batcher.cleanup(flush=flush)
 
+    def __del__(self) -> None:
+        """Nothing to end: a call that waits holds its policy. The base class would end those of a shallow copy's."""
+
     def get_batching_state(self) -> dict[str, Any]:
         """The queue of callers: see `BatchingEngine.state`."""
         return {"batching_enabled": False} if self._batcher is None else self._batcher.state()
-
-    # --- distributions ---------------------------------------------------------------------------------------------
-
-    def log_prob(self, data: TensorDictBase, **get_kwargs: Any) -> Any:
-        """The log-probs of the responses in given sequences, with ``generate=False``.
-
-        Args:
-            data: what `forward` reads; not written to.
-            **get_kwargs: as for ``TensorDict.get``: ``as_list``, ``as_padded_tensor``, ``as_nested_tensor`` …
-
-        Returns:
-            float32 ``[*batch, T]``, the log-probs where ``all_assistant_mask`` is True, those of several turns one
-            behind the other. Rows of different T need one of the options above.
-
-        Raises:
-            CapabilityError: the wrapper generates.
-            InputError: it returns no log-probs or no masks, or nothing says which tokens are the response.
-        """
-        if self.generate:
-            raise CapabilityError(
-                "log_prob with generate=True: this wrapper samples; get_new_version(generate=False) scores"
-            )
-        if self._keys.log_probs is None or self._keys.masks is None:
-            raise InputError(
-                f"log_prob with return_log_probs={self.return_log_probs}, log_probs_key={self.log_probs_key!r}, "
-                f"masks_key={self.masks_key!r}: it needs all three; give them to get_new_version"
-            )
-        scored = self(data, tensordict_out=TensorDict(batch_size=data.batch_size))
-        return self._responses(scored).get("response", **get_kwargs)
-
-    def _responses(self, scored: TensorDictBase) -> TensorDictBase:
-        """The log-probs of the response tokens at ``"response"``, ragged."""
-        if scored.ndim:
-            return lazy_stack([self._responses(row) for row in scored.unbind(0)])
-        mask_N = scored.get(self.masks_key).all_assistant_mask
-        if mask_N is None or not mask_N.any():
-            key = unravel_key((self.masks_key, "all_assistant_mask"))
-            raise InputError(
-                f"log_prob with input_mode={self.input_mode!r}: a row's {key!r} is "
-                f"{'None' if mask_N is None else 'False everywhere'}, so nothing says which tokens are its response; "
-                "history mode takes it from the assistant's messages, tokens mode from the TensorDict"
-            )
-        return TensorDict(response=scored.get(self.log_probs_key).full[mask_N])
-
-    def get_dist(self, tensordict: TensorDictBase, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raises `CapabilityError`: a distribution over tokens needs logits, which this version does not return."""
-        raise self._no_distribution("get_dist")
-
-    # torchrl's losses ask for these, through _get_sft_dist, _get_rlhf_dist and _get_generic_dist.
-    _get_dist_with_prompt_mask = _get_dist_with_assistant_mask = get_dist
-    _get_dist_with_attention_mask = _get_dist_with_custom_mask = get_dist
-
-    class _NoKeys(list[NestedKey]):
-        """Adds nothing to a sequence's keys. A loss that has this wrapper itself as its actor asks for the first."""
-
-        def __getitem__(self, index: Any) -> NoReturn:
-            raise SGLangHiddenWrapper._no_distribution("a loss with this wrapper as its actor")
-
-    def _no_keys(self) -> list[NestedKey]:
-        """None. A sequence joins its modules' keys, and losses take those for the action's, which tokens are not."""
-        return self._NoKeys()
-
-    dist_params_keys = dist_sample_keys = log_prob_keys = property(_no_keys)
-
-    @staticmethod
-    def _no_distribution(what: str) -> CapabilityError:
-        return CapabilityError(
-            f"{what} needs the logits of every token, which this version does not return; for log-probs use log_prob "
-            "of get_new_version(generate=False), for a loss torchrl's TransformersWrapper of the same weights as actor"
-        )
 
     # --- configuration ---------------------------------------------------------------------------------------------
 
@@ -511,6 +448,12 @@ class SGLangHiddenWrapper(LLMWrapperBase):  # type: ignore[misc]
             config["generate_kwargs"].pop("num_return_sequences", None)
         elif "num_samples" not in changes and "num_return_sequences" in standardize(config["generate_kwargs"]):
             config["num_samples"] = None
+        # Whether to batch has two names too: the sizes switch it on.
+        sizes = {"min_batch_size", "max_batch_size"}
+        if changes.get("batching") is False:
+            config |= dict.fromkeys(sizes - changes.keys())
+        elif "batching" not in changes and self._batcher is None and sizes & changes.keys():
+            config["batching"] = None
         return type(self)(config.pop("model", self.model), **config)
 
 

@@ -13,7 +13,6 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Coroutine, Sequence
-from concurrent.futures import CancelledError
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -22,6 +21,7 @@ from torchrl_sglang_hidden.engines.base import Engine
 from torchrl_sglang_hidden.engines.weights import Running, Transport, Weights
 from torchrl_sglang_hidden.errors import (
     AuthenticationError,
+    BatchCancelledError,
     EngineError,
     EngineTimeoutError,
     EngineUnreachableError,
@@ -32,17 +32,13 @@ from torchrl_sglang_hidden.errors import (
 )
 from torchrl_sglang_hidden.specs import Completion, EngineInfo, Request
 
-__all__ = ["BatchCancelledError", "BatchingEngine", "check_batching"]
+__all__ = ["BatchingEngine", "check_batching"]
 
 T = TypeVar("T")
 
 DEFAULT_TIMEOUT_S = 10.0
 # Errors that say nothing about any one row: sending it again would end in the same.
 OF_THE_ENGINE = (EngineUnreachableError, EngineTimeoutError, AuthenticationError)
-
-
-class BatchCancelledError(EngineError, CancelledError):
-    """A caller waited for its batch to fill when the queue was emptied; its rows were not sent."""
 
 
 def check_batching(min_batch_size: object, max_batch_size: object, timeout_s: object) -> None:
