@@ -162,7 +162,7 @@ class EngineInfo:
         hidden_size: D.
         context_length: most tokens of prompt and response together.
         max_prompt_tokens: most tokens of one prompt; less than the context length when the KV cache is small.
-        weight_version: the engine's name for its weights at connect.
+        weight_version: the engine's name for its weights at connect, or since the last update through this engine.
         pools_in_server: whether the server half is there and speaks this version's protocol.
         returns_hidden_states: whether the engine serves stock ``return_hidden_states``.
         honours_seeds: whether a request's ``sampling_seed`` has an effect: SGLang reads it only under
