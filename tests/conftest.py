@@ -9,6 +9,7 @@ from pathlib import Path
 
 import models
 import pytest
+import torch
 from checks import CHUNKED_PREFILL_SIZE, make_policy
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -17,6 +18,10 @@ from torchrl_sglang_hidden import SGLangHiddenWrapper, SGLangServer, connect, de
 # A running server for the `smol` fixture, started with the arguments below: saves its start on each run at work.
 TEST_URL_ENV = "TORCHRL_SGLANG_HIDDEN_TEST_URL"
 ENGINE_TESTS = Path(__file__).parent / "engine"
+
+
+# The server computes on the same cores: a second thread here would wait for them, spinning.
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
