@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from checks import LOG_PROB_ATOL, STATE_RTOL, relative_error
+from checks import LOG_PROB_ATOL, SEGMENTS, STATE_RTOL, Row, relative_error
 from tensordict import TensorDict, TensorDictBase, lazy_stack
 from torch.utils.data import DataLoader
 from torchrl.collectors.llm import LLMCollector
@@ -135,6 +135,23 @@ def chat_of(chat: History) -> list[dict[str, str]]:
     return [{"role": role, "content": content} for role, content in zip(chat.role, chat.content, strict=True)]
 
 
+def unpadded(row: TensorDictBase) -> Row:
+    """One row of an output with all segments, padded or not, as `checks.assert_row` takes it."""
+    mask, assistant = row["masks"].all_attention_mask, row["masks"].all_assistant_mask
+    ids = row["tokens"].full
+    return Row(
+        prompt_ids=ids[mask & ~assistant].tolist(),
+        response_ids=ids[assistant].tolist(),
+        full_ids=ids[mask].tolist(),
+        text=row["text"].response,
+        log_probs_T=row["log_probs"].full[assistant],
+        finish_reason=row["finish_reason"],
+        weight_version=row["weight_version"],
+        vectors={segment: getattr(row["hidden_states"], segment) for segment in SEGMENTS},
+        counts={segment: int(getattr(row["hidden_states"], f"{segment}_count")) for segment in SEGMENTS},
+    )
+
+
 class Direct:
     """What a policy in history mode gives when it is called itself, to compare the rows of a collector with.
 
@@ -171,7 +188,7 @@ def _assert_row_equal(row: TensorDictBase, direct: TensorDictBase) -> None:
         (row["log_probs"].response[:num_response], direct["log_probs"].response),
     ):
         torch.testing.assert_close(found, expected, atol=LOG_PROB_ATOL, rtol=0, equal_nan=True)
-    for name in ("prompt", "response", "full"):
+    for name in SEGMENTS:
         assert getattr(row["text"], name) == getattr(direct["text"], name)
         found_D, expected_D = (getattr(one["hidden_states"], name) for one in (row, direct))
         assert found_D.dtype == torch.float32

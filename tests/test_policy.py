@@ -24,7 +24,7 @@ from recorder import (
 from tensordict import TensorDict, TensorDictBase, lazy_stack
 from tokenizers.processors import TemplateProcessing
 from torchrl.data.llm import History
-from torchrl.modules.llm.policies import ChatHistory, Text, Tokens
+from torchrl.modules.llm.policies import ChatHistory, Masks, Text, Tokens
 
 from torchrl_sglang_hidden import HiddenSpec, HiddenStates, SGLangHiddenWrapper
 from torchrl_sglang_hidden.errors import (
@@ -400,3 +400,20 @@ def test_any_ragged_batch_of_ids(rows: list[list[int]], padded: bool, inplace: A
     if padded and all(ids[0] != PAD_ID for ids in rows):
         policy(out)
         assert sent(engine) == rows + rows
+
+
+def test_the_mask_of_a_padded_turn_tells_the_pads_of_the_next() -> None:
+    # torchrl's ChatEnv in tokens mode: the next prompt is the padded `full`, in a `Tokens` that no longer says so.
+    policy, engine = make("tokens", pad_output=True)
+    first = policy(batch_of("tokens"))
+    masks = first["masks"].all_attention_mask
+    turn = TensorDict(tokens=Tokens(prompt=first["tokens"].full, batch_size=3), masks=first["masks"], batch_size=3)
+    policy(turn)
+    real = [ids[mask].tolist() for ids, mask in zip(first["tokens"].full, masks, strict=True)]
+    assert [list(request.prompt_ids) for request in engine.requests[3:]] == real
+    assert not all(mask.all() for mask in masks), "nothing was padded"
+    # A mask that would leave out anything but pads is of other ids.
+    other = tokens_batch([6, 7, 8], [9, 10, 11])
+    other["masks"] = Masks(all_attention_mask=torch.tensor([[1, 0, 1], [1, 1, 1]]).bool(), batch_size=2)
+    policy(other)
+    assert [list(request.prompt_ids) for request in engine.requests[6:]] == [[6, 7, 8], [9, 10, 11]]

@@ -212,8 +212,10 @@ def test_a_copy_and_a_pickle_lose_nothing() -> None:
     options = {**FULL_CONFIG, "min_batch_size": 2, "input_mode": "text", "input_key": None}
     try:
         policy = SGLangHiddenWrapper(SGLangServer(server.url), **options)
+        policy.register_collector(server)
         for same in (copy.deepcopy(policy), pickle.loads(pickle.dumps(policy))):
             assert same.model is not policy.model
+            assert (policy.collector, same.collector) == (server, None)
             assert same._engine.engine is same.model
             assert {**same.config, "tokenizer": None} == {**policy.config, "tokenizer": None}
             assert same.tokenizer.get_vocab() == TOKENIZER.get_vocab()

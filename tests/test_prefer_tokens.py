@@ -36,8 +36,8 @@ TEMPLATE = (
     "{% for message in messages %}<|start|>{{ message.role }}\n{{ message.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
-PIECES = ("us", "er", "as", "si", "st", "ab", "cd", "abc", "an", "ant", "\n<", "he", "el", "lo")
-VOCABULARY = ("<unk>", "<|end|>", "<|start|>", *string.ascii_lowercase, " ", "\n", "?", "<", *PIECES)
+PIECES = ("us", "er", "as", "si", "st", "ab", "cd", "abc", "an", "ant", "he", "el", "lo")
+VOCABULARY = ("<unk>", "<|end|>", "<|start|>", *string.ascii_lowercase, " ", "\n", "?", *PIECES)
 MERGES = [("u", "s"), ("e", "r"), ("a", "s"), ("s", "i"), ("s", "t"), ("a", "b"), ("c", "d"), ("ab", "c"), ("a", "n"),
           ("an", "t"), ("h", "e"), ("e", "l"), ("l", "o")]  # fmt: skip
 ID_OF = {piece: token_id for token_id, piece in enumerate(VOCABULARY)}

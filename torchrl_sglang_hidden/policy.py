@@ -400,6 +400,10 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         if batcher is not None:
             batcher.cleanup(flush=flush)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the collector, which a copy does not belong to: torchrl holds it by a weak reference."""
+        return {**self.__dict__, "_collector": None}
+
     def __del__(self) -> None:
         """Nothing to end: a call that waits holds its policy. The base class would end those of a shallow copy's."""
 

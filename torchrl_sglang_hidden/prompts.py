@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from tensordict import LazyStackedTensorDict, TensorDictBase, is_non_tensor, is_tensor_collection
-from tensordict.utils import NestedKey
+from tensordict.utils import NestedKey, unravel_key
 from torchrl.data.llm import History
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -181,10 +181,9 @@ class PromptReader:
         real = self._read_mask(name, row, ids, self.attention_mask_key)
         assistant_mask = None
         if not self.generate and self.masks_key is not None:
-            masks_key = self.masks_key if isinstance(self.masks_key, tuple) else (self.masks_key,)
-            whole = self._read_mask(name, row, ids, (*masks_key, "all_attention_mask"))
+            whole = self._read_mask(name, row, ids, unravel_key((self.masks_key, "all_attention_mask")))
             real = real if whole is None else whole
-            assistant_mask = self._read_mask(name, row, ids, (*masks_key, "all_assistant_mask"))
+            assistant_mask = self._read_mask(name, row, ids, unravel_key((self.masks_key, "all_assistant_mask")))
         if real is None:
             real = self._guess_padding(name, row, ids)
         prompt_ids = tuple(ids[real].tolist())
@@ -208,6 +207,13 @@ class PromptReader:
 
     def _guess_padding(self, name: str, row: TensorDictBase, ids: torch.Tensor) -> torch.Tensor:
         """Which ids are real when no mask tells: all, but the left padding of a ``Tokens`` that says it is padded."""
+        if self.generate and self.masks_key is not None:
+            # torchrl's ChatEnv makes a padded ``full`` the next prompt, and forgets that it is padded. The mask of that
+            # turn is still there; it is this prompt's where it leaves out nothing but pads.
+            mask = row.get(unravel_key((self.masks_key, "all_attention_mask")), None)
+            if mask is not None and mask.shape == ids.shape and bool((ids[~mask.bool()] == self.padding_value).all()):
+                real: torch.Tensor = mask.bool()
+                return real
         if not self._is_padded(row):
             return torch.ones_like(ids, dtype=torch.bool)
         if not self.generate and len(ids) and ids[-1] == self.padding_value:
