@@ -102,6 +102,8 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         - log_probs: float32 [N], each token given those before it, without temperature; 0 for the first, as in TorchRL.
         - hidden_states: all N positions.
         - weight_version. No ``finish_reason``, no ``mixed_weights``.
+        In place, these replace what stood under their keys, the prompts and responses of a generation too, as in
+        TorchRL; ``inplace=False`` or keys of its own keep both.
 
     Raises:
         InputError: an argument, prompt or key that cannot be served, before anything is sent.
@@ -155,16 +157,9 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         hidden_states_key: NestedKey | None = "hidden_states",
     ) -> None:
         super().__init__()
-        if input_mode not in INPUT_MODES:
-            raise InputError(f"input_mode={input_mode!r}: expected one of {INPUT_MODES}")
-        if not isinstance(generate, bool):
-            raise InputTypeError(f"generate={generate!r}: expected True or False")
-        if pad_model_input:
-            raise InputError("pad_model_input=True: pads are never sent to the engine; leave it out")
-        if layout not in (None, torch.strided, torch.jagged):
-            raise InputError(f"layout={layout!r}: expected torch.strided, torch.jagged or None")
-        if inplace != "empty" and not any(inplace is value for value in (None, True, False)):
-            raise InputError(f"inplace={inplace!r}: expected True, False or 'empty'")
+        _check_arguments(input_mode, generate, pad_model_input, layout, inplace)
+        if prefer_tokens and tokens_key is None:
+            raise InputError("prefer_tokens=True reads the tokens at tokens_key, which is None; give it a key")
         self.hidden = _hidden_spec(hidden)
         self.generate_kwargs = standardize(generate_kwargs)
         self.model: Engine = as_engine(model)
@@ -177,7 +172,15 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         self.pad_output = pad_output
         self.pad_model_input = pad_model_input
         # As given: the defaults of these depend on other arguments, which `get_new_version` may change.
-        self._given: dict[str, Any] = {"inplace": inplace, "layout": layout, "num_samples": num_samples}
+        self._given: dict[str, Any] = {
+            "inplace": inplace,
+            "layout": layout,
+            "num_samples": num_samples,
+            "batching": batching,
+            "min_batch_size": min_batch_size,
+            "max_batch_size": max_batch_size,
+            "batching_timeout": batching_timeout,
+        }
         self.num_samples = _num_samples(num_samples, self.generate_kwargs)
         many = generate and self.num_samples is not None
         if many and inplace not in (None, False):
@@ -195,8 +198,6 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         self.masks_key, self.log_probs_key = masks_key, log_probs_key
         self.hidden_states_key = hidden_states_key
         self.prefer_tokens = prefer_tokens
-        if prefer_tokens and tokens_key is None:
-            raise InputError("prefer_tokens=True reads the tokens at tokens_key, which is None; give it a key")
         self._keys = OutputKeys(
             text=text_key,
             tokens=tokens_key,
@@ -208,48 +209,9 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
             finish_reason="finish_reason" if generate else None,
             mixed_weights="mixed_weights" if generate else None,
         )
-        if not generate and self._keys.log_probs is None and self._keys.hidden_states is None:
-            raise InputError(
-                "generate=False with neither log-probs nor hidden states: there is nothing to compute; leave "
-                "return_log_probs out, or pass hidden=True"
-            )
         self.in_keys = [self.input_key]
-        written = self._keys.present()
-        # The states by leaf: a module that reads ("hidden_states", "prompt") is fed by this one only if it says so.
-        segments: tuple[str, ...] = () if self.hidden is None else self.hidden.segments if generate else ("full",)
-        leaves = [f"{segment}{suffix}" for segment in segments for suffix in ("", "_count")]
-        states = [] if self._keys.hidden_states is None else [unravel_key((hidden_states_key, leaf)) for leaf in leaves]
-        self.out_keys = [key for key in written if key != self._keys.hidden_states] + states
-        twice = [key for key in written if written.count(key) > 1]
-        if twice:
-            raise InputError(
-                f"{twice[0]!r} is the key of {len(twice)} outputs; give each its own, or None to leave it out"
-            )
-        self._given |= {
-            "batching": batching,
-            "min_batch_size": min_batch_size,
-            "max_batch_size": max_batch_size,
-            "batching_timeout": batching_timeout,
-        }
-        if batching is not None and not isinstance(batching, bool):
-            raise InputTypeError(f"batching={batching!r}: expected True, False or None")
-        check_batching(1 if min_batch_size is None else min_batch_size, max_batch_size, batching_timeout)
-        sizes = (min_batch_size, max_batch_size) != (None, None)
-        if batching is False and sizes:
-            raise InputError(
-                f"batching=False with min_batch_size={min_batch_size} and max_batch_size={max_batch_size}: leave the "
-                "sizes out, or batching"
-            )
-        self._batcher = (
-            BatchingEngine(
-                self.model,
-                min_batch_size=1 if min_batch_size is None else min_batch_size,
-                max_batch_size=max_batch_size,
-                timeout_s=batching_timeout,
-            )
-            if batching or sizes
-            else None
-        )
+        self.out_keys = _out_keys(self._keys, self.hidden, generate)
+        self._batcher = _batcher(self.model, batching, min_batch_size, max_batch_size, batching_timeout)
         # What the base class reads.
         self._min_batch_size = None if self._batcher is None else self._batcher.min_batch_size
         self._max_batch_size = max_batch_size
@@ -459,6 +421,58 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         elif "batching" not in changes and self._batcher is None and sizes & changes.keys():
             config["batching"] = None
         return type(self)(config.pop("model", self.model), **config)
+
+
+def _check_arguments(input_mode: object, generate: object, pad_model_input: object, layout: Any, inplace: Any) -> None:
+    if input_mode not in INPUT_MODES:
+        raise InputError(f"input_mode={input_mode!r}: expected one of {INPUT_MODES}")
+    if not isinstance(generate, bool):
+        raise InputTypeError(f"generate={generate!r}: expected True or False")
+    if pad_model_input:
+        raise InputError("pad_model_input=True: pads are never sent to the engine; leave it out")
+    if layout not in (None, torch.strided, torch.jagged):
+        raise InputError(f"layout={layout!r}: expected torch.strided, torch.jagged or None")
+    if inplace != "empty" and not any(inplace is value for value in (None, True, False)):
+        raise InputError(f"inplace={inplace!r}: expected True, False or 'empty'")
+
+
+def _out_keys(keys: OutputKeys, hidden: HiddenSpec | None, generate: bool) -> list[NestedKey]:
+    """The keys that are written, each once, with the states by leaf."""
+    if not generate and keys.log_probs is None and keys.hidden_states is None:
+        raise InputError(
+            "generate=False with neither log-probs nor hidden states: there is nothing to compute; leave "
+            "return_log_probs out, or pass hidden=True"
+        )
+    written = keys.present()
+    twice = [key for key in written if written.count(key) > 1]
+    if twice:
+        raise InputError(f"{twice[0]!r} is the key of {len(twice)} outputs; give each its own, or None to leave it out")
+    if keys.hidden_states is None or hidden is None:
+        return written
+    # A module that reads ("hidden_states", "prompt") is fed by this one only if it says so.
+    leaves = [
+        f"{segment}{suffix}" for segment in (hidden.segments if generate else ("full",)) for suffix in ("", "_count")
+    ]
+    others = [key for key in written if key != keys.hidden_states]
+    return others + [unravel_key((keys.hidden_states, leaf)) for leaf in leaves]
+
+
+def _batcher(
+    engine: Engine, batching: bool | None, min_batch_size: int | None, max_batch_size: int | None, timeout_s: float
+) -> BatchingEngine | None:
+    if batching is not None and not isinstance(batching, bool):
+        raise InputTypeError(f"batching={batching!r}: expected True, False or None")
+    minimum = 1 if min_batch_size is None else min_batch_size
+    check_batching(minimum, max_batch_size, timeout_s)
+    sizes = (min_batch_size, max_batch_size) != (None, None)
+    if batching is False and sizes:
+        raise InputError(
+            f"batching=False with min_batch_size={min_batch_size} and max_batch_size={max_batch_size}: leave the sizes "
+            "out, or batching"
+        )
+    if not batching and not sizes:
+        return None
+    return BatchingEngine(engine, min_batch_size=minimum, max_batch_size=max_batch_size, timeout_s=timeout_s)
 
 
 def _default_key(input_mode: str, generate: bool) -> NestedKey:
