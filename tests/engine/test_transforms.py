@@ -4,7 +4,8 @@
 2. ``RetrieveKL`` and ``KLComputation`` give ``log p - log q`` per token, with this wrapper on either side or on both.
    The NaN of pads and of unmeasured prompts counts as no divergence.
 3. ``RetrieveKL`` makes its generator of a collector's policy.
-4. ``SFTLoss`` is the assistant's mean negative log-prob, with this wrapper as the model or as the reference.
+4. ``SFTLoss`` is the assistant's mean negative log-prob, with this wrapper as the model or as the reference;
+   ``DistillationLoss`` takes it as the teacher.
 5. ``AddThinkingPrompt`` changes the next prompt, and nothing of the turn that was.
 6. ``PolicyVersion`` counts with the weights of the generator, while the reference stays.
 
@@ -34,7 +35,7 @@ from torchrl.envs.llm.transforms import (
     RetrieveLogProb,
 )
 from torchrl.modules.llm.policies import ChatHistory, TransformersWrapper
-from torchrl.objectives.llm import SFTLoss
+from torchrl.objectives.llm import DistillationLoss, SFTLoss
 from trainee import load_trainer, perturb
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -483,6 +484,30 @@ def test_sft_loss_with_the_served_model_as_reference(
     weight = other.get_decoder().norm.weight
     (grad,) = torch.autograd.grad(loss.sum(reduce=True), [weight])
     assert grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("pad_output", [False, True])
+def test_distillation_from_the_served_model(
+    scorer: Scorer, truths: dict[str, list[Scored]], tokenizer: PreTrainedTokenizerBase, pad_output: bool
+) -> None:
+    key = ("teacher_log_probs", "full")
+    # Of every token: the teacher's NaN at pads must not get through.
+    teacher = RetrieveLogProb(
+        scorer(pad_output=pad_output), log_probs_full_key=key, assistant_only=False, tokenizer=tokenizer
+    )
+    data = teacher(chats(reward=0.0))
+    if pad_output:
+        data.set("masks", scorer(pad_output=True, inplace=False)(chats())["masks"])
+    loss = DistillationLoss(
+        scorer("other", pad_output=pad_output),
+        tokenizer,
+        tokenizer_kwargs={"chat_template": TEMPLATE},
+        assistant_only=False,
+        reduction="none",
+    )(data)
+    diffs = [p.log_probs_N - q.log_probs_N for p, q in zip(truths["engine"], truths["other"], strict=True)]
+    expected = torch.stack([(diff.expm1() - diff).mean() for diff in diffs])
+    torch.testing.assert_close(loss.loss_distill.detach(), expected, atol=LOG_PROB_ATOL, rtol=5 * LOG_PROB_ATOL)
 
 
 # --- 5. AddThinkingPrompt -----------------------------------------------------------------------------------------
