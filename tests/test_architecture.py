@@ -1,7 +1,7 @@
 """The order of the house, read from the imports of every module, those inside functions too.
 
     _version, errors → specs → pooling, sampling, constraints → channel → wire → server, prompts → engines, assemble
-      → distributions → policy → transforms, recording, weight_sync → demo → cli → __main__, __init__
+      → distributions, options → policy → transforms, recording, weight_sync → demo → cli → __main__, __init__
 
 A room imports rooms before it, or itself.
 """
@@ -28,7 +28,7 @@ ORDER: list[set[str]] = [
     {"wire"},
     {"server", "prompts"},
     {"engines", "assemble"},
-    {"distributions"},
+    {"distributions", "options"},
     {"policy"},
     {"transforms", "recording", "weight_sync"},
     {"demo"},
@@ -50,8 +50,8 @@ FORBIDDEN: dict[str, set[str]] = {
     "assemble": {"sglang", "httpx", *(f"{PACKAGE}.{room}" for room in ("server", "engines", "wire", "channel"))},
     "policy": {"sglang", "httpx", *(f"{PACKAGE}.{room}" for room in ("wire", "channel", "pooling", "server"))},
 }
-# `policy` and `weight_sync` reach the engines by their front door.
-FRONT_DOORS = {"policy": {f"{PACKAGE}.engines"}, "weight_sync": {f"{PACKAGE}.engines"}}
+# What reaches the engines by their front door.
+FRONT_DOORS = {room: {f"{PACKAGE}.engines"} for room in ("options", "policy", "weight_sync")}
 
 
 class Import(NamedTuple):

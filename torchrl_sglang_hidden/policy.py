@@ -17,9 +17,17 @@ from transformers import PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden.assemble import OutputKeys, assemble, assemble_scores
 from torchrl_sglang_hidden.distributions import Distributions
-from torchrl_sglang_hidden.engines import BatchingEngine, Engine, as_engine, check_batching, generate_samples
-from torchrl_sglang_hidden.errors import InputError, InputTypeError
-from torchrl_sglang_hidden.prompts import INPUT_MODES, InputMode, PromptReader, Row, read_tokenizer
+from torchrl_sglang_hidden.engines import Engine, as_engine, generate_samples
+from torchrl_sglang_hidden.errors import InputError
+from torchrl_sglang_hidden.options import (
+    check_arguments,
+    default_key,
+    make_batcher,
+    out_keys,
+    read_hidden,
+    read_num_samples,
+)
+from torchrl_sglang_hidden.prompts import InputMode, PromptReader, Row, read_tokenizer
 from torchrl_sglang_hidden.sampling import override, standardize, to_sglang
 from torchrl_sglang_hidden.specs import Completion, HiddenSpec, Request
 
@@ -157,15 +165,15 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         hidden_states_key: NestedKey | None = "hidden_states",
     ) -> None:
         super().__init__()
-        _check_arguments(input_mode, generate, pad_model_input, layout, inplace)
+        check_arguments(input_mode, generate, pad_model_input, layout, inplace)
         if prefer_tokens and tokens_key is None:
             raise InputError("prefer_tokens=True reads the tokens at tokens_key, which is None; give it a key")
-        self.hidden = _hidden_spec(hidden)
+        self.hidden = read_hidden(hidden)
         self.generate_kwargs = standardize(generate_kwargs)
         self.model: Engine = as_engine(model)
         self.tokenizer = read_tokenizer(tokenizer, self.model.info.tokenizer_path, self.model.info.vocab_size)
         self.input_mode = input_mode
-        self.input_key: NestedKey = _default_key(input_mode, generate) if input_key is None else input_key
+        self.input_key: NestedKey = default_key(input_mode, generate) if input_key is None else input_key
         self.attention_mask_key = attention_mask_key
         self.generate = generate
         self.tokenizer_kwargs = dict(tokenizer_kwargs or {})
@@ -181,7 +189,7 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
             "max_batch_size": max_batch_size,
             "batching_timeout": batching_timeout,
         }
-        self.num_samples = _num_samples(num_samples, self.generate_kwargs)
+        self.num_samples = read_num_samples(num_samples, self.generate_kwargs)
         many = generate and self.num_samples is not None
         if many and inplace not in (None, False):
             raise InputError(
@@ -210,8 +218,8 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
             mixed_weights="mixed_weights" if generate else None,
         )
         self.in_keys = [self.input_key]
-        self.out_keys = _out_keys(self._keys, self.hidden, generate)
-        self._batcher = _batcher(self.model, batching, min_batch_size, max_batch_size, batching_timeout)
+        self.out_keys = out_keys(self._keys, self.hidden, generate)
+        self._batcher = make_batcher(self.model, batching, min_batch_size, max_batch_size, batching_timeout)
         # What the base class reads.
         self._min_batch_size = None if self._batcher is None else self._batcher.min_batch_size
         self._max_batch_size = max_batch_size
@@ -302,7 +310,7 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
                 f"generate=False scores and samples nothing; leave {', '.join(sorted(generate_kwargs))} out of the call"
             )
         options = override(self.generate_kwargs, generate_kwargs)
-        if _num_samples(self.num_samples, options) != self.num_samples:
+        if read_num_samples(self.num_samples, options) != self.num_samples:
             raise InputError(
                 f"num_return_sequences={options['num_return_sequences']} in a call, and no num_samples in the wrapper, "
                 "whose output would have another shape; use get_new_version(num_samples=…)"
@@ -407,7 +415,7 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         """A wrapper of the same engine with some constructor arguments changed; the others are kept, all of them."""
         config = {**self.config, **changes}
         # The default input key belongs to its mode; a key of the user's own is kept.
-        if "input_key" not in changes and self.input_key == _default_key(self.input_mode, self.generate):
+        if "input_key" not in changes and self.input_key == default_key(self.input_mode, self.generate):
             config["input_key"] = None
         # The number of samples has two names, and the one that is changed wins.
         if "num_samples" in changes and "generate_kwargs" not in changes:
@@ -421,80 +429,3 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         elif "batching" not in changes and self._batcher is None and sizes & changes.keys():
             config["batching"] = None
         return type(self)(config.pop("model", self.model), **config)
-
-
-def _check_arguments(input_mode: object, generate: object, pad_model_input: object, layout: Any, inplace: Any) -> None:
-    if input_mode not in INPUT_MODES:
-        raise InputError(f"input_mode={input_mode!r}: expected one of {INPUT_MODES}")
-    if not isinstance(generate, bool):
-        raise InputTypeError(f"generate={generate!r}: expected True or False")
-    if pad_model_input:
-        raise InputError("pad_model_input=True: pads are never sent to the engine; leave it out")
-    if layout not in (None, torch.strided, torch.jagged):
-        raise InputError(f"layout={layout!r}: expected torch.strided, torch.jagged or None")
-    if inplace != "empty" and not any(inplace is value for value in (None, True, False)):
-        raise InputError(f"inplace={inplace!r}: expected True, False or 'empty'")
-
-
-def _out_keys(keys: OutputKeys, hidden: HiddenSpec | None, generate: bool) -> list[NestedKey]:
-    """The keys that are written, each once, with the states by leaf."""
-    if not generate and keys.log_probs is None and keys.hidden_states is None:
-        raise InputError(
-            "generate=False with neither log-probs nor hidden states: there is nothing to compute; leave "
-            "return_log_probs out, or pass hidden=True"
-        )
-    written = keys.present()
-    twice = [key for key in written if written.count(key) > 1]
-    if twice:
-        raise InputError(f"{twice[0]!r} is the key of {len(twice)} outputs; give each its own, or None to leave it out")
-    if keys.hidden_states is None or hidden is None:
-        return written
-    # A module that reads ("hidden_states", "prompt") is fed by this one only if it says so.
-    leaves = [
-        f"{segment}{suffix}" for segment in (hidden.segments if generate else ("full",)) for suffix in ("", "_count")
-    ]
-    others = [key for key in written if key != keys.hidden_states]
-    return others + [unravel_key((keys.hidden_states, leaf)) for leaf in leaves]
-
-
-def _batcher(
-    engine: Engine, batching: bool | None, min_batch_size: int | None, max_batch_size: int | None, timeout_s: float
-) -> BatchingEngine | None:
-    if batching is not None and not isinstance(batching, bool):
-        raise InputTypeError(f"batching={batching!r}: expected True, False or None")
-    minimum = 1 if min_batch_size is None else min_batch_size
-    check_batching(minimum, max_batch_size, timeout_s)
-    sizes = (min_batch_size, max_batch_size) != (None, None)
-    if batching is False and sizes:
-        raise InputError(
-            f"batching=False with min_batch_size={min_batch_size} and max_batch_size={max_batch_size}: leave the sizes "
-            "out, or batching"
-        )
-    if not batching and not sizes:
-        return None
-    return BatchingEngine(engine, min_batch_size=minimum, max_batch_size=max_batch_size, timeout_s=timeout_s)
-
-
-def _default_key(input_mode: str, generate: bool) -> NestedKey:
-    return (input_mode, "prompt" if generate else "full")
-
-
-def _num_samples(num_samples: int | None, options: Mapping[str, Any]) -> int | None:
-    """Samples per prompt, which either argument may say."""
-    if num_samples is not None and (type(num_samples) is not int or num_samples < 1):
-        raise InputError(f"num_samples={num_samples!r}: expected an integer of at least 1, or None")
-    given = options.get("num_return_sequences")
-    if given is None:
-        return num_samples
-    if num_samples not in (None, given):
-        raise InputError(f"num_samples={num_samples} and num_return_sequences={given} contradict each other; give one")
-    # One response without a dimension of samples is what every other wrapper gives for 1.
-    return num_samples if given == 1 else given
-
-
-def _hidden_spec(hidden: HiddenSpec | bool | None) -> HiddenSpec | None:
-    if hidden is True:
-        return HiddenSpec()
-    if hidden is False or hidden is None or isinstance(hidden, HiddenSpec):
-        return hidden or None
-    raise InputTypeError(f"hidden={hidden!r}: expected a HiddenSpec, True, False or None")

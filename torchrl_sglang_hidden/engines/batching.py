@@ -6,18 +6,15 @@ batches what runs at the same time by itself, so this is for those who want few 
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import re
 import threading
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Coroutine, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torchrl_sglang_hidden.engines.base import Engine
+from torchrl_sglang_hidden.engines.callers import Batch, Call, TaskCall, ThreadCall
 from torchrl_sglang_hidden.engines.weights import Running, Transport, Weights
 from torchrl_sglang_hidden.errors import (
     AuthenticationError,
@@ -116,8 +113,8 @@ class BatchingEngine(Engine):
         # Reentrant: the garbage collector may end an abandoned task's call in a thread that holds it.
         self._lock = threading.RLock()
         # Between two calls it holds fewer rows than min_batch_size: whoever brings more sends all.
-        self._queue: list[_Call] = []
-        self._batches: list[_Batch] = []
+        self._queue: list[Call] = []
+        self._batches: list[Batch] = []
         self._closed = False
 
     # --- what is the engine's own ----------------------------------------------------------------------------------
@@ -157,13 +154,13 @@ class BatchingEngine(Engine):
         Raises:
             BatchCancelledError: the queue was emptied by `cleanup` or `close` while the call waited.
         """
-        return _run_blocking(self._serve(_ThreadCall(requests)))
+        return _run_blocking(self._serve(ThreadCall(requests)))
 
     async def agenerate(self, requests: Sequence[Request]) -> list[Completion]:
         """See `Engine.agenerate`, and `generate`."""
-        return await self._serve(_TaskCall(requests))
+        return await self._serve(TaskCall(requests))
 
-    async def _serve(self, call: _Call) -> list[Completion]:
+    async def _serve(self, call: Call) -> list[Completion]:
         # Here and by the engine's own check, so that a bad row reaches nobody else's batch.
         self.engine._check(call.requests, self.engine.info)
         try:
@@ -180,7 +177,7 @@ class BatchingEngine(Engine):
             return await self._send(call, call.requests)
         return call.completions
 
-    def _join(self, call: _Call) -> None:
+    def _join(self, call: Call) -> None:
         with self._lock:
             if self._closed:
                 raise EngineError("the BatchingEngine was closed by close(); make a new one")
@@ -193,7 +190,7 @@ class BatchingEngine(Engine):
             if full:
                 self._form_batch(leader=call)
 
-    async def _wait_for_batch(self, call: _Call) -> _Batch:
+    async def _wait_for_batch(self, call: Call) -> Batch:
         """Waits until the call's batch is done, or is the call's own to lead."""
         while True:
             with self._lock:
@@ -210,7 +207,7 @@ class BatchingEngine(Engine):
                         return batch
             await call.wait(remaining_s if batch is None else None)
 
-    async def _lead(self, call: _Call, batch: _Batch) -> None:
+    async def _lead(self, call: Call, batch: Batch) -> None:
         """Sends a batch. Where that fails for a reason that may lie in one row, it leaves it without completions."""
         requests = [request for one in batch.calls for request in one.requests]
         try:
@@ -225,7 +222,7 @@ class BatchingEngine(Engine):
         for one in batch.calls:
             one.completions, completions = completions[: len(one.requests)], completions[len(one.requests) :]
 
-    async def _send(self, call: _Call, requests: Sequence[Request]) -> list[Completion]:
+    async def _send(self, call: Call, requests: Sequence[Request]) -> list[Completion]:
         size = self.max_batch_size or len(requests)
         completions: list[Completion] = []
         for start in range(0, len(requests), size):
@@ -241,7 +238,7 @@ class BatchingEngine(Engine):
             completions += found
         return completions
 
-    def _leave(self, call: _Call) -> None:
+    def _leave(self, call: Call) -> None:
         """Takes a call out, however it ended, so that nobody waits for it."""
         with self._lock:
             batch = call.batch
@@ -255,10 +252,10 @@ class BatchingEngine(Engine):
                 self._batches = [one for one in self._batches if one is not batch]
                 batch.wake()
 
-    def _form_batch(self, leader: _Call | None = None) -> None:
+    def _form_batch(self, leader: Call | None = None) -> None:
         """Makes one batch of all that wait. Without a leader, the first of them that wakes leads it. Under the lock."""
         if self._queue:
-            batch = _Batch(self._queue, leader)
+            batch = Batch(self._queue, leader)
             self._queue = []
             self._batches.append(batch)
             for call in batch.calls:
@@ -335,91 +332,6 @@ def _rebuild(kind: type[BatchingEngine], engine: Engine, options: dict[str, Any]
     return kind(engine, **options)
 
 
-# --- callers ----------------------------------------------------------------------------------------------------------
-
-
-class _Call(ABC):
-    """One caller with its requests, and how it sends and waits. All but `send` and `wait` are used under the lock."""
-
-    def __init__(self, requests: Sequence[Request]) -> None:
-        self.requests = list(requests)
-        self.deadline = 0.0
-        self.batch: _Batch | None = None
-        self.completions: list[Completion] | None = None
-        self.cancelled: str | None = None
-
-    @abstractmethod
-    async def send(self, engine: Engine, requests: Sequence[Request]) -> list[Completion]: ...
-
-    @abstractmethod
-    async def wait(self, timeout_s: float | None) -> None:
-        """Waits for a `wake` since the last `rest`, or for the time to pass."""
-
-    @abstractmethod
-    def wake(self) -> None: ...
-
-    @abstractmethod
-    def rest(self) -> None: ...
-
-
-class _ThreadCall(_Call):
-    """A thread. It blocks in `send` and `wait`, which so never suspend: `_run_blocking` runs them to their end."""
-
-    def __init__(self, requests: Sequence[Request]) -> None:
-        super().__init__(requests)
-        self._event = threading.Event()
-
-    async def send(self, engine: Engine, requests: Sequence[Request]) -> list[Completion]:
-        return engine.generate(requests)
-
-    async def wait(self, timeout_s: float | None) -> None:
-        self._event.wait(timeout_s)
-
-    def wake(self) -> None:
-        self._event.set()
-
-    def rest(self) -> None:
-        self._event.clear()
-
-
-class _TaskCall(_Call):
-    """A task of an event loop, which is woken from other threads."""
-
-    def __init__(self, requests: Sequence[Request]) -> None:
-        super().__init__(requests)
-        self._loop = asyncio.get_running_loop()
-        self._event = asyncio.Event()
-
-    async def send(self, engine: Engine, requests: Sequence[Request]) -> list[Completion]:
-        return await engine.agenerate(requests)
-
-    async def wait(self, timeout_s: float | None) -> None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._event.wait()
-
-    def wake(self) -> None:
-        with suppress(RuntimeError):  # the loop was closed over its waiting task: nobody waits there any more
-            self._loop.call_soon_threadsafe(self._event.set)
-
-    def rest(self) -> None:
-        self._event.clear()
-
-
-@dataclass(eq=False, slots=True)
-class _Batch:
-    """Calls that are sent together by one of them, the leader; nobody yet when it is None."""
-
-    calls: list[_Call]
-    leader: _Call | None = None
-    done: bool = False
-    error: EngineError | None = None
-
-    def wake(self) -> None:
-        for call in self.calls:
-            call.wake()
-
-
 def _run_blocking(course: Coroutine[Any, Any, T]) -> T:
     """Runs a coroutine that never suspends, so that threads and tasks take the same course through the queue."""
     try:
@@ -430,7 +342,7 @@ def _run_blocking(course: Coroutine[Any, Any, T]) -> T:
     raise AssertionError("a thread's course never suspends")
 
 
-def _count_rows(calls: Sequence[_Call]) -> int:
+def _count_rows(calls: Sequence[Call]) -> int:
     return sum(len(call.requests) for call in calls)
 
 
