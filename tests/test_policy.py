@@ -288,6 +288,17 @@ def test_a_target_that_cannot_be_written_to_costs_no_call() -> None:
     assert engine.requests == []
 
 
+@pytest.mark.parametrize("key", ["tokens_key", "hidden_states_key", "history_key"])
+def test_a_key_that_leads_through_a_tensor_costs_no_call(key: str) -> None:
+    policy, engine = make("history", **{key: ("obs", "deep", "x")})
+    batch = batch_of("history").set("obs", torch.ones(3, 2))
+    before = plain(batch)
+    with pytest.raises(InputError, match=r"\('obs', 'deep', 'x'\) cannot be written: there is a Tensor at \('obs',\)"):
+        policy(batch)
+    assert engine.requests == []
+    assert plain(batch) == before
+
+
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 @pytest.mark.parametrize("mode", MODES)
 def test_nothing_is_half_written(mode: str, fault: Fault) -> None:
@@ -412,8 +423,13 @@ def test_the_mask_of_a_padded_turn_tells_the_pads_of_the_next() -> None:
     real = [ids[mask].tolist() for ids, mask in zip(first["tokens"].full, masks, strict=True)]
     assert [list(request.prompt_ids) for request in engine.requests[3:]] == real
     assert not all(mask.all() for mask in masks), "nothing was padded"
+    # Nor does a mask that leaves nothing out say that a padded prompt has no pads.
+    padded = tokens_batch([PAD_ID, 6, 7], [8, 9, 10], of_tokens={"padded": True})
+    padded["masks"] = Masks(all_attention_mask=torch.ones(2, 3, dtype=torch.bool), batch_size=2)
+    policy(padded)
+    assert [list(request.prompt_ids) for request in engine.requests[6:]] == [[6, 7], [8, 9, 10]]
     # A mask that would leave out anything but pads is of other ids.
     other = tokens_batch([6, 7, 8], [9, 10, 11])
     other["masks"] = Masks(all_attention_mask=torch.tensor([[1, 0, 1], [1, 1, 1]]).bool(), batch_size=2)
     policy(other)
-    assert [list(request.prompt_ids) for request in engine.requests[6:]] == [[6, 7, 8], [9, 10, 11]]
+    assert [list(request.prompt_ids) for request in engine.requests[8:]] == [[6, 7, 8], [9, 10, 11]]

@@ -62,6 +62,18 @@ def test_each_prompt_goes_ahead_once_for_one_token() -> None:
     assert all({**request.sampling, "sampling_seed": 5} == options for request in samples)
 
 
+def test_seeds_stay_in_64_bits() -> None:
+    engine = RecordingEngine()
+    generate_samples(engine, [Request((6,), sampling={"sampling_seed": 2**63 - 1})], 2)
+    assert [request.sampling["sampling_seed"] for request in engine.requests[1:]] == [2**63 - 1, -(2**63)]
+
+
+def test_prompts_go_ahead_of_a_queue() -> None:
+    policy = make("tokens", num_samples=2, min_batch_size=2, batching_timeout=3600.0)
+    out = policy(TensorDict(tokens=Tokens(prompt=torch.tensor([6, 7]), batch_size=()), batch_size=()))
+    assert out.batch_size == (2,), "one prompt alone would have waited for a second"
+
+
 def test_a_bad_request_costs_no_call() -> None:
     engine = RecordingEngine()
     # Fine for the one token that goes ahead; refused for what follows.

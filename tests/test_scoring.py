@@ -15,7 +15,7 @@ from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, Masks, Text, Tokens
 
 from torchrl_sglang_hidden import HiddenSpec, SGLangHiddenWrapper
-from torchrl_sglang_hidden.errors import InputError, MissingKeyError
+from torchrl_sglang_hidden.errors import InputError, InputTypeError, MissingKeyError
 from torchrl_sglang_hidden.wire import to_payload
 
 TOKENIZER = tiny_tokenizer()
@@ -151,6 +151,47 @@ def test_a_chat_is_scored_whole_with_the_assistants_words_marked() -> None:
         assert spoken == " ".join(message["content"] for message in chat if message["role"] == "assistant")
     with pytest.raises(InputError, match=r"tokenizer_kwargs=.*assistant mask does not fit"):
         make("history", tokenizer_kwargs={"truncation": True, "max_length": 3})[0](out)
+
+
+def test_the_assistants_words_are_found_where_others_say_the_same() -> None:
+    # "w2" is in the question, "assistant" in every header, and the first answer is the start of the second.
+    chat = [
+        {"role": "user", "content": "w2 w3"}, {"role": "assistant", "content": "w2"},
+        {"role": "user", "content": "w2"}, {"role": "assistant", "content": "w2 assistant"},
+    ]  # fmt: skip
+    td = TensorDict(history=ChatHistory(full=History.from_chats([chat])[0], batch_size=()), batch_size=())
+    row = make("history")[0](td)
+    ids, mask = row["tokens"].full, row["masks"].all_assistant_mask
+    turns = "<|start|> user w2 w3 <|end|> <|start|> assistant w2 <|end|>"
+    turns += " <|start|> user w2 <|end|> <|start|> assistant w2 assistant <|end|>"
+    assert TOKENIZER.decode(ids) == turns
+    assert mask.nonzero().flatten().tolist() == [7, 15, 16]
+    rewriting = "{% for m in messages %}{{ m.content | upper }} {% endfor %}"
+    with pytest.raises(InputError, match=r"rewrites the assistant's message 1, .*\{% generation %\}"):
+        make("history", chat_template=rewriting)[0](td)
+    marking = "{% for m in messages %}{%- generation %}{{ m.content }} {% endgeneration -%}{% endfor %}"
+    row = make("history", chat_template=marking)[0](td)
+    assert row["masks"].all_assistant_mask.all(), "the template says which tokens"
+
+
+def test_what_a_policy_wrote_in_place_is_scored() -> None:
+    # The prompts' own mask is still there, and is not the sequences'.
+    engine = RecordingEngine(tokenizer=TOKENIZER)
+    policy = SGLangHiddenWrapper(engine, tokenizer=TOKENIZER, input_mode="tokens", pad_output=True)
+    td = TensorDict(
+        tokens=Tokens(prompt=torch.tensor([[PAD_ID, 6, 7], [8, 9, 10]]), batch_size=2),
+        attention_mask=torch.tensor([[0, 1, 1], [1, 1, 1]]),
+        batch_size=2,
+    )
+    out = policy(td)
+    full, mask = out["tokens"].full.clone(), out["masks"].all_attention_mask.clone()
+    scored = policy.get_new_version(generate=False)(out)
+    assert torch.equal(scored["tokens"].full, full)
+    assert torch.equal(scored["log_probs"].full.isnan(), ~mask)
+    with pytest.raises(InputTypeError, match=r"\('masks', 'all_attention_mask'\) cannot be read"):
+        make()[0](
+            TensorDict(tokens=Tokens(full=torch.ones(1, 2).long(), batch_size=1), masks=torch.ones(1), batch_size=1)
+        )
 
 
 def test_text_is_scored_and_the_prompt_key_is_not_read() -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +21,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3MoeConfig
 
 from torchrl_sglang_hidden import (
+    CapabilityError,
     EngineError,
+    EngineTimeoutError,
     EngineUnreachableError,
     InputError,
     InputTypeError,
@@ -27,7 +33,15 @@ from torchrl_sglang_hidden import (
 )
 from torchrl_sglang_hidden.channel import CHANNEL
 from torchrl_sglang_hidden.engines import weights as module
-from torchrl_sglang_hidden.engines.weights import check_weights, checkpoint, load_from_disk, next_version, open_weights
+from torchrl_sglang_hidden.engines.weights import (
+    check_weights,
+    checkpoint,
+    load_from_disk,
+    new_version,
+    next_version,
+    open_weights,
+    paused,
+)
 from torchrl_sglang_hidden.server import plugin
 from torchrl_sglang_hidden.server.checkpoint import PUSHED_PREFIX, ServedWeights, served_weights
 
@@ -351,12 +365,51 @@ def test_the_way_is_disk_on_this_machine_alone(tmp_path: Path) -> None:
     for server, way in ((near, "disk"), (elsewhere, "network")):
         with SGLangServer(server.url) as engine:
             (endpoint,) = engine._endpoints
-            assert endpoint.way("auto") == way
-            assert endpoint.way("network") == "network"
-            endpoint._host = "10.0.0.1"
-            assert endpoint.way("auto") == "network"
-            assert endpoint.way("disk") == "disk"
+            assert endpoint.way("auto", {}) == way
+            assert endpoint.way("network", {}) == "network"
+            # Stock SGLang would go on naming a checkpoint that is deleted; a directory of the user's stays.
+            ours, endpoint.info = endpoint.info, dataclasses.replace(endpoint.info, pools_in_server=False)
+            assert endpoint.way("auto", {}) == "network"
+            assert endpoint.way("disk", tmp_path) == "disk"
+            with pytest.raises(CapabilityError, match=r"transport='disk' for a dict: .*pass a directory"):
+                endpoint.way("disk", {})
+            endpoint.info, endpoint._host = ours, "10.0.0.1"
+            assert endpoint.way("auto", {}) == "network"
+            assert endpoint.way("disk", {}) == "disk"
         server.stop()
+
+
+def test_a_version_is_new_to_every_server() -> None:
+    assert new_version(["5"]) == "6"
+    assert new_version(["5", "6", "7"]) == "8"
+
+
+def test_what_a_killed_process_left_is_swept_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TMPFS", tmp_path)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    names = (f"{gone.pid}-x", "no-pid", f"{os.getpid()}-x")
+    left, others, alive = (tmp_path / f"{PUSHED_PREFIX}{name}" for name in names)
+    for directory in (left, others, alive):
+        directory.mkdir()
+    with checkpoint({"a": torch.ones(2)}) as path:
+        assert path.parent == tmp_path
+        assert path.name.startswith(f"{PUSHED_PREFIX}{os.getpid()}-")
+    assert sorted(tmp_path.iterdir()) == sorted([others, alive])
+
+
+def test_a_server_is_let_go_on_although_its_pause_went_unanswered() -> None:
+    calls: list[str] = []
+
+    def call(route: str, payload: dict[str, Any]) -> dict[str, Any]:
+        calls.append(route)
+        if route == "pause_generation":
+            raise EngineTimeoutError("no answer")
+        return {"success": True}
+
+    with pytest.raises(EngineTimeoutError), paused(call):
+        calls.append("updated")
+    assert calls == ["pause_generation", "continue_generation"]
 
 
 # --- the server half ------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from tensordict.utils import NestedKey, unravel_key
+from torchrl.data.llm.history import _CHAT_TEMPLATES as CHAT_TEMPLATES
 
 from torchrl_sglang_hidden.assemble import OutputKeys
 from torchrl_sglang_hidden.engines import BatchingEngine, Engine, check_batching
@@ -14,7 +15,27 @@ from torchrl_sglang_hidden.errors import InputError, InputTypeError
 from torchrl_sglang_hidden.prompts import INPUT_MODES
 from torchrl_sglang_hidden.specs import HiddenSpec
 
-__all__ = ["check_arguments", "default_key", "make_batcher", "out_keys", "read_hidden", "read_num_samples"]
+__all__ = [
+    "check_arguments",
+    "check_chat_template",
+    "default_key",
+    "make_batcher",
+    "out_keys",
+    "read_hidden",
+    "read_num_samples",
+]
+
+
+def check_chat_template(template: str | None, name: str | None) -> None:
+    """Refuses two templates, and names that torchrl does not know."""
+    if name is None:
+        return
+    if template is not None:
+        raise InputError(f"chat_template and chat_template_name={name!r} are both given; keep one")
+    if name not in CHAT_TEMPLATES:
+        raise InputError(
+            f"chat_template_name={name!r}: expected one of {sorted(CHAT_TEMPLATES)}; or give chat_template"
+        )
 
 
 def check_arguments(input_mode: object, generate: object, pad_model_input: object, layout: Any, inplace: Any) -> None:
@@ -41,6 +62,11 @@ def out_keys(keys: OutputKeys, hidden: HiddenSpec | None, generate: bool) -> lis
     twice = [key for key in written if written.count(key) > 1]
     if twice:
         raise InputError(f"{twice[0]!r} is the key of {len(twice)} outputs; give each its own, or None to leave it out")
+    paths = [key if isinstance(key, tuple) else (key,) for key in written]
+    for path in paths:
+        inside = next((other for other in paths if other != path and other[: len(path)] == path), None)
+        if inside is not None:
+            raise InputError(f"{inside!r} is inside {path!r}, the key of another output; give each a place of its own")
     if keys.hidden_states is None or hidden is None:
         return written
     # A module that reads ("hidden_states", "prompt") is fed by this one only if it says so.

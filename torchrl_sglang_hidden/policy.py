@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDictBase, is_non_tensor, is_tensor_collection
 from tensordict.utils import NestedKey, unravel_key
 from torchrl.modules.llm.policies import LLMWrapperBase
 from transformers import PreTrainedTokenizerBase
@@ -21,6 +21,7 @@ from torchrl_sglang_hidden.engines import Engine, as_engine, generate_samples
 from torchrl_sglang_hidden.errors import InputError
 from torchrl_sglang_hidden.options import (
     check_arguments,
+    check_chat_template,
     default_key,
     make_batcher,
     out_keys,
@@ -55,8 +56,9 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
             False are pads, which are never sent. Without it, the pad ids at the left of a row of a ``Tokens`` that says
             ``padded`` are its padding; every other id is sent as it is.
         generate: True generates; False scores a given sequence, without sampling: see Scoring below. What is of
-            generation only (``generate_kwargs``, ``num_samples``, the segments of ``hidden``) is then kept for
-            `get_new_version` and has no effect.
+            generation only (``generate_kwargs``, ``num_samples``, ``prefer_tokens``, segments of ``hidden``) is kept
+            for `get_new_version` and has no effect: a chat is scored as the tokenizer writes it. To score a rollout
+            by the ids that were sampled, use ``input_mode="tokens"``.
         generate_kwargs: generation options by TorchRL's standard names, Hugging Face's or SGLang's; see
             `torchrl_sglang_hidden.sampling.standardize`. Options passed to a call override these.
         tokenizer_kwargs: passed to the tokenizer when text is turned into ids. Padding it adds is taken off again.
@@ -69,7 +71,8 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         device: where the output tensors go; by default the input's device, or the CPU.
         layout: of the nested tensors that TorchRL's ``RetrieveLogProb`` makes of this wrapper's ragged log-probs,
             ``torch.strided`` (the default) or ``torch.jagged``. The outputs themselves are ragged stacks, without one.
-        num_samples: responses per prompt, n. The output has batch size ``[*batch, n]``. The prompt is computed once.
+        num_samples: responses per prompt, n. The output has batch size ``[*batch, n]``. The prompt is computed once,
+            but where several servers share the rows unevenly, or stock SGLang pools the prompt.
             ``generate_kwargs={"num_return_sequences": n}`` says the same.
         batching: whether concurrent callers share requests. SGLang batches what runs at the same time by itself, and
             this is only for those who want few and large requests. Sizes alone turn it on too.
@@ -91,7 +94,8 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         hidden_states_key: where `HiddenStates` is written.
 
     Outputs (B rows, P prompt tokens, T response tokens, D hidden size):
-        - text: ``prompt``, ``response``, ``full``, one string per row. Without special tokens and matched stop strings.
+        - text: ``prompt``, ``response``, ``full``, one string per row. The response without special tokens and matched
+          stop strings; the prompt as the template, or the decoded ids, say it.
         - tokens: int64 ``prompt`` [P], ``response`` [T], ``full`` [P+T]. A response ends with the token that ended it:
           EOS, a stop id, or the one that completed a stop string. It was sampled, so it keeps its log-prob and state.
         - masks: bool [P+T]; ``all_attention_mask``, and ``all_assistant_mask``, True on the response.
@@ -100,7 +104,8 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         - hidden_states: see `HiddenStates`.
         - weight_version, finish_reason (``"stop"`` or ``"length"``): one string per row.
         - mixed_weights: bool ``[*batch]``, True where an update of the weights came in the middle of the response: its
-          first tokens are of an older version than ``weight_version``.
+          first tokens are of an older version than ``weight_version``; with ``num_samples`` also where the prompt's
+          states are.
 
     Scoring (``generate=False``; N tokens of the given sequence) writes one segment, ``full``:
         - text, tokens [N], history: the sequence as it was read. Ids given as one padded tensor keep their places under
@@ -138,7 +143,7 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         tokenizer: PreTrainedTokenizerBase | str | None = None,
         input_mode: InputMode = "history",
         input_key: NestedKey | None = None,
-        attention_mask_key: NestedKey = "attention_mask",
+        attention_mask_key: NestedKey | None = "attention_mask",
         generate: bool = True,
         generate_kwargs: Mapping[str, Any] | None = None,
         tokenizer_kwargs: Mapping[str, Any] | None = None,
@@ -166,6 +171,7 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         check_arguments(input_mode, generate, pad_model_input, layout, inplace)
+        check_chat_template(chat_template, chat_template_name)
         if prefer_tokens and tokens_key is None:
             raise InputError("prefer_tokens=True reads the tokens at tokens_key, which is None; give it a key")
         self.hidden = read_hidden(hidden)
@@ -325,7 +331,8 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         ]
         if self.num_samples is None:
             return self._engine.generate(requests)
-        return generate_samples(self._engine, requests, self.num_samples)
+        # What goes ahead waits for nobody: it would wait for a batch to fill a second time.
+        return generate_samples(self._engine, requests, self.num_samples, ahead=self.model)
 
     def _score(self, rows: Sequence[Row]) -> list[Completion]:
         """One prefill per row: the sequence is a prompt, and the one token that SGLang must sample is dropped."""
@@ -352,6 +359,7 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
             given = tensordict if self.inplace is True else tensordict.empty()
         if given.is_locked:
             raise InputError("the TensorDict to write to is locked; unlock_() it, or use inplace=False")
+        self._check_room(given)
         if given.batch_size != batch_size:
             raise InputError(
                 f"tensordict_out has batch size {tuple(given.batch_size)} and the output has {tuple(batch_size)}; give "
@@ -380,6 +388,22 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
     def get_batching_state(self) -> dict[str, Any]:
         """The queue of callers: see `BatchingEngine.state`."""
         return {"batching_enabled": False} if self._batcher is None else self._batcher.state()
+
+    def _check_room(self, target: TensorDictBase) -> None:
+        """Refuses a target where a key's path leads through something that is no TensorDict."""
+        while target.ndim:
+            target = target[0]
+        for key in self._keys.present():
+            path = key if isinstance(key, tuple) else (key,)
+            for length in range(1, len(path)):
+                found = target.get(path[:length], None)
+                if found is None:
+                    break
+                if not is_tensor_collection(found) or is_non_tensor(found):
+                    raise InputError(
+                        f"{key!r} cannot be written: there is a {type(found).__name__} at {path[:length]!r}; give the "
+                        "output another key, or use inplace=False"
+                    )
 
     # --- configuration ---------------------------------------------------------------------------------------------
 

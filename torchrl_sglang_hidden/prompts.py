@@ -6,6 +6,7 @@ Knows nothing of engines. What is read here is what the engine gets, and what ``
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from tensordict import LazyStackedTensorDict, TensorDictBase, is_non_tensor, is_tensor_collection
 from tensordict.utils import NestedKey, unravel_key
 from torchrl.data.llm import History
+from torchrl.data.llm.history import _CHAT_TEMPLATES as CHAT_TEMPLATES
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden.errors import InputError, InputTypeError, MissingKeyError, PromptLengthError
@@ -23,6 +25,8 @@ __all__ = ["INPUT_MODES", "InputMode", "PromptReader", "Row", "read_tokenizer"]
 
 InputMode = Literal["history", "text", "tokens"]
 INPUT_MODES: tuple[InputMode, ...] = get_args(InputMode)
+# A chat template that says which tokens the assistant wrote.
+GENERATION = re.compile(r"\{%-?\s*generation\b")
 CONTAINERS = {"history": "ChatHistory", "text": "Text", "tokens": "Tokens"}
 
 
@@ -59,7 +63,7 @@ class PromptReader:
     tokenizer: PreTrainedTokenizerBase
     input_mode: InputMode
     input_key: NestedKey
-    attention_mask_key: NestedKey
+    attention_mask_key: NestedKey | None
     masks_key: NestedKey | None
     generate: bool
     tokenizer_kwargs: Mapping[str, Any]
@@ -116,28 +120,63 @@ class PromptReader:
                 f"{name} one message without a dimension of turns; give History.from_chats([[…]]) one list of messages "
                 "per row"
             )
-        # Given neither, torchrl guesses a template from the tokenizer's name; the tokenizer's own is no guess.
-        template = self.chat_template
-        if template is None and self.chat_template_name is None:
-            template = self.tokenizer.chat_template
-        options = {
-            "tokenizer": self.tokenizer,
-            "add_generation_prompt": self.generate,
-            "chat_template": template,
-            "chat_template_name": self.chat_template_name,
-        }
-        text = history.apply_chat_template(**options, tokenize=False)
+        text = self._render(history, add_generation_prompt=self.generate)
         # The template wrote the special tokens already.
         ids = self._encode(text, add_special_tokens=False)
         if self.generate:
             return Row(self._preferred(row, ids) if self.prefer_tokens else ids, text, history)
-        encoded = history.apply_chat_template(**options, return_assistant_tokens_mask=True)
-        if tuple(encoded["input_ids"].tolist()) != ids:
+        mask = self._assistant_mask(name, history, text)
+        if len(mask) != len(ids):
             raise InputError(
                 f"{name} tokenizer_kwargs={dict(self.tokenizer_kwargs)} change the ids of the chat, so that the "
                 "template's assistant mask does not fit them; leave them out to score a chat"
             )
-        return Row(ids, text, history, assistant_mask=tuple(encoded["assistant_masks"].bool().tolist()))
+        return Row(ids, text, history, assistant_mask=mask)
+
+    def _template(self) -> str | None:
+        # Given neither, torchrl guesses a template from the tokenizer's name; the tokenizer's own is no guess.
+        if self.chat_template_name is not None:
+            return str(CHAT_TEMPLATES[self.chat_template_name])
+        if self.chat_template is not None:
+            return self.chat_template
+        own: str | None = self.tokenizer.chat_template
+        return own
+
+    def _render(self, history: History, **options: Any) -> Any:
+        return history.apply_chat_template(tokenizer=self.tokenizer, chat_template=self._template(), **options)
+
+    def _assistant_mask(self, name: str, history: History, text: str) -> tuple[bool, ...]:
+        """Which tokens of the chat are the assistant's: those in ``{% generation %}``, else those of its words."""
+        if GENERATION.search(str(self._template())):
+            encoded = self._render(history, add_generation_prompt=False, return_assistant_tokens_mask=True)
+            return tuple(encoded["assistant_masks"].bool().tolist())
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=self.tokenizer.is_fast)
+        if "offset_mapping" not in encoded:
+            raise InputError(
+                f"{name} this tokenizer does not tell where a token stands in the text, so the assistant's are not "
+                "known; give a chat_template with {% generation %}, or a fast tokenizer"
+            )
+        spans = self._assistant_spans(name, history, text)
+        return tuple(
+            any(start < until and end > since for since, until in spans) for start, end in encoded["offset_mapping"]
+        )
+
+    def _assistant_spans(self, name: str, history: History, text: str) -> list[tuple[int, int]]:
+        """Where the assistant's words stand in the chat's text. Each message is looked for behind those before it."""
+        spans = []
+        for turn, message in enumerate(history.unbind(-1)):
+            if message.role != "assistant" or not message.content:
+                continue
+            before = self._render(history[:turn], add_generation_prompt=True, tokenize=False) if turn else ""
+            same = next((i for i, (a, b) in enumerate(zip(before, text, strict=False)) if a != b), len(before))
+            start = text.find(message.content, same)
+            if start < 0:
+                raise InputError(
+                    f"{name} the chat template rewrites the assistant's message {turn}, so its tokens are not known; "
+                    "give a chat_template with {% generation %}"
+                )
+            spans.append((start, start + len(message.content)))
+        return spans
 
     def _preferred(self, row: TensorDictBase, prompt_ids: tuple[int, ...]) -> tuple[int, ...]:
         """The ids at `prefer_tokens` where they stand for the chat, or for its beginning: then the rest is added.
@@ -178,12 +217,13 @@ class PromptReader:
 
     def _read_tokens(self, name: str, row: TensorDictBase, ids: Any) -> Row:
         _check_ids(name, ids)
-        real = self._read_mask(name, row, ids, self.attention_mask_key)
-        assistant_mask = None
+        real = assistant_mask = None
         if not self.generate and self.masks_key is not None:
-            whole = self._read_mask(name, row, ids, unravel_key((self.masks_key, "all_attention_mask")))
-            real = real if whole is None else whole
+            # Before the user's own mask, which may be that of the prompt alone.
+            real = self._read_mask(name, row, ids, unravel_key((self.masks_key, "all_attention_mask")))
             assistant_mask = self._read_mask(name, row, ids, unravel_key((self.masks_key, "all_assistant_mask")))
+        if real is None and self.attention_mask_key is not None:
+            real = self._read_mask(name, row, ids, self.attention_mask_key)
         if real is None:
             real = self._guess_padding(name, row, ids)
         prompt_ids = tuple(ids[real].tolist())
@@ -198,7 +238,10 @@ class PromptReader:
         )
 
     def _read_mask(self, name: str, row: TensorDictBase, ids: torch.Tensor, key: NestedKey) -> torch.Tensor | None:
-        mask = row.get(key, None)
+        try:
+            mask = row.get(key, None)
+        except ValueError as error:  # a tensor where the key's path has a container
+            raise InputTypeError(f"{key!r} cannot be read: {error}; tokens mode reads a mask there") from error
         if mask is not None and mask.shape != ids.shape:
             raise InputError(
                 f"{name} of shape {tuple(ids.shape)}, and {key!r} of {tuple(mask.shape)}; give both the same"
@@ -209,11 +252,12 @@ class PromptReader:
         """Which ids are real when no mask tells: all, but the left padding of a ``Tokens`` that says it is padded."""
         if self.generate and self.masks_key is not None:
             # torchrl's ChatEnv makes a padded ``full`` the next prompt, and forgets that it is padded. The mask of that
-            # turn is still there; it is this prompt's where it leaves out nothing but pads.
-            mask = row.get(unravel_key((self.masks_key, "all_attention_mask")), None)
-            if mask is not None and mask.shape == ids.shape and bool((ids[~mask.bool()] == self.padding_value).all()):
-                real: torch.Tensor = mask.bool()
-                return real
+            # turn is still there; it is this prompt's where it leaves out pads, and nothing else.
+            found = row.get(unravel_key((self.masks_key, "all_attention_mask")), None)
+            if found is not None and found.shape == ids.shape:
+                mask: torch.Tensor = found.bool()
+                if not mask.all() and bool((ids[~mask] == self.padding_value).all()):
+                    return mask
         if not self._is_padded(row):
             return torch.ones_like(ids, dtype=torch.bool)
         if not self.generate and len(ids) and ids[-1] == self.padding_value:

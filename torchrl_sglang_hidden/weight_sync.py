@@ -13,7 +13,7 @@ import torch
 from tensordict import TensorDictBase
 from torchrl.weight_update.weight_sync_schemes import WeightSyncScheme
 
-from torchrl_sglang_hidden.engines import Engine, as_engine
+from torchrl_sglang_hidden.engines import Engine, as_engine, check_options
 from torchrl_sglang_hidden.errors import InputError
 
 __all__ = ["SGLangHiddenWeightSender", "SGLangHiddenWeightSyncScheme"]
@@ -40,6 +40,7 @@ class SGLangHiddenWeightSyncScheme(WeightSyncScheme):  # type: ignore[misc]
 
     def __init__(self, engine: Any, *, transport: str = "auto", running: str = "finish") -> None:
         super().__init__()
+        check_options(None, transport, running)
         self.engine: Engine = as_engine(engine)
         self.transport, self.running = transport, running
 

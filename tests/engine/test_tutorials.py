@@ -44,9 +44,11 @@ def assert_shows_the_lesson(notebook: NotebookNode) -> None:
     assert [pattern for pattern in FIRST_ROLLOUT_OUTPUTS if not re.search(pattern, text)] == []
     (picture,) = pictures_of(notebook)
     assert len(picture) > 20_000
-    assert [
-        output for output in outputs(notebook) if output.output_type == "error" or output.get("name") == "stderr"
-    ] == []
+    # Ray, where it is installed, misses ipywidgets in every notebook.
+    notices = [
+        output for output in outputs(notebook) if "Missing packages: ['ipywidgets']" not in output.get("text", "")
+    ]
+    assert [output for output in notices if output.output_type == "error" or output.get("name") == "stderr"] == []
 
 
 @pytest.fixture

@@ -280,16 +280,18 @@ def test_threads_generate_on_while_weights_change(
     smol_dir: str,
     chat_ids: ChatIds,
 ) -> None:
-    over, versions = threading.Event(), {trainee.info.weight_version: smol_dir}
+    over, begun, versions = threading.Event(), threading.Barrier(4), {trainee.info.weight_version: smol_dir}
 
     def keep_asking(question: str) -> list[Completion]:
-        found: list[Completion] = []
+        found = answers(trainee, [chat_ids(question)], 6)
+        begun.wait(60)
         while not over.is_set():
             found += answers(trainee, [chat_ids(question)], 6)
         return found + answers(trainee, [chat_ids(question)], 6)
 
     with ThreadPoolExecutor(3) as pool:
         asked = [pool.submit(keep_asking, question) for question in QUESTIONS[:3]]
+        begun.wait(60)
         for weights, directory in ((trainer, trained_dir), (smol_dir, smol_dir), (trainer, trained_dir)):
             versions[trainee.update_weights(weights, running=running)] = directory
         over.set()

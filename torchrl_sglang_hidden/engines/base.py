@@ -72,7 +72,7 @@ class Engine(ABC):
 
         Names, shapes and values are held against the served checkpoint first; where they do not fit, nothing is sent.
         Each tensor travels in its own dtype and SGLang casts it to the one it serves. May be called while other threads
-        generate; several calls go one after another. From then on every sample carries the new version.
+        generate; several calls of this process go one after another. From then on every sample carries the new version.
 
         Args:
             weights: a checkpoint directory with safetensors; a state dict with Hugging Face's checkpoint names; or a

@@ -161,9 +161,11 @@ def _group(
         succeeded(join.result(), "join the update group")
         yield group, name
     finally:
-        call("destroy_weights_update_group", {"group_name": name})
-        with _GROUPS:
-            dist.destroy_process_group(group)
+        try:
+            call("destroy_weights_update_group", {"group_name": name})
+        finally:
+            with _GROUPS:
+                dist.destroy_process_group(group)
 
 
 def _join(store: Any, name: str, size: int, timeout: timedelta) -> Any:

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import os
 import threading
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
@@ -26,7 +27,7 @@ from torchrl_sglang_hidden.engines.weights import (
     check_weights,
     checkpoint,
     load_from_disk,
-    next_version,
+    new_version,
     open_weights,
 )
 from torchrl_sglang_hidden.errors import (
@@ -41,7 +42,7 @@ from torchrl_sglang_hidden.errors import (
     RequestRejectedError,
     SGLangHiddenError,
 )
-from torchrl_sglang_hidden.server.checkpoint import ServedWeights, served_weights
+from torchrl_sglang_hidden.server.checkpoint import ServedWeights, is_readable, served_weights
 from torchrl_sglang_hidden.specs import Completion, EngineInfo, Request
 from torchrl_sglang_hidden.wire import read_info, read_responses, to_payload
 
@@ -51,6 +52,8 @@ CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 600.0
 # uvicorn closes an idle connection after 5 s; one reused in that instant would fail.
 KEEPALIVE_S = 2.0
+# One update at a time for each server, however many clients this process has of it.
+_UPDATING: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -86,7 +89,6 @@ class SGLangServer(Engine):
         urls: tuple[Any, ...] = tuple(url) if isinstance(url, (list, tuple)) else (url,)
         if not urls:
             raise InputError("SGLangServer(url=()): 0 addresses; pass at least one, such as 'http://127.0.0.1:30000'")
-        self._updating = threading.Lock()
         self._config = {"api_key": api_key, "connect_timeout_s": connect_timeout_s, "read_timeout_s": read_timeout_s}
         with ExitStack() as stack:
             self._endpoints = []
@@ -154,16 +156,18 @@ class SGLangServer(Engine):
     ) -> str:
         """See `Engine.update_weights`. All servers get the weights, at the same time."""
         check_options(version, transport, running)
-        with self._updating, ExitStack() as stack:
+        with ExitStack() as stack:
+            for url in sorted(set(self.urls)):
+                stack.enter_context(_UPDATING[url])
             tensors = check_weights(open_weights(weights), self._endpoints[0].served_weights())
             before = [endpoint.weight_version() for endpoint in self._endpoints]
-            version = next_version(before[0]) if version is None else version
+            version = new_version(before) if version is None else version
             if set(before) == {version}:
                 raise InputError(
                     f"version={version!r} is that of the weights already served, so that no sample could tell the two "
                     "apart; pass another, or None"
                 )
-            ways = [endpoint.way(transport) for endpoint in self._endpoints]
+            ways = [endpoint.way(transport, weights) for endpoint in self._endpoints]
             path = None
             if "disk" in ways:
                 # One checkpoint for all servers of this machine; a directory of the user's is one already.
@@ -292,6 +296,11 @@ class _Endpoint:
         if self.info.pools_in_server:
             try:
                 return ServedWeights.unpack(self.call("get_weights_by_name", {"name": CHANNEL}))
+            except RequestRejectedError as error:
+                raise CapabilityError(
+                    f"{self.url} cannot read the names and shapes of the weights that it serves ({error}), and wrong "
+                    "ones end an SGLang server; serve a directory with safetensors"
+                ) from error
             except (KeyError, TypeError, ValueError) as error:
                 raise ProtocolError(f"{self.url} does not say which weights it serves ({error})") from error
         try:
@@ -303,13 +312,21 @@ class _Endpoint:
                 "`torchrl-sglang-hidden serve`"
             ) from error
 
-    def way(self, transport: Transport) -> Transport:
+    def way(self, transport: Transport, weights: Weights) -> Transport:
         """How weights get to this server: ``"disk"`` or ``"network"``."""
+        # Without the server half SGLang would go on naming the deleted checkpoint as its model, and later clients would
+        # fail on it. A directory of the user's stays.
+        stays = self.info.pools_in_server or isinstance(weights, (str, os.PathLike))
+        if transport == "disk" and not stays:
+            raise CapabilityError(
+                f"transport='disk' for a {type(weights).__name__}: {self.url} has no torchrl_sglang_hidden server half "
+                "and would go on naming the deleted checkpoint as its model; pass a directory, or use "
+                "transport='network'"
+            )
         if transport != "auto":
             return transport
-        # A loopback address may be a tunnel to another machine. Without the server half SGLang would go on naming the
-        # deleted checkpoint as its model, and later clients would fail on it.
-        near = self._host in LOOPBACK and Path(self.info.model_path).is_dir()
+        # A loopback address may be a tunnel to another machine.
+        near = self._host in LOOPBACK and is_readable(self.info.model_path)
         return "disk" if near and self.info.pools_in_server else "network"
 
     def load(self, way: Transport, path: Path | None, tensors: Any, version: str, running: Running) -> None:

@@ -12,12 +12,20 @@ from torchrl_sglang_hidden.wire import check_requests
 __all__ = ["generate_samples"]
 
 
-def generate_samples(engine: Engine, requests: Sequence[Request], num_samples: int) -> list[Completion]:
+def generate_samples(
+    engine: Engine, requests: Sequence[Request], num_samples: int, *, ahead: Engine | None = None
+) -> list[Completion]:
     """Samples every request ``num_samples`` times.
 
     SGLang computes a prompt again for each of several equal requests that arrive together, and a request that pools its
     whole prompt does so even when the prompt is cached. So each prompt goes ahead once, for a single token: that fills
     the prefix cache and brings the prompt's states home, and the samples then need the states of their responses only.
+
+    Args:
+        engine: samples.
+        requests: one per prompt.
+        num_samples: samples per prompt.
+        ahead: computes the prompts, by default ``engine``.
 
     Returns:
         ``len(requests) * num_samples`` completions, those of one request together.
@@ -27,7 +35,7 @@ def generate_samples(engine: Engine, requests: Sequence[Request], num_samples: i
         EngineError: see `Engine.generate`.
     """
     check_requests(requests, engine.info)
-    firsts = engine.generate([_ahead(request) for request in requests])
+    firsts = (ahead or engine).generate([_ahead(request) for request in requests])
     samples = engine.generate([_sample(request, index) for request in requests for index in range(num_samples)])
     return [
         _with_prompt(requests[index // num_samples], sample, firsts[index // num_samples])
@@ -46,7 +54,7 @@ def _ahead(request: Request) -> Request:
 def _sample(request: Request, index: int) -> Request:
     if "sampling_seed" in request.sampling:
         # One seed for all would give the same response again and again.
-        seed = request.sampling["sampling_seed"] + index
+        seed = (request.sampling["sampling_seed"] + index + 2**63) % 2**64 - 2**63
         request = replace(request, sampling={**request.sampling, "sampling_seed": seed})
     spec = request.hidden
     if spec is None or not spec.reads_whole_prompt:

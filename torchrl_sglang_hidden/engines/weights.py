@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -30,6 +30,7 @@ __all__ = [
     "check_weights",
     "checkpoint",
     "load_from_disk",
+    "new_version",
     "next_version",
     "open_weights",
     "paused",
@@ -58,6 +59,14 @@ def check_options(version: object, transport: object, running: object) -> None:
         raise InputError(f"transport={transport!r}: expected one of {get_args(Transport)}")
     if running not in get_args(Running):
         raise InputError(f"running={running!r}: expected one of {get_args(Running)}")
+
+
+def new_version(served: Collection[str]) -> str:
+    """A version that none of several servers has, which may differ after an update that failed on some."""
+    version = next_version(next(iter(served)))
+    while version in served:
+        version = next_version(version)
+    return version
 
 
 def next_version(current: str) -> str:
@@ -192,9 +201,15 @@ def _check_tensor(name: str, tensor: torch.Tensor, dtype: str, shape: tuple[int,
             f"{name} is {tensor.dtype} on {tensor.device}, and {dtype} in the served model; pass real weights of the "
             "same kind. The server keeps its weights"
         )
+    if hasattr(tensor, "full_tensor"):
+        raise WeightsError(
+            f"{name} is one shard of a {type(tensor).__name__}; gather the weights, such as by full_tensor()"
+        )
     # One pass, and no copy: the extremes of a tensor with a NaN are NaN.
     if tensor.is_floating_point() and tensor.numel():
-        low, high = (float(extreme) for extreme in tensor.detach().aminmax())
+        # Eight bits know no order.
+        values = tensor.detach().float() if tensor.element_size() == 1 else tensor.detach()
+        low, high = (float(extreme) for extreme in values.aminmax())
         if not (abs(low) < float("inf") and abs(high) < float("inf")):
             raise WeightsError(
                 f"{name} has values from {low} to {high}; weights must be finite, look at the trainer's last step. The "
@@ -227,12 +242,25 @@ def checkpoint(tensors: Mapping[str, torch.Tensor]) -> Iterator[Path]:
             f"the weights take {size} bytes, and there is room for {room}; free some, set TMPDIR, or use "
             "transport='network'"
         )
-    directory = Path(tempfile.mkdtemp(prefix=PUSHED_PREFIX, dir=place))
+    _sweep(place)
+    directory = Path(tempfile.mkdtemp(prefix=f"{PUSHED_PREFIX}{os.getpid()}-", dir=place))
     try:
         save_file(_apart(tensors), directory / "model.safetensors", metadata={"format": "pt"})
         yield directory
     finally:
         shutil.rmtree(directory)
+
+
+def _sweep(place: Path) -> None:
+    """Deletes what processes left that were killed in the middle of an update."""
+    for directory in place.glob(f"{PUSHED_PREFIX}*"):
+        pid = directory.name.removeprefix(PUSHED_PREFIX).split("-")[0]
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            shutil.rmtree(directory, ignore_errors=True)
+        except (PermissionError, ValueError):
+            continue  # another user's, or nothing of ours
 
 
 def _room(place: Path) -> int:
@@ -268,8 +296,9 @@ def succeeded(answer: Mapping[str, Any], what: str) -> None:
 @contextmanager
 def paused(call: Call) -> Iterator[None]:
     """Stops generation. Running requests are retracted, and computed again from their tokens when it goes on."""
-    call("pause_generation", {"mode": "retract"})
+    # Inside: the server may have paused although its answer did not come.
     try:
+        call("pause_generation", {"mode": "retract"})
         yield
     finally:
         call("continue_generation", {"torch_empty_cache": False})

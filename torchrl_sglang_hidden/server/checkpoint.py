@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PUSHED_PREFIX", "ServedWeights", "read_header", "safetensors_files", "served_weights"]
+__all__ = ["PUSHED_PREFIX", "ServedWeights", "is_readable", "read_header", "safetensors_files", "served_weights"]
 
 # Directories that an engine writes for one update and deletes after it. SGLang would go on naming them as its model.
 PUSHED_PREFIX = "torchrl-sglang-hidden-weights-"
@@ -51,16 +51,28 @@ def served_weights(model: str) -> ServedWeights:
         OSError: it cannot be read from here, or has no safetensors.
         ValueError: a header or the config cannot be parsed.
     """
-    from huggingface_hub import snapshot_download
     from transformers import AutoConfig
 
-    directory = Path(model)
-    if not directory.is_dir():
-        directory = Path(snapshot_download(model, local_files_only=True))
+    directory = _directory(model)
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
     for file in safetensors_files(directory):
         tensors |= read_header(file)
     return ServedWeights(tensors, bool(AutoConfig.from_pretrained(directory).get_text_config().tie_word_embeddings))
+
+
+def is_readable(model: str) -> bool:
+    """Whether this machine has the model's files."""
+    try:
+        _directory(model)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _directory(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(model) if Path(model).is_dir() else Path(snapshot_download(model, local_files_only=True))
 
 
 def safetensors_files(directory: Path) -> list[Path]:

@@ -94,7 +94,8 @@ def after_get_weights(result: Coroutine[Any, Any, Any], manager: Any, obj: Any, 
     result.close()
 
     async def answer() -> dict[str, Any]:
-        return served_weights(manager.model_path).pack()
+        # What the server was started from: a directory that an update came from may be gone, and has the same shapes.
+        return served_weights(manager.server_args.model_path).pack()
 
     return answer()
 
