@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import os
@@ -421,6 +422,16 @@ def test_the_server_goes_on_naming_its_own_model() -> None:
         manager = SimpleNamespace(server_args=started_with, model_path="new", served_model_name="new")
         plugin.after_model_path(None, manager, pushed, "auto")
         assert (manager.model_path, manager.served_model_name) == expected
+
+
+def test_the_names_are_of_the_checkpoint_that_the_server_was_started_from(tmp_path: Path) -> None:
+    served = saved(tiny(tied=True), tmp_path)
+    manager = SimpleNamespace(server_args=SimpleNamespace(model_path=str(tmp_path)), model_path="an update's, now gone")
+
+    async def own_answer() -> None: ...
+
+    answer = plugin.after_get_weights(own_answer(), manager, SimpleNamespace(name=CHANNEL))
+    assert ServedWeights.unpack(asyncio.run(answer)) == served
 
 
 # --- TorchRL's interface --------------------------------------------------------------------------------------------

@@ -392,3 +392,19 @@ def test_ids_among_the_options(sampling: dict[str, Any]) -> None:
     (name,) = sampling
     with pytest.raises(TokenIdError, match=rf"row 0: {name} has id 96, .* of 96; ids are 0\.\.95"):
         check_requests([request(**sampling)], make_info())
+
+
+def test_a_response_across_an_update_says_so() -> None:
+    for versions, mixed in ((["v7"], False), (["v6", "v7"], True), (None, False)):
+        rows = rows_for([request()])
+        if versions is not None:
+            spans = [{"version": name, "start": 2 * i, "end": 2 * i + 2} for i, name in enumerate(versions)]
+            rows[0]["meta_info"]["weight_versions"] = spans
+        (one,) = read(rows)
+        assert (one.weight_version, one.mixed_weights) == ("v7", mixed)
+
+
+def test_a_seed_that_is_not_read_is_refused() -> None:
+    check_requests([request(sampling_seed=3)], make_info())
+    with pytest.raises(CapabilityError, match=r"row 1: sampling_seed=3, .*--enable-deterministic-inference"):
+        check_requests([request(), request(sampling_seed=3)], make_info(honours_seeds=False))
