@@ -7,9 +7,9 @@ import dataclasses
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
@@ -19,6 +19,7 @@ import httpx
 from torchrl_sglang_hidden.channel import CHANNEL
 from torchrl_sglang_hidden.engines import broadcast
 from torchrl_sglang_hidden.engines.base import Engine, ask_model
+from torchrl_sglang_hidden.engines.replies import read_json, reason, translated
 from torchrl_sglang_hidden.engines.weights import (
     Running,
     Transport,
@@ -31,11 +32,8 @@ from torchrl_sglang_hidden.engines.weights import (
     open_weights,
 )
 from torchrl_sglang_hidden.errors import (
-    AuthenticationError,
     CapabilityError,
     EngineError,
-    EngineTimeoutError,
-    EngineUnreachableError,
     InputError,
     InputTypeError,
     ProtocolError,
@@ -254,37 +252,37 @@ class _Endpoint:
             stack.pop_all()
 
     def _get(self, path: str) -> dict[str, Any]:
-        with _translated(self.url):
+        with translated(self.url):
             response = self._client.get(path)
-        body = _json(response, self.url)
+        body = read_json(response, self.url)
         if not isinstance(body, dict):
             raise ProtocolError(f"{self.url}{path} answered {str(body)[:80]!r}; is that an SGLang server?")
         return body
 
     def generate(self, requests: Sequence[Request], first_row: int) -> list[Completion]:
         payload = to_payload(requests, self.info, binary=False)
-        with _translated(self.url):
+        with translated(self.url):
             response = self._client.post("/generate", json=payload)
-        return read_responses(requests, _json(response, self.url), self.info, first_row=first_row)
+        return read_responses(requests, read_json(response, self.url), self.info, first_row=first_row)
 
     async def agenerate(self, requests: Sequence[Request], first_row: int) -> list[Completion]:
         payload = to_payload(requests, self.info, binary=False)
-        with _translated(self.url):
+        with translated(self.url):
             response = await self._async_client().post("/generate", json=payload)
-        return read_responses(requests, _json(response, self.url), self.info, first_row=first_row)
+        return read_responses(requests, read_json(response, self.url), self.info, first_row=first_row)
 
     def call(self, route: str, payload: dict[str, Any]) -> dict[str, Any]:
         """One of SGLang's control routes. Some say in words what others say in JSON."""
-        with _translated(self.url):
+        with translated(self.url):
             response = self._client.post(f"/{route}", json=payload)
         if response.status_code not in (200, 400):
-            return dict(_json(response, self.url))
+            return dict(read_json(response, self.url))
         try:
             body = response.json()
         except ValueError:
             return {"success": response.status_code == 200, "message": response.text}
         if not isinstance(body, dict) or (response.status_code == 400 and "success" not in body):
-            raise RequestRejectedError(f"{self.url}/{route} answered {response.status_code}: {_reason(response)}")
+            raise RequestRejectedError(f"{self.url}/{route} answered {response.status_code}: {reason(response)}")
         return body
 
     def weight_version(self) -> str:
@@ -384,47 +382,3 @@ def _split(url: object) -> SplitResult:
     if not valid:
         raise InputError(f"url={url!r}: expected http://host:port, such as 'http://127.0.0.1:30000'")
     return parts
-
-
-@contextmanager
-def _translated(url: str) -> Iterator[None]:
-    """The one place where httpx's exceptions become this package's."""
-    try:
-        yield
-    except httpx.ConnectError as error:
-        raise EngineUnreachableError(f"nothing answers at {url} ({error}); is the server running?") from error
-    except httpx.ConnectTimeout as error:
-        raise EngineUnreachableError(f"{url} did not accept a connection in time; is the address right?") from error
-    except httpx.TimeoutException as error:
-        raise EngineTimeoutError(f"{url} did not answer in time; raise read_timeout_s, or ask for less") from error
-    except httpx.TransportError as error:
-        raise EngineUnreachableError(f"{url} went away while answering ({error}); look at the server's log") from error
-    except httpx.HTTPError as error:
-        raise ProtocolError(f"{url} answered what cannot be read ({error}); is that an SGLang server?") from error
-    except RuntimeError as error:
-        if "client has been closed" not in str(error):
-            raise
-        raise EngineError(f"the connection to {url} was closed by close(); connect again") from error
-
-
-def _json(response: httpx.Response, url: str) -> Any:
-    """The answer's body, or the error that its status means."""
-    if response.status_code in (401, 403):
-        raise AuthenticationError(f"{url} refused the API key (status {response.status_code}); pass the right api_key")
-    if response.status_code >= 400:
-        message = f"{url} answered {response.status_code}: {_reason(response)}"
-        raise (RequestRejectedError if response.status_code < 500 else EngineError)(message)
-    try:
-        return response.json()
-    except ValueError as error:
-        raise ProtocolError(f"{url} answered no JSON: {response.text[:80]!r}; is that an SGLang server?") from error
-
-
-def _reason(response: httpx.Response) -> str:
-    """The server's own words about an error."""
-    try:
-        body = response.json()
-    except ValueError:
-        return response.text[:300]
-    error = body.get("error", body) if isinstance(body, dict) else body
-    return str(error.get("message", error) if isinstance(error, dict) else error)[:300]
