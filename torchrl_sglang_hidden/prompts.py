@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from tensordict import LazyStackedTensorDict, TensorDictBase, is_non_tensor, is_tensor_collection
+from tensordict import LazyStackedTensorDict, TensorDictBase, is_leaf_nontensor, is_non_tensor, is_tensor_collection
 from tensordict.utils import NestedKey, unravel_key
 from torchrl.data.llm import History
 from torchrl.data.llm.history import _CHAT_TEMPLATES as CHAT_TEMPLATES
@@ -101,7 +101,7 @@ class PromptReader:
         if value is None:
             raise MissingKeyError(
                 f"the TensorDict has no {self.input_key!r}, which input_mode={self.input_mode!r} reads; it has "
-                f"{sorted(map(str, row.keys(True, True)))}"
+                f"{sorted(map(str, row.keys(True, True, is_leaf=is_leaf_nontensor)))}"
             )
         if is_non_tensor(value):
             value = value.data
