@@ -111,9 +111,9 @@ def assert_row(row: Row, model_dir: str, pooling: str = "mean", temperature: flo
     truth = oracle.teacher_force(model_dir, row.prompt_ids, row.response_ids, temperature)
     assert row.log_probs_T.dtype == torch.float32
     torch.testing.assert_close(row.log_probs_T, truth.log_probs_T, atol=LOG_PROB_ATOL, rtol=0)
-    for segment, vector_D in row.vectors.items():
-        assert vector_D.dtype == torch.float32
-        error = relative_error(vector_D, truth.pooled(segment, pooling))
+    for segment, vector in row.vectors.items():
+        assert vector.dtype == torch.float32
+        error = relative_error(vector, truth.pooled(segment, pooling))
         assert error < STATE_RTOL, f"{segment} {pooling}, P={num_prompt}, T={num_response}: relative error {error:.2e}"
     return truth
 

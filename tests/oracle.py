@@ -6,19 +6,23 @@ Knows nothing of SGLang or of the package under test: the segments are written d
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
+
+FINAL = -1  # the layer id of what the head reads: the last layer's output after the final norm
 
 
 @dataclass(frozen=True)
 class Truth:
     """One prompt of P and one response of T tokens.
 
-    ``states_SD`` holds the states of positions 0 … P+T-2 after the final norm; ``log_probs_T`` and ``argmax_T`` are
-    those of the T positions that produced the response; ``gap_T`` is how far the best logit was ahead of the second.
+    ``states_SD`` holds the states of positions 0 … P+T-2 after the final norm, ``layer_states`` those of the decoder
+    layers asked for, as they leave the layer; ``log_probs_T`` and ``argmax_T`` are those of the T positions that
+    produced the response; ``gap_T`` is how far the best logit was ahead of the second.
     """
 
     num_prompt: int
@@ -26,16 +30,22 @@ class Truth:
     log_probs_T: torch.Tensor
     argmax_T: list[int]
     gap_T: torch.Tensor
+    layer_states: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
-    def rows(self, segment: str) -> torch.Tensor:
+    def states(self, layer: int = FINAL) -> torch.Tensor:
+        """``[S, D]`` of decoder layer ``layer``, with its residual and before the final norm; -1 is after it."""
+        return self.states_SD if layer == FINAL else self.layer_states[layer]
+
+    def rows(self, segment: str, layer: int = FINAL) -> torch.Tensor:
+        states_SD = self.states(layer)
         return {
-            "prompt": self.states_SD[: self.num_prompt],
-            "response": self.states_SD[self.num_prompt - 1 :],
-            "full": self.states_SD,
+            "prompt": states_SD[: self.num_prompt],
+            "response": states_SD[self.num_prompt - 1 :],
+            "full": states_SD,
         }[segment]
 
-    def pooled(self, segment: str, pooling: str) -> torch.Tensor:
-        rows = self.rows(segment)
+    def pooled(self, segment: str, pooling: str, layer: int = FINAL) -> torch.Tensor:
+        rows = self.rows(segment, layer)
         return rows.double().mean(0).float() if pooling == "mean" else rows[-1]
 
 
@@ -44,14 +54,45 @@ def load(model_dir: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
 
 
+@contextmanager
+def _recorded(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
+    """What the decoder layers put out in the forward pass inside the block, ``[S, D]`` each.
+
+    By hooks: the tuple of ``output_hidden_states=True`` has the last layer's output only after the final norm.
+    """
+    outputs: dict[int, torch.Tensor] = {}
+
+    def hook(layer: int, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+        outputs[layer] = (output[0] if isinstance(output, tuple) else output)[0]
+
+    decoders = model.get_decoder().layers
+    handles = [
+        decoders[layer].register_forward_hook(lambda module, args, output, layer=layer: hook(layer, output))
+        for layer in set(layers) - {FINAL}
+    ]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @torch.inference_mode()
 def teacher_force(
-    model_dir: str, prompt_ids: Sequence[int], response_ids: Sequence[int], temperature: float = 1.0
+    model_dir: str,
+    prompt_ids: Sequence[int],
+    response_ids: Sequence[int],
+    temperature: float = 1.0,
+    layers: Sequence[int] = (),
 ) -> Truth:
-    """One forward pass over the prompt and all but the last response token, which no step ever reads."""
+    """One forward pass over the prompt and all but the last response token, which no step ever reads.
+
+    ``layers`` are those that `Truth.states` is asked for, beside -1, which is always there.
+    """
     model = load(model_dir)
     fed = torch.tensor([[*prompt_ids, *response_ids[:-1]]])
-    states_SD = model(fed, output_hidden_states=True, logits_to_keep=1).hidden_states[-1][0]
+    with _recorded(model, layers) as layer_states:
+        states_SD = model.get_decoder()(fed, use_cache=False).last_hidden_state[0]
     logits_TV = model.get_output_embeddings()(states_SD[len(prompt_ids) - 1 :])
     log_probs_TV = torch.log_softmax(logits_TV / temperature, dim=-1)
     best_two_T2 = logits_TV.topk(2, dim=-1).values
@@ -61,6 +102,7 @@ def teacher_force(
         log_probs_T=log_probs_TV.gather(-1, torch.tensor(response_ids)[:, None])[:, 0],
         argmax_T=logits_TV.argmax(-1).tolist(),
         gap_T=best_two_T2[:, 0] - best_two_T2[:, 1],
+        layer_states=layer_states,
     )
 
 
@@ -69,7 +111,8 @@ def teacher_force(
 def greedy(model_dir: str, prompt_ids: tuple[int, ...], max_new_tokens: int, eos_id: int | None = None) -> list[int]:
     """The greedy response, up to and with ``eos_id``."""
     model = load(model_dir)
-    fed, cache, response = torch.tensor([list(prompt_ids)]), None, []
+    response: list[int] = []
+    fed, cache = torch.tensor([list(prompt_ids)]), None
     while len(response) < max_new_tokens and (not response or response[-1] != eos_id):
         out = model(fed, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = out.past_key_values

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -21,10 +21,13 @@ from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from torchrl_sglang_hidden.channel import CHANNEL, PROTOCOL, pack_answer, unpack_options
+from torchrl_sglang_hidden.channel import CHANNEL, Status, pack_answer, unpack_options
 from torchrl_sglang_hidden.engines import Engine
+from torchrl_sglang_hidden.engines.sessions import Session, SessionHost
+from torchrl_sglang_hidden.engines.streams import AsyncStream, Stream, check_stream
 from torchrl_sglang_hidden.engines.weights import next_version
-from torchrl_sglang_hidden.pooling import RequestPools, reduce_rows
+from torchrl_sglang_hidden.errors import RequestRejectedError
+from torchrl_sglang_hidden.pooling import RequestPools, sum_rows
 from torchrl_sglang_hidden.specs import SEGMENTS, Completion, EngineInfo, Pooling, Request, Segment
 from torchrl_sglang_hidden.wire import read_responses, to_payload
 
@@ -36,10 +39,13 @@ Answer = list[dict[str, Any]]
 Fault = Callable[[Answer], None]
 
 HIDDEN_SIZE = 8
+NUM_LAYERS = 4
 CONTEXT_LENGTH = 64
 DEFAULT_NEW_TOKENS = 5
 
 EOS_ID = PAD_ID = 1
+# What the engine takes off the head of a session's later turns, as SGLang does.
+BOS_ID = 2
 WORDS = ("<unk>", "<|end|>", "<|start|>", "user", "assistant", "system", *(f"w{i}" for i in range(90)))
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|start|> {{ message.role }} {{ message.content }} <|end|> {% endfor %}"
@@ -93,6 +99,8 @@ def make_info(**changes: Any) -> EngineInfo:
         "tokenizer_path": "recorder",
         "vocab_size": len(WORDS),
         "hidden_size": HIDDEN_SIZE,
+        "num_layers": NUM_LAYERS,
+        "layers": (-1, 0, 2),
         "context_length": CONTEXT_LENGTH,
         "max_prompt_tokens": CONTEXT_LENGTH - 6,
         "weight_version": "v7",
@@ -137,6 +145,8 @@ class RecordingEngine(Engine):
         self.payloads: list[dict[str, Any]] = []
         self.closed = 0
         self.updates: list[tuple[Any, str, str]] = []
+        self.sessions: dict[str, dict[str | None, list[int]]] = {}
+        self._host = SessionHost(lambda: self._info, self.session_call, self.turn, binary=binary, num_ranks=2)
 
     @property
     def info(self) -> EngineInfo:
@@ -144,6 +154,9 @@ class RecordingEngine(Engine):
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         self._check(requests, self._info)
+        return read_responses(requests, self._send(requests), self._info)
+
+    def _send(self, requests: Sequence[Request]) -> Answer:
         payload = to_payload(requests, self._info, binary=self._binary)
         with self._lock:
             self.requests += requests
@@ -151,10 +164,62 @@ class RecordingEngine(Engine):
         rows = self.answer(payload)
         if self.fault is not None:
             self.fault(rows)
-        return read_responses(requests, rows, self._info)
+        return rows
 
     async def agenerate(self, requests: Sequence[Request]) -> list[Completion]:
         return self.generate(requests)
+
+    def stream(self, request: Request) -> Stream:
+        return Stream(self._growing(request), request, self._info)
+
+    async def astream(self, request: Request) -> AsyncStream:
+        async def rows() -> AsyncGenerator[Any, None]:
+            for row in self._growing(request):
+                yield row
+
+        return await AsyncStream.open(rows(), request, self._info)
+
+    def _growing(self, request: Request) -> Generator[Any, None, None]:
+        """What SGLang streams: the answer so far with each token, and how it ended with the last one."""
+        check_stream(request, self._info, cumulative=True)
+        self._check([request], self._info)
+        row = self._send([request])[0]
+        yield None
+        for count in range(1, len(row["output_ids"])):
+            yield self.so_far(row, count)
+        yield row
+
+    def so_far(self, row: dict[str, Any], count: int) -> dict[str, Any]:
+        """A row of an answer when ``count`` of its tokens had been sampled."""
+        ids = row["output_ids"][:count]
+        meta = {name: value for name, value in row["meta_info"].items() if name != CHANNEL} | {"finish_reason": None}
+        if "output_token_logprobs" in meta:
+            meta["output_token_logprobs"] = meta["output_token_logprobs"][:count]
+        return {"text": self._text(ids), "output_ids": ids, "meta_info": meta}
+
+    def session(self) -> Session:
+        return Session(self._host, self._check)
+
+    def session_call(self, route: str, payload: dict[str, Any]) -> None:
+        if route == "open_session":
+            self.sessions[payload["session_id"]] = {None: []}
+        else:
+            del self.sessions[payload["session_id"]]
+
+    def turn(self, payload: dict[str, Any]) -> Answer:
+        """As SGLang's session: the turn named by ``rid`` and its response go before the new ids."""
+        self.payloads.append(payload)
+        session = payload["session_params"]
+        turns = self.sessions.get(session["id"], {})
+        if session["rid"] not in turns:
+            raise RequestRejectedError("Invalid request session id")
+        before, new_ids = turns[session["rid"]], payload["input_ids"][0]
+        ids = [*before, *(new_ids[1:] if before and new_ids[0] == BOS_ID else new_ids)]
+        rows = self.answer({**payload, "input_ids": [ids]})
+        turns[payload["rid"][0]] = ids + rows[0]["output_ids"]
+        if self.fault is not None:
+            self.fault(rows)
+        return rows
 
     def update_weights(
         self, weights: Any, *, version: str | None = None, transport: str = "auto", running: str = "finish"
@@ -196,13 +261,18 @@ class RecordingEngine(Engine):
         hidden_ND = states_ND(prompt_ids, response_ids)
         options = unpack_options(sampling.get("custom_params"))
         if options is not None:
-            pools = RequestPools(options.segments, options.pooling, len(prompt_ids))
-            feed(pools, hidden_ND)
-            meta[CHANNEL] = [pack_answer(pools, binary=options.binary)]
+            pools = RequestPools(options.wanted, len(prompt_ids))
+            feed(pools, torch.stack([of_layer(hidden_ND, layer) for layer in options.wanted.layers], 1))
+            meta[CHANNEL] = [pack_answer(pools.finish(response_ids, self._decode), options.way)]
         if stock:
             num_prompt = len(prompt_ids)
             meta["hidden_states"] = [hidden_ND[:num_prompt].tolist(), *hidden_ND[num_prompt:].tolist()]
         return {"text": self._text(response_ids), "output_ids": response_ids, "meta_info": meta}
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        if self._tokenizer is None:
+            return " ".join(map(str, ids))
+        return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def _text(self, response_ids: list[int]) -> str:
         if self._tokenizer is None:
@@ -210,14 +280,21 @@ class RecordingEngine(Engine):
         return str(self._tokenizer.decode(response_ids, skip_special_tokens=True))
 
 
-def feed(pools: RequestPools, hidden_ND: torch.Tensor) -> None:
+def of_layer(hidden: torch.Tensor, layer: int) -> torch.Tensor:
+    """The states of another layer: other numbers, that tell which."""
+    return hidden if layer == -1 else hidden * 0.5 + layer + 1
+
+
+def feed(pools: RequestPools, hidden_NKD: torch.Tensor) -> None:
     """Feeds a request's rows as a server does that computes the prompt in one piece."""
-    num_prompt = pools.num_prompt
-    span = pools.prompt_span(0, num_prompt)
-    if span is not None:
-        pools.add_prompt(reduce_rows(hidden_ND, *span, pools.pooling), *span)
-    for index, position in enumerate(range(num_prompt - 1, len(hidden_ND))):
-        pools.add_produced(reduce_rows(hidden_ND, position, position + 1, pools.pooling), index)
+    num_prompt, (_, depth, size) = pools.num_prompt, hidden_NKD.shape
+    step = pools.plan_prompt(0, num_prompt)
+    if step is not None:
+        flat = hidden_NKD.flatten(1)
+        sums = [sum_rows(flat, ranges).reshape(depth, size) for ranges in step.groups]
+        pools.add_prompt(step, sums, None if step.rows is None else hidden_NKD[slice(*step.rows)])
+    for index, position in enumerate(range(num_prompt - 1, len(hidden_NKD))):
+        pools.add_produced(hidden_NKD[position].float(), index)
 
 
 # --- over HTTP --------------------------------------------------------------------------------------------------------
@@ -260,10 +337,18 @@ class RecordingServer(ThreadingHTTPServer):
     def __init__(self, port: int = 0, model_path: str = "m", vocab_size: int = 96) -> None:
         super().__init__(("127.0.0.1", port), Handler)
         info = make_info()
-        status = {
-            "protocol": PROTOCOL, "vocab_size": vocab_size, "hidden_size": info.hidden_size, "captures": True,
-            "context_length": info.context_length, "normed": True, "open_pools": 0,
-        }  # fmt: skip
+        status = Status(
+            vocab_size=vocab_size,
+            hidden_size=info.hidden_size,
+            num_layers=info.num_layers,
+            context_length=info.context_length,
+            layers=info.layers,
+            because="",
+            normed=True,
+            shared="",
+            open_pools=0,
+            prefix_bytes=0,
+        ).pack()
         self.pages: dict[str, tuple[int, Any]] = {
             "/model_info": (200, {"model_path": model_path, "weight_version": "v7", "is_generation": True}),
             "/server_info": (
@@ -305,7 +390,7 @@ class RecordingServer(ThreadingHTTPServer):
 def lose_a_state_row(rows: Answer) -> None:
     meta = rows[0]["meta_info"]
     if CHANNEL in meta:
-        meta[CHANNEL][0]["counts"][-1] -= 1
+        meta[CHANNEL][0]["places"][-1][2] -= 1
     else:
         del meta["hidden_states"][-1]
 

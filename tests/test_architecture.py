@@ -1,7 +1,8 @@
 """The order of the house, read from the imports of every module, those inside functions too.
 
-    _version, errors → specs → pooling, sampling, constraints → channel → wire → server, prompts → engines, assemble
-      → distributions, options → policy → transforms, recording, weight_sync → demo → cli → __main__, __init__
+    _version, errors → spans → specs → pooling, sampling, constraints, shared, places → channel → wire → server, prompts
+      → engines, assemble → distributions, options → calls → policy → transforms, recording, weight_sync → demo → cli
+      → __main__, __init__
 
 A room imports rooms before it, or itself.
 """
@@ -22,13 +23,15 @@ ROOT = Path(torchrl_sglang_hidden.__file__).parent
 ORDER: list[set[str]] = [
     {"_version"},
     {"errors"},
+    {"spans"},
     {"specs"},
-    {"pooling", "sampling", "constraints"},
+    {"pooling", "sampling", "constraints", "shared", "places"},
     {"channel"},
     {"wire"},
     {"server", "prompts"},
     {"engines", "assemble"},
     {"distributions", "options"},
+    {"calls"},
     {"policy"},
     {"transforms", "recording", "weight_sync"},
     {"demo"},
@@ -39,8 +42,10 @@ LEVELS = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 
 # What a room must not import beyond the order: other rooms of the package, or libraries.
 FORBIDDEN: dict[str, set[str]] = {
+    "spans": {"sglang", "tensordict", "torchrl", "transformers", "httpx", "torch"},
     "specs": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
     "pooling": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
+    "shared": {"sglang", "tensordict", "torchrl", "transformers", "httpx", "torch"},
     "sampling": {"sglang", "tensordict", "torchrl", "transformers", "httpx", "torch"},
     "channel": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
     "wire": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
@@ -48,10 +53,12 @@ FORBIDDEN: dict[str, set[str]] = {
     "engines": {"tensordict", "torchrl", f"{PACKAGE}.sampling"},
     "prompts": {"sglang", "httpx", *(f"{PACKAGE}.{room}" for room in ("wire", "channel", "sampling", "pooling"))},
     "assemble": {"sglang", "httpx", *(f"{PACKAGE}.{room}" for room in ("server", "engines", "wire", "channel"))},
+    "places": {"sglang", "httpx"},
+    "calls": {"sglang", "httpx", *(f"{PACKAGE}.{room}" for room in ("wire", "channel", "pooling", "server"))},
     "policy": {"sglang", "httpx", *(f"{PACKAGE}.{room}" for room in ("wire", "channel", "pooling", "server"))},
 }
 # What reaches the engines by their front door.
-FRONT_DOORS = {room: {f"{PACKAGE}.engines"} for room in ("options", "policy", "weight_sync")}
+FRONT_DOORS = {room: {f"{PACKAGE}.engines"} for room in ("options", "calls", "policy", "weight_sync")}
 
 
 class Import(NamedTuple):

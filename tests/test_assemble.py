@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,34 +11,63 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from recorder import HIDDEN_SIZE, PAD_ID, log_prob_of
-from tensordict import TensorDictBase, lazy_stack
+from tensordict import TensorDict, TensorDictBase, lazy_stack
 from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, LogProbs, Masks, Text, Tokens
 
-from torchrl_sglang_hidden.assemble import HiddenStates, OutputKeys, Row, assemble
-from torchrl_sglang_hidden.specs import SEGMENTS, Completion, HiddenSpec, Pooled, rows_expected
+from torchrl_sglang_hidden import LastTokens
+from torchrl_sglang_hidden.assemble import (
+    HiddenStates,
+    OutputKeys,
+    Row,
+    TokenHiddenStates,
+    assemble,
+    assemble_scores,
+)
+from torchrl_sglang_hidden.specs import SEGMENTS, Completion, HiddenSpec, Pooled, Segment, TokenRows, rows_expected
 
 ALL = HiddenSpec(SEGMENTS)
 NAMES: dict[str, Any] = {
     "text": "text", "tokens": "tokens", "masks": "masks", "log_probs": "log_probs", "history": "history",
-    "hidden_states": "hidden_states", "weight_version": "weight_version", "finish_reason": "finish_reason",
-    "mixed_weights": "mixed_weights",
+    "hidden_states": "hidden_states", "token_hidden_states": "token_hidden_states", "weight_version": "weight_version",
+    "finish_reason": "finish_reason", "mixed_weights": "mixed_weights",
 }  # fmt: skip
+
+EVERYTHING = HiddenSpec(SEGMENTS, layers=(0, -1), tokens=True, spans={"tail": LastTokens(1), "head": LastTokens(2)})
+WRITTEN = set(NAMES) - {"history"}
+
+
+def shape_of(spec: HiddenSpec) -> tuple[int, ...]:
+    return (len(spec.layers), HIDDEN_SIZE) if isinstance(spec.layers, tuple) else (HIDDEN_SIZE,)
+
+
+def row_at(prompt_ids: list[int], position: int, spec: HiddenSpec) -> torch.Tensor:
+    """The state of one position; every number of it tells the prompt, the position and the layer."""
+    return torch.arange(math.prod(shape_of(spec))).reshape(shape_of(spec)) / 8 + 100.0 * sum(prompt_ids) + position
 
 
 def completion(prompt_ids: list[int], response_ids: list[int], spec: HiddenSpec | None = ALL) -> Completion:
-    hidden = {}
-    for index, segment in enumerate(spec.segments if spec is not None else ()):
-        count = rows_expected(segment, len(prompt_ids), len(response_ids))
-        hidden[segment] = Pooled(torch.full((HIDDEN_SIZE,), sum(prompt_ids) + index / 4), count)
+    hidden: dict[Segment, Pooled] = {}
+    spans, token_rows = {}, None
+    if spec is not None:
+        for index, segment in enumerate(spec.segments if spec.pooling is not None else ()):
+            count = rows_expected(segment, len(prompt_ids), len(response_ids))
+            hidden[segment] = Pooled(torch.full(shape_of(spec), sum(prompt_ids) + index / 4), count)
+        spans = {name: Pooled(torch.full(shape_of(spec), 9.5), place + 1) for place, name in enumerate(spec.spans)}
+        if spec.tokens:
+            first = 0 if spec.segments != ("response",) else len(prompt_ids) - 1
+            stop = len(prompt_ids) + (0 if spec.segments == ("prompt",) else len(response_ids) - 1)
+            token_rows = TokenRows(first, torch.stack([row_at(prompt_ids, p, spec) for p in range(first, stop)]))
     return Completion(
         prompt_ids=tuple(prompt_ids),
         response_ids=tuple(response_ids),
         text=f"answer {response_ids}",
         log_probs_T=torch.tensor([log_prob_of(i) for i in response_ids]),
         hidden=hidden,
-        finish_reason="stop" if response_ids[-1] == PAD_ID else "length",
+        finish_reason="stop" if response_ids[-1:] == [PAD_ID] else "length",
         weight_version=f"v{len(prompt_ids)}",
+        spans=spans,
+        token_rows=token_rows,
     )
 
 
@@ -48,14 +78,20 @@ def assembled(
     padded: bool = False,
     spec: HiddenSpec | None = ALL,
     device: torch.device | None = None,
+    wants_states: list[bool | None] | None = None,
     **keys: Any,
 ) -> TensorDictBase:
+    wants = wants_states or [None] * len(pairs)
     return assemble(
-        [Row(tuple(prompt), f"prompt {prompt}") for prompt, _ in pairs],
+        [
+            Row(tuple(prompt), f"prompt {prompt}", wants_states=wanted)
+            for (prompt, _), wanted in zip(pairs, wants, strict=True)
+        ],
         [completion(prompt, response, spec) for prompt, response in pairs],
         batch_size=torch.Size((len(pairs),) if shape is None else shape),
         keys=OutputKeys(**{**NAMES, **keys}),
         hidden=spec,
+        hidden_size=HIDDEN_SIZE,
         pad_id=PAD_ID if padded else None,
         device=device,
     )
@@ -195,14 +231,14 @@ def test_tensors_go_to_the_device() -> None:
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "history"])
 def test_a_key_set_to_none_is_left_out(name: str) -> None:
-    out = assembled(RAGGED, **{name: None})
-    assert set(out.keys()) == set(NAMES) - {name, "history"}
+    out = assembled(RAGGED, spec=EVERYTHING, **{name: None})
+    assert set(out.keys()) == WRITTEN - {name}
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "history"])
 def test_keys_may_be_others_and_nested(name: str) -> None:
-    out = assembled(RAGGED, **{name: ("deep", "er", name)})
-    assert set(out.keys()) == {"deep", *NAMES} - {name, "history"}
+    out = assembled(RAGGED, spec=EVERYTHING, **{name: ("deep", "er", name)})
+    assert set(out.keys()) == {"deep", *WRITTEN} - {name}
     assert set(out["deep", "er"].keys()) == {name}
 
 
@@ -214,10 +250,11 @@ def test_no_log_probs_no_key() -> None:
         batch_size=torch.Size((1,)),
         keys=OutputKeys(**NAMES),
         hidden=None,
+        hidden_size=HIDDEN_SIZE,
         pad_id=None,
         device=None,
     )
-    assert set(out.keys()) == set(NAMES) - {"history", "log_probs", "hidden_states"}
+    assert set(out.keys()) == WRITTEN - {"log_probs", "hidden_states", "token_hidden_states"}
 
 
 def test_a_chat_grows_by_the_response() -> None:
@@ -229,6 +266,7 @@ def test_a_chat_grows_by_the_response() -> None:
         batch_size=torch.Size(()),
         keys=OutputKeys(**NAMES),
         hidden=ALL,
+        hidden_size=HIDDEN_SIZE,
         pad_id=None,
         device=None,
     )["history"]
@@ -237,3 +275,197 @@ def test_a_chat_grows_by_the_response() -> None:
     assert (out.response.shape, out.response.role, out.response.content) == ((1,), ["assistant"], ["answer [6]"])
     assert (out.full.role, out.full.content) == (["system", "user", "assistant"], ["be brief", "hi", "answer [6]"])
     assert history.shape == (2,), "the input's history is as it was"
+
+
+# --- spans and layers -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (1, 2)])
+@pytest.mark.parametrize("layers", [-1, (2,), (0, 1, -1)])
+def test_spans_stand_under_their_names(shape: tuple[int, ...], layers: Any) -> None:
+    spec = HiddenSpec(("prompt",), layers=layers, dtype=torch.float64, spans=EVERYTHING.spans)
+    out = assembled(RAGGED[: math.prod(shape)], shape, spec=spec)
+    for place, name in enumerate(("tail", "head")):
+        vectors, counts = out["hidden_states", "spans", name], out["hidden_states", "span_counts", name]
+        assert (vectors.shape, vectors.dtype) == ((*shape, *shape_of(spec)), torch.float64)
+        assert (vectors == 9.5).all()
+        assert (counts.shape, counts.dtype) == (shape, torch.int64)
+        assert (counts == place + 1).all()
+    assert out["hidden_states"].prompt.shape == (*shape, *shape_of(spec))
+    assert out["hidden_states"].spans["tail"].shape == (*shape, *shape_of(spec))
+
+
+def test_spans_alone() -> None:
+    hidden = assembled(RAGGED, spec=HiddenSpec((), spans=EVERYTHING.spans))["hidden_states"]
+    assert (hidden.prompt, hidden.response, hidden.full, hidden.prompt_count) == (None, None, None, None)
+    assert set(hidden.spans.keys()) == {"tail", "head"}
+    assert assembled(RAGGED)["hidden_states"].spans is None
+
+
+# --- every token's states ---------------------------------------------------------------------------------------------
+
+
+@given(
+    segments=st.lists(st.sampled_from(SEGMENTS), min_size=1, unique=True),
+    padded=st.booleans(),
+    layers=st.sampled_from([-1, (1, -1)]),
+    pairs=st.lists(st.tuples(ids, ids), min_size=1, max_size=4),
+)
+def test_token_states_stand_beside_their_tokens(
+    segments: Any, padded: bool, layers: Any, pairs: list[tuple[list[int], list[int]]]
+) -> None:
+    spec = HiddenSpec(tuple(segments), layers=layers, tokens=True, dtype=torch.float64)
+    out = assembled(pairs, padded=padded, spec=spec)
+    for row, (prompt, response) in zip(flat(out), pairs, strict=True):
+        states, tokens, masks = row["token_hidden_states"], row["tokens"], row["masks"]
+        assert isinstance(states, TokenHiddenStates)
+        num_prompt, num_read = len(prompt), len(prompt) + len(response) - 1
+        positions = {"prompt": (0, num_prompt), "response": (num_prompt - 1, num_read), "full": (0, num_read)}
+        attention = masks.all_attention_mask
+        real = {
+            "prompt": attention[: len(tokens.prompt)],
+            "response": masks.all_assistant_mask[len(tokens.prompt) :],
+            # Of tokens that another one follows.
+            "full": attention[:-1] & attention[1:],
+        }
+        for segment in SEGMENTS:
+            found = getattr(states, segment)
+            if segment not in segments:
+                assert found is None
+                continue
+            assert (found.dtype, found.shape[1:]) == (torch.float64, shape_of(spec))
+            assert len(found) == len(getattr(tokens, segment)) - (segment == "full")
+            expected = torch.stack([row_at(prompt, p, spec) for p in range(*positions[segment])])
+            assert found[real[segment]].equal(expected.double())
+            assert (found[~real[segment]] == 0).all()
+
+
+def test_states_of_tokens_only() -> None:
+    out = assembled(RAGGED, spec=HiddenSpec(("response",), None, tokens=True), hidden_states=None)
+    assert "hidden_states" not in out
+    lengths = [len(rows) for rows in out.get(("token_hidden_states", "response"), as_list=True)]
+    assert lengths == [len(response) for _, response in RAGGED]
+
+
+def test_the_fields_of_tokens_do_not_share_memory() -> None:
+    source = completion([3, 4], [5, 6], EVERYTHING)
+    out = assemble(
+        [Row((3, 4), "")] * 2,
+        [source] * 2,
+        batch_size=torch.Size((2,)),
+        keys=OutputKeys(**NAMES),
+        hidden=EVERYTHING,
+        hidden_size=HIDDEN_SIZE,
+        pad_id=None,
+        device=None,
+    )
+    out[0]["token_hidden_states"].full.zero_()
+    assert source.token_rows is not None
+    for rows in (source.token_rows.rows_ND, out[0]["token_hidden_states"].prompt, out[1]["token_hidden_states"].full):
+        assert (rows != 0).any()
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_everything_stacks_and_goes_to_a_memory_map(padded: bool, tmp_path: Path) -> None:
+    first = assembled(RAGGED, spec=EVERYTHING, padded=padded)
+    second = assembled([([5] * 9, [6] * 7)] * 3, spec=EVERYTHING, padded=padded)
+    both = lazy_stack([first, second])
+    assert both["hidden_states", "spans", "tail"].shape == (2, 3, 2, HIDDEN_SIZE)
+    assert both[1, 0]["token_hidden_states"].prompt.shape == (9, 2, HIDDEN_SIZE)
+    for row in flat(both):
+        kept = row.to_tensordict().memmap(str(tmp_path / str(id(row))))
+        again = TensorDict.load_memmap(str(tmp_path / str(id(row))))
+        for key in (("token_hidden_states", "full"), ("hidden_states", "spans", "head"), ("hidden_states", "prompt")):
+            assert again[key].equal(row[key])
+            assert kept[key].equal(row[key])
+    if padded:
+        dense = torch.stack(list(first.unbind(0)))
+        assert dense["token_hidden_states"].full.shape == (3, 6, 2, HIDDEN_SIZE)
+        assert torch.cat([first, first])["hidden_states", "span_counts", "head"].tolist() == [2] * 6
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_rows_that_want_no_states(padded: bool) -> None:
+    wants = [True, False, None]
+    out = assembled(RAGGED, spec=EVERYTHING, padded=padded, wants_states=wants)
+    for row, wanted, (prompt, response) in zip(flat(out), wants, RAGGED, strict=True):
+        states, tokens = row["hidden_states"], row["token_hidden_states"]
+        for segment in SEGMENTS:
+            assert getattr(states, segment).isnan().all() == (wanted is False)
+            assert (getattr(states, f"{segment}_count") == 0) == (wanted is False)
+            assert getattr(states, segment).shape == shape_of(EVERYTHING)
+        for name in EVERYTHING.spans:
+            assert states.spans[name].isnan().all() == (wanted is False)
+            assert (states.span_counts[name] == 0) == (wanted is False)
+        if wanted is False:
+            assert tokens.full.shape[1:] == shape_of(EVERYTHING)
+            assert len(tokens.full) == (3 + 4 - 1 if padded else 0)
+            assert tokens.full.isnan().all()
+        else:
+            assert tokens.full.isfinite().all()
+            assert len(tokens.prompt) == (3 if padded else len(prompt))
+            assert len(tokens.response) == (4 if padded else len(response))
+    none = assembled(RAGGED, spec=EVERYTHING, padded=padded, wants_states=[False] * 3)
+    assert none["hidden_states"].response.shape == (3, *shape_of(EVERYTHING))
+
+
+# --- prompts that were only read --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_no_response_is_no_tokens(padded: bool) -> None:
+    spec = HiddenSpec(("prompt",), tokens=True)
+    history = History.from_chats([[{"role": "user", "content": "hi"}]])[0]
+    out = assemble(
+        [Row((3, 4), "w", history), Row((5,), "w", history)],
+        [completion(ids, [], spec) for ids in ([3, 4], [5])],
+        batch_size=torch.Size((2,)),
+        keys=OutputKeys(**NAMES),
+        hidden=spec,
+        hidden_size=HIDDEN_SIZE,
+        pad_id=PAD_ID if padded else None,
+        device=None,
+    )
+    for row, prompt in zip(flat(out), ([3, 4], [5]), strict=True):
+        left = 2 - len(prompt) if padded else 0
+        assert row["tokens"].response.shape == row["log_probs"].response.shape == (0,)
+        assert row["tokens"].response.dtype == torch.int64
+        assert row["tokens"].full.tolist() == row["tokens"].prompt.tolist() == [PAD_ID] * left + prompt
+        assert not row["masks"].all_assistant_mask.any()
+        assert row["masks"].all_attention_mask.tolist() == [False] * left + [True] * len(prompt)
+        assert row["log_probs"].full.isnan().tolist() == [True] * (left + len(prompt))
+        assert row["token_hidden_states"].prompt.shape == (left + len(prompt), HIDDEN_SIZE)
+
+
+# --- scored sequences -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_a_scored_sequence_has_a_state_for_every_token(padded: bool) -> None:
+    spec = HiddenSpec(("prompt",), layers=(0, -1), tokens=True, spans={"tail": LastTokens(1, "prompt")})
+    placements = [(False, True, True, False), (True, True, True, True)]
+    sequences = [[3, 4], [5, 6, 7, 8]]
+    out = assemble_scores(
+        [Row(tuple(ids), "", placement=place) for ids, place in zip(sequences, placements, strict=True)],
+        [completion(ids, [9], spec) for ids in sequences],
+        batch_size=torch.Size((2,)),
+        keys=OutputKeys(**{**NAMES, "finish_reason": None, "mixed_weights": None}),
+        hidden=spec,
+        hidden_size=HIDDEN_SIZE,
+        pad_id=PAD_ID if padded else None,
+        device=None,
+    )
+    for row, sequence, placement in zip(flat(out), sequences, placements, strict=True):
+        states = row["token_hidden_states"]
+        assert (states.prompt, states.response) == (None, None)
+        expected = torch.stack([row_at(sequence, position, spec) for position in range(len(sequence))])
+        if padded:
+            real = torch.tensor(placement)
+            assert (states.full[~real] == 0).all()
+            assert states.full[real].equal(expected)
+        else:
+            assert states.full.equal(expected)
+        hidden = row["hidden_states"]
+        assert (hidden.full.shape, hidden.full_count) == ((2, HIDDEN_SIZE), len(sequence))
+        assert hidden.spans["tail"].shape == (2, HIDDEN_SIZE)
+        assert hidden.prompt is None

@@ -1,7 +1,8 @@
 """Capture inside the scheduler, step by step, with batches and requests of SGLang's shape.
 
 `Scheduler` here drives what SGLang drives: it plans, "runs" the model, copies, commits and consumes, in that order. The
-states of each request are those of tests/recorder.py, so a pool that got a wrong row has a wrong value.
+states are those of tests/recorder.py, so a pool that got a wrong row has a wrong value. `World` adds a prefix cache,
+and goes through the plugin's hooks as SGLang does.
 """
 
 from __future__ import annotations
@@ -9,36 +10,75 @@ from __future__ import annotations
 import gc
 import weakref
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from recorder import ALL_SEGMENTS, HIDDEN_SIZE, pooled_D, state_D
+from plain import DTYPES, SUBSETS, Case, assert_pools, decode, wanted_of
+from recorder import HIDDEN_SIZE, of_layer
+from test_channel import GARBAGE, anything, custom_of, span_of
 
+from torchrl_sglang_hidden import channel
 from torchrl_sglang_hidden.channel import CHANNEL, pack_options, unpack_answer
-from torchrl_sglang_hidden.server.capture import Capture, HostRows
-from torchrl_sglang_hidden.specs import POOLINGS, SEGMENTS, HiddenSpec, Pooling, rows_expected
+from torchrl_sglang_hidden.errors import SpanError
+from torchrl_sglang_hidden.pooling import BLOCK, Wanted
+from torchrl_sglang_hidden.server import plugin
+from torchrl_sglang_hidden.server.capture import Capture, HostRows, _Tokens
+from torchrl_sglang_hidden.shared import MIN_BYTES, SharedFiles, fetch
+from torchrl_sglang_hidden.spans import Between, LastTokens, PromptSpan
+from torchrl_sglang_hidden.specs import POOLINGS, SEGMENTS
 
 POISON = 1e4  # the value of rows that belong to nobody
+LAYERS = (-1, 0, 1, 2)
+TOKENIZER = SimpleNamespace(
+    decode=lambda ids, *, skip_special_tokens, clean_up_tokenization_spaces: (
+        decode(ids) if not (skip_special_tokens or clean_up_tokenization_spaces) else "?"
+    )
+)
+
+
+def states_of(ids: list[int], layers: tuple[int, ...] = LAYERS) -> torch.Tensor:
+    """`recorder.state_D` of every position, ``[N, K, D]``: of the tokens up to there."""
+    ids_N = torch.tensor(ids)
+    before_N = torch.cat([torch.zeros(1, dtype=torch.int64), ids_N[:-1]])
+    angles_ND = torch.arange(1, HIDDEN_SIZE + 1) * (1.0 + ids_N)[:, None]
+    last_ND = torch.sin(angles_ND + (0.37 * before_N + torch.arange(len(ids)))[:, None])
+    return torch.stack([of_layer(last_ND, layer) for layer in layers], 1)
+
+
+def capturing() -> Capture:
+    """A server that was started for all layers."""
+    capture = Capture()
+    capture.taps.layers = LAYERS[1:]
+    return capture
 
 
 class Req:
     """A request as the scheduler holds it."""
 
-    def __init__(self, prompt_ids: list[int], spec: HiddenSpec | None = None, custom: Any = None) -> None:
-        if spec is not None:
-            custom = {CHANNEL: pack_options(spec, binary=True)}
+    def __init__(self, prompt_ids: list[int], wanted: Wanted | None = None, custom: Any = None, way: Any = "binary"):
+        self.wanted = wanted
+        if wanted is not None:
+            custom = {CHANNEL: pack_options(wanted, way)}
         self.origin_input_ids = prompt_ids
         self.output_ids: list[int] = []
         self.sampling_params = SimpleNamespace(custom_params=custom)
+        self.extra_key: str | None = None
+        self.tokenizer = TOKENIZER
         self.is_finished = False
+        self.prefix_len = self.host_hit_length = 0
 
     @property
     def ids(self) -> list[int]:
         return self.origin_input_ids + self.output_ids
+
+    @property
+    def output_ids_through_stop(self) -> list[int]:
+        return self.output_ids
 
     def finished(self) -> bool:
         return self.is_finished
@@ -54,10 +94,19 @@ class Step:
     commits: list[bool]
     padding: int = 0
 
+    def batch(self) -> Any:
+        extends = self.mode != "DECODE"
+        return SimpleNamespace(
+            forward_mode=SimpleNamespace(name=self.mode),
+            reqs=list(self.reqs),
+            extend_lens=[stop - start for start, stop in self.spans] if extends else None,
+            prefix_lens=[start for start, _ in self.spans] if extends else None,
+        )
+
 
 @dataclass
 class Scheduler:
-    capture: Capture = field(default_factory=Capture)
+    capture: Capture = field(default_factory=capturing)
     dtype: torch.dtype = torch.float32
     waiting: list[tuple[HostRows | None, Any, list[Any]]] = field(default_factory=list)
 
@@ -66,29 +115,23 @@ class Scheduler:
         self.commit()
 
     def launch(self, step: Step) -> None:
-        """Forward pass and copy. The device's buffer is overwritten at once, as a CUDA graph's is."""
-        batch = SimpleNamespace(
-            forward_mode=SimpleNamespace(name=step.mode),
-            reqs=list(step.reqs),
-            extend_lens=[stop - start for start, stop in step.spans] if step.mode != "DECODE" else None,
-            prefix_lens=[start for start, _ in step.spans] if step.mode != "DECODE" else None,
-        )
+        """Forward pass and copy. The device's buffers are overwritten at once, as a CUDA graph's are."""
+        batch = step.batch()
         plan = self.capture.plan_step(batch)
-        rows = [
-            state_D([*req.ids, 0], position)
-            for req, (start, stop) in zip(step.reqs, step.spans, strict=True)
-            for position in range(start, stop)
-        ]
-        rows += [torch.full((HIDDEN_SIZE,), POISON)] * step.padding
-        hidden_ND = torch.stack(rows).to(self.dtype)
-        device = plan.gather(hidden_ND) if plan is not None else None
-        hidden_ND.fill_(POISON)
+        parts = [states_of([*req.ids, 0])[start:stop] for req, (start, stop) in zip(step.reqs, step.spans, strict=True)]
+        parts.append(torch.full((step.padding, len(LAYERS), HIDDEN_SIZE), POISON))
+        states = {
+            layer: rows.to(self.dtype).clone() for layer, rows in zip(LAYERS, torch.cat(parts).unbind(1), strict=True)
+        }
+        device = plan.gather(states) if plan is not None else None
+        for state_ND in states.values():
+            state_ND.fill_(POISON)
         host = device.copy_to_host(torch.clone) if device is not None else None
         commits: list[Any] = []
         for req, commits_one in zip(step.reqs, step.commits, strict=True):
             commits.append(SimpleNamespace(output_index=len(req.output_ids)) if commits_one else None)
             if commits_one:
-                req.output_ids.append(7 + 3 * len(req.ids))
+                req.output_ids.append((len(req.ids) + req.ids[-1]) % 3)
         self.waiting.append((host, batch, commits))
 
     def commit(self) -> None:
@@ -100,102 +143,87 @@ class Scheduler:
         self.run(Step(mode, list(reqs), [(0, len(req.ids)) for req in reqs], [True] * len(reqs)))
 
     def decode(self, *reqs: Req, commits: list[bool] | None = None, padding: int = 0) -> None:
-        spans = [(len(req.ids) - 1, len(req.ids)) for req in reqs]
-        self.run(Step("DECODE", list(reqs), spans, commits or [True] * len(reqs), padding))
+        self.run(Step("DECODE", list(reqs), [last(req) for req in reqs], commits or [True] * len(reqs), padding))
 
     def finish(self, req: Req) -> list[dict[str, Any]]:
         req.is_finished = True
         return self.capture.answer(req)
 
+    def assert_right(self, req: Req) -> None:
+        """Finishes the request, and holds its answer against plain torch."""
+        wanted = req.wanted
+        assert wanted is not None
+        case = Case(
+            wanted,
+            len(req.origin_input_ids),
+            tuple(req.output_ids),
+            states_of(req.ids[:-1], wanted.layers).to(self.dtype),
+        )
+        answer = self.finish(req)
+        missing = [name for name in wanted.spans if case.rows(name) is None]
+        if missing:
+            with pytest.raises(SpanError, match=rf"row 0, span '{missing[0]}'"):
+                unpack_answer(answer, "row 0", HIDDEN_SIZE)
+        else:
+            assert_pools(case, unpack_answer(answer, "row 0", HIDDEN_SIZE))
 
-def assert_pooled(answer: Any, req: Req, pooling: Pooling = "mean", segments: Any = ALL_SEGMENTS) -> None:
-    found = unpack_answer(answer, "row 0")
-    assert tuple(found) == tuple(segments)
-    num_prompt, num_response = len(req.origin_input_ids), len(req.output_ids)
-    hidden_ND = torch.stack([state_D(req.ids, position) for position in range(num_prompt + num_response - 1)])
-    for segment, (vector_D, count) in found.items():
-        assert count == rows_expected(segment, num_prompt, num_response), segment
-        expected_D = pooled_D(hidden_ND, segment, pooling, num_prompt)
-        torch.testing.assert_close(vector_D.double(), expected_D, rtol=1e-5, atol=1e-5)
+
+def last(req: Req) -> tuple[int, int]:
+    return len(req.ids) - 1, len(req.ids)
 
 
-def asking(*prompt_ids: int, pooling: Pooling = "mean", segments: Any = ALL_SEGMENTS) -> Req:
-    return Req(list(prompt_ids), HiddenSpec(segments, pooling))
+def asking(*prompt_ids: int, pooling: Any = "mean", segments: Any = SEGMENTS, **more: Any) -> Req:
+    return Req(list(prompt_ids), Wanted(segments, pooling, **more))
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
-def test_prefill_and_decode(pooling: Pooling) -> None:
-    scheduler, req = Scheduler(), asking(9, 8, 7, pooling=pooling)
+def counts(answer: Any) -> dict[str, int]:
+    found = unpack_answer(answer, "row 0", HIDDEN_SIZE)
+    return {segment: count for segment, (_, count) in found.segments.items()}
+
+
+# --- one request ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("segments", SUBSETS, ids="+".join)
+@pytest.mark.parametrize("pooling", [*POOLINGS, None])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_prefill_and_decode(segments: Any, pooling: Any, dtype: torch.dtype) -> None:
+    """Half rows are pooled in float32, and travel as they are."""
+    tokens = pooling is None
+    scheduler, req = Scheduler(dtype=dtype), asking(9, 8, 7, segments=segments, pooling=pooling, tokens=tokens)
     scheduler.prefill(req)
     for _ in range(3):
         scheduler.decode(req)
-    assert_pooled(scheduler.finish(req), req, pooling)
-
-
-@pytest.mark.parametrize("segment", SEGMENTS)
-@pytest.mark.parametrize("pooling", POOLINGS)
-def test_one_segment_alone(segment: Any, pooling: Pooling) -> None:
-    scheduler, req = Scheduler(), asking(9, 8, 7, pooling=pooling, segments=(segment,))
-    scheduler.prefill(req)
-    scheduler.decode(req)
-    assert_pooled(scheduler.finish(req), req, pooling, (segment,))
+    scheduler.assert_right(req)
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("tokens", [False, True])
 @pytest.mark.parametrize("cuts", [[2, 5], [1, 2, 3, 4, 5], [4, 5]])
-def test_a_prompt_in_chunks(pooling: Pooling, cuts: list[int]) -> None:
-    scheduler, req = Scheduler(), asking(9, 8, 7, 6, 5, pooling=pooling)
+def test_a_prompt_in_chunks(pooling: Any, tokens: bool, cuts: list[int]) -> None:
+    spans = {"p": PromptSpan(((0, 1), (3, 5))), "q": PromptSpan(((1, 3),)), "r": LastTokens(1)}
+    scheduler, req = Scheduler(), asking(9, 8, 7, 6, 5, pooling=pooling, tokens=tokens, layers=(0, -1), spans=spans)
     for start, stop in zip([0, *cuts], cuts, strict=False):
         scheduler.run(Step("EXTEND", [req], [(start, stop)], [stop == 5]))
     scheduler.decode(req)
-    assert_pooled(scheduler.finish(req), req, pooling)
+    scheduler.assert_right(req)
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
-def test_a_mixed_step_of_prefill_and_decode(pooling: Pooling) -> None:
+def test_the_markers_are_looked_for_with_special_tokens() -> None:
     scheduler = Scheduler()
-    early, late, quiet = asking(9, 8, pooling=pooling), asking(5, 4, 3, pooling=pooling), Req([2, 2])
-    scheduler.prefill(early)
-    scheduler.run(
-        Step("MIXED", [quiet, late, early], [(0, 2), (0, 3), (len(early.ids) - 1, len(early.ids))], [True] * 3)
-    )
-    scheduler.decode(late, quiet, early, padding=5)
-    for req in (early, late):
-        assert_pooled(scheduler.finish(req), req, pooling)
-
-
-def test_neighbours_that_did_not_ask() -> None:
-    scheduler = Scheduler()
-    quiet, req, also_quiet = Req([4, 4, 4]), asking(9, 8, 7), Req([1])
-    scheduler.prefill(quiet, req, also_quiet)
-    scheduler.decode(quiet, also_quiet, req)
-    scheduler.decode(req, quiet)
-    assert_pooled(scheduler.finish(req), req)
-    assert scheduler.finish(quiet) == scheduler.finish(also_quiet) == []
-    assert len(scheduler.capture.pools) == 0
+    found, unknown = (asking(9, 8, 7, segments=(), spans={"b": Between("|", None)}) for _ in range(2))
+    unknown.tokenizer = None
+    scheduler.prefill(found, unknown)
+    for _ in range(3):
+        scheduler.decode(found, unknown)
+    assert decode(found.output_ids) == "b|bb"
+    scheduler.assert_right(found)
+    with pytest.raises(SpanError, match="no tokenizer"):
+        unpack_answer(scheduler.finish(unknown), "row 0", HIDDEN_SIZE)
 
 
 def test_nobody_asked_nothing_is_planned() -> None:
-    capture = Capture()
-    batch = SimpleNamespace(
-        forward_mode=SimpleNamespace(name="EXTEND"), reqs=[Req([1, 2])], extend_lens=[2], prefix_lens=[0]
-    )
-    assert capture.plan_step(batch) is None
-    assert not capture.needs_uncached_prompt(batch.reqs[0])
-
-
-def test_an_overshoot_step_commits_nothing() -> None:
-    """With overlap scheduling the step after a request's last token is launched before that token is known."""
-    scheduler, req, other = Scheduler(), asking(9, 8, 7), asking(3, 2)
-    scheduler.prefill(req, other)
-    scheduler.launch(Step("DECODE", [req, other], [(3, 4), (2, 3)], [True, True]))
-    scheduler.launch(Step("DECODE", [req, other], [(4, 5), (3, 4)], [False, True]))
-    scheduler.commit()
-    answer = scheduler.finish(req)
-    assert_pooled(answer, req)
-    scheduler.commit()
-    assert req not in scheduler.capture.pools
-    assert_pooled(scheduler.finish(other), other)
+    assert capturing().plan_step(Step("EXTEND", [Req([1, 2])], [(0, 2)], [True]).batch()) is None
 
 
 def test_a_finished_request_opens_no_pools_again() -> None:
@@ -203,7 +231,7 @@ def test_a_finished_request_opens_no_pools_again() -> None:
     scheduler.prefill(req)
     scheduler.finish(req)
     scheduler.decode(req, commits=[False])
-    assert len(scheduler.capture.pools) == 0
+    assert len(scheduler.capture.opened) == 0
     assert scheduler.capture.answer(req) == []
 
 
@@ -212,46 +240,39 @@ def test_a_request_that_is_not_finished_has_no_answer_yet() -> None:
     scheduler.prefill(req)
     assert scheduler.capture.answer(req) == []
     scheduler.decode(req)
-    assert_pooled(scheduler.finish(req), req)
+    scheduler.assert_right(req)
+
+
+def test_a_request_that_was_aborted_before_its_first_token() -> None:
+    """In the middle of its prompt. The answer is short, and nothing is raised."""
+    scheduler, req = Scheduler(), asking(9, 8, 7, tokens=True, spans={"r": LastTokens(1, allow_fewer=True)})
+    scheduler.run(Step("EXTEND", [req], [(0, 2)], [False]))
+    assert counts(scheduler.finish(req)) == {"prompt": 2, "response": 0, "full": 2}
+
+
+def test_pools_end_with_a_request_that_is_dropped() -> None:
+    """An abort tells nobody: SGLang just drops the request."""
+    scheduler, req = Scheduler(), asking(9, 8)
+    scheduler.prefill(req)
+    assert len(scheduler.capture.opened) == 1
+    pools = weakref.ref(req)
+    del req
+    gc.collect()
+    assert pools() is None
+    assert len(scheduler.capture.opened) == 0
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("tokens", [False, True])
 @pytest.mark.parametrize("cuts", [[6], [2, 6], [3, 4, 6], [4, 5, 6]])
-def test_a_retraction_repeats_prompt_and_tokens(pooling: Pooling, cuts: list[int]) -> None:
-    scheduler, req = Scheduler(), asking(9, 8, 7, 6, pooling=pooling)
+def test_a_retraction_repeats_prompt_and_tokens(pooling: Any, tokens: bool, cuts: list[int]) -> None:
+    scheduler, req = Scheduler(), asking(9, 8, 7, 6, pooling=pooling, tokens=tokens)
     scheduler.prefill(req)
     scheduler.decode(req)
     for start, stop in zip([0, *cuts], cuts, strict=False):
         scheduler.run(Step("EXTEND", [req], [(start, stop)], [stop == 6]))
     scheduler.decode(req)
-    assert_pooled(scheduler.finish(req), req, pooling)
-
-
-@pytest.mark.parametrize("pooling", POOLINGS)
-def test_a_retraction_with_a_prefix_hit(pooling: Pooling) -> None:
-    scheduler, req = Scheduler(), asking(9, 8, 7, 6, pooling=pooling)
-    scheduler.prefill(req)
-    scheduler.decode(req)
-    assert not scheduler.capture.needs_uncached_prompt(req)
-    scheduler.run(Step("EXTEND", [req], [(5, 6)], [True]))
-    assert_pooled(scheduler.finish(req), req, pooling)
-
-
-@pytest.mark.parametrize("pooling", POOLINGS)
-def test_a_retraction_in_the_middle_of_the_prompt(pooling: Pooling) -> None:
-    scheduler, req = Scheduler(), asking(9, 8, 7, 6, pooling=pooling)
-    scheduler.run(Step("EXTEND", [req], [(0, 3)], [False]))
-    assert scheduler.capture.needs_uncached_prompt(req) is (pooling == "mean")
-    scheduler.prefill(req)
-    scheduler.decode(req)
-    assert_pooled(scheduler.finish(req), req, pooling)
-
-
-def test_a_prefix_hit_leaves_the_count_short() -> None:
-    scheduler, req = Scheduler(), asking(9, 8, 7, 6)
-    scheduler.run(Step("EXTEND", [req], [(2, 4)], [True]))
-    found = unpack_answer(scheduler.finish(req), "row 0")
-    assert {segment: count for segment, (_, count) in found.items()} == {"prompt": 0, "response": 1, "full": 0}
+    scheduler.assert_right(req)
 
 
 @pytest.mark.parametrize("mode", ["TARGET_VERIFY", "DRAFT_EXTEND", "IDLE", "SPLIT_PREFILL", "PREBUILT", "DLLM_EXTEND"])
@@ -261,66 +282,87 @@ def test_other_forward_modes_are_not_read(mode: str) -> None:
     scheduler.prefill(req)
     scheduler.run(Step(mode, [req], [(3, 4)], [True]))
     scheduler.decode(req)
-    assert unpack_answer(scheduler.finish(req), "row 0")["response"][1] == 1
+    assert counts(scheduler.finish(req))["response"] == 1
 
 
-@pytest.mark.parametrize("states", [None, torch.zeros(2, HIDDEN_SIZE), torch.zeros(3), torch.zeros(1, 3, HIDDEN_SIZE)])
-def test_states_of_another_shape_are_left_out(states: Any) -> None:
-    capture, req = Capture(), asking(9, 8, 7)
-    batch = SimpleNamespace(forward_mode=SimpleNamespace(name="EXTEND"), reqs=[req], extend_lens=[3], prefix_lens=[0])
-    assert capture.plan_step(batch).gather(states) is None
+@pytest.mark.parametrize("spoiled", [None, torch.zeros(2, HIDDEN_SIZE), torch.zeros(3), torch.zeros(1, 3, HIDDEN_SIZE)])
+def test_states_of_another_shape_are_left_out(spoiled: Any) -> None:
+    """Of any of the layers, or not there at all."""
+    capture, req = capturing(), asking(9, 8, 7, layers=(0, -1))
+    plan = capture.plan_step(Step("EXTEND", [req], [(0, 3)], [True]).batch())
+    assert plan.layers == {0, -1}
+    good = torch.zeros(3, HIDDEN_SIZE)
+    assert plan.gather({0: good, -1: good}) is not None
+    assert plan.gather({0: spoiled, -1: good}) is None
+    assert plan.gather({0: good, -1: spoiled}) is None
+    assert plan.gather({-1: good}) is None
     req.is_finished = True
-    assert unpack_answer(capture.answer(req), "row 0") == dict.fromkeys(ALL_SEGMENTS, (None, 0))
+    assert counts(capture.answer(req)) == dict.fromkeys(SEGMENTS, 0)
 
 
-GOOD = pack_options(HiddenSpec(), binary=False)
-GARBAGE = [
-    None, {}, [], "text", 7, {CHANNEL: None}, {CHANNEL: []}, {CHANNEL: "response"}, {CHANNEL: 3.5}, {"other": GOOD},
-    *({CHANNEL: {**GOOD, "protocol": value}} for value in (None, 0, 2, "1", [1], {})),
-    *({CHANNEL: {**GOOD, "segments": value}} for value in (None, "", ",", "answer", "prompt,prompt", 1, ["prompt"])),
-    *({CHANNEL: {**GOOD, "pooling": value}} for value in (None, "max", 1, ["mean"], {})),
-    *({CHANNEL: {name: GOOD[name] for name in GOOD if name != gone}} for gone in ("protocol", "segments", "pooling")),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("custom", GARBAGE, ids=lambda custom: repr(custom)[:80])
-def test_what_is_not_understood_is_not_answered(custom: Any) -> None:
-    scheduler, req, good = Scheduler(), Req([5, 6], custom=custom), asking(9, 8)
-    scheduler.prefill(req, good)
-    scheduler.decode(req, good)
-    assert not scheduler.capture.needs_uncached_prompt(req)
-    assert scheduler.finish(req) == []
-    assert_pooled(scheduler.finish(good), good)
-
-
-anything = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just(CHANNEL),
-    lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from([*GOOD, CHANNEL]) | st.text(), inner),
-)
-
-
-@given(
-    custom=anything
-    | st.fixed_dictionaries({CHANNEL: st.fixed_dictionaries({}, optional=dict.fromkeys(GOOD, anything))})
-)
-def test_no_options_end_the_scheduler(custom: Any) -> None:
-    scheduler, req = Scheduler(), Req([5, 6], custom=custom)
-    scheduler.prefill(req)
-    scheduler.decode(req)
-    scheduler.finish(req)
-    assert len(scheduler.capture.pools) == 0
-
-
-def test_pools_end_with_an_aborted_request() -> None:
-    """An abort tells nobody: SGLang just drops the request."""
+def test_states_before_the_norm_are_not_taken() -> None:
     scheduler, req = Scheduler(), asking(9, 8)
+    scheduler.capture.normed = False
     scheduler.prefill(req)
-    assert len(scheduler.capture.pools) == 1
-    pools = weakref.ref(req)
-    del req
-    gc.collect()
-    assert pools() is None
-    assert len(scheduler.capture.pools) == 0
+    assert scheduler.finish(req) == []
+
+
+# --- several ----------------------------------------------------------------------------------------------------------
+
+
+def crowd() -> list[Req]:
+    """Requests that want different things of different layers, and some that want nothing."""
+    mask = PromptSpan(((0, 1), (2, 3)))
+    return [
+        Req([4, 4, 4]),
+        asking(9, 8, 7),
+        asking(5, 4, 3, 2, layers=(2, 0), tokens=True, spans={"m": mask, "r": LastTokens(2, allow_fewer=True)}),
+        asking(3, 2, 1, pooling="last", layers=(0,), spans={"m": mask}),
+        Req([1]),
+        asking(6, pooling=None, tokens=True, layers=(-1, 2, 1), row_dtype=torch.bfloat16),
+        asking(6, 6, pooling=None, tokens=True, segments=("response",), layers=(1,)),
+        asking(7, 6, segments=("response",), layers=(0, -1)),
+    ]
+
+
+@pytest.mark.parametrize("mode", ["EXTEND", "MIXED"])
+@pytest.mark.parametrize("order", [1, -1])
+def test_everybody_gets_their_own(mode: str, order: int) -> None:
+    scheduler, reqs = Scheduler(), crowd()[::order]
+    scheduler.prefill(*reqs, mode=mode)
+    for shift in (0, 3, 5):
+        scheduler.decode(*reqs[shift:], *reqs[:shift], padding=shift)
+    for req in reqs:
+        if req.wanted is None:
+            assert scheduler.finish(req) == []
+        else:
+            scheduler.assert_right(req)
+    assert len(scheduler.capture.opened) == 0
+
+
+def test_a_mixed_step_of_prefill_and_decode() -> None:
+    scheduler, early, late = Scheduler(), crowd(), crowd()
+    scheduler.prefill(*early)
+    mixed = [req for pair in zip(late, early, strict=True) for req in pair]
+    spans = [(0, len(req.ids)) if req in late else last(req) for req in mixed]
+    scheduler.run(Step("MIXED", mixed, spans, [True] * len(mixed)))
+    scheduler.decode(*late, *early)
+    for req in mixed:
+        if req.wanted is not None:
+            scheduler.assert_right(req)
+
+
+def test_an_overshoot_step_commits_nothing() -> None:
+    """With overlap scheduling the step after a request's last token is launched before that token is known."""
+    scheduler, req, other = Scheduler(), asking(9, 8, 7, tokens=True), asking(3, 2)
+    scheduler.prefill(req, other)
+    scheduler.launch(Step("DECODE", [req, other], [(3, 4), (2, 3)], [True, True]))
+    scheduler.launch(Step("DECODE", [req, other], [(4, 5), (3, 4)], [False, True]))
+    scheduler.commit()
+    scheduler.assert_right(req)
+    scheduler.commit()
+    assert req not in scheduler.capture.opened
+    scheduler.assert_right(other)
 
 
 def test_rows_of_a_request_that_left_the_batch_are_dropped() -> None:
@@ -333,48 +375,407 @@ def test_rows_of_a_request_that_left_the_batch_are_dropped() -> None:
     scheduler.waiting[0] = (host, batch, commits[1:])
     scheduler.commit()
     for req in (stays, gone):
-        counts = {segment: count for segment, (_, count) in unpack_answer(scheduler.finish(req), "row 0").items()}
-        assert counts == {"prompt": 2, "response": 1, "full": 2}, "a commit of another request is not this one's"
+        found = counts(scheduler.finish(req))
+        assert found == {"prompt": 2, "response": 1, "full": 2}, "a commit of another request is not this one's"
 
 
-def test_only_rows_that_are_pooled_are_copied() -> None:
-    """A middle chunk of a prompt is one row, its sum. The last one has token 0's too; "last" has those two alone."""
-    mean, last = asking(9, 8, 7, 6), asking(9, 8, 7, 6, pooling="last")
-    for start, stop, num_rows in ((0, 2, 1), (2, 4, 1 + 1 + 2)):
-        reqs = [mean] if stop == 2 else [mean, last]
-        batch = SimpleNamespace(
-            forward_mode=SimpleNamespace(name="EXTEND"),
-            reqs=reqs,
-            extend_lens=[stop - start] * len(reqs),
-            prefix_lens=[start] * len(reqs),
-        )
-        rows = Capture().plan_step(batch).gather(torch.zeros(2 * len(reqs), HIDDEN_SIZE)).rows_SD
-        assert rows.shape == (num_rows, HIDDEN_SIZE)
+def test_only_rows_that_are_wanted_are_copied() -> None:
+    """A middle chunk is one row per layer, its sum. The last one has token 0's too; "last" has those two alone."""
+
+    capture = capturing()
+
+    def copied(step: Step) -> tuple[int, int]:
+        rows = capture.plan_step(step.batch()).gather(dict.fromkeys(LAYERS, torch.zeros(8, HIDDEN_SIZE)))
+        assert rows.sums_MD.dtype == torch.float32
+        return len(rows.sums_MD), 0 if rows.rows_ND is None else len(rows.rows_ND)
+
+    def chunk(start: int, stop: int, *reqs: Req) -> Step:
+        return Step("EXTEND", list(reqs), [(start, stop)] * len(reqs), [True] * len(reqs))
+
+    mean, final = asking(9, 8, 7, 6), asking(9, 8, 7, 6, pooling="last")
+    assert copied(chunk(0, 2, mean)) == (1, 0)
+    assert copied(chunk(2, 4, mean, final)) == (2 + 1 + 1 + 1, 0)  # up to the last token, and that; then token 0's
+    assert copied(chunk(0, 4, asking(9, 8, 7, 6, pooling=None, tokens=True, layers=(0, 2)))) == (2, 8)
+    assert copied(chunk(0, 2, asking(9, 8, 7, 6, pooling=None, tokens=True, layers=(0, 2)))) == (0, 4)
+    assert copied(chunk(0, 4, asking(9, 8, 7, 6, segments=("response",), layers=(0, 2, 1)))) == (3, 0)
 
 
 def test_a_decode_step_copies_only_the_rows_of_those_who_asked() -> None:
-    batch = SimpleNamespace(
-        forward_mode=SimpleNamespace(name="DECODE"), reqs=[Req([1]), asking(2, 3), Req([4]), asking(5)]
-    )
-    hidden_ND = torch.arange(4.0)[:, None].expand(4, HIDDEN_SIZE).clone()
-    rows_SD = Capture().plan_step(batch).gather(hidden_ND).rows_SD
-    assert rows_SD[:, 0].tolist() == [1.0, 3.0]
+    reqs = [Req([1]), asking(2, 3), Req([4]), asking(5, layers=(0, -1))]
+    states = {layer: torch.arange(4.0)[:, None].expand(4, HIDDEN_SIZE) + 10 * layer for layer in (-1, 0)}
+    rows = capturing().plan_step(Step("DECODE", reqs, [(1, 2)] * 4, [True] * 4).batch()).gather(states)
+    assert (rows.sums_MD[:, 0].tolist(), rows.rows_ND) == ([-9.0, 3.0, -7.0], None)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_rows_are_pooled_in_float32(dtype: torch.dtype) -> None:
-    scheduler, req = Scheduler(dtype=dtype), asking(9, 8, 7, 6, 5)
-    scheduler.prefill(req)
-    for _ in range(4):
-        scheduler.decode(req)
-    found = unpack_answer(scheduler.finish(req), "row 0")
-    rows_TD = torch.stack([state_D(req.ids, position) for position in range(4, 9)]).to(dtype)
-    expected_D = rows_TD.double().mean(0)
-    torch.testing.assert_close(found["response"][0].double(), expected_D, rtol=1e-6, atol=1e-6)
+def test_a_requests_rows_do_not_keep_the_whole_step() -> None:
+    scheduler = Scheduler()
+    small, big = asking(9, 8, tokens=True), asking(*range(50), tokens=True)
+    scheduler.prefill(small, big)
+    rows_NKD = scheduler.capture.opened[small].pools._prompt_rows[0]
+    assert rows_NKD.untyped_storage().nbytes() == rows_NKD.nbytes == 2 * HIDDEN_SIZE * 4
 
 
-def test_states_before_the_norm_are_not_taken() -> None:
-    scheduler, req = Scheduler(), asking(9, 8)
-    scheduler.capture.normed = False
-    scheduler.prefill(req)
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+def test_many_rows_are_answered_through_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel, "fetch", lambda name: fetch(name, tmp_path))
+    scheduler, wanted = Scheduler(), Wanted(("prompt",), None, tokens=True)
+    scheduler.capture._shared = SharedFiles(tmp_path)
+    reqs = [Req([7] * (MIN_BYTES // (4 * HIDDEN_SIZE)), wanted, way=way) for way in ("shared", "text", "binary")]
+    scheduler.prefill(*reqs)
+    answers = [scheduler.finish(req) for req in reqs]
+    assert ["shared" in answer[0]["rows"] for answer in answers] == [True, False, False]
+    assert type(answers[1][0]["rows"]["data"]) is str
+    assert type(answers[2][0]["rows"]["data"]) is bytes
+    for answer in answers:
+        rows_NKD = unpack_answer(answer, "row 0", HIDDEN_SIZE).rows.rows_NKD
+        assert torch.equal(rows_NKD[:, 0], states_of(reqs[0].origin_input_ids)[:, 0])
+
+
+@pytest.mark.parametrize("custom", GARBAGE, ids=lambda custom: repr(custom)[:80])
+def test_what_is_not_understood_is_not_answered(custom: Any) -> None:
+    scheduler, req, good = Scheduler(), Req([5, 6], custom=custom), asking(9, 8)
+    scheduler.prefill(req, good)
+    scheduler.decode(req, good)
     assert scheduler.finish(req) == []
+    scheduler.assert_right(good)
+
+
+@pytest.mark.parametrize(
+    "custom",
+    [
+        custom_of(segments=[], spans={}),
+        custom_of(segments=[], spans={}, pooling=None),
+        custom_of(spans={"": ["prompt", 0, 1]}, pooling="last"),
+        custom_of(spans={"p": ["prompt", 0, 1], "r": ["last", 1, True]}, pooling=None, tokens=False),
+        span_of("prompt", 0, 10**30),
+        span_of("prompt", 10**30, 10**31),
+        span_of("last", 10**30, True),
+        span_of("between", "a" * 10_000, None, "end"),
+    ],
+    ids=range(8),
+)
+def test_options_that_no_client_sends_harm_nobody(custom: Any) -> None:
+    """They can be understood, and ask for what is not there."""
+    scheduler, req, good = Scheduler(), Req([5, 6, 7], custom=custom), asking(9, 8)
+    scheduler.capture.prefix_limit(scheduler.capture.open(req), 3)
+    scheduler.run(Step("EXTEND", [req, good], [(0, 2), (0, 2)], [False, True]))
+    scheduler.run(Step("MIXED", [req, good], [(2, 3), last(good)], [True, True]))
+    scheduler.decode(req, good)
+    scheduler.finish(req)
+    scheduler.assert_right(good)
+
+
+@pytest.mark.parametrize(("layers", "problem"), [((-1, 99), ""), ((-7,), ""), ((3,), ""), ((0,), "Gemma 9")])
+def test_a_layer_that_this_server_does_not_take_costs_nobody_else_their_rows(
+    layers: tuple[int, ...], problem: str
+) -> None:
+    scheduler, req, good = Scheduler(), asking(5, 6, 7, layers=layers), asking(9, 8)
+    scheduler.capture.taps.problem = problem
+    scheduler.prefill(req, good)
+    scheduler.decode(good, req)
+    assert scheduler.finish(req) == []
+    scheduler.assert_right(good)
+
+
+@settings(max_examples=60)
+@given(
+    custom=anything
+    | st.fixed_dictionaries({}, optional=dict.fromkeys(["layers", "segments", "spans", "pooling"], anything)).map(
+        lambda changes: custom_of(**changes)
+    )
+    | st.lists(anything, max_size=4).flatmap(
+        lambda values: st.sampled_from(["prompt", "last", "between"]).map(lambda kind: span_of(kind, *values))
+    )
+)
+def test_no_options_end_the_scheduler(custom: Any) -> None:
+    scheduler, req = Scheduler(), Req([5, 6], custom=custom)
+    scheduler.prefill(req)
+    scheduler.decode(req)
+    scheduler.finish(req)
+    assert len(scheduler.capture.opened) == 0
+
+
+@given(prompt=st.lists(st.integers(0, 9), min_size=1), response=st.lists(st.integers(0, 9)), data=st.data())
+def test_prompt_and_response_are_read_as_one(prompt: list[int], response: list[int], data: st.DataObject) -> None:
+    req = Req(prompt)
+    req.output_ids = response
+    tokens, ids = _Tokens(req), prompt + response
+    start, stop = (data.draw(st.none() | st.integers(0, len(ids) + 2)) for _ in range(2))
+    assert (len(tokens), tokens[start:stop]) == (len(ids), ids[start:stop])
+    del req
+    gc.collect(0)
+    assert (len(tokens), tokens[0:3]) == (0, []), "and their reader does not keep the request"
+
+
+# --- the prefix cache -------------------------------------------------------------------------------------------------
+
+
+PROMPT = list(range(200))
+
+
+def computed(capture: Capture, *lengths: int, layers: tuple[int, ...] = (-1,), extra_key: str | None = None) -> None:
+    """Requests that left their sums behind: over all of a prompt of this length, and over all but its last token."""
+    scheduler = Scheduler(capture)
+    for length in lengths:
+        req = asking(*PROMPT[:length], segments=("prompt",), layers=layers)
+        req.extra_key = extra_key
+        scheduler.prefill(req)
+        scheduler.assert_right(req)
+
+
+def limit_of(capture: Capture, length: int = 200, extra_key: str | None = None, done: int = 0, **wanted: Any) -> int:
+    req = asking(*PROMPT, **{"segments": ("prompt",), **wanted})
+    req.extra_key = extra_key
+    if done:
+        Scheduler(capture).run(Step("EXTEND", [req], [(0, done)], [False]))
+    return capture.prefix_limit(capture.open(req), length)
+
+
+MASK = {"m": PromptSpan(((100, 110),))}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "without", "with_150"),
+    [
+        ({}, 0, 150),
+        ({"segments": ("full",)}, 0, 150),
+        ({"segments": ("response",)}, 200, 200),
+        ({"segments": ("prompt",), "pooling": "last"}, 199, 199),
+        ({"segments": ("full",), "pooling": "last"}, 200, 200),
+        ({"tokens": True}, 0, 0),
+        ({"segments": ("response",), "tokens": True}, 200, 200),
+        ({"spans": MASK}, 0, BLOCK),
+        ({"segments": (), "spans": MASK}, 100, 100),
+        ({"segments": (), "spans": MASK, "pooling": "last"}, 109, 109),
+        ({"segments": (), "spans": {"r": LastTokens(2)}}, 200, 200),
+        ({"layers": (-1, 0)}, 0, 0),
+        ({"layers": (0,)}, 0, 0),
+        ({"extra_key": "lora"}, 0, 0),
+        ({"length": 149}, 0, 149),
+        ({"length": 148}, 0, 2 * BLOCK),
+        ({"length": 2 * BLOCK - 1}, 0, BLOCK),
+        ({"done": 70}, 70, 150),
+        ({"done": 70, "length": 60}, 60, 60),
+        ({"done": 70, "tokens": True}, 70, 70),
+        ({"done": 70, "segments": (), "spans": MASK}, 100, 100),
+        ({"done": 105, "segments": (), "spans": MASK}, 105, 105),
+        ({"done": 110, "segments": (), "spans": MASK}, 200, 200),
+        ({"done": 160}, 160, 160),
+        ({"done": 200}, 200, 200),
+    ],
+)
+def test_how_far_a_request_may_hit_the_prefix_cache(wanted: Any, without: int, with_150: int) -> None:
+    """Where nothing is kept, and where a prompt of 150 that begins alike was computed."""
+    capture = capturing()
+    assert limit_of(capture, **wanted) == without
+    computed(capture, 150)
+    assert limit_of(capture, **wanted) == with_150
+
+
+def test_a_hit_ends_where_a_page_does() -> None:
+    capture = capturing()
+    computed(capture, 90)
+    capture.page_size = 16
+    assert limit_of(capture) == BLOCK
+    computed(capture, 97)  # all but its last token are six pages
+    assert limit_of(capture) == 96
+
+
+def test_sums_of_other_layers_and_adapters_are_their_own() -> None:
+    capture = capturing()
+    computed(capture, 150, layers=(0, -1))
+    computed(capture, 100, extra_key="lora")
+    assert limit_of(capture) == 0
+    assert limit_of(capture, layers=(0, -1)) == 150
+    assert limit_of(capture, extra_key="lora") == 100
+
+
+@pytest.mark.parametrize("start", [BLOCK, 149, 150])
+def test_a_request_that_hits_a_kept_sum_is_complete(start: int) -> None:
+    capture = capturing()
+    computed(capture, 150)
+    scheduler, req = Scheduler(capture), asking(*PROMPT)
+    assert capture.prefix_limit(capture.open(req), start) == start
+    scheduler.run(Step("EXTEND", [req], [(start, 170)], [False]))
+    scheduler.run(Step("EXTEND", [req], [(170, 200)], [True]))
+    scheduler.decode(req)
+    scheduler.assert_right(req)
+
+
+def test_a_response_is_a_beginning_too() -> None:
+    """Of the prompt of a chat's next turn."""
+    scheduler = Scheduler()
+    first = asking(*PROMPT[:50], segments=("full",))
+    scheduler.prefill(first)
+    for _ in range(BLOCK):
+        scheduler.decode(first)
+    scheduler.assert_right(first)
+    second = asking(*first.ids, 5, 6, segments=("prompt",))
+    assert scheduler.capture.prefix_limit(scheduler.capture.open(second), len(second.ids)) == len(first.ids) - 1
+    assert scheduler.capture.prefix_limit(scheduler.capture.open(second), len(first.ids) - 2) == BLOCK
+    assert scheduler.capture.prefix_limit(scheduler.capture.open(second), len(first.ids) - 1) == len(first.ids) - 1
+    scheduler.run(Step("EXTEND", [second], [(len(first.ids) - 1, len(second.ids))], [True]))
+    scheduler.assert_right(second)
+
+
+@pytest.mark.parametrize("hit", [1, 3])
+def test_a_hit_without_a_sum_leaves_the_count_short(hit: int) -> None:
+    scheduler, req = Scheduler(), asking(9, 8, 7, 6)
+    scheduler.run(Step("EXTEND", [req], [(hit, 4)], [True]))
+    assert counts(scheduler.finish(req)) == {"prompt": 0, "response": 1, "full": 0}
+
+
+def test_a_hit_elsewhere_than_the_sum_that_was_looked_up_leaves_the_count_short() -> None:
+    """A wrong sum would give a wrong mean with the right count."""
+    capture = capturing()
+    computed(capture, 150)
+    scheduler, req = Scheduler(capture), asking(*PROMPT, segments=("prompt",))
+    assert capture.prefix_limit(capture.open(req), 200) == 150
+    scheduler.run(Step("EXTEND", [req], [(130, 200)], [True]))
+    assert counts(scheduler.finish(req)) == {"prompt": 0}
+
+
+def test_after_a_flush_nothing_older_is_used_or_kept() -> None:
+    """The weights may be others: states from before and after do not mix."""
+    capture = capturing()
+    scheduler, old = Scheduler(capture), asking(*PROMPT, segments=("prompt",))
+    scheduler.run(Step("EXTEND", [old], [(0, 10)], [False]))
+    computed(capture, 150)
+    assert capture.sums.bytes > 0
+    capture.forget_sums()
+    assert capture.sums.bytes == 0
+    assert limit_of(capture) == 0
+    scheduler.run(Step("EXTEND", [old], [(10, 100)], [False]))
+    assert capture.sums.bytes == 0, "of one that began before"
+    computed(capture, 150)
+    assert limit_of(capture) == 150
+    assert capture.prefix_limit(capture.open(old), 200) == 100, "one that began before gets none that began after"
+    scheduler.run(Step("EXTEND", [old], [(100, 200)], [True]))
+    before = capture.sums.bytes
+    scheduler.finish(old)
+    assert capture.sums.bytes == before
+
+
+def test_kept_sums_are_handed_on_once() -> None:
+    scheduler, req = Scheduler(), asking(*PROMPT)
+    scheduler.prefill(req)
+    assert scheduler.capture.opened[req].pools.sums == []
+    lengths = {BLOCK, 2 * BLOCK, 3 * BLOCK, 199, 200}
+    assert scheduler.capture.sums.bytes == len(lengths) * HIDDEN_SIZE * 4
+
+
+class World(Scheduler):
+    """A scheduler with a prefix cache, chunks, retractions and evictions, through the plugin's hooks."""
+
+    def __init__(self, data: st.DataObject, page_size: int) -> None:
+        super().__init__()
+        self.data = data
+        self.tree_cache = SimpleNamespace(page_size=page_size, supports_mamba=lambda: False)
+        self.cached: list[tuple[str | None, list[int]]] = []
+        self.queue: list[Req] = []
+        self.chunked: Req | None = None
+        self.running: list[Req] = []
+
+    def match(self, req: Req, tree_cache: Any, cow_mamba: Any) -> None:
+        """SGLang's own `init_next_round_input`, as far as it is about the prefix."""
+        limit = len(req.ids) - 1
+        given = plugin.after_max_prefix_len(limit, req, len(req.ids))
+        limit = limit if given is None else given
+        shared = (
+            next((i for i, (a, b) in enumerate(zip(ids, req.ids, strict=False)) if a != b), min(len(ids), len(req.ids)))
+            for key, ids in self.cached
+            if key == req.extra_key
+        )
+        size = self.tree_cache.page_size
+        req.prefix_len = min(max(shared, default=0), limit) // size * size
+
+    def act(self) -> None:
+        what = self.data.draw(st.sampled_from(["step", "step", "step", "retract", "evict", "flush"]))
+        if what == "step":
+            self.step()
+        elif what == "retract" and (self.running or self.chunked):
+            self.settle()
+            req = self.data.draw(st.sampled_from([*self.running, *([self.chunked] if self.chunked else [])]))
+            self.cached.append((req.extra_key, req.ids[: req.prefix_len]))
+            if req is self.chunked:
+                self.chunked = None
+            else:
+                self.running.remove(req)
+            self.queue.append(req)
+        elif what == "evict" and self.cached:
+            place = self.data.draw(st.integers(0, len(self.cached) - 1))
+            key, ids = self.cached.pop(place)
+            self.cached.append((key, ids[: self.data.draw(st.integers(0, len(ids)))]))
+        elif what == "flush":
+            self.cached.clear()
+            plugin.after_flush_cache(True, self)
+
+    def step(self) -> None:
+        """One chunk, all that decode, or both; its results may wait for the next one."""
+        if self.chunked is None and self.queue:
+            self.settle()
+            self.chunked = self.queue.pop(0)
+            plugin.around_match_prefix(self.match, self.chunked, self.tree_cache)
+        reqs, spans, commits = [], [], []
+        mixed = self.data.draw(st.booleans())
+        if self.chunked is not None:
+            req, end = self.chunked, len(self.chunked.ids)
+            stop = min(req.prefix_len + self.data.draw(st.sampled_from([5, BLOCK, 1000])), end)
+            reqs, spans, commits = [req], [(req.prefix_len, stop)], [stop == end]
+            req.prefix_len = stop
+        if self.chunked is None or mixed:
+            reqs += self.running
+            spans += [last(req) for req in self.running]
+            commits += [True] * len(self.running)
+            for req in self.running:
+                req.prefix_len = len(req.ids)
+        if not reqs:
+            return
+        self.launch(Step("DECODE" if self.chunked is None else "MIXED" if mixed else "EXTEND", reqs, spans, commits))
+        if len(self.waiting) > 1 or self.data.draw(st.booleans()):
+            self.commit()
+        if self.chunked is not None and commits[0]:
+            self.running.append(self.chunked)
+            self.chunked = None
+        for req in [*self.running]:
+            if len(req.output_ids) == req.target:
+                self.settle()
+                self.running.remove(req)
+                self.cached.append((req.extra_key, req.ids[:-1]))
+                if req.wanted is not None:
+                    self.assert_right(req)
+
+    def settle(self) -> None:
+        while self.waiting:
+            self.commit()
+
+
+prompts = st.builds(
+    lambda base, length, tail: [base] * length + tail,
+    st.sampled_from([3, 4]),
+    st.sampled_from([0, 3, BLOCK - 1, BLOCK, 2 * BLOCK + 5]),
+    st.lists(st.integers(3, 5), min_size=1, max_size=4),
+)
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_a_storm(data: st.DataObject) -> None:
+    """Whatever the scheduler does, every request that asks comes back complete, and equal to plain torch."""
+    world = World(data, data.draw(st.sampled_from([1, 16])))
+    for _ in range(data.draw(st.integers(2, 5))):
+        prompt = data.draw(prompts)
+        req = Req(prompt, data.draw(st.none() | wanted_of(len(prompt)) | st.just(Wanted(("prompt", "full")))))
+        req.extra_key = data.draw(st.sampled_from([None, None, "lora"]))
+        req.target = data.draw(st.integers(1, 4))
+        world.queue.append(req)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plugin, "_capture", world.capture)
+        for _ in range(data.draw(st.integers(0, 25))):
+            world.act()
+        for _ in range(400):
+            world.step()
+        assert (world.queue, world.running, world.chunked) == ([], [], None)
+    assert len(world.capture.opened) == 0

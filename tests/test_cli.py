@@ -225,6 +225,8 @@ class TestServe:
             (["m", "--port", "99999"], "port=99999"),
             (["m", "--device", "abacus"], "device='abacus'"),
             (["m", "--host", "0.0.0.0"], "no api_key given"),
+            (["m", "--layers", "7;15"], "--layers 7;15"),
+            (["m", "--layers", ""], "commas"),
         ],
     )
     def test_refuses_before_anything_starts(
@@ -239,6 +241,7 @@ class TestServe:
     def test_passes_everything_to_launch(self, serving: Callable[[str], FakeServer]) -> None:
         server = serving(SIGTERM_PARENT)
         options = ["--device", "cpu", "--port", "4321", "--log-file", "x.log", "--host", "127.0.0.2"]
+        options += ["--layers", "7,-2"]
         result = invoke("serve", "m", "--dtype", "float32", *options, "--tp", "2")
         assert result.exit_code == 0, result.output
         assert server.calls == [
@@ -246,6 +249,7 @@ class TestServe:
                 "m",
                 {
                     "device": "cpu",
+                    "layers": (7, -2),
                     "host": "127.0.0.2",
                     "port": 4321,
                     "api_key": None,

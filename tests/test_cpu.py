@@ -11,7 +11,14 @@ from typing import Any
 
 import pytest
 
-from torchrl_sglang_hidden.server.cpu import CPU_DEFAULTS, CPU_ENGINE_ENV, STANDIN_DIR, cpu_server_args
+from torchrl_sglang_hidden.server.cpu import (
+    BIND_ENV,
+    CPU_DEFAULTS,
+    CPU_ENGINE_ENV,
+    STANDIN_DIR,
+    bind_threads,
+    cpu_server_args,
+)
 
 
 def run(code: str, **environment: str) -> Any:
@@ -78,6 +85,40 @@ def test_choosing_the_cpu_engine_after_sglang_was_imported_raises_and_changes_no
     )
     assert f"{CPU_ENGINE_ENV}=1 before the first import of sglang" in message
     assert unchanged
+
+
+@pytest.fixture
+def unbound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No binding in the environment, and none after the test."""
+    monkeypatch.setenv(BIND_ENV, "")
+    monkeypatch.delenv(BIND_ENV)
+
+
+@pytest.mark.usefixtures("unbound")
+@pytest.mark.parametrize(("num_ranks", "bound"), [(1, None), (2, "4,6|5,7"), (3, "4,7|5|6"), (5, "4|5|6|7|4")])
+def test_several_schedulers_have_cores_of_their_own(
+    num_ranks: int, bound: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {7, 4, 6, 5})
+    bind_threads(num_ranks)
+    assert os.environ.get(BIND_ENV) == bound
+
+
+def test_cores_that_the_user_chose_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(BIND_ENV, "0-1|2-3")
+    bind_threads(2)
+    assert os.environ[BIND_ENV] == "0-1|2-3"
+
+
+def test_pinning_is_ignored_where_it_would_be_refused() -> None:
+    found = run(
+        "import json, torch\nfrom torchrl_sglang_hidden.server.cpu import ignore_pinning\n"
+        "ignore_pinning(); ignore_pinning(); pinned = dict(pin_memory=True)\n"
+        "made = [torch.tensor([0], **pinned), torch.empty(1, **pinned), torch.zeros(1, **pinned),\n"
+        "    torch.ones(1, **pinned), torch.full((1,), 2, **pinned), torch.arange(1, **pinned)]\n"
+        "print(json.dumps([made[4].tolist(), made[0].pin_memory() is made[0], torch.zeros(2).tolist()]))"
+    )
+    assert found == [[2], True, [0.0, 0.0]]
 
 
 def test_importing_this_packages_half_imports_no_sglang() -> None:

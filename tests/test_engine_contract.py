@@ -60,7 +60,7 @@ def assert_same(found: Completion, expected: Completion) -> None:
     assert found.hidden.keys() == expected.hidden.keys()
     for segment, pooled in expected.hidden.items():
         assert found.hidden[segment].count == pooled.count
-        error = (found.hidden[segment].vector_D - pooled.vector_D).norm() / pooled.vector_D.norm()
+        error = (found.hidden[segment].vector - pooled.vector).norm() / pooled.vector.norm()
         assert error < RTOL, f"{segment}: {error:.2e}"
 
 
@@ -120,9 +120,9 @@ class EngineContract:
             assert set(one.hidden) == set(SEGMENTS)
             for segment, pooled in one.hidden.items():
                 assert pooled.count == rows_expected(segment, num_prompt, num_response)
-                assert pooled.vector_D.shape == (engine.info.hidden_size,)
-                assert pooled.vector_D.dtype == torch.float32
-                assert pooled.vector_D.isfinite().all()
+                assert pooled.vector.shape == (engine.info.hidden_size,)
+                assert pooled.vector.dtype == torch.float32
+                assert pooled.vector.isfinite().all()
 
     def test_log_probs_are_of_the_sampled_ids(self, engine: Engine) -> None:
         for one in engine.generate(ragged(engine)):
@@ -149,9 +149,7 @@ class EngineContract:
         # One row of prompt and one token: every segment is the same single row, pooled either way.
         for segment in SEGMENTS:
             assert mean.hidden[segment].count == last.hidden[segment].count == 1
-            torch.testing.assert_close(
-                mean.hidden[segment].vector_D, last.hidden["full"].vector_D, rtol=RTOL, atol=RTOL
-            )
+            torch.testing.assert_close(mean.hidden[segment].vector, last.hidden["full"].vector, rtol=RTOL, atol=RTOL)
 
     def test_the_limit_ends_a_response(self, engine: Engine) -> None:
         (one,) = engine.generate([request(prompt_of(engine, 4, seed=2), max_new_tokens=1, ignore_eos=True)])

@@ -19,6 +19,7 @@ import pytest
 from recorder import Handler, RecordingEngine, RecordingServer, Respond, abort_a_row
 
 from torchrl_sglang_hidden import SGLangServer, connect
+from torchrl_sglang_hidden.channel import CHANNEL
 from torchrl_sglang_hidden.errors import (
     AuthenticationError,
     CapabilityError,
@@ -139,6 +140,29 @@ def test_a_server_that_is_another(
     server.pages[page] = answer
     with pytest.raises(error, match=words):
         connect(server.url)
+
+
+def test_a_server_that_has_not_run_yet_is_warmed_up(make_server: Callable[..., RecordingServer]) -> None:
+    """Which layers it gives shows on its first step."""
+    server = make_server()
+    status, ready = server.pages["/server_info"]
+    half = ready["internal_states"][0][CHANNEL]
+    server.pages["/server_info"] = (status, {**ready, "internal_states": [{CHANNEL: {**half, "layers": None}}]})
+    good = server.respond
+
+    def run(handler: Handler, payload: dict[str, Any]) -> None:
+        server.pages["/server_info"] = (status, ready)
+        good(handler, {"return_logprob": [False], **payload, "sampling_params": [payload["sampling_params"]]})
+
+    server.respond = run
+    with connect(server.url) as engine:
+        assert engine.info.layers == (-1, 0, 2)
+        server.respond = good
+        assert len(engine.generate([Request((6, 7), hidden=HiddenSpec(layers=2))])) == 1
+    first, second = server.payloads
+    assert (first["input_ids"], second["input_ids"]) == ([[0]], [[6, 7]])
+    with connect(server.url):
+        assert len(server.payloads) == 2, "one that has run is not warmed up"
 
 
 def cut_short(handler: Handler, payload: dict[str, Any]) -> None:

@@ -22,10 +22,12 @@ import pytest
 from processes import still_running, watched
 
 from torchrl_sglang_hidden import EngineError, InputError, LaunchError, UnknownOptionError, launch
+from torchrl_sglang_hidden.channel import LAYERS_ENV
 from torchrl_sglang_hidden.engines import launch as launch_module
 from torchrl_sglang_hidden.engines.launch import ServerProcess, check_model
 from torchrl_sglang_hidden.errors import CapabilityError, InputTypeError, SGLangHiddenError
 from torchrl_sglang_hidden.server.__main__ import API_KEY_ENV, PARENT_PID_ENV, command_line, watch_parent
+from torchrl_sglang_hidden.server.config import check_layers
 
 START = Callable[..., ServerProcess]
 
@@ -34,7 +36,7 @@ START = Callable[..., ServerProcess]
 def model(tmp_path: Path) -> Path:
     directory = tmp_path / "model"
     directory.mkdir()
-    (directory / "config.json").write_text("{}")
+    (directory / "config.json").write_text('{"num_hidden_layers": 4}')
     return directory
 
 
@@ -95,6 +97,17 @@ def test_server_arguments_become_a_command_line() -> None:
         ({"port": 0}, InputError, "launch(port=0): expected 1..65535"),
         ({"port": True}, InputError, "launch(port=True)"),
         ({"timeout_s": 0}, InputError, "launch(timeout_s=0)"),
+        (
+            {"layers": "7,15"},
+            InputTypeError,
+            "layers='7,15': expected an integer or a tuple of them, such as (7, 15, -1)",
+        ),
+        ({"layers": (7, 1.5)}, InputTypeError, "layers=(7, 1.5): expected"),
+        ({"layers": (7, True)}, InputTypeError, "layers=(7, True): expected"),
+        ({"layers": None}, InputTypeError, "layers=None: expected"),
+        ({"layers": {7}}, InputTypeError, "layers={7}: expected"),
+        ({"layers": (3, 4)}, InputError, "layers=4: the model has 4 layers; use 0..3, -1 for the final norm's output"),
+        ({"layers": -5}, InputError, "layers=-5: the model has 4 layers"),
         ({"timeout_s": float("nan")}, InputError, "launch(timeout_s=nan)"),
         ({"host": "0.0.0.0"}, InputError, "no api_key given"),
         ({"host": "::"}, InputError, "no api_key given"),
@@ -155,6 +168,45 @@ def test_without_sglang_the_error_says_how_to_install_it(model: Path, monkeypatc
     )
     with pytest.raises(CapabilityError, match=r"pip install 'torchrl-sglang-hidden\[sglang\]'"):
         launch(model)
+
+
+@pytest.mark.parametrize("config", ['{"num_hidden_layers": 4}', '{"text_config": {"num_hidden_layers": 4}}'])
+@pytest.mark.parametrize(
+    ("layers", "chosen"),
+    [
+        (-1, "-1"),
+        (0, "0,-1"),
+        ((-1,), "-1"),
+        ([], "-1"),
+        ((3, 1), "3,1,-1"),
+        ([1, -1, 3], "1,-1,3"),
+        ((-2, 2, -4), "2,0,-1"),
+    ],
+)
+def test_layers_get_their_canonical_ids_and_the_last_is_always_there(
+    layers: Any, chosen: str, config: str, model: Path
+) -> None:
+    (model / "config.json").write_text(config)
+    assert check_layers(layers, str(model)) == chosen
+
+
+@pytest.mark.parametrize("layers", [-2, (99, -2, -1)])
+def test_layers_of_a_model_that_cannot_be_read_from_here_are_the_servers_to_check(layers: Any, tmp_path: Path) -> None:
+    expected = "-2,-1" if layers == -2 else "99,-2,-1"
+    assert check_layers(layers, str(tmp_path / "elsewhere")) == expected
+
+
+def test_the_chosen_layers_reach_the_server(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def started(arguments: list[str], **options: Any) -> Any:
+        raise LaunchError(f"{arguments} {options['layers']}")
+
+    monkeypatch.setattr(launch_module, "ServerProcess", started)
+    monkeypatch.setattr(launch_module, "require_sglang", lambda: None)
+    for layers, chosen in (({}, "-1"), ({"layers": (1, -2)}, "1,2,-1")):
+        with pytest.raises(LaunchError) as raised:
+            launch(model, **layers)
+        assert str(raised.value).endswith(f"] {chosen}")
+        assert "--layers" not in str(raised.value), "SGLang knows no such argument"
 
 
 # The child process
@@ -221,6 +273,16 @@ def test_without_a_key_the_server_gets_none_from_the_environment(start: START, m
     monkeypatch.setenv(API_KEY_ENV, "of another server")
     process = start(f"import os; print('key:', os.environ.get('{API_KEY_ENV}'))")
     with pytest.raises(EngineError, match="key: None"):
+        process.wait()
+
+
+@pytest.mark.parametrize(("options", "layers"), [({}, "-1"), ({"layers": "7,15,-1"}, "7,15,-1")])
+def test_layers_travel_in_the_environment(
+    start: START, monkeypatch: pytest.MonkeyPatch, options: dict[str, str], layers: str
+) -> None:
+    monkeypatch.setenv(LAYERS_ENV, "of another server")
+    process = start(f"import os; print('layers:', os.environ['{LAYERS_ENV}'])", **options)
+    with pytest.raises(EngineError, match=f"layers: {layers}"):
         process.wait()
 
 

@@ -2,39 +2,48 @@
 
 from __future__ import annotations
 
+import enum
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 import textwrap
-from types import SimpleNamespace
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from torchrl_sglang_hidden import HiddenSpec
-from torchrl_sglang_hidden.channel import CHANNEL, PLUGIN_ENV, pack_options
+from torchrl_sglang_hidden.channel import CHANNEL, LAYERS_ENV, PLUGIN_ENV, Status, pack_options
+from torchrl_sglang_hidden.pooling import BLOCK, Wanted
+from torchrl_sglang_hidden.server import plugin
 from torchrl_sglang_hidden.server.capture import Capture
+from torchrl_sglang_hidden.shared import SharedFiles
+from torchrl_sglang_hidden.spans import PromptSpan
 
-# SGLang's two modules, as much of them as `register` touches: importing the real ones takes seconds and a CUDA wheel.
-FAKE_SGLANG = """
-import enum, sys, types
-registered = []
+
 class HookType(enum.Enum):
+    BEFORE = "before"
     AFTER = "after"
-class HookRegistry:
-    @staticmethod
-    def register(target, hook, kind):
-        registered.append((target, hook, kind))
-def fake(version):
-    sglang = types.ModuleType("sglang")
-    sglang.__version__ = version
-    hooks = types.ModuleType("sglang.srt.plugins.hook_registry")
-    hooks.HookRegistry, hooks.HookType = HookRegistry, HookType
-    names = {"sglang": sglang, "sglang.srt": types.ModuleType("sglang.srt")}
-    names |= {"sglang.srt.plugins": types.ModuleType("sglang.srt.plugins"), hooks.__name__: hooks}
-    sys.modules.update(names)
-"""
+    AROUND = "around"
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What was registered with SGLang's registry. Importing the real one takes seconds and a CUDA wheel."""
+    calls: list[Any] = []
+    for name in ("sglang", "sglang.srt", "sglang.srt.plugins", "sglang.srt.plugins.hook_registry"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    registry = sys.modules["sglang.srt.plugins.hook_registry"]
+    registry.HookType = HookType
+    registry.HookRegistry = SimpleNamespace(register=lambda *call: calls.append(call))
+    sys.modules["sglang"].__version__ = "0.5.23"
+    monkeypatch.setenv(PLUGIN_ENV, "1")
+    return calls
 
 
 def run(script: str, **environment: str) -> str:
@@ -61,8 +70,6 @@ print("sglang" in sys.modules, "torchrl" in sys.modules, "tensordict" in sys.mod
 
 @pytest.mark.parametrize("value", [None, "", "0", "true", "yes", " 1", "2"])
 def test_it_does_nothing_unless_opted_in(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torchrl_sglang_hidden.server import plugin
-
     monkeypatch.setitem(sys.modules, "sglang", None)  # importing it raises
     if value is None:
         monkeypatch.delenv(PLUGIN_ENV, raising=False)
@@ -75,27 +82,18 @@ def test_it_loads_nothing_unless_opted_in() -> None:
     assert run(INERT).split() == ["False"] * 3
 
 
-def test_opted_in_it_registers_every_hook_once() -> None:
-    script = """
-    fake("0.5.23")
-    from torchrl_sglang_hidden.server import plugin
+def test_opted_in_it_registers_every_hook_once(registered: list[Any]) -> None:
     plugin.register()
-    assert [target for target, _, _ in registered] == list(plugin._HOOKS)
-    assert all(kind is HookType.AFTER and callable(hook) for _, hook, kind in registered)
-    assert len(registered) >= 6
-    """
-    run(FAKE_SGLANG + textwrap.dedent(script), **{PLUGIN_ENV: "1"})
+    kinds = [(plugin._BEFORE, "before"), (plugin._AFTER, "after"), (plugin._AROUND, "around")]
+    assert registered == [(target, hook, HookType(kind)) for hooks, kind in kinds for target, hook in hooks.items()]
+    assert len({target for target, _, _ in registered}) == len(registered) >= 14
 
 
-def test_it_stays_off_in_another_sglang() -> None:
-    script = """
-    fake("0.6.0")
-    from torchrl_sglang_hidden.server import plugin
+def test_it_stays_off_in_another_sglang(registered: list[Any], caplog: pytest.LogCaptureFixture) -> None:
+    sys.modules["sglang"].__version__ = "0.6.0"
     plugin.register()
     assert registered == []
-    """
-    said = run(FAKE_SGLANG + textwrap.dedent(script), **{PLUGIN_ENV: "1"})
-    assert "written for SGLang 0.5.23 and this is 0.6.0; it stays off" in said
+    assert "written for SGLang 0.5.23 and this is 0.6.0; it stays off" in caplog.text
 
 
 def test_sglang_finds_it() -> None:
@@ -103,11 +101,16 @@ def test_sglang_finds_it() -> None:
     assert entry.value == "torchrl_sglang_hidden.server.plugin:register"
 
 
-class Asking:
+class Req:
     """SGLang's request, as much of it as is read."""
 
-    sampling_params = SimpleNamespace(custom_params={CHANNEL: pack_options(HiddenSpec(), binary=False)})
-    origin_input_ids = (1, 2)
+    def __init__(self, wanted: Wanted | None = None, length: int = 200) -> None:
+        custom = {CHANNEL: pack_options(wanted, "text")} if wanted is not None else None
+        self.sampling_params = SimpleNamespace(custom_params=custom)
+        self.origin_input_ids = list(range(length))
+        self.output_ids: list[int] = []
+        self.extra_key = None
+        self.prefix_len = self.host_hit_length = 0
 
     def finished(self) -> bool:
         return False
@@ -123,50 +126,387 @@ class Streamer:
         return {"theirs": [1 for _ in reqs]}
 
 
-@pytest.mark.parametrize(("rust_server", "pp_size"), [(object(), 1), (None, 2)])
-def test_off_where_sglang_cannot_carry_the_rows(
-    monkeypatch: pytest.MonkeyPatch, rust_server: object, pp_size: int
-) -> None:
-    from torchrl_sglang_hidden.server import plugin
-
+@pytest.fixture
+def capture(monkeypatch: pytest.MonkeyPatch) -> Capture:
+    """The plugin's, of this test alone."""
     capture = Capture()
     monkeypatch.setattr(plugin, "_capture", capture)
+    return capture
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rust_server", "pp_size"), [(object(), 1), (None, 2)])
+def test_off_where_sglang_cannot_carry_the_rows(capture: Capture, rust_server: object, pp_size: int) -> None:
     scheduler = SimpleNamespace(rust_server=rust_server, server_args=SimpleNamespace(pp_size=pp_size))
     assert plugin.after_streamer_class(Streamer, scheduler) is Streamer
-    assert capture.pools_of(Asking()) is None
+    req = Req(Wanted(("response",)))
+    assert capture.open(req) is None
     capture.on = True
-    assert capture.pools_of(Asking()) is not None, "else the test proves nothing"
+    assert capture.open(req) is not None, "else the test proves nothing"
 
 
-def test_the_streamer_keeps_what_others_add(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torchrl_sglang_hidden.server import plugin
-
+def test_the_streamer_keeps_what_others_add(monkeypatch: pytest.MonkeyPatch, capture: Capture) -> None:
     scheduler = SimpleNamespace(rust_server=None, server_args=SimpleNamespace(pp_size=1))
     streamer = plugin.after_streamer_class(Streamer, scheduler)()
     assert streamer.has_additional_customized_info
-    assert streamer.is_request_level_customized_info_key(plugin.CHANNEL)
+    assert streamer.is_request_level_customized_info_key(CHANNEL)
     assert streamer.is_request_level_customized_info_key("theirs")
     assert not streamer.is_request_level_customized_info_key("nobody's")
 
     answers = {"asked": ["answer"], "quiet": []}
-    monkeypatch.setattr(plugin._capture, "answer", answers.get)
+    monkeypatch.setattr(capture, "answer", answers.get)
     found = streamer.build_additional_customized_info(["quiet", "asked"])
-    assert found == {"theirs": [1, 1], plugin.CHANNEL: [[], ["answer"]]}
+    assert found == {"theirs": [1, 1], CHANNEL: [[], ["answer"]]}
     assert streamer.build_additional_customized_info(["quiet"]) == {"theirs": [1]}
 
 
 def test_requests_that_did_not_ask_lose_the_empty_answer() -> None:
-    from torchrl_sglang_hidden.server import plugin
-
-    quiet, asked, stock = {plugin.CHANNEL: [], "id": 1}, {plugin.CHANNEL: ["answer"]}, {"id": 2}
+    quiet, asked, stock = {CHANNEL: [], "id": 1}, {CHANNEL: ["answer"]}, {"id": 2}
     for meta_info in (quiet, asked, stock):
         assert plugin.after_update_meta_info(None, None, meta_info, "request") is None
-    assert (quiet, asked, stock) == ({"id": 1}, {plugin.CHANNEL: ["answer"]}, {"id": 2})
+    assert (quiet, asked, stock) == ({"id": 1}, {CHANNEL: ["answer"]}, {"id": 2})
 
 
-def test_a_request_that_pools_its_prompt_does_not_hit_the_prefix_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torchrl_sglang_hidden.server import plugin
+# --- the prefix cache -------------------------------------------------------------------------------------------------
 
-    monkeypatch.setattr(plugin._capture, "needs_uncached_prompt", {"asked": True, "quiet": False}.get)
-    assert plugin.after_max_prefix_len(17, "asked", 18) == 0
-    assert plugin.after_max_prefix_len(17, "quiet", 18) is None  # None keeps SGLang's own value
+
+class Cache:
+    """SGLang's prefix cache, and its own part of `init_next_round_input`.
+
+    Args:
+        has: how many of a request's positions it has, on the device and on the host; the last one stays.
+        page_size: matches are multiples of it.
+        mamba: whether the model keeps a recurrent state.
+
+    Attributes:
+        limits: of every match.
+    """
+
+    def __init__(self, has: int | tuple[int, int] = 1000, page_size: int = 1, mamba: bool = False) -> None:
+        self.has = has if isinstance(has, tuple) else (has, 0)
+        self.page_size = page_size
+        self.supports_mamba = lambda: mamba
+        self.limits: list[int] = []
+
+    def match(self, req: Any, tree_cache: Any = None, cow_mamba: bool | None = None) -> None:
+        assert (tree_cache, cow_mamba) in ((self, None), (self, False), (None, None))
+        limit = len(req.origin_input_ids) + len(req.output_ids) - 1
+        given = plugin.after_max_prefix_len(limit, req, limit + 1)
+        limit = limit if given is None else given
+        self.limits.append(limit)
+        device, host = self.has
+        found = min(device + host, limit) // self.page_size * self.page_size
+        req.prefix_len, req.host_hit_length = min(device, found), max(found - device, 0)
+
+
+def kept(capture: Capture, *lengths: int) -> None:
+    """Sums over the beginnings of `Req`'s ids."""
+    req = Req(Wanted(("prompt",)))
+    one = capture.open(req)
+    for length in lengths:
+        capture.sums.put(one.keys, length, torch.full((1, 4), float(length)))
+
+
+MEAN = Wanted(("prompt",))
+MASK = Wanted(("prompt",), spans={"m": PromptSpan(((100, 110),))})
+
+
+@pytest.mark.parametrize(
+    ("wanted", "sums", "cache", "limits", "found"),
+    [
+        (MEAN, [], Cache(), [0], 0),
+        (MEAN, [64, 150], Cache(), [150], 150),
+        (MASK, [64, 150], Cache(), [64], 64),
+        (Wanted(("prompt",), "last"), [], Cache(), [199], 199),
+        # The cache has forgotten a part of what it was asked for, and then ends where no sum is kept.
+        (MEAN, [64, 150], Cache(120), [150, 64], 64),
+        (MEAN, [64, 128, 150], Cache(140), [150, 128], 128),
+        (MEAN, [150], Cache(120), [150, 0], 0),
+        (MEAN, [64, 150], Cache(64), [150], 64),
+        (MEAN, [10, 20, 30, 150], Cache(25), [150, 20], 20),
+        (MEAN, [64, 150], Cache((60, 60)), [150, 64], 64),
+        (MEAN, [64, 150], Cache((30, 34)), [150], 64),
+        # Pages: a sum inside one is of no use.
+        (MEAN, [64, 150], Cache(page_size=16), [64], 64),
+        (MEAN, [48, 96, 150], Cache(90, page_size=16), [96, 48], 48),
+        (MEAN, [64, 150], Cache(mamba=True), [0], 0),
+    ],
+)
+def test_a_request_hits_the_prefix_cache_as_far_as_sums_reach(
+    capture: Capture, wanted: Wanted, sums: list[int], cache: Cache, limits: list[int], found: int
+) -> None:
+    kept(capture, *sums)
+    req = Req(wanted)
+    cache.limits.clear()
+    plugin.around_match_prefix(cache.match, req, cache, False)
+    assert (cache.limits, req.prefix_len + req.host_hit_length) == (limits, found)
+    one = capture.open(req)
+    assert one.limit is None
+    assert plugin.after_max_prefix_len(17, req, 18) is None, "others that ask for the limit get SGLang's own"
+    if found and wanted.sums_prefix:
+        assert (one.base[0], float(one.base[1][0, 0])) == (found, found)
+
+
+def test_each_match_begins_with_what_has_arrived(capture: Capture) -> None:
+    """A chunk that was planned and never ran is planned again; positions that came need no sum."""
+    kept(capture, 150)
+    req, cache = Req(MEAN), Cache(50)
+    one = capture.open(req)
+    for start, stop in ((0, 30), (30, 200)):
+        step = one.pools.plan_prompt(start, stop)
+        if stop == 30:
+            one.pools.add_prompt(step, [torch.zeros(1, 4)], None)
+    plugin.around_match_prefix(cache.match, req, cache)
+    assert (cache.limits, req.prefix_len) == ([150, 30], 30)
+    assert one.pools.plan_prompt(30, 200).begin == 30
+
+
+def test_a_retracted_request_hits_all_of_its_own(capture: Capture) -> None:
+    req, cache = Req(MEAN, length=4), Cache()
+    one = capture.open(req)
+    one.pools.add_prompt(one.pools.plan_prompt(0, 4), [torch.zeros(1, 4)] * 2, None)
+    req.output_ids = [7, 7]
+    plugin.around_match_prefix(cache.match, req, cache)
+    assert (cache.limits, req.prefix_len) == ([5], 5), "SGLang itself keeps the last position back"
+
+
+@pytest.mark.parametrize("wanted", [None, Wanted(("response",)), Wanted(("full",), "last")])
+def test_requests_that_want_nothing_of_the_prompt_hit_what_they_can(capture: Capture, wanted: Wanted | None) -> None:
+    req, cache = Req(wanted), Cache()
+    plugin.around_match_prefix(cache.match, req, cache)
+    assert (cache.limits, req.prefix_len) == ([199], 199)
+
+
+def test_a_chunk_that_goes_on_matches_nothing(capture: Capture) -> None:
+    """SGLang calls without a cache then. What was planned stays planned."""
+    req, cache = Req(MEAN), Cache()
+    one = capture.open(req)
+    one.pools.plan_prompt(0, 50)
+    plugin.around_match_prefix(cache.match, req)
+    assert cache.limits == [199]
+    assert one.pools.plan_prompt(50, 200).planned == 50
+    assert Capture().opened.get(req) is None
+
+
+def test_sums_go_with_the_prefix_cache(capture: Capture) -> None:
+    kept(capture, BLOCK)
+    plugin.after_flush_cache(False, None)
+    assert capture.sums.bytes == 16, "a flush that SGLang refused: requests are running"
+    plugin.after_flush_cache(True, None, empty_cache=True)
+    assert capture.sums.bytes == 0
+
+
+# --- a step -----------------------------------------------------------------------------------------------------------
+
+
+class Layer(nn.Module):
+    def forward(self, x_ND: torch.Tensor) -> torch.Tensor:
+        return x_ND + 1
+
+
+class Model(nn.Module):
+    """Four layers that add one, and a norm that doubles."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(4))
+        self.norm = nn.Identity()
+
+    def forward(self, x_ND: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x_ND = layer(x_ND)
+        return self.norm(x_ND)
+
+
+def runner(is_draft_worker: bool = False, **args: Any) -> Any:
+    sizes = {"chunked_prefill_size": 64, "max_prefill_tokens": None, "max_running_requests": 9}
+    return SimpleNamespace(
+        model=Model(),
+        model_config=SimpleNamespace(num_hidden_layers=4),
+        is_draft_worker=is_draft_worker,
+        server_args=SimpleNamespace(**{**sizes, **args}),
+    )
+
+
+@pytest.fixture
+def auxiliary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang's list of auxiliary outputs; importing the real one takes seconds."""
+    for name in ("sglang", "sglang.srt", "sglang.srt.managers", "sglang.srt.managers.auxiliary_output"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules[name].append_auxiliary_output = lambda given, more: [*(given or []), *([more] if more else [])]
+
+
+def run_step(model_runner: Any, batch: Any, token_indices: Any = None) -> list[Any]:
+    """One forward step, hook by hook; what goes to the host with its results."""
+    forward_batch = SimpleNamespace()
+    plugin.after_forward_batch(forward_batch, object, batch, model_runner)
+    x_ND = torch.arange(5.0)[:, None].expand(5, 3).clone()
+    output = SimpleNamespace(
+        hidden_states=model_runner.model(x_ND),
+        hidden_states_token_indices=token_indices,
+        auxiliary_device_output=None,
+    )
+    plugin.after_forward(output, model_runner, forward_batch)
+    plugin.after_sample(None, model_runner, output, forward_batch)
+    return output.auxiliary_device_output or []
+
+
+def batch_of(*reqs: Req) -> Any:
+    lengths = [len(req.origin_input_ids) for req in reqs]
+    mode = SimpleNamespace(name="EXTEND")
+    return SimpleNamespace(forward_mode=mode, reqs=list(reqs), extend_lens=lengths, prefix_lens=[0] * len(reqs))
+
+
+@pytest.mark.usefixtures("auxiliary")
+def test_a_step_takes_the_layers_that_are_asked_for(capture: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(LAYERS_ENV, "2,0,-1")
+    model_runner = runner()
+    plugin.after_load_model(None, model_runner)
+    assert (capture.taps.layers, capture.taps.checked) == ((0, 2), False)
+    assert run_step(model_runner, batch_of(Req(None, 5))) == []
+    assert (capture.taps.checked, capture.taps.problem) == (True, ""), "the first step shows it, whoever asked"
+    asked = Req(Wanted(("response",), layers=(2, 0, -1)), 3)
+    (rows,) = run_step(model_runner, batch_of(Req(None, 2), asked))
+    assert rows.sums_MD[:, 0].tolist() == [4 + 3.0, 4 + 1.0, 4 + 4.0]
+    assert capture.taps.take() == {}, "nothing of a step stays"
+
+
+@pytest.mark.usefixtures("auxiliary")
+def test_a_server_for_the_last_layer_has_no_hooks(capture: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(LAYERS_ENV, raising=False)
+    model_runner = runner()
+    plugin.after_load_model(None, model_runner)
+    assert all(not layer._forward_hooks for layer in model_runner.model.layers)
+    (rows,) = run_step(model_runner, batch_of(Req(Wanted(("response",)), 5)))
+    assert rows.sums_MD[:, 0].tolist() == [8.0]
+    assert run_step(model_runner, batch_of(Req(Wanted(("response",)), 5)), token_indices=[4]) == []
+
+
+@pytest.mark.usefixtures("auxiliary")
+def test_a_draft_model_is_left_alone(capture: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(LAYERS_ENV, "0")
+    plugin.after_load_model(None, runner())
+    hooked, draft = capture.taps, runner(is_draft_worker=True)
+    plugin.after_load_model(None, draft)
+    assert all(not layer._forward_hooks for layer in draft.model.layers)
+    assert (capture.taps is hooked, hooked.layers) == (True, (0,))
+    assert run_step(draft, batch_of(Req(Wanted(("response",)), 5))) == []
+    assert len(capture.opened) == 0
+
+
+@pytest.mark.parametrize(("asked", "words"), [("4", "the model has 4 layers"), ("x", "invalid literal"), ("", "")])
+def test_layers_that_cannot_be_read(capture: Capture, monkeypatch: pytest.MonkeyPatch, asked: str, words: str) -> None:
+    """From the environment of a server that was started by hand. It serves its last layer, and says why."""
+    monkeypatch.setenv(LAYERS_ENV, asked)
+    plugin.after_load_model(None, runner())
+    assert (capture.taps.layers, capture.taps.checked) == ((), True)
+    assert capture.taps.problem.startswith(f"{LAYERS_ENV}={asked}: ")
+    assert words in capture.taps.problem
+
+
+@pytest.mark.parametrize(("asked", "layers"), [("-2,1,1", (1, 2)), ("-1", ()), ("3", (3,))])
+def test_layers_by_their_canonical_ids(
+    capture: Capture, monkeypatch: pytest.MonkeyPatch, asked: str, layers: tuple[int, ...]
+) -> None:
+    monkeypatch.setenv(LAYERS_ENV, asked)
+    plugin.after_load_model(None, runner())
+    assert capture.taps.layers == layers
+
+
+# --- status -----------------------------------------------------------------------------------------------------------
+
+
+def scheduler_of(**changes: Any) -> Any:
+    args = SimpleNamespace(enable_return_hidden_states=True, dllm_algorithm=None)
+    fields = {
+        "server_args": args,
+        "model_config": SimpleNamespace(vocab_size=96, hidden_size=8, num_hidden_layers=4, context_len=64),
+        "spec_algorithm": SimpleNamespace(is_none=lambda: True),
+        "disaggregation_mode": SimpleNamespace(value="null"),
+        "enable_pdmux": False,
+    }
+    for name, value in changes.items():
+        if name in vars(args):
+            setattr(args, name, value)
+        else:
+            fields[name] = value
+    return SimpleNamespace(**fields)
+
+
+def status_of(scheduler: Any) -> Status:
+    output = SimpleNamespace(internal_state={"theirs": 1})
+    plugin.after_internal_state(output, scheduler, None)
+    assert output.internal_state["theirs"] == 1
+    return Status.unpack(output.internal_state[CHANNEL])
+
+
+@pytest.fixture
+def served(capture: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Capture:
+    monkeypatch.setattr(plugin, "_in_place", lambda: True)
+    capture._shared = SharedFiles(tmp_path)
+    return capture
+
+
+def test_a_server_says_what_it_is(served: Capture) -> None:
+    reqs = [Req(MEAN), Req(MEAN)]
+    for req in reqs:
+        served.open(req)
+    kept(served, 10, 20)
+    assert status_of(scheduler_of()) == Status(
+        vocab_size=96,
+        hidden_size=8,
+        num_layers=4,
+        context_length=64,
+        layers=(-1,),
+        because="",
+        normed=True,
+        shared=served.shared.sign,
+        open_pools=2,
+        prefix_bytes=32,
+    )
+
+
+def test_a_server_says_which_layers_it_takes(served: Capture) -> None:
+    served.taps.layers, served.taps.checked = (0, 2), False
+    assert status_of(scheduler_of()).layers is None
+    served.taps.checked = True
+    assert (status_of(scheduler_of()).layers, status_of(scheduler_of()).because) == ((0, 2, -1), "")
+    served.taps.problem = "Gemma 9 is another"
+    assert (status_of(scheduler_of()).layers, status_of(scheduler_of()).because) == ((-1,), "Gemma 9 is another")
+    refused = status_of(scheduler_of(enable_pdmux=True))
+    assert (refused.layers, refused.because) == ((), "--enable-pdmux splits the forward pass")
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "spoil", "words"),
+    [
+        ({}, lambda capture, patch: patch.setattr(plugin, "_in_place", lambda: False), "a hook .* is not in place"),
+        ({"enable_return_hidden_states": False}, None, "without --enable-return-hidden-states"),
+        ({}, lambda capture, patch: setattr(capture, "on", False), r"pipeline stages \(pp_size > 1\)"),
+        ({}, lambda capture, patch: plugin.after_states_to_store(None, None, 1, 2), "from before the final norm"),
+        ({"spec_algorithm": SimpleNamespace(is_none=lambda: False)}, None, "speculative decoding"),
+        ({"disaggregation_mode": SimpleNamespace(value="prefill")}, None, "disaggregated"),
+        ({"enable_pdmux": True}, None, "--enable-pdmux"),
+        ({"dllm_algorithm": "x"}, None, "diffusion"),
+    ],
+)
+def test_a_server_that_takes_no_states_says_why(
+    served: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+    scheduler: dict[str, Any],
+    spoil: Callable[[Capture, pytest.MonkeyPatch], Any] | None,
+    words: str,
+) -> None:
+    if spoil is not None:
+        spoil(served, monkeypatch)
+    status = status_of(scheduler_of(**scheduler))
+    assert status.layers == ()
+    assert re.search(words, status.because)
+    assert status.normed is ("norm" not in words)
+
+
+def test_states_after_the_norm_only_are_as_they_should_be(capture: Capture) -> None:
+    plugin.after_states_to_store(None, None, torch.zeros(1), None)
+    assert capture.normed

@@ -138,7 +138,7 @@ FULL_CONFIG: dict[str, Any] = {
 "batching": True, "min_batch_size": 1,
     "max_batch_size": 8, "batching_timeout": 2.5,
     "text_key": None, "tokens_key": ("a", "b"), "masks_key": "m", "log_probs_key": None, "hidden": ALL,
-    "hidden_states_key": "s",
+    "hidden_states_key": "s", "token_hidden_states_key": ("t", "s"),
 }  # fmt: skip
 
 

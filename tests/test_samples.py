@@ -8,46 +8,116 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from recorder import RecordingEngine, pooled_D, response_of, states_ND, tiny_tokenizer
+from recorder import RecordingEngine, tiny_tokenizer
 from tensordict import TensorDict, lazy_stack
 from torchrl.modules.llm.policies import Text, Tokens
 
-from torchrl_sglang_hidden import HiddenSpec, SGLangHiddenWrapper
+from torchrl_sglang_hidden import HiddenSpec, LastTokens, SGLangHiddenWrapper
 from torchrl_sglang_hidden.engines import generate_samples
 from torchrl_sglang_hidden.errors import TokenIdError
-from torchrl_sglang_hidden.specs import POOLINGS, SEGMENTS, Pooling, Request, Segment, rows_expected
+from torchrl_sglang_hidden.spans import PromptSpan
+from torchrl_sglang_hidden.specs import POOLINGS, SEGMENTS, Completion, Pooling, Request, Segment
 
 TOKENIZER = tiny_tokenizer()
 
 
+SPANS: dict[str, LastTokens | PromptSpan] = {
+    "head": PromptSpan(((0, 1),)), "tail": LastTokens(2, allow_fewer=True), "parts": PromptSpan(((0, 1), (2, 3))),
+}  # fmt: skip
+
+
+LAYERS: st.SearchStrategy[Any] = st.sampled_from([-1, 2, (0, -1), (2,)])
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> HiddenSpec:
+    segments = tuple(draw(st.lists(st.sampled_from(SEGMENTS), unique=True)))
+    tokens = bool(segments) and draw(st.booleans())
+    pooling = draw(st.sampled_from([*POOLINGS, *([None] if tokens else [])]))
+    names = draw(st.lists(st.sampled_from(sorted(SPANS)), unique=True, min_size=0 if segments else 1))
+    return HiddenSpec(
+        segments,
+        pooling,
+        draw(LAYERS),
+        tokens,
+        draw(st.sampled_from([torch.float32, torch.float64])),
+        # What stands for them here is not read: a request carries them resolved.
+        {} if pooling is None else {name: LastTokens(1) for name in names},
+    )
+
+
 @given(
-    prompts=st.lists(st.lists(st.integers(6, 95), min_size=1, max_size=8), min_size=1, max_size=3),
+    prompts=st.lists(st.lists(st.integers(6, 95), min_size=3, max_size=8), min_size=1, max_size=3),
     num_samples=st.integers(1, 3),
-    segments=st.lists(st.sampled_from(SEGMENTS), min_size=1, unique=True),
-    pooling=st.sampled_from(POOLINGS),
+    spec=specs(),
 )
-def test_samples_carry_what_single_requests_would(
-    prompts: list[list[int]], num_samples: int, segments: list[Segment], pooling: Pooling
-) -> None:
-    spec = HiddenSpec(tuple(segments), pooling)
-    requests = [Request(tuple(ids), hidden=spec) for ids in prompts]
+def test_samples_carry_what_single_requests_would(prompts: list[list[int]], num_samples: int, spec: HiddenSpec) -> None:
+    requests = [Request(tuple(ids), hidden=spec, spans={name: SPANS[name] for name in spec.spans}) for ids in prompts]
     engine = RecordingEngine()
     completions = generate_samples(engine, requests, num_samples)
-    assert len(completions) == len(prompts) * num_samples
-    for index, completion in enumerate(completions):
-        ids = prompts[index // num_samples]
-        response = response_of(ids)
-        assert completion.prompt_ids == tuple(ids)
-        assert completion.response_ids == tuple(response)
-        assert completion.log_probs_T is not None
-        assert list(completion.hidden) == segments
-        for segment in segments:
-            pooled = completion.hidden[segment]
-            assert pooled.count == rows_expected(segment, len(ids), len(response))
-            expected = pooled_D(states_ND(ids, response), segment, pooling, len(ids)).float()
-            torch.testing.assert_close(pooled.vector_D, expected, rtol=1e-5, atol=1e-5)
-    # No sample pools the whole prompt, which would compute it again.
-    assert not any(request.hidden and request.hidden.reads_whole_prompt for request in engine.requests[len(prompts) :])
+    sent = engine.requests[len(prompts) :]
+    expected = engine.generate(requests)
+    assert len(completions) == len(sent) == len(prompts) * num_samples
+    for index, found in enumerate(completions):
+        assert_same(found, expected[index // num_samples])
+    # No sample asks for what is the prompt's alone, nor for its rows again.
+    for request in sent:
+        assert not any(isinstance(span, PromptSpan) for span in request.spans.values())
+        if request.hidden is not None:
+            assert "prompt" not in request.hidden.segments
+            assert not (request.hidden.tokens and "full" in request.hidden.segments)
+            assert request.hidden.spans.keys() == request.spans.keys()
+
+
+def assert_same(found: Completion, expected: Completion) -> None:
+    """Everything but the float32 sums' last bits."""
+    for name in ("prompt_ids", "response_ids", "text", "finish_reason", "weight_version", "mixed_weights"):
+        assert getattr(found, name) == getattr(expected, name)
+    assert found.log_probs_T is not None
+    assert expected.log_probs_T is not None
+    assert found.log_probs_T.equal(expected.log_probs_T)
+    for pools, others in ((found.hidden, expected.hidden), (found.spans, expected.spans)):
+        assert list(pools) == list(others)
+        for key, other in others.items():
+            assert pools[key].count == other.count  # type: ignore[index]
+            torch.testing.assert_close(pools[key].vector, other.vector, rtol=1e-5, atol=1e-5)  # type: ignore[index]
+    assert (found.token_rows is None) == (expected.token_rows is None)
+    if found.token_rows is not None and expected.token_rows is not None:
+        assert found.token_rows.first == expected.token_rows.first
+        torch.testing.assert_close(found.token_rows.rows_ND, expected.token_rows.rows_ND, rtol=0, atol=0)
+
+
+@given(
+    prompt=st.lists(st.integers(6, 95), min_size=1, max_size=8),
+    segments=st.lists(st.sampled_from(SEGMENTS), min_size=1, unique=True),
+    pooling=st.sampled_from(POOLINGS),
+    tokens=st.booleans(),
+)
+def test_stock_engines_carry_the_same(
+    prompt: list[int], segments: list[Segment], pooling: Pooling, tokens: bool
+) -> None:
+    engine = RecordingEngine(pools_in_server=False, layers=(-1,))
+    engine._warned = True
+    requests = [Request(tuple(prompt), hidden=HiddenSpec(tuple(segments), pooling, tokens=tokens))]
+    (found,) = generate_samples(engine, requests, 1)
+    assert_same(found, engine.generate(requests)[0])
+
+
+def test_the_prompt_goes_ahead_for_the_sum_that_full_needs() -> None:
+    engine = RecordingEngine()
+    generate_samples(engine, [Request((6, 7), hidden=HiddenSpec(("full",), layers=(0, 2)))], 2)
+    ahead, *samples = [request.hidden for request in engine.requests]
+    assert ahead == HiddenSpec(("prompt",), layers=(0, 2))
+    assert samples == [HiddenSpec(("full",), layers=(0, 2))] * 2
+    engine = RecordingEngine()
+    generate_samples(engine, [Request((6, 7), hidden=HiddenSpec(("full",), "last"))], 2)
+    assert engine.requests[0].hidden is None, "the last position of `full` is the response's"
+
+
+def test_what_is_no_sampling_goes_with_every_request() -> None:
+    engine = RecordingEngine()
+    generate_samples(engine, [Request((6, 7), lora="poet", priority=3)], 2)
+    assert [(request.lora, request.priority) for request in engine.requests] == [("poet", 3)] * 3
 
 
 def test_each_prompt_goes_ahead_once_for_one_token() -> None:

@@ -21,7 +21,7 @@ GOOD: dict[str, Any] = {
     "stop_strings": ["a"], "stop_regex": "a+", "stop_token_ids": [2], "eos_token_id": 2, "logit_bias": {"5": -1.0},
     "do_sample": True, "ignore_eos": True, "skip_special_tokens": False, "spaces_between_special_tokens": False,
     "no_stop_trim": True, "include_stop_str_in_output": True, "json_schema": "{}", "regex": "a", "ebnf": "root ::= a",
-    "structural_tag": "{}",
+    "structural_tag": "{}", "return_hidden_states": True, "lora_path": "poet", "priority": -2,
 }  # fmt: skip
 
 ALIASES = {
@@ -35,7 +35,7 @@ ALIASES = {
 }
 
 LIMITS: list[tuple[str, list[Any], list[Any], str]] = [
-    ("max_new_tokens", [1, 4096], [0, -1], "at least 1"),
+    ("max_new_tokens", [0, 1, 4096], [-1], "at least 0"),
     ("min_new_tokens", [0, 3], [-1], "at least 0"),
     ("temperature", [0, 0.0, 2.5], [-0.1, float("inf"), float("nan")], "at least 0"),
     ("top_p", [1e-6, 1, 1.0], [0, -0.1, 1.5, float("nan")], r"\(0, 1\]"),
@@ -176,6 +176,7 @@ def test_two_grammars() -> None:
         ({"stop_token_ids": {9, 3}}, {"stop_token_ids": [3, 9]}),
         ({"logit_bias": {5: 1}}, {"logit_bias": {"5": 1.0}}),
         ({"include_stop_str_in_output": True}, {"no_stop_trim": True}),
+        ({"lora_path": "poet", "priority": 1, "return_hidden_states": False, "top_k": 3}, {"top_k": 3}),
     ],
 )
 def test_what_sglang_gets(options: dict[str, Any], sglang: dict[str, Any]) -> None:

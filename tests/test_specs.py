@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from torchrl_sglang_hidden import HiddenSpec, InputError, InputTypeError
-from torchrl_sglang_hidden.specs import SEGMENTS, Request, rows_expected
+from torchrl_sglang_hidden import Between, HiddenSpec, InputError, InputTypeError, LastTokens, Role, TokenMask
+from torchrl_sglang_hidden.specs import SEGMENTS, Request, canonical_layer, rows_expected
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,7 @@ def test_rows_of_a_segment(segment: Any, num_prompt: int, num_response: int, row
 def test_defaults_are_the_mean_of_the_response() -> None:
     spec = HiddenSpec()
     assert (spec.segments, spec.pooling, spec.layers, spec.dtype) == (("response",), "mean", -1, torch.float32)
+    assert (spec.tokens, spec.spans) == (False, {})
 
 
 def test_a_list_of_segments_is_kept_as_a_tuple() -> None:
@@ -51,16 +52,26 @@ def test_every_floating_dtype(dtype: torch.dtype) -> None:
         ({"segments": None}, InputTypeError, r"segments=None.*expected a tuple"),
         ({"segments": {"prompt"}}, InputTypeError, r"expected a tuple"),
         ({"segments": ()}, InputError, r"segments=\(\).*one or more of .*'prompt', 'response', 'full'"),
+        ({"segments": (), "tokens": True}, InputError, r"segments=\(\), tokens=True.*none only beside spans"),
+        ({"segments": (), "tokens": True, "spans": {"a": LastTokens(1)}}, InputError, r"without tokens=True"),
         ({"segments": ("answer",)}, InputError, r"'answer'.*one or more of"),
         ({"segments": (1,)}, InputError, r"\(1,\).*one or more of"),
         ({"segments": ("prompt", "prompt")}, InputError, r"each once"),
         ({"pooling": "max"}, InputError, r"pooling='max'.*'mean', 'last'"),
-        ({"pooling": None}, InputError, r"pooling=None.*'mean', 'last'"),
+        ({"pooling": None}, InputError, r"pooling=None, tokens=False.*pass tokens=True and no spans, or a pooling"),
+        ({"pooling": None, "tokens": True, "spans": {"a": LastTokens(1)}}, InputError, r"spans=\['a'\]"),
         ({"pooling": ["mean"]}, InputError, r"pooling=\['mean'\]"),
-        ({"layers": 40}, InputError, r"layers=40.*use layers=-1"),
-        ({"layers": True}, InputError, r"layers=True.*use layers=-1"),
-        ({"layers": -1.0}, InputError, r"layers=-1\.0.*use layers=-1"),
-        ({"layers": (-1,)}, InputError, r"layers=\(-1,\).*use layers=-1"),
+        ({"layers": True}, InputTypeError, r"layers=True.*an integer, or a tuple of them"),
+        ({"layers": -1.0}, InputTypeError, r"layers=-1\.0.*an integer"),
+        ({"layers": (-1, "0")}, InputTypeError, r"layers=\(-1, '0'\)"),
+        ({"layers": None}, InputTypeError, r"layers=None"),
+        ({"layers": ()}, InputError, r"layers=\(\).*each once"),
+        ({"layers": (2, -1, 2)}, InputError, r"layers=\(2, -1, 2\).*each once"),
+        ({"tokens": 1}, InputTypeError, r"tokens=1.*True or False"),
+        ({"spans": [LastTokens(1)]}, InputTypeError, r"spans=\[.*a dict of names"),
+        ({"spans": {"": LastTokens(1)}}, InputTypeError, r"'': .*a non-empty string"),
+        ({"spans": {1: LastTokens(1)}}, InputTypeError, r"1: .*a non-empty string"),
+        ({"spans": {"tail": "last"}}, InputTypeError, r"'tail': 'last'.*expected LastTokens, TokenMask"),
         ({"dtype": "float32"}, InputTypeError, r"dtype='float32'.*torch\.dtype"),
         ({"dtype": torch.int64}, InputError, r"torch\.int64.*torch\.float32"),
         ({"dtype": torch.complex64}, InputError, r"torch\.complex64.*torch\.float32"),
@@ -77,8 +88,52 @@ def test_unhashable_segments_are_named() -> None:
 
 
 def test_an_unknown_field_raises() -> None:
-    with pytest.raises(TypeError, match="tokens"):
-        HiddenSpec(tokens=True)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="token"):
+        HiddenSpec(token=True)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("layers", "kept", "ids"), [(-1, -1, (-1,)), (3, 3, (3,)), ((0,), (0,), (0,)), ([2, -1], (2, -1), (2, -1))]
+)
+def test_layers_keep_their_order_and_their_kind(layers: Any, kept: Any, ids: tuple[int, ...]) -> None:
+    spec = HiddenSpec(layers=layers)
+    assert (spec.layers, spec.layer_ids) == (kept, ids)
+    assert hash(spec) == hash(HiddenSpec(layers=kept))
+
+
+def test_the_spans_are_a_copy() -> None:
+    spans: dict[str, Any] = {"tail": LastTokens(2)}
+    spec = HiddenSpec(spans=spans)
+    spans["head"] = LastTokens(1)
+    assert spec.spans == {"tail": LastTokens(2)}
+
+
+@pytest.mark.parametrize(("layer", "name"), [(0, 0), (3, 3), (-1, -1), (-2, 2), (-4, 0)])
+def test_every_layer_has_one_name(layer: int, name: int) -> None:
+    assert canonical_layer(layer, 4) == name
+
+
+@pytest.mark.parametrize("layer", [4, 40, -5])
+def test_layers_the_model_does_not_have(layer: int) -> None:
+    with pytest.raises(InputError, match=rf"layers={layer}: the model has 4 layers; use 0\.\.3, -1 .*-2\.\.-4"):
+        canonical_layer(layer, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "needs"),
+    [
+        ({"segments": ("prompt",)}, False),
+        ({"segments": ("prompt",), "tokens": True, "pooling": None}, False),
+        ({"segments": ("prompt", "full")}, True),
+        ({}, True),
+        ({"segments": (), "spans": {"a": TokenMask("m"), "b": Role("user"), "c": LastTokens(1, "prompt")}}, False),
+        ({"segments": ("prompt",), "spans": {"a": LastTokens(1)}}, True),
+        ({"segments": (), "spans": {"a": Between("x", None)}}, True),
+        ({"segments": (), "spans": {"a": Between("x", None, "prompt")}}, False),
+    ],
+)
+def test_what_needs_a_response(arguments: dict[str, Any], needs: bool) -> None:
+    assert HiddenSpec(**arguments).needs_response is needs
 
 
 @pytest.mark.parametrize(
@@ -88,10 +143,15 @@ def test_an_unknown_field_raises() -> None:
         (("prompt",), "mean", True),
         (("response", "full"), "mean", True),
         (SEGMENTS, "last", False),
+        ((), "mean", False),
     ],
 )
 def test_what_reads_the_whole_prompt(segments: Any, pooling: Any, whole: bool) -> None:
-    assert HiddenSpec(segments, pooling).reads_whole_prompt is whole
+    spans: Any = {} if segments else {"tail": LastTokens(1)}
+    assert HiddenSpec(segments, pooling, spans=spans).reads_whole_prompt is whole
+    # Every token's state is of every row, however they are pooled.
+    if segments:
+        assert HiddenSpec(segments, pooling, tokens=True).reads_whole_prompt is (segments != ("response",))
 
 
 @pytest.mark.parametrize("record", [HiddenSpec(), Request((1, 2))])
@@ -102,10 +162,19 @@ def test_records_are_frozen(record: Any) -> None:
 
 
 def test_a_spec_pickles() -> None:
-    spec = HiddenSpec(("prompt", "full"), "last", dtype=torch.bfloat16)
+    spans = {"tail": LastTokens(2, allow_fewer=True), "why": Between("<t>", "</t>")}
+    spec = HiddenSpec(("prompt", "full"), "last", (0, -1), tokens=True, dtype=torch.bfloat16, spans=spans)
     assert pickle.loads(pickle.dumps(spec)) == spec
 
 
-def test_the_default_sampling_cannot_be_written_to() -> None:
-    with pytest.raises(TypeError):
-        Request((1,)).sampling["temperature"] = 0.0  # type: ignore[index]
+def test_requests_share_no_defaults() -> None:
+    one, other = Request((1,)), Request((1,))
+    assert one.sampling is not other.sampling
+    assert one.spans is not other.spans
+
+
+@pytest.mark.parametrize(
+    ("sampling", "reads"), [({}, False), ({"max_new_tokens": 0}, True), ({"max_new_tokens": 1}, False)]
+)
+def test_a_request_of_no_tokens_only_reads(sampling: dict[str, Any], reads: bool) -> None:
+    assert Request((1,), sampling=sampling).reads_only is reads

@@ -3,37 +3,68 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from plain import Case, expected_count, token_places
 from recorder import (
     ALL_SEGMENTS,
     RecordingEngine,
     log_prob_of,
     make_info,
+    of_layer,
     pooled_D,
     response_of,
     states_ND,
 )
 
 from torchrl_sglang_hidden import AlignmentError, CapabilityError, HiddenSpec, ProtocolError, RequestAbortedError
-from torchrl_sglang_hidden.channel import CHANNEL, PROTOCOL, pack_options, unpack_options
-from torchrl_sglang_hidden.errors import InputTypeError, PromptLengthError, SGLangHiddenError, TokenIdError
-from torchrl_sglang_hidden.specs import POOLINGS, Pooling, Request
-from torchrl_sglang_hidden.wire import check_requests, read_info, read_responses, to_payload
+from torchrl_sglang_hidden import wire as wire_module
+from torchrl_sglang_hidden.channel import CHANNEL, PROTOCOL, HiddenOptions, Status, pack_options, unpack_options
+from torchrl_sglang_hidden.errors import (
+    InputError,
+    InputTypeError,
+    PromptLengthError,
+    SGLangHiddenError,
+    SpanError,
+    TokenIdError,
+)
+from torchrl_sglang_hidden.pooling import Wanted
+from torchrl_sglang_hidden.shared import SharedFiles, is_shared
+from torchrl_sglang_hidden.spans import Between, LastTokens, PromptSpan, TokenMask
+from torchrl_sglang_hidden.specs import POOLINGS, Completion, Pooling, Request
+from torchrl_sglang_hidden.wire import ModelSizes, check_requests, read_info, read_responses, to_payload, warm_up
 
 PROMPT = (9, 8, 7, 3)
 RESPONSE = response_of(PROMPT)
 ALL = HiddenSpec(ALL_SEGMENTS)
-STOCK = {"pools_in_server": False}
+STOCK = {"pools_in_server": False, "layers": (-1,)}
+
+# What the user wrote, and what it means for PROMPT.
+SPANS = {"mask": TokenMask("m"), "tail": LastTokens(2)}
+RESOLVED = {"mask": PromptSpan(((0, 1), (2, 3))), "tail": LastTokens(2)}
 
 
-def request(hidden: HiddenSpec | None = ALL, prompt_ids: tuple[Any, ...] = PROMPT, **sampling: Any) -> Request:
-    return Request(prompt_ids, sampling=sampling, hidden=hidden)
+def request(
+    hidden: HiddenSpec | None = ALL,
+    prompt_ids: tuple[Any, ...] = PROMPT,
+    spans: Any = None,
+    lora: str | None = None,
+    priority: int | None = None,
+    **sampling: Any,
+) -> Request:
+    return Request(prompt_ids, sampling=sampling, hidden=hidden, spans=spans or {}, lora=lora, priority=priority)
+
+
+def spanned(segments: Any = ("response",), pooling: Any = "mean", **more: Any) -> Request:
+    """A request with spans, whose other fields are those of a `HiddenSpec`."""
+    return request(HiddenSpec(segments, pooling, spans=SPANS, **more), spans=RESOLVED)
 
 
 def rows_for(requests: list[Request], **info: Any) -> list[dict[str, Any]]:
@@ -43,6 +74,36 @@ def rows_for(requests: list[Request], **info: Any) -> list[dict[str, Any]]:
 
 def read(rows: Any, requests: list[Request] | None = None, **info: Any) -> list[Any]:
     return read_responses(requests or [request()], rows, make_info(**info))
+
+
+def assert_states(one: Completion, sent: Request, info: Any) -> None:
+    """Segments, spans and token states are those of the recorder, in plain torch."""
+    spec = sent.hidden
+    assert spec is not None
+    wanted = options_of(to_payload([sent], dataclasses.replace(info, pools_in_server=True), binary=False)).wanted
+    hidden_ND = states_ND(one.prompt_ids, one.response_ids or [0])
+    hidden_NKD = torch.stack([of_layer(hidden_ND, layer) for layer in wanted.layers], 1)
+    case = Case(wanted, len(one.prompt_ids), one.response_ids or (0,), hidden_NKD)
+    shaped: Callable[[torch.Tensor], torch.Tensor] = (
+        (lambda states: states) if isinstance(spec.layers, tuple) else (lambda states: states.squeeze(-2))
+    )
+    assert tuple(one.hidden) == (() if spec.pooling is None else spec.segments)
+    assert one.spans.keys() == spec.spans.keys()
+    for what, pooled in {**one.hidden, **one.spans}.items():
+        assert (pooled.count, pooled.vector.dtype) == (expected_count(case, what), torch.float32)
+        torch.testing.assert_close(pooled.vector.double(), shaped(case.pooled(what)), rtol=1e-5, atol=1e-6)
+    if spec.tokens:
+        first, stop = token_places(case)
+        assert one.token_rows.first == first
+        assert torch.equal(one.token_rows.rows_ND, shaped(hidden_NKD[first:stop].to(wanted.row_dtype)))
+    else:
+        assert one.token_rows is None
+
+
+def options_of(payload: dict[str, Any], row: int = 0) -> HiddenOptions:
+    options = unpack_options(json.loads(json.dumps(payload["sampling_params"][row]["custom_params"])))
+    assert options is not None
+    return options
 
 
 # --- payloads ---------------------------------------------------------------------------------------------------------
@@ -57,14 +118,7 @@ def test_a_payload_for_the_server_half() -> None:
             {
                 "max_new_tokens": 3,
                 "stop": ["a"],
-                "custom_params": {
-                    CHANNEL: {
-                        "protocol": PROTOCOL,
-                        "segments": "prompt,response,full",
-                        "pooling": "mean",
-                        "binary": False,
-                    }
-                },
+                "custom_params": {CHANNEL: pack_options(Wanted(("prompt", "response", "full")), "text")},
             },
             {"top_k": 2},
         ],
@@ -74,13 +128,84 @@ def test_a_payload_for_the_server_half() -> None:
     assert dict(requests[0].sampling) == {"max_new_tokens": 3, "stop": ["a"]}
 
 
-def test_a_payload_for_a_stock_server() -> None:
-    requests = [request(), request(None), request(HiddenSpec())]
-    payload = to_payload(requests, make_info(**STOCK), binary=False)
-    assert payload["return_hidden_states"] == [True, False, True]
-    assert [bool(salt) for salt in payload["cache_salt"]] == [True, False, False]
+def test_everything_of_a_spec_reaches_the_server() -> None:
+    spec = HiddenSpec(("full", "prompt"), "last", (-2, -1, 0), True, torch.bfloat16, spans=SPANS)
+    payload = to_payload([request(spec, spans=RESOLVED)], make_info(), binary=False)
+    wanted = Wanted(("full", "prompt"), "last", (2, -1, 0), RESOLVED, tokens=True, row_dtype=torch.bfloat16)
+    assert options_of(payload) == HiddenOptions(wanted, "text")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sent"),
+    [(torch.float32, torch.float32), (torch.float64, torch.float32)]
+    + [(dtype, dtype) for dtype in (torch.bfloat16, torch.float16)],
+)
+def test_rows_travel_no_wider_than_they_are(dtype: torch.dtype, sent: torch.dtype) -> None:
+    payload = to_payload([request(HiddenSpec(tokens=True, dtype=dtype))], make_info(), binary=False)
+    assert options_of(payload).wanted.row_dtype == sent
+
+
+@pytest.mark.parametrize(
+    ("tokens", "binary", "near", "way"),
+    [
+        (False, False, False, "text"),
+        (False, False, True, "text"),
+        (True, False, False, "text"),
+        (True, False, True, "shared"),
+        (True, True, True, "binary"),
+        (False, True, False, "binary"),
+    ],
+)
+def test_how_states_come_back(tokens: bool, binary: bool, near: bool, way: str) -> None:
+    one, info = request(HiddenSpec(tokens=tokens)), make_info(shares_memory=near)
+    assert options_of(to_payload([one], info, binary=binary)).way == way
+
+
+def test_a_prompt_that_is_only_read_costs_one_token() -> None:
+    one = request(HiddenSpec(("prompt",)), max_new_tokens=0, temperature=0.7, stop=["a"])
+    (sampling,) = to_payload([one], make_info(), binary=False)["sampling_params"]
+    assert {**sampling, "custom_params": None} == {"max_new_tokens": 1, "temperature": 0.0, "custom_params": None}
+    assert one.sampling["max_new_tokens"] == 0
+
+
+def test_adapters_and_priority() -> None:
+    requests = [request(lora="a", priority=3), request(priority=3)]
+    payload = to_payload(requests, make_info(), binary=False)
+    assert (payload["lora_path"], payload["priority"]) == (["a", None], 3)
+    payload = to_payload([request(priority=0)], make_info(), binary=False)
+    assert (payload["priority"], "lora_path" in payload) == (0, False)
+    assert to_payload([request()], make_info(), binary=False).keys().isdisjoint({"priority", "lora_path"})
+
+
+def test_prompts_that_are_scored() -> None:
+    requests = [Request((5, 6), return_log_probs=False, score_prompt=True), Request((5,), return_log_probs=False)]
+    payload = to_payload(requests, make_info(), binary=False)
+    assert (payload["return_logprob"], payload["logprob_start_len"]) == ([True, False], [0, -1])
+
+
+@pytest.mark.parametrize(
+    ("one", "salted"),
+    [
+        (request(), True),
+        (request(HiddenSpec(("full",))), True),
+        (request(HiddenSpec()), False),
+        (request(HiddenSpec(ALL_SEGMENTS, "last")), False),
+        (request(HiddenSpec(("prompt",), "last", tokens=True)), True),
+        (request(HiddenSpec(tokens=True)), False),
+        (request(HiddenSpec(spans={"m": TokenMask("m")}), spans={"m": PromptSpan(((0, 1),))}), True),
+        (request(HiddenSpec(spans={"m": TokenMask("m")}), spans={"m": PromptSpan(((3, 4),))}), False),
+        (request(HiddenSpec((), "last", spans={"m": TokenMask("m")}), spans={"m": PromptSpan(((0, 4),))}), False),
+        (request(HiddenSpec(("prompt",)), prompt_ids=(5,)), True),
+    ],
+)
+def test_a_payload_for_a_stock_server(one: Request, salted: bool) -> None:
+    """A request that needs rows of the prompt must not hit the prefix cache."""
+    payload = to_payload([one, request(None)], make_info(**STOCK), binary=False)
+    assert payload["return_hidden_states"] == [True, False]
+    assert [bool(salt) for salt in payload["cache_salt"]] == [salted, False]
     assert all("custom_params" not in params for params in payload["sampling_params"])
-    assert to_payload(requests, make_info(**STOCK), binary=False)["cache_salt"][0] != payload["cache_salt"][0]
+    again = to_payload([one], make_info(**STOCK), binary=False)
+    assert (again["cache_salt"][0] != payload["cache_salt"][0]) is salted
 
 
 def test_a_stock_payload_without_states_asks_for_none() -> None:
@@ -88,38 +213,83 @@ def test_a_stock_payload_without_states_asks_for_none() -> None:
     assert payload.keys() == {"input_ids", "sampling_params", "return_logprob"}
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
-@pytest.mark.parametrize("binary", [True, False])
-@pytest.mark.parametrize("segments", [("full",), ("response", "prompt"), ALL_SEGMENTS])
-def test_options_round_trip(segments: Any, pooling: Pooling, binary: bool) -> None:
-    options = json.loads(json.dumps({CHANNEL: pack_options(HiddenSpec(segments, pooling), binary=binary)}))
-    read_back = unpack_options(options)
-    assert read_back is not None
-    assert (read_back.segments, read_back.pooling, read_back.binary) == (segments, pooling, binary)
-
-
 # --- answers ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("way", ["base64", "raw", "stock"])
-@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("pooling", [*POOLINGS, None])
+@pytest.mark.parametrize("tokens", [False, True])
+@pytest.mark.parametrize("layers", [-1, (-1,), (0, -1), -2])
 @pytest.mark.filterwarnings("ignore:the server has no torchrl_sglang_hidden server half")
-def test_an_answer_becomes_a_completion(way: str, pooling: Pooling) -> None:
-    engine = RecordingEngine(binary=way == "raw", pools_in_server=way != "stock")
-    (one,) = engine.generate([request(HiddenSpec(ALL_SEGMENTS, pooling))])
-    assert (one.prompt_ids, one.response_ids) == (PROMPT, tuple(RESPONSE))
-    assert one.text == " ".join(map(str, RESPONSE))
-    assert (one.finish_reason, one.weight_version) == ("stop" if RESPONSE[-1] == 1 else "length", "v7")
-    assert one.log_probs_T.tolist() == [log_prob_of(i) for i in RESPONSE]
-    for segment, pooled in one.hidden.items():
-        expected_D = pooled_D(states_ND(PROMPT, RESPONSE), segment, pooling, len(PROMPT))
-        assert pooled.vector_D.dtype == torch.float32
-        torch.testing.assert_close(pooled.vector_D.double(), expected_D, rtol=1e-5, atol=1e-6)
+def test_an_answer_becomes_a_completion(way: str, pooling: Any, tokens: bool, layers: Any) -> None:
+    if way == "stock" and layers not in (-1, (-1,)):
+        layers = (-1,)  # all that there is
+    engine = RecordingEngine(binary=way == "raw", **(STOCK if way == "stock" else {}))
+    specs = [
+        HiddenSpec(segments, pooling, layers, tokens or pooling is None) for segments in (ALL_SEGMENTS, ("prompt",))
+    ]
+    sent = [request(spec) for spec in specs]
+    if pooling is not None:
+        sent.append(spanned((), pooling, layers=layers))
+        sent.append(spanned(("response",), pooling, layers=layers, tokens=tokens))
+    for one, given in zip(engine.generate(sent), sent, strict=True):
+        assert (one.prompt_ids, one.response_ids) == (PROMPT, tuple(RESPONSE))
+        assert one.text == " ".join(map(str, RESPONSE))
+        assert (one.finish_reason, one.weight_version) == ("stop" if RESPONSE[-1] == 1 else "length", "v7")
+        assert one.log_probs_T.tolist() == [log_prob_of(i) for i in RESPONSE]
+        assert_states(one, given, engine.info)
+
+
+@pytest.mark.parametrize("info", [{}, STOCK], ids=["server half", "stock"])
+@pytest.mark.parametrize("spec", [HiddenSpec(("prompt",), tokens=True), HiddenSpec(("prompt",), "last"), None])
+@pytest.mark.filterwarnings("ignore:the server has no torchrl_sglang_hidden server half")
+def test_a_prompt_that_was_only_read_has_no_response(info: Any, spec: HiddenSpec | None) -> None:
+    """SGLang's one token is dropped with all that belongs to it; what was asked of the prompt stays."""
+    engine = RecordingEngine(**info)
+    sent = Request(PROMPT, {"max_new_tokens": 0}, hidden=spec, score_prompt=True)
+    (one,) = engine.generate([sent])
+    assert (one.response_ids, one.text, one.finish_reason) == ((), "", "length")
+    assert (one.log_probs_T.shape, len(one.prompt_log_probs_P)) == ((0,), len(PROMPT))
+    if spec is not None:
+        assert_states(one, sent, engine.info)
+    (unscored,) = engine.generate([dataclasses.replace(sent, return_log_probs=False, score_prompt=False)])
+    assert (unscored.log_probs_T, unscored.prompt_log_probs_P) == (None, None)
+
+
+def test_a_span_between_markers() -> None:
+    """Its size is the server's to say; the policy checks it with its own tokenizer."""
+    spec = HiddenSpec((), spans={"b": Between("2", None)})
+    sent = request(spec, spans=dict(spec.spans))
+    engine = RecordingEngine(
+        respond=lambda ids: [20, 21, 22, 33]
+    )  # "20 21 22 33": behind the first 2 is no whole token
+    (one,) = engine.generate([sent])
+    assert one.spans["b"].count == 3
+    expected_D = states_ND(PROMPT, [20, 21, 22, 33])[len(PROMPT) :].double().mean(0)
+    torch.testing.assert_close(one.spans["b"].vector.double(), expected_D, rtol=1e-5, atol=1e-6)
+    with pytest.raises(
+        SpanError, match=r"row 0 \(request recorded-0\), span 'b': the marker '2' is not in the response"
+    ):
+        RecordingEngine(respond=lambda ids: [33]).generate([sent])
+
+
+@pytest.mark.parametrize("info", [{}, STOCK], ids=["server half", "stock"])
+@pytest.mark.filterwarnings("ignore:the server has no torchrl_sglang_hidden server half")
+def test_a_response_that_is_shorter_than_a_span(info: Any) -> None:
+    long = LastTokens(9)
+    sent = request(HiddenSpec(spans={"long": long}), spans={"long": long})
+    with pytest.raises(
+        SpanError, match=r"row 0 .*, span 'long': LastTokens\(9\): the response has \d tokens; raise min"
+    ):
+        RecordingEngine(**info).generate([sent])
+    fewer = LastTokens(9, allow_fewer=True)
+    (one,) = RecordingEngine(**info).generate([request(HiddenSpec(spans={"long": fewer}), spans={"long": fewer})])
+    assert one.spans["long"].count == len(RESPONSE)
 
 
 def test_raw_vectors_can_be_written_to() -> None:
     (one,) = RecordingEngine(binary=True).generate([request()])
-    one.hidden["response"].vector_D.add_(1)
+    one.hidden["response"].vector.add_(1)
 
 
 def test_a_stock_answer_after_a_retraction() -> None:
@@ -132,7 +302,7 @@ def test_a_stock_answer_after_a_retraction() -> None:
     (found,) = read(rows, [one], **STOCK)
     for segment, pooled in found.hidden.items():
         expected_D = pooled_D(hidden_ND, segment, "mean", len(PROMPT))
-        torch.testing.assert_close(pooled.vector_D.double(), expected_D, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(pooled.vector.double(), expected_D, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("left", [1, 2, 3])
@@ -155,9 +325,31 @@ def test_a_prefix_hit_does_not_matter_to_the_last_rows(spec: HiddenSpec) -> None
     states = rows[0]["meta_info"]["hidden_states"]
     states[0] = states[0][-1:]
     (found,) = read(rows, [one], **STOCK)
-    for segment, pooled in found.hidden.items():
-        expected_D = pooled_D(states_ND(PROMPT, RESPONSE), segment, spec.pooling, len(PROMPT))
-        torch.testing.assert_close(pooled.vector_D.double(), expected_D, rtol=1e-5, atol=1e-6)
+    assert_states(found, one, make_info(**STOCK))
+
+
+@pytest.mark.parametrize("left", [1, 2, 3])
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_a_prefix_hit_matters_to_the_spans_before_its_end(left: int, pooling: Pooling) -> None:
+    one = spanned((), pooling)
+    rows = rows_for([one], **STOCK)
+    states = rows[0]["meta_info"]["hidden_states"]
+    states[0] = states[0][-left:]
+    if pooling == "last" and left > 1:  # position 2 alone
+        (found,) = read(rows, [one], **STOCK)
+        assert_states(found, one, make_info(**STOCK))
+        return
+    with pytest.raises(AlignmentError, match=r"row 0 .* 0 rows of states for the span 'mask' .* expected 2; start the"):
+        read(rows, [one], **STOCK)
+
+
+def test_a_prefix_hit_loses_token_states() -> None:
+    one = request(HiddenSpec(("full",), None, tokens=True))
+    rows = rows_for([one], **STOCK)
+    states = rows[0]["meta_info"]["hidden_states"]
+    states[0] = states[0][-2:]
+    with pytest.raises(AlignmentError, match=r"row 0 .*expected the states of positions 0\.\."):
+        read(rows, [one], **STOCK)
 
 
 # What was done to a good answer of one row, and what is said of it.
@@ -225,40 +417,77 @@ def test_answers_that_do_not_add_up(case: str) -> None:
         read(spoiled(rows, spoil))
 
 
+def count_of(place: int, count: Any) -> Callable[[dict[str, Any]], Any]:
+    return lambda a: a["places"][place].__setitem__(2, count)
+
+
+# The answer's places are the segments prompt, response, full, then the spans mask, tail.
 BAD_CHANNELS: dict[str, tuple[Callable[[dict[str, Any]], Any], type[SGLangHiddenError], str]] = {
-    "other protocol": (
-        lambda a: a.update(protocol=2),
-        ProtocolError,
-        r"protocol 2 and this client 1; install the same",
-    ),
-    "no protocol": (lambda a: a.pop("protocol"), ProtocolError, r"protocol None and this client 1"),
-    "no data": (lambda a: a.pop("data"), ProtocolError, r"cannot be read"),
-    "no base64": (lambda a: a.update(data="%%%%"), ProtocolError, r"cannot be read"),
+    "other protocol": (lambda a: a.update(protocol=1), ProtocolError, r"row 0 .*protocol 1 and this client 2; install"),
+    "no data": (lambda a: a.pop("data"), ProtocolError, r"row 0 .*cannot be read"),
     "cut base64": (lambda a: a.update(data=a["data"][:-3]), ProtocolError, r"cannot be read.*cut short"),
-    "cut floats": (lambda a: a.update(data=a["data"][:-4]), ProtocolError, r"cannot be read.*cut short"),
-    "cut vectors": (lambda a: a.update(data=a["data"][: 4 * 4 * 3]), ProtocolError, r"shape \(\d+,\), expected \(8,\)"),
-    "data of numbers": (lambda a: a.update(data=7), ProtocolError, r"cannot be read"),
-    "counts of text": (lambda a: a.update(counts=["4", "3", "6"]), ProtocolError, r"cannot be read"),
-    "no counts": (lambda a: a.update(counts=None), ProtocolError, r"cannot be read"),
-    "more counts than segments": (lambda a: a["segments"].pop(), ProtocolError, r"row 0"),
-    "more segments than counts": (lambda a: a["segments"].append("x"), ProtocolError, r"row 0"),
-    "no segments": (lambda a: a.update(segments=None), ProtocolError, r"row 0"),
+    "no places": (lambda a: a.update(places=None), ProtocolError, r"cannot be read"),
+    "a fault": (lambda a: a.update(faults={"tail": "too short"}), SpanError, r"row 0 .*, span 'tail': too short"),
     "too few rows": (
-        lambda a: a["counts"].__setitem__(1, a["counts"][1] - 1),
+        count_of(1, len(RESPONSE) - 1),
         AlignmentError,
-        r"row 0 .* rows of states for the 'response' segment of 4 prompt and \d response tokens, expected \d; ",
+        r"row 0 .* rows of states for the 'response' segment of 4 prompt and \d response tokens, expected \d; send it",
     ),
-    "too many rows": (lambda a: a["counts"].__setitem__(0, 5), AlignmentError, r"5 rows .*'prompt'.*expected 4"),
-    "another segment": (lambda a: a["segments"].__setitem__(0, "answer"), AlignmentError, r"0 rows .*'prompt'"),
+    "too many rows": (count_of(0, 5), AlignmentError, r"5 rows .*'prompt'.*expected 4"),
+    "negative rows": (count_of(0, -4), AlignmentError, r"-4 rows .*'prompt'.*expected 4"),
+    "too few rows of a span": (count_of(3, 1), AlignmentError, r"1 rows .*span 'mask'.*expected 2"),
+    "too many rows of a span": (count_of(4, 3), AlignmentError, r"3 rows .*span 'tail'.*expected 2"),
+    "rows without a vector": (lambda a: a["places"][4].__setitem__(3, False), ProtocolError, r"cannot be read"),
+    "another segment": (lambda a: a["places"][0].__setitem__(1, "answer"), AlignmentError, r"0 rows .*'prompt'"),
+    "another span": (lambda a: a["places"][4].__setitem__(1, "head"), AlignmentError, r"0 rows .*'tail'"),
+    "a span for a segment": (lambda a: a["places"][0].__setitem__(0, "span"), AlignmentError, r"0 rows .*'prompt'"),
+    "no token states": (
+        lambda a: a.pop("rows"),
+        AlignmentError,
+        r"row 0 .*expected the states of positions 0\.\.\d, 4 prompt and \d response tokens, and got none; send it",
+    ),
+    "token states from elsewhere": (
+        lambda a: a["rows"].update(first=1),
+        AlignmentError,
+        r"row 0 .*and got those of \d positions from 1 on",
+    ),
+    "fewer token states": (lambda a: lose_rows(a), AlignmentError, r"row 0 .*and got those of 2 positions from 0 on"),
 }
+
+
+def lose_rows(answer: dict[str, Any]) -> None:
+    """A sound answer over two positions only."""
+    one = request(HiddenSpec(("prompt",), tokens=True), prompt_ids=PROMPT[:2])
+    answer["rows"] = rows_for([one])[0]["meta_info"][CHANNEL][0]["rows"]
 
 
 @pytest.mark.parametrize("case", BAD_CHANNELS)
 def test_states_that_do_not_add_up(case: str) -> None:
     spoil, error, words = BAD_CHANNELS[case]
-    rows = rows_for([request()])
+    one = spanned(ALL_SEGMENTS, tokens=True)
+    rows = rows_for([one])
+    read(rows, [one])
     with pytest.raises(error, match=words):
-        read(spoiled(rows, lambda row: spoil(row["meta_info"][CHANNEL][0])))
+        read(spoiled(rows, lambda row: spoil(row["meta_info"][CHANNEL][0])), [one])
+
+
+@pytest.mark.parametrize("empty", [0, -1])
+def test_a_span_whose_size_is_not_known_has_rows(empty: int) -> None:
+    spec = HiddenSpec((), spans={"b": Between(None, "x", unclosed="end")})
+    one = request(spec, spans=dict(spec.spans))
+    rows = rows_for([one])
+    rows[0]["meta_info"][CHANNEL][0]["places"][0][2] = empty
+    with pytest.raises(AlignmentError, match=rf"{empty} rows of states for the span 'b' .*, expected at least 1; send"):
+        read(rows, [one])
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+@pytest.mark.parametrize(("asked", "answered"), [((0, -1), -1), (-1, (0, -1)), ((0, -1), (0, 2, -1))])
+def test_states_of_another_number_of_layers(asked: Any, answered: Any, tokens: bool) -> None:
+    pooling = None if tokens else "mean"
+    rows = rows_for([request(HiddenSpec(("response",), pooling, answered, tokens=True))])
+    with pytest.raises(ProtocolError, match=r"row 0 .*: states of shape \(.*\), expected \[\.\.\., \d, 8\]"):
+        read(rows, [request(HiddenSpec(("response",), pooling, asked, tokens=True))])
 
 
 @pytest.mark.parametrize("answer", [None, [], {}, "text", [1], [{}, {}]])
@@ -291,10 +520,10 @@ def test_a_row_of_another_form(row: Any) -> None:
 # --- what an engine says of itself ------------------------------------------------------------------------------------
 
 MODEL_INFO = {"model_path": "m", "tokenizer_path": "t", "weight_version": "default", "is_generation": True}
-STATUS = {
-    "protocol": PROTOCOL, "vocab_size": 96, "hidden_size": 8, "context_length": 64, "captures": True, "normed": True,
-    "open_pools": 0,
-}  # fmt: skip
+STATUS = Status(
+    vocab_size=96, hidden_size=8, num_layers=4, context_length=64, layers=(-1,), because="", normed=True, shared="",
+    open_pools=0, prefix_bytes=0,
+).pack()  # fmt: skip
 
 
 def server_info(*statuses: Any, **changes: Any) -> dict[str, Any]:
@@ -302,35 +531,123 @@ def server_info(*statuses: Any, **changes: Any) -> dict[str, Any]:
     return {"internal_states": states, "max_req_input_len": 60, "enable_return_hidden_states": True, **changes}
 
 
-def never(path: str) -> tuple[int, int, int]:
+def never(path: str) -> ModelSizes:
     raise AssertionError(f"asked for the model at {path}")
 
 
+def sizes_of(path: str) -> ModelSizes:
+    return {"m": ModelSizes(vocab_size=50, hidden_size=4, num_layers=3, context_length=32)}[path]
+
+
+def info_of(*statuses: Any, **changes: Any) -> Any:
+    return read_info(MODEL_INFO, server_info(*statuses, **changes), sizes_of)
+
+
 def test_a_server_with_the_server_half() -> None:
-    info = read_info(MODEL_INFO, server_info(STATUS), never)
+    info = read_info(MODEL_INFO, server_info({**STATUS, "layers": [0, 2, -1]}), never)
     assert (info.model_path, info.tokenizer_path, info.weight_version) == ("m", "t", "default")
-    assert (info.vocab_size, info.hidden_size, info.context_length) == (96, 8, 64)
-    assert info.max_prompt_tokens == 59
-    assert info.pools_in_server
-    assert info.returns_hidden_states
+    assert (info.vocab_size, info.hidden_size, info.num_layers, info.context_length) == (96, 8, 4, 64)
+    assert (info.max_prompt_tokens, info.layers, info.no_states_because) == (59, (-1, 0, 2), "")
+    assert (info.pools_in_server, info.returns_hidden_states, info.shares_memory) == (True, True, False)
 
 
 @pytest.mark.parametrize("info", [server_info(None), server_info(), {**server_info(), "internal_states": None}])
 def test_a_stock_server_is_asked_for_its_model(info: Any) -> None:
-    found = read_info(MODEL_INFO, info, lambda path: {"m": (50, 4, 32)}[path])
-    assert (found.vocab_size, found.hidden_size, found.context_length) == (50, 4, 32)
-    assert (found.max_prompt_tokens, found.pools_in_server) == (31, False)
+    found = read_info(MODEL_INFO, info, sizes_of)
+    assert (found.vocab_size, found.hidden_size, found.num_layers, found.context_length) == (50, 4, 3, 32)
+    assert (found.max_prompt_tokens, found.pools_in_server, found.layers) == (31, False, (-1,))
+    assert (found.returns_hidden_states, found.no_states_because, found.shares_memory) == (True, "", False)
+
+
+@pytest.mark.parametrize(
+    ("layers", "pools", "found"),
+    [
+        ([[0, -1], [0, -1]], True, (-1, 0)),
+        ([[0, 2, -1], [-1, 1, 2]], True, (-1, 2)),
+        ([[0, -1], [-1]], True, (-1,)),
+        ([[0, -1], []], False, (-1,)),
+        ([[], []], False, (-1,)),
+        ([[0, -1], None], True, (-1,)),
+        ([None, None], True, (-1,)),
+    ],
+)
+def test_every_scheduler_must_have_a_layer(layers: list[Any], pools: bool, found: tuple[int, ...]) -> None:
+    """Of data-parallel ones any may get a request. One that has not run yet has its last to offer."""
+    info = info_of(*({**STATUS, "layers": one} for one in layers))
+    assert (info.pools_in_server, info.layers) == (pools, found)
 
 
 def test_every_scheduler_must_have_the_server_half() -> None:
-    assert read_info(MODEL_INFO, server_info(STATUS, STATUS), never).pools_in_server
-    assert not read_info(MODEL_INFO, server_info(STATUS, None), never).pools_in_server
-    assert not read_info(MODEL_INFO, server_info({**STATUS, "captures": False}), never).pools_in_server
+    assert info_of(STATUS, STATUS).pools_in_server
+    for statuses in ((STATUS, None), (None, STATUS)):
+        info = info_of(*statuses)
+        assert (info.pools_in_server, info.layers, info.shares_memory) == (False, (-1,), False)
+
+
+def test_a_server_says_why_it_gives_no_states() -> None:
+    info = info_of({**STATUS, "layers": []}, {**STATUS, "layers": [], "because": "--enable-pdmux splits"})
+    assert (info.pools_in_server, info.returns_hidden_states) == (False, True)
+    assert info.no_states_because == "--enable-pdmux splits"
+    only_last = info_of({**STATUS, "because": "Gemma 9 has no list of layers"})
+    assert (only_last.pools_in_server, only_last.layers) == (True, (-1,))
+    assert only_last.no_states_because == "Gemma 9 has no list of layers"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"speculative_algorithm": "NGRAM"}, r"speculative decoding \(NGRAM\) gives rows of rejected tokens"),
+        ({"pp_size": 2}, r"between pipeline stages \(pp_size=2\)"),
+    ],
+)
+def test_stock_states_that_cannot_be_trusted(changes: Any, words: str) -> None:
+    info = info_of(None, **changes)
+    assert not info.returns_hidden_states
+    assert re.search(words, info.no_states_because)
+
+
+@pytest.mark.parametrize("changes", [{"speculative_algorithm": None}, {"pp_size": 1}, {"pp_size": None}])
+def test_stock_states_that_can(changes: Any) -> None:
+    assert info_of(None, **changes).returns_hidden_states
+    assert not info_of(None, **changes, enable_return_hidden_states=False).returns_hidden_states
 
 
 def test_states_before_the_norm_are_not_returned() -> None:
-    info = read_info(MODEL_INFO, server_info({**STATUS, "normed": False, "captures": False}), never)
+    info = info_of({**STATUS, "normed": False, "layers": []})
     assert (info.pools_in_server, info.returns_hidden_states) == (False, False)
+
+
+def test_memory_is_shared_with_a_server_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire_module, "is_shared", lambda sign: is_shared(sign, tmp_path))
+    here, there = {**STATUS, "shared": SharedFiles(tmp_path).sign}, {**STATUS, "shared": "elsewhere"}
+    assert info_of(here).shares_memory
+    assert info_of(here, here).shares_memory
+    assert not info_of(here, there).shares_memory
+    assert not info_of(here, {**here, "layers": []}).shares_memory
+
+
+@pytest.mark.parametrize(
+    ("statuses", "num_prompts"),
+    [
+        ([STATUS], None),
+        ([None], None),
+        ([], None),
+        ([{**STATUS, "layers": []}], None),
+        ([{**STATUS, "layers": None}], 1),
+        ([{**STATUS, "layers": None}, {**STATUS, "layers": None}], 2),
+        ([STATUS, {**STATUS, "layers": None}], 2),
+        ([{"protocol": 1}], None),
+    ],
+)
+def test_an_engine_that_has_not_run_yet_is_warmed_up(statuses: list[Any], num_prompts: int | None) -> None:
+    payload = warm_up(server_info(*statuses))
+    if num_prompts is None:
+        assert payload is None
+    else:
+        assert payload == {
+            "input_ids": [[0]] * num_prompts,
+            "sampling_params": {"max_new_tokens": 1, "temperature": 0.0},
+        }
 
 
 def test_a_shorter_context_of_the_server_counts() -> None:
@@ -338,7 +655,7 @@ def test_a_shorter_context_of_the_server_counts() -> None:
     assert (info.context_length, info.max_prompt_tokens) == (40, 39)
 
 
-@pytest.mark.parametrize("protocol", [0, 2, "1"])
+@pytest.mark.parametrize("protocol", [0, 1, 3, "2"])
 def test_another_protocol(protocol: Any) -> None:
     with pytest.raises(ProtocolError, match=rf"{re.escape(repr(protocol))}.*this client {PROTOCOL}; install the same"):
         read_info(MODEL_INFO, server_info({**STATUS, "protocol": protocol}), never)
@@ -408,3 +725,120 @@ def test_a_seed_that_is_not_read_is_refused() -> None:
     check_requests([request(sampling_seed=3)], make_info())
     with pytest.raises(CapabilityError, match=r"row 1: sampling_seed=3, .*--enable-deterministic-inference"):
         check_requests([request(), request(sampling_seed=3)], make_info(honours_seeds=False))
+
+
+# --- states that are asked for ----------------------------------------------------------------------------------------
+
+
+GOOD_SPEC = HiddenSpec(ALL_SEGMENTS, layers=(0, -1, -2), spans=SPANS)
+
+
+@pytest.mark.parametrize(
+    ("one", "info", "error", "words"),
+    [
+        (
+            request(),
+            {**STOCK, "returns_hidden_states": False},
+            CapabilityError,
+            r"row 1: hidden states are asked of a server that was started without them; start the server with .*, or "
+            r"pass hidden=None",
+        ),
+        (
+            request(),
+            {**STOCK, "returns_hidden_states": False, "no_states_because": "of speculation"},
+            CapabilityError,
+            r"without them, which gives none: of speculation; start",
+        ),
+        (
+            request(HiddenSpec(layers=1)),
+            {},
+            CapabilityError,
+            r"row 1: layers=1: the server gives the states of layers \[-1, 0, 2\]; start it with "
+            r"launch\(layers=\(1,\)\), or `serve --layers`",
+        ),
+        (request(HiddenSpec(layers=(0, -3))), {}, CapabilityError, r"layers=\(0, -3\): .*launch\(layers=\(0, -3\)\)"),
+        (
+            request(HiddenSpec(layers=(-1, 0))),
+            {"layers": (-1,), "no_states_because": "Gemma 9 is another"},
+            CapabilityError,
+            r"layers \[-1\] \(Gemma 9 is another\); start it",
+        ),
+        (
+            request(HiddenSpec(layers=0)),
+            STOCK,
+            CapabilityError,
+            r"layers=0: the server gives the states of layers \[-1\]",
+        ),
+        (request(HiddenSpec(layers=4)), {}, InputError, r"layers=4: the model has 4 layers; use 0\.\.3"),
+        (request(HiddenSpec(layers=-5)), {}, InputError, r"layers=-5: the model has 4 layers"),
+        (
+            request(max_new_tokens=0),
+            {},
+            InputError,
+            r"row 1: max_new_tokens=0 generates nothing, and segments=\('prompt', 'response', 'full'\), spans=\[\] "
+            r"are not all of the prompt",
+        ),
+        (
+            request(HiddenSpec((), spans={"r": LastTokens(1)}), spans={"r": LastTokens(1)}, max_new_tokens=0),
+            {},
+            InputError,
+            r"spans=\['r'\] are not all of the prompt",
+        ),
+        (
+            request(HiddenSpec(spans=SPANS)),
+            {},
+            InputError,
+            r"row 1: spans \[\] are resolved, and \['mask', 'tail'\] are asked for",
+        ),
+        (request(HiddenSpec(), spans=RESOLVED), {}, InputError, r"spans \['mask', 'tail'\] are resolved, and \[\] are"),
+        (
+            request(HiddenSpec(spans={"m": TokenMask("m")}), spans={"m": PromptSpan(((0, 1), (4, 5)))}),
+            {},
+            SpanError,
+            r"row 1, span 'm': ends at 5 in a prompt of 4 tokens",
+        ),
+        (
+            request(HiddenSpec(spans={"b": Between("a", None)}), spans={"b": Between("a", None)}),
+            STOCK,
+            CapabilityError,
+            r"row 1, span 'b': markers are found by the server half; start the server with",
+        ),
+    ],
+)
+def test_states_that_cannot_be_had(one: Request, info: Any, error: type[SGLangHiddenError], words: str) -> None:
+    with pytest.raises(error, match=words):
+        check_requests([request(None), one], make_info(**info))
+
+
+@pytest.mark.parametrize(
+    ("one", "info"),
+    [
+        (request(GOOD_SPEC, spans=RESOLVED), {}),
+        (request(HiddenSpec(spans=SPANS), spans=RESOLVED), STOCK),
+        (request(HiddenSpec(layers=(-1,))), {**STOCK, "returns_hidden_states": True}),
+        (request(HiddenSpec()), {"returns_hidden_states": False}),
+        (request(None), {**STOCK, "returns_hidden_states": False}),
+        (request(HiddenSpec(("prompt",), tokens=True), max_new_tokens=0), {}),
+        (
+            request(HiddenSpec((), spans={"m": TokenMask("m")}), spans={"m": PromptSpan(((0, 4),))}, max_new_tokens=0),
+            {},
+        ),
+        (request(HiddenSpec(spans={"b": Between("a", None)}), spans={"b": Between("a", None)}), {}),
+    ],
+)
+def test_states_that_can_be_had(one: Request, info: Any) -> None:
+    check_requests([one], make_info(**info))
+
+
+def test_one_priority_for_a_batch() -> None:
+    check_requests([request(priority=1), request(priority=1)], make_info())
+    for other in (2, None):
+        with pytest.raises(InputError, match=r"priorities .*, and SGLang takes one per batch; send them apart"):
+            check_requests([request(priority=1), request(priority=other)], make_info())
+
+
+def test_a_prompt_that_is_only_read_must_leave_room_for_a_token() -> None:
+    read_only = request(HiddenSpec(("prompt",)), prompt_ids=(5,) * 58, max_new_tokens=0)
+    check_requests([read_only], make_info(context_length=59))
+    with pytest.raises(PromptLengthError, match=r"row 0: 58 prompt tokens and max_new_tokens=1 are 59 together, over"):
+        check_requests([read_only], make_info(context_length=58))

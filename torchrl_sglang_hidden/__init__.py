@@ -13,11 +13,16 @@ from torchrl_sglang_hidden._version import __version__
 
 if TYPE_CHECKING:
     from torchrl_sglang_hidden.assemble import HiddenStates as HiddenStates
+    from torchrl_sglang_hidden.assemble import TokenHiddenStates as TokenHiddenStates
     from torchrl_sglang_hidden.demo.model import demo_model as demo_model
     from torchrl_sglang_hidden.engines.http import SGLangServer as SGLangServer
     from torchrl_sglang_hidden.engines.http import connect as connect
     from torchrl_sglang_hidden.engines.launch import launch as launch
     from torchrl_sglang_hidden.engines.offline import SGLangOffline as SGLangOffline
+    from torchrl_sglang_hidden.engines.sessions import Session as Session
+    from torchrl_sglang_hidden.engines.streams import AsyncStream as AsyncStream
+    from torchrl_sglang_hidden.engines.streams import Stream as Stream
+    from torchrl_sglang_hidden.engines.streams import StreamChunk as StreamChunk
     from torchrl_sglang_hidden.errors import AlignmentError as AlignmentError
     from torchrl_sglang_hidden.errors import AuthenticationError as AuthenticationError
     from torchrl_sglang_hidden.errors import BatchCancelledError as BatchCancelledError
@@ -35,16 +40,26 @@ if TYPE_CHECKING:
     from torchrl_sglang_hidden.errors import RequestAbortedError as RequestAbortedError
     from torchrl_sglang_hidden.errors import RequestRejectedError as RequestRejectedError
     from torchrl_sglang_hidden.errors import SGLangHiddenError as SGLangHiddenError
+    from torchrl_sglang_hidden.errors import SpanError as SpanError
     from torchrl_sglang_hidden.errors import TokenIdError as TokenIdError
     from torchrl_sglang_hidden.errors import UnknownOptionError as UnknownOptionError
     from torchrl_sglang_hidden.errors import WeightsError as WeightsError
     from torchrl_sglang_hidden.policy import SGLangHiddenWrapper as SGLangHiddenWrapper
+    from torchrl_sglang_hidden.spans import Between as Between
+    from torchrl_sglang_hidden.spans import LastTokens as LastTokens
+    from torchrl_sglang_hidden.spans import Role as Role
+    from torchrl_sglang_hidden.spans import TokenMask as TokenMask
+    from torchrl_sglang_hidden.spans import Turn as Turn
     from torchrl_sglang_hidden.specs import HiddenSpec as HiddenSpec
     from torchrl_sglang_hidden.weight_sync import SGLangHiddenWeightSyncScheme as SGLangHiddenWeightSyncScheme
 
 _ROOMS = {
+    **dict.fromkeys(("AsyncStream", "Stream", "StreamChunk"), "engines.streams"),
+    "Session": "engines.sessions",
+    **dict.fromkeys(("Between", "LastTokens", "Role", "TokenMask", "Turn"), "spans"),
     "HiddenSpec": "specs",
     "HiddenStates": "assemble",
+    "TokenHiddenStates": "assemble",
     "SGLangHiddenWeightSyncScheme": "weight_sync",
     "SGLangHiddenWrapper": "policy",
     "SGLangOffline": "engines.offline",
@@ -57,7 +72,8 @@ _ROOMS = {
             "AlignmentError", "AuthenticationError", "BatchCancelledError", "CapabilityError", "DemoModelError",
             "EngineError", "EngineTimeoutError", "EngineUnreachableError", "InputError", "InputTypeError",
             "LaunchError", "MissingKeyError", "PromptLengthError", "ProtocolError", "RequestAbortedError",
-            "RequestRejectedError", "SGLangHiddenError", "TokenIdError", "UnknownOptionError", "WeightsError",
+            "RequestRejectedError", "SGLangHiddenError", "SpanError", "TokenIdError", "UnknownOptionError",
+            "WeightsError",
         ),
         "errors",
     ),

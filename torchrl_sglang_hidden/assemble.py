@@ -7,9 +7,9 @@ Knows nothing of engines or payloads. The contract of shapes and sides is TorchR
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tensordict import TensorClass, TensorDict, TensorDictBase, lazy_stack
@@ -18,9 +18,9 @@ from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, LogProbs, Masks, Text, Tokens
 
 from torchrl_sglang_hidden.prompts import Row
-from torchrl_sglang_hidden.specs import SEGMENTS, Completion, HiddenSpec
+from torchrl_sglang_hidden.specs import Completion, HiddenSpec, Pooled, Segment, TokenRows
 
-__all__ = ["HiddenStates", "OutputKeys", "assemble", "assemble_scores"]
+__all__ = ["HiddenStates", "OutputKeys", "TokenHiddenStates", "assemble", "assemble_scores"]
 
 # A log-prob that nobody measured is not 0, which would be probability 1.
 NOT_MEASURED = float("nan")
@@ -37,13 +37,17 @@ class HiddenStates(TensorClass["nocast"]):  # type: ignore[misc,name-defined]
             last of them.
         response_count (torch.Tensor | None): likewise, T.
         full_count (torch.Tensor | None): likewise, P+T-1, or N.
+        spans (TensorDict | None): the pooled spans by their names, read as ``("hidden_states", "spans", name)``.
+        span_counts (TensorDict | None): rows of each span, by the same names.
 
     Shapes:
-        - prompt, response, full: ``[*batch, D]``, float32 unless `HiddenSpec.dtype` says otherwise. None for a segment
-          that was not asked for.
+        - prompt, response, full, and each span: ``[*batch, D]``, or ``[*batch, K, D]`` where `HiddenSpec.layers` is a
+          tuple; float32 unless `HiddenSpec.dtype` says otherwise. None for a segment that was not asked for.
         - counts: int64 ``[*batch]``.
 
-    The convention of ``response`` is that of Hugging Face ``generate(output_hidden_states=True)``, last layer.
+    A row that said it wants no states (``"return_hidden_states"``) has NaN, and a count of 0.
+
+    The convention of ``response`` is that of Hugging Face ``generate(output_hidden_states=True)``, last position.
     """
 
     prompt: torch.Tensor | None = None
@@ -52,6 +56,32 @@ class HiddenStates(TensorClass["nocast"]):  # type: ignore[misc,name-defined]
     prompt_count: torch.Tensor | None = None
     response_count: torch.Tensor | None = None
     full_count: torch.Tensor | None = None
+    spans: TensorDict | None = None
+    span_counts: TensorDict | None = None
+
+
+class TokenHiddenStates(TensorClass["nocast"]):  # type: ignore[misc,name-defined]
+    """The hidden state of every token of a row, unpooled.
+
+    Args:
+        prompt (torch.Tensor | None): prompt positions ``0 … P-1``: one row for each token of ``tokens.prompt``.
+        response (torch.Tensor | None): row t produced response token t, positions ``P-1 … P+T-2``: one row for each
+            token of ``tokens.response``, and for its log-prob.
+        full (torch.Tensor | None): every position once, ``0 … P+T-2``: one row for each token of ``tokens.full`` but
+            the last, which was never read; of a scored sequence all N.
+
+    Shapes:
+        - ``[*batch, rows, D]``, or ``[*batch, rows, K, D]`` where `HiddenSpec.layers` is a tuple; in
+          `HiddenSpec.dtype`. Ragged, unless the output is padded: then the prompt's rows on the left, the response's on
+          the right, and those of ``full`` as in ``tokens.full``, with zeros beside them. The masks tell which rows are
+          real; in ``full`` those of tokens that another token follows. None for a segment that was not asked for.
+
+    A row that said it wants no states (``"return_hidden_states"``) has none; padded, it has NaN everywhere.
+    """
+
+    prompt: torch.Tensor | None = None
+    response: torch.Tensor | None = None
+    full: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +94,7 @@ class OutputKeys:
     log_probs: NestedKey | None
     history: NestedKey | None
     hidden_states: NestedKey | None
+    token_hidden_states: NestedKey | None
     weight_version: NestedKey | None
     finish_reason: NestedKey | None
     mixed_weights: NestedKey | None
@@ -71,8 +102,8 @@ class OutputKeys:
     def present(self) -> list[NestedKey]:
         """The keys that are written."""
         keys = (
-            self.text, self.masks, self.tokens, self.log_probs, self.history, self.hidden_states, self.weight_version,
-            self.finish_reason, self.mixed_weights,
+            self.text, self.masks, self.tokens, self.log_probs, self.history, self.hidden_states,
+            self.token_hidden_states, self.weight_version, self.finish_reason, self.mixed_weights,
         )  # fmt: skip
         return [key for key in keys if key is not None]
 
@@ -84,6 +115,7 @@ def assemble(
     batch_size: torch.Size,
     keys: OutputKeys,
     hidden: HiddenSpec | None,
+    hidden_size: int,
     pad_id: int | None,
     device: torch.device | None,
 ) -> TensorDictBase:
@@ -95,6 +127,7 @@ def assemble(
         batch_size: the shape of the input, any number of dimensions, none included.
         keys: where to write what.
         hidden: the spec that the completions' states answer.
+        hidden_size: D.
         pad_id: pads every ragged leaf with this id (log-probs with NaN, masks with False); None leaves them ragged.
         device: where the tensors go.
 
@@ -106,7 +139,7 @@ def assemble(
     response_width = max(len(completion.response_ids) for completion in completions)
     widths = (prompt_width, response_width) if pad_id is not None else None
     out = [
-        _row(row, completion, keys=keys, hidden=hidden, widths=widths, pad_id=pad_id or 0)
+        _row(row, completion, keys=keys, hidden=hidden, hidden_size=hidden_size, widths=widths, pad_id=pad_id or 0)
         for row, completion in zip(rows, completions, strict=True)
     ]
     return _stack(out, batch_size, device)
@@ -119,6 +152,7 @@ def assemble_scores(
     batch_size: torch.Size,
     keys: OutputKeys,
     hidden: HiddenSpec | None,
+    hidden_size: int,
     pad_id: int | None,
     device: torch.device | None,
 ) -> TensorDictBase:
@@ -134,7 +168,9 @@ def assemble_scores(
             lengths = [len(row.prompt_ids) for row in rows]
             placements = [(False,) * (width - length) + (True,) * length for length in lengths]
     out = [
-        _scored_row(row, completion, keys=keys, hidden=hidden, placement=placement, pad_id=pad_id or 0)
+        _scored_row(
+            row, completion, keys=keys, hidden=hidden, hidden_size=hidden_size, placement=placement, pad_id=pad_id or 0
+        )
         for row, completion, placement in zip(rows, completions, placements, strict=True)
     ]
     return _stack(out, batch_size, device)
@@ -155,6 +191,7 @@ def _row(
     *,
     keys: OutputKeys,
     hidden: HiddenSpec | None,
+    hidden_size: int,
     widths: tuple[int, int] | None,
     pad_id: int,
 ) -> TensorDictBase:
@@ -162,8 +199,8 @@ def _row(
     left, right = 0, 0
     if widths is not None:
         left, right = widths[0] - len(row.prompt_ids), widths[1] - len(completion.response_ids)
-    prompt_P = _pad(torch.tensor(row.prompt_ids), left, 0, pad_id)
-    response_T = _pad(torch.tensor(completion.response_ids), 0, right, pad_id)
+    prompt_P = _pad(torch.tensor(row.prompt_ids, dtype=torch.int64), left, 0, pad_id)
+    response_T = _pad(torch.tensor(completion.response_ids, dtype=torch.int64), 0, right, pad_id)
     response_mask_T = _pad(torch.ones(len(completion.response_ids), dtype=torch.bool), 0, right, False)
     prompt_mask_P = _pad(torch.ones(len(row.prompt_ids), dtype=torch.bool), left, 0, False)
     values: dict[NestedKey | None, Any] = {
@@ -189,8 +226,21 @@ def _row(
         values[keys.log_probs] = LogProbs(
             response=log_probs_T, full=torch.cat([prompt_nan_P, log_probs_T]), padded=padded, batch_size=()
         )
-    if hidden is not None:
-        values[keys.hidden_states] = _hidden_states(completion, hidden)
+    if hidden is not None and hidden.pooling is not None:
+        own: dict[str, Segment] = {segment: segment for segment in hidden.segments}
+        values[keys.hidden_states] = _hidden_states(row, completion, hidden, hidden_size, own)
+    if hidden is not None and hidden.tokens:
+        num_prompt, num_read = len(row.prompt_ids), len(row.prompt_ids) + len(completion.response_ids) - 1
+        places = {"prompt": (0, num_prompt), "response": (num_prompt - 1, num_read), "full": (0, num_read)}
+        pads = {"prompt": (left, 0), "response": (0, right), "full": (left, right)}
+        values[keys.token_hidden_states] = _token_states(
+            row,
+            completion,
+            hidden,
+            hidden_size,
+            {segment: places[segment] for segment in hidden.segments},
+            pad=(lambda field, rows_ND: _pad(rows_ND, *pads[field], 0)) if padded else None,
+        )
     if row.history is not None:
         values[keys.history] = _chat_history(row.history, completion.text)
     return _tensordict(values)
@@ -202,6 +252,7 @@ def _scored_row(
     *,
     keys: OutputKeys,
     hidden: HiddenSpec | None,
+    hidden_size: int,
     placement: tuple[bool, ...] | None,
     pad_id: int,
 ) -> TensorDictBase:
@@ -209,7 +260,7 @@ def _scored_row(
     real_N = torch.tensor(placement or (True,) * len(row.prompt_ids))
 
     def placed(values: torch.Tensor, pad: float | bool) -> torch.Tensor:
-        out_N = torch.full(real_N.shape, pad, dtype=values.dtype)
+        out_N = torch.full((*real_N.shape, *values.shape[1:]), pad, dtype=values.dtype)
         out_N[real_N] = values
         return out_N
 
@@ -226,10 +277,16 @@ def _scored_row(
         log_probs = completion.prompt_log_probs_P.clone()
         log_probs[0] = 0.0  # TorchRL's convention: the first token's, which nothing conditions
         values[keys.log_probs] = LogProbs(full=placed(log_probs, NOT_MEASURED), padded=padded, batch_size=())
-    if hidden is not None:
-        whole = completion.hidden["prompt"]
-        values[keys.hidden_states] = HiddenStates(
-            full=whole.vector_D.to(hidden.dtype), full_count=torch.tensor(whole.count), batch_size=()
+    if hidden is not None and hidden.pooling is not None:
+        values[keys.hidden_states] = _hidden_states(row, completion, hidden, hidden_size, {"full": "prompt"})
+    if hidden is not None and hidden.tokens:
+        values[keys.token_hidden_states] = _token_states(
+            row,
+            completion,
+            hidden,
+            hidden_size,
+            {"full": (0, len(row.prompt_ids))},
+            pad=(lambda field, rows_ND: placed(rows_ND, 0)) if padded else None,
         )
     if row.history is not None:
         values[keys.history] = ChatHistory(full=row.history, batch_size=())
@@ -245,17 +302,56 @@ def _tensordict(values: dict[NestedKey | None, Any]) -> TensorDictBase:
 
 
 def _pad(values: torch.Tensor, left: int, right: int, value: float | bool) -> torch.Tensor:
-    return torch.nn.functional.pad(values, (left, right), value=value)
+    """Pads the first dimension."""
+    return torch.nn.functional.pad(values, (0, 0) * (values.ndim - 1) + (left, right), value=value)
 
 
-def _hidden_states(completion: Completion, spec: HiddenSpec) -> HiddenStates:
-    fields: dict[str, torch.Tensor] = {}
-    for segment in SEGMENTS:
-        pooled = completion.hidden.get(segment)
-        if pooled is not None:
-            fields[segment] = pooled.vector_D.to(spec.dtype)
-            fields[f"{segment}_count"] = torch.tensor(pooled.count)
+def _state_shape(spec: HiddenSpec, hidden_size: int) -> tuple[int, ...]:
+    return (len(spec.layers), hidden_size) if isinstance(spec.layers, tuple) else (hidden_size,)
+
+
+def _hidden_states(
+    row: Row, completion: Completion, spec: HiddenSpec, hidden_size: int, sources: Mapping[str, Segment]
+) -> HiddenStates:
+    """The pooled states of one row; ``sources`` tells the segment that each field is of."""
+
+    def read(pools: Mapping[Any, Pooled], name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        if row.wants_states is False:
+            return torch.full(_state_shape(spec, hidden_size), NOT_MEASURED, dtype=spec.dtype), torch.tensor(0)
+        return pools[name].vector.to(spec.dtype), torch.tensor(pools[name].count)
+
+    fields: dict[str, Any] = {}
+    for field, segment in sources.items():
+        fields[field], fields[f"{field}_count"] = read(completion.hidden, segment)
+    if spec.spans:
+        spans = {name: read(completion.spans, name) for name in spec.spans}
+        fields["spans"] = TensorDict({name: vector for name, (vector, _) in spans.items()})
+        fields["span_counts"] = TensorDict({name: count for name, (_, count) in spans.items()})
     return HiddenStates(**fields, batch_size=())
+
+
+def _token_states(
+    row: Row,
+    completion: Completion,
+    spec: HiddenSpec,
+    hidden_size: int,
+    places: Mapping[str, tuple[int, int]],
+    *,
+    pad: Callable[[str, torch.Tensor], torch.Tensor] | None,
+) -> TokenHiddenStates:
+    """The states of one row's tokens; ``places`` tells the positions that each field has, and ``pad`` pads it."""
+    fields = {}
+    for field, (start, stop) in places.items():
+        if row.wants_states is False:
+            num_rows = 0 if pad is None else stop - start
+            none_ND = torch.empty((num_rows, *_state_shape(spec, hidden_size)), dtype=spec.dtype)
+            fields[field] = none_ND if pad is None else torch.full_like(pad(field, none_ND), NOT_MEASURED)
+        else:
+            rows = cast("TokenRows", completion.token_rows)
+            # Copied: the fields overlap, and several samples of a prompt have the same rows.
+            rows_ND = rows.rows_ND[start - rows.first : stop - rows.first].to(spec.dtype, copy=True)
+            fields[field] = rows_ND if pad is None else pad(field, rows_ND)
+    return TokenHiddenStates(**fields, batch_size=())
 
 
 def _chat_history(prompt: History, text: str) -> ChatHistory:

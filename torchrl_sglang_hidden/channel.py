@@ -1,69 +1,145 @@
-"""The server half's own channel through SGLang: options in, pooled vectors and a status out. Used on both sides.
+"""The server half's own channel through SGLang: options in, pooled states and a status out. Used on both sides.
 
 A request carries options in ``sampling_params["custom_params"]``; its answer comes back in
 ``meta_info["torchrl_sglang_hidden"]``; the server's status stands in SGLang's internal state under the same name.
-Names, numbers and float32 bytes only: nothing received is ever unpickled.
+Names, numbers and floating-point bytes only: nothing received is ever unpickled.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
+import json
+import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from itertools import pairwise
+from typing import Any, Literal, cast
 
-import numpy as np
 import torch
 
-from torchrl_sglang_hidden.errors import ProtocolError
-from torchrl_sglang_hidden.pooling import RequestPools
-from torchrl_sglang_hidden.specs import POOLINGS, SEGMENTS, HiddenSpec, Pooling, Segment
+from torchrl_sglang_hidden.errors import ProtocolError, SpanError
+from torchrl_sglang_hidden.pooling import Pools, Wanted, WantedRows
+from torchrl_sglang_hidden.shared import fetch
+from torchrl_sglang_hidden.spans import Between, LastTokens, PromptSpan
+from torchrl_sglang_hidden.specs import POOLINGS, SEGMENTS, ResolvedSpan, Segment
 
 __all__ = [
     "CHANNEL",
     "FALLBACK_REMEDY",
+    "LAYERS_ENV",
     "PLUGIN_ENV",
     "PROTOCOL",
     "HiddenOptions",
+    "Status",
+    "Way",
     "pack_answer",
     "pack_options",
-    "pack_status",
     "unpack_answer",
     "unpack_options",
 ]
 
 CHANNEL = "torchrl_sglang_hidden"
-PROTOCOL = 1
+PROTOCOL = 2
 PLUGIN_ENV = "TORCHRL_SGLANG_HIDDEN"  # "1" in a server's environment opts in to the server half
+LAYERS_ENV = "TORCHRL_SGLANG_HIDDEN_LAYERS"  # the layers whose states the server half takes, such as "7,15,-1"
 
 FALLBACK_REMEDY = (
     "start the server with torchrl_sglang_hidden.launch or `torchrl-sglang-hidden serve`, whose server half pools "
     "without gaps"
 )
 
+# How bytes travel: raw (in-process), as base64 text (JSON), or, for many of them, in a file of shared memory.
+Way = Literal["binary", "text", "shared"]
+
+# What does not fit in here is float32, the dtype that everything is pooled in.
+_ROW_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 @dataclass(frozen=True, slots=True)
 class HiddenOptions:
     """What one request asks of the server half."""
 
-    segments: tuple[Segment, ...]
-    pooling: Pooling
-    binary: bool
+    wanted: Wanted
+    way: Way
 
 
-def pack_options(spec: HiddenSpec, *, binary: bool) -> dict[str, str | int | bool]:
-    """Writes a request's options. SGLang carries scalars, flat lists and flat dicts here, hence the joined names.
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What the server half says of itself in SGLang's internal state.
 
     Args:
-        spec: what to pool.
-        binary: answer with raw bytes (in-process) instead of base64 text (JSON).
+        vocab_size: ids are in ``[0, vocab_size)``.
+        hidden_size: D.
+        num_layers: the model's decoder layers.
+        context_length: most tokens of prompt and response together.
+        layers: the layers whose states it takes, by their canonical ids; None while nothing has run that would show
+            whether they are what they are taken for.
+        because: why it takes none, or the last layer's only; empty where it takes all that it was started for.
+        normed: whether SGLang's own states of the last layer are those after the final norm.
+        shared: the name of a file in shared memory by which a client knows that it is on this machine; or empty.
+        open_pools: requests with pools at this moment; 0 when nothing is running.
+        prefix_bytes: of the sums kept for prompts that begin alike.
     """
-    return {
-        "protocol": PROTOCOL,
-        "segments": ",".join(spec.segments),
-        "pooling": spec.pooling,
-        "binary": binary,
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    context_length: int
+    layers: tuple[int, ...] | None
+    because: str
+    normed: bool
+    shared: str
+    open_pools: int
+    prefix_bytes: int
+
+    def pack(self) -> dict[str, Any]:
+        """As JSON carries it."""
+        fields = {name: getattr(self, name) for name in self.__slots__}
+        return {"protocol": PROTOCOL, **fields, "layers": None if self.layers is None else list(self.layers)}
+
+    @classmethod
+    def unpack(cls, fields: Mapping[str, Any]) -> Status:
+        """Reads what `pack` wrote.
+
+        Raises:
+            ProtocolError: another protocol, or a field that is not there.
+        """
+        check_protocol(fields.get("protocol"), "the server half")
+        try:
+            values = {name: fields[name] for name in cls.__slots__}
+        except KeyError as error:
+            raise ProtocolError(f"the server half's description lacks {error}") from error
+        return cls(**{**values, "layers": None if values["layers"] is None else tuple(values["layers"])})
+
+
+def check_protocol(spoken: object, who: str) -> None:
+    """Refuses another protocol.
+
+    Raises:
+        ProtocolError: it is one.
+    """
+    if spoken != PROTOCOL:
+        raise ProtocolError(
+            f"{who} speaks protocol {spoken!r} and this client {PROTOCOL}; install the same version of "
+            "torchrl_sglang_hidden on both sides"
+        )
+
+
+# --- options ---------------------------------------------------------------------------------------------------------
+
+
+def pack_options(wanted: Wanted, way: Way) -> dict[str, str | int]:
+    """Writes a request's options. SGLang carries scalars, flat lists and flat dicts here, hence one text."""
+    fields = {
+        "segments": wanted.segments,
+        "pooling": wanted.pooling,
+        "layers": wanted.layers,
+        "tokens": wanted.tokens,
+        "row_dtype": next(name for name, dtype in _ROW_DTYPES.items() if dtype == wanted.row_dtype),
+        "spans": {name: _pack_span(span) for name, span in wanted.spans.items()},
+        "way": way,
     }
+    return {"protocol": PROTOCOL, "options": json.dumps(fields, separators=(",", ":"))}
 
 
 def unpack_options(custom_params: object) -> HiddenOptions | None:
@@ -75,66 +151,145 @@ def unpack_options(custom_params: object) -> HiddenOptions | None:
     options = custom_params.get(CHANNEL) if isinstance(custom_params, dict) else None
     if not isinstance(options, dict) or options.get("protocol") != PROTOCOL:
         return None
-    segments, pooling = str(options.get("segments")).split(","), options.get("pooling")
-    if not set(segments) <= set(SEGMENTS) or len(set(segments)) < len(segments) or pooling not in POOLINGS:
+    try:
+        fields = json.loads(options["options"])
+        wanted = Wanted(
+            segments=_known(fields["segments"], SEGMENTS),
+            pooling=_known([fields["pooling"]], (*POOLINGS, None))[0],
+            layers=tuple(int(layer) for layer in fields["layers"]),
+            spans={str(name): _unpack_span(span) for name, span in fields["spans"].items()},
+            tokens=fields["tokens"] is True,
+            row_dtype=_ROW_DTYPES[fields["row_dtype"]],
+        )
+        if not wanted.layers or len(set(wanted.layers)) != len(wanted.layers):
+            return None
+        return HiddenOptions(wanted, _known([fields["way"]], ("binary", "text", "shared"))[0])
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError):
         return None
-    return HiddenOptions(cast("tuple[Segment, ...]", tuple(segments)), pooling, options.get("binary") is True)
 
 
-def pack_answer(pools: RequestPools, *, binary: bool) -> dict[str, Any]:
-    """Writes a finished request's pools: counts, and the vectors of the segments that have rows, one after another."""
-    results = pools.results()
-    vectors = [vector for vector, _ in results.values() if vector is not None]
-    data = torch.stack(vectors).numpy().astype("<f4").tobytes() if vectors else b""
-    return {
+def _known(names: Any, known: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(names)) != len(names) or not set(names) <= set(known):
+        raise ValueError(f"{names} are not among {known}, each once")
+    return tuple(names)
+
+
+def _pack_span(span: ResolvedSpan) -> list[Any]:
+    if isinstance(span, PromptSpan):
+        return ["prompt", *(place for interval in span.intervals for place in interval)]
+    if isinstance(span, LastTokens):
+        return ["last", span.count, span.allow_fewer]
+    return ["between", span.start, span.end, span.unclosed]
+
+
+def _unpack_span(fields: list[Any]) -> ResolvedSpan:
+    kind, *values = fields
+    if kind == "prompt":
+        places = [int(value) for value in values]
+        # In order and apart, or rows would be counted twice.
+        if not places or len(places) % 2 or places[0] < 0 or any(a >= b for a, b in pairwise(places)):
+            raise ValueError(f"{places} are no intervals")
+        return PromptSpan(tuple(zip(places[::2], places[1::2], strict=True)))
+    if kind == "last":
+        return LastTokens(int(values[0]), allow_fewer=values[1] is True)
+    if kind == "between":
+        return Between(values[0], values[1], unclosed=values[2])
+    raise ValueError(f"{kind} is no kind of span")
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+
+def pack_answer(pools: Pools, way: Way, share: Callable[[bytes], str | None] | None = None) -> dict[str, Any]:
+    """Writes a finished request's pools: counts, and the vectors that have rows, one after another.
+
+    Args:
+        pools: what came of them.
+        way: how bytes travel.
+        share: puts bytes into shared memory and gives the file's name, or None where there is no room.
+    """
+    places: list[tuple[str, str, torch.Tensor | None, int]] = [
+        ("segment", name, *value) for name, value in pools.segments.items()
+    ]
+    places += [("span", name, *value) for name, value in pools.spans.items()]
+    vectors = [vector for _, _, vector, _ in places if vector is not None]
+    data = torch.stack(vectors).contiguous().numpy().tobytes() if vectors else b""
+    answer: dict[str, Any] = {
         "protocol": PROTOCOL,
-        "segments": list(results),
-        "counts": [count for _, count in results.values()],
-        "data": data if binary else base64.b64encode(data).decode("ascii"),
+        "places": [[kind, name, count, vector is not None] for kind, name, vector, count in places],
+        "faults": dict(pools.faults),
+        **_pack_bytes(data, "binary" if way == "binary" else "text"),
     }
+    if pools.rows is not None:
+        rows = pools.rows.rows_NKD.contiguous()
+        answer["rows"] = {
+            "first": pools.rows.first,
+            "shape": list(rows.shape),
+            "dtype": next(name for name, dtype in _ROW_DTYPES.items() if dtype == rows.dtype),
+            **_pack_bytes(rows.view(torch.uint8).numpy().tobytes(), way, share),
+        }
+    return answer
 
 
-def unpack_answer(answer: object, row: str) -> dict[Segment, tuple[torch.Tensor | None, int]]:
-    """Reads what `pack_answer` wrote."""
+def unpack_answer(answer: object, row: str, hidden_size: int) -> Pools:
+    """Reads what `pack_answer` wrote.
+
+    Args:
+        answer: as it came.
+        row: names the request in errors.
+        hidden_size: D.
+
+    Raises:
+        ProtocolError: it cannot be read, was cut short, or its bytes are not those that were sent.
+        SpanError: a span has no value.
+    """
     if not isinstance(answer, list) or len(answer) != 1 or not isinstance(answer[0], dict):
         raise ProtocolError(f"{row}: expected one {CHANNEL} answer in meta_info, got {answer!r:.80}; {FALLBACK_REMEDY}")
     fields = answer[0]
-    if fields.get("protocol") != PROTOCOL:
-        raise ProtocolError(
-            f"{row}: the server half speaks protocol {fields.get('protocol')!r} and this client {PROTOCOL}; install "
-            "the same version of torchrl_sglang_hidden on both sides"
-        )
+    check_protocol(fields.get("protocol"), f"{row}: the server half")
     try:
-        segments, counts, data = fields["segments"], fields["counts"], fields["data"]
-        payload = data if isinstance(data, bytes) else base64.b64decode(data, validate=True)
-        filled = sum(1 for count in counts if count > 0)
-        vectors_SD = np.frombuffer(payload, "<f4").reshape(filled, -1) if filled else np.empty((0, 0), "<f4")
-        rows = dict(zip(segments, counts, strict=True))
-    except (KeyError, TypeError, ValueError, binascii.Error) as error:
-        raise ProtocolError(f"{row}: the pooled states cannot be read ({error}); was the answer cut short?") from error
-    vectors = iter(torch.from_numpy(vectors_SD.astype(np.float32)))
-    return {segment: (next(vectors) if count > 0 else None, count) for segment, count in rows.items()}
+        data = _unpack_bytes(fields)
+        places = [(str(kind), str(name), int(count), filled is True) for kind, name, count, filled in fields["places"]]
+        num_vectors = sum(1 for *_, filled in places if filled)
+        vectors = iter(_tensor(data, torch.float32, (num_vectors, -1, hidden_size)) if num_vectors else ())
+        faults = {str(name): str(fault) for name, fault in fields["faults"].items()}
+        found = {(kind, name): (next(vectors) if filled else None, count) for kind, name, count, filled in places}
+        rows = None if "rows" not in fields else _unpack_rows(fields["rows"], hidden_size)
+    except (KeyError, TypeError, ValueError, RuntimeError, OSError, AttributeError, OverflowError) as error:
+        raise ProtocolError(f"{row}: the states cannot be read ({error}); was the answer cut short?") from error
+    if faults:
+        name, fault = next(iter(faults.items()))
+        raise SpanError(f"{row}, span {name!r}: {fault}")
+    segments = {cast("Segment", name): value for (kind, name), value in found.items() if kind == "segment"}
+    return Pools(segments, {name: value for (kind, name), value in found.items() if kind == "span"}, faults, rows)
 
 
-def pack_status(
-    *, vocab_size: int, hidden_size: int, context_length: int, captures: bool, normed: bool, open_pools: int
-) -> Any:
-    """Writes what the server half says of itself in SGLang's internal state.
+def _pack_bytes(data: bytes, way: Way, share: Callable[[bytes], str | None] | None = None) -> dict[str, Any]:
+    check = zlib.crc32(data)
+    name = share(data) if way == "shared" and share is not None else None
+    if name is not None:
+        return {"shared": name, "crc32": check}
+    return {"data": data if way == "binary" else base64.b64encode(data).decode("ascii"), "crc32": check}
 
-    Args:
-        vocab_size: ids are in ``[0, vocab_size)``.
-        hidden_size: D.
-        context_length: most tokens of prompt and response together.
-        captures: whether every hook is in place, and the server captures one state per position.
-        normed: whether those states are the ones after the final norm.
-        open_pools: requests with pools at this moment; 0 when nothing is running.
-    """
-    return {
-        "protocol": PROTOCOL,
-        "vocab_size": vocab_size,
-        "hidden_size": hidden_size,
-        "context_length": context_length,
-        "captures": captures,
-        "normed": normed,
-        "open_pools": open_pools,
-    }
+
+def _unpack_bytes(fields: Mapping[str, Any]) -> bytes:
+    if "shared" in fields:
+        data = fetch(str(fields["shared"]))
+    else:
+        sent = fields["data"]
+        data = sent if isinstance(sent, bytes) else base64.b64decode(sent, validate=True)
+    if zlib.crc32(data) != fields["crc32"]:
+        raise ValueError(f"checksum {zlib.crc32(data)} of {len(data)} bytes, {fields['crc32']} was sent")
+    return data
+
+
+def _unpack_rows(fields: Mapping[str, Any], hidden_size: int) -> WantedRows:
+    shape = tuple(int(size) for size in fields["shape"])
+    if len(shape) != 3 or shape[2] != hidden_size:
+        raise ValueError(f"rows of shape {shape}, expected [N, K, {hidden_size}]")
+    return WantedRows(int(fields["first"]), _tensor(_unpack_bytes(fields), _ROW_DTYPES[fields["dtype"]], shape))
+
+
+def _tensor(data: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    # A copy: bytes are read-only, and a tensor over them must not be written to.
+    return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)

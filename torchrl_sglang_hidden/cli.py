@@ -109,6 +109,7 @@ def serve(
     device: Annotated[
         str, typer.Option(help="auto: the accelerator, or SGLang's CPU engine; or a device name.")
     ] = "auto",
+    layers: Annotated[str, typer.Option(help="Layers whose hidden states can be asked for, such as 7,15,-1.")] = "-1",
     host: Annotated[str, typer.Option(help="Address to bind; anything but loopback needs an API key.")] = "127.0.0.1",
     port: Annotated[int | None, typer.Option(help="TCP port; by default a free one.", show_default=False)] = None,
     api_key: Annotated[
@@ -133,6 +134,7 @@ def serve(
         with launch(
             demo_model() if model is None else model,
             device=device,
+            layers=parse_layers(layers),
             host=host,
             port=port,
             api_key=api_key,
@@ -145,6 +147,17 @@ def serve(
         typer.echo("Stopped.")
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """``"7,15,-1"`` → ``(7, 15, -1)``.
+
+    Raises:
+        InputError: a part that is no integer.
+    """
+    if not re.fullmatch(r"-?\d+(,-?\d+)*", text):
+        raise InputError(f"serve --layers {text}: expected integers with commas between, such as 7,15,-1")
+    return tuple(int(layer) for layer in text.split(","))
 
 
 def parse_server_arguments(arguments: Sequence[str]) -> tuple[str | None, dict[str, Any]]:

@@ -19,6 +19,7 @@
     │   ├── CapabilityError                     the server was started without what this needs
     │   └── ProtocolError                       an answer that cannot be read
     ├── AlignmentError (RuntimeError)           rows of states and tokens do not agree
+    ├── SpanError (ValueError)                  a span that is empty in this row, or longer than its segment
     └── DemoModelError (RuntimeError)           the demo model could not be made
 
 Messages give the value, the limit and the remedy, in that order. Each class takes one message, so that errors pickle
@@ -47,6 +48,7 @@ __all__ = [
     "RequestAbortedError",
     "RequestRejectedError",
     "SGLangHiddenError",
+    "SpanError",
     "TokenIdError",
     "UnknownOptionError",
     "WeightsError",
@@ -131,6 +133,10 @@ class ProtocolError(EngineError):
 
 class AlignmentError(SGLangHiddenError, RuntimeError):
     """The engine returned another number of states, log-probs or ids than there are tokens."""
+
+
+class SpanError(SGLangHiddenError, ValueError):
+    """A span has no tokens in a row, or wants more than there are; one of a response shows when it was sampled."""
 
 
 class DemoModelError(SGLangHiddenError, RuntimeError):

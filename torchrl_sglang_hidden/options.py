@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from tensordict.utils import NestedKey, unravel_key
 from torchrl.data.llm.history import _CHAT_TEMPLATES as CHAT_TEMPLATES
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden.assemble import OutputKeys
 from torchrl_sglang_hidden.engines import BatchingEngine, Engine, check_batching
 from torchrl_sglang_hidden.errors import InputError, InputTypeError
 from torchrl_sglang_hidden.prompts import INPUT_MODES
+from torchrl_sglang_hidden.sampling import standardize
+from torchrl_sglang_hidden.spans import Between, LastTokens, Role, TokenMask, Turn
 from torchrl_sglang_hidden.specs import HiddenSpec
 
 __all__ = [
+    "changed_config",
     "check_arguments",
     "check_chat_template",
     "default_key",
+    "in_keys",
     "make_batcher",
+    "of_given",
     "out_keys",
     "read_hidden",
     "read_num_samples",
+    "read_tokenizer",
 ]
 
 
@@ -51,9 +61,16 @@ def check_arguments(input_mode: object, generate: object, pad_model_input: objec
         raise InputError(f"inplace={inplace!r}: expected True, False or 'empty'")
 
 
+def in_keys(input_key: NestedKey, hidden: HiddenSpec | None) -> list[NestedKey]:
+    """The keys that must be there: the prompt's, and those of the spans' masks."""
+    masks = [span.key for span in hidden.spans.values() if isinstance(span, TokenMask)] if hidden is not None else []
+    return list(dict.fromkeys([input_key, *masks]))
+
+
 def out_keys(keys: OutputKeys, hidden: HiddenSpec | None, generate: bool) -> list[NestedKey]:
     """The keys that are written, each once, with the states by leaf."""
-    if not generate and keys.log_probs is None and keys.hidden_states is None:
+    states = (keys.hidden_states, keys.token_hidden_states)
+    if not generate and keys.log_probs is None and states == (None, None):
         raise InputError(
             "generate=False with neither log-probs nor hidden states: there is nothing to compute; leave "
             "return_log_probs out, or pass hidden=True"
@@ -67,14 +84,16 @@ def out_keys(keys: OutputKeys, hidden: HiddenSpec | None, generate: bool) -> lis
         inside = next((other for other in paths if other != path and other[: len(path)] == path), None)
         if inside is not None:
             raise InputError(f"{inside!r} is inside {path!r}, the key of another output; give each a place of its own")
-    if keys.hidden_states is None or hidden is None:
+    if hidden is None:
         return written
     # A module that reads ("hidden_states", "prompt") is fed by this one only if it says so.
-    leaves = [
-        f"{segment}{suffix}" for segment in (hidden.segments if generate else ("full",)) for suffix in ("", "_count")
+    segments = hidden.segments if generate else ("full",)
+    pooled: list[NestedKey] = [f"{segment}{suffix}" for segment in segments for suffix in ("", "_count")]
+    pooled += [(suffix, name) for name in hidden.spans for suffix in ("spans", "span_counts")]
+    leaves = {keys.hidden_states: pooled, keys.token_hidden_states: list(segments)}
+    return [key for key in written if key not in states] + [
+        unravel_key((key, leaf)) for key in states if key is not None for leaf in leaves[key]
     ]
-    others = [key for key in written if key != keys.hidden_states]
-    return others + [unravel_key((keys.hidden_states, leaf)) for leaf in leaves]
 
 
 def make_batcher(
@@ -112,9 +131,114 @@ def read_num_samples(num_samples: int | None, options: Mapping[str, Any]) -> int
     return num_samples if given == 1 else given
 
 
-def read_hidden(hidden: HiddenSpec | bool | None) -> HiddenSpec | None:
-    if hidden is True:
-        return HiddenSpec()
-    if hidden is False or hidden is None or isinstance(hidden, HiddenSpec):
-        return hidden or None
-    raise InputTypeError(f"hidden={hidden!r}: expected a HiddenSpec, True, False or None")
+def read_hidden(hidden: HiddenSpec | bool | None, wanted: bool | None, input_mode: str) -> HiddenSpec | None:
+    """The states that are returned, which two arguments may say: SGLang's own ``return_hidden_states`` wins."""
+    if hidden is not None and not isinstance(hidden, (bool, HiddenSpec)):
+        raise InputTypeError(f"hidden={hidden!r}: expected a HiddenSpec, True, False or None")
+    asked = bool(hidden) if wanted is None else wanted
+    spec = hidden if isinstance(hidden, HiddenSpec) else HiddenSpec()
+    if not asked:
+        return None
+    of_chats = [name for name, span in spec.spans.items() if isinstance(span, (Turn, Role))]
+    if of_chats and input_mode != "history":
+        raise InputError(
+            f"the span {of_chats[0]!r}, {spec.spans[of_chats[0]]}, with input_mode={input_mode!r}: only history mode "
+            "has messages; use TokenMask or Between"
+        )
+    return spec
+
+
+def of_given(spec: HiddenSpec | None) -> HiddenSpec | None:
+    """What is asked of a given sequence that is scored: all its tokens, and the spans that are not of a response."""
+    if spec is None:
+        return None
+    spans = {
+        name: span
+        for name, span in spec.spans.items()
+        if not (isinstance(span, (LastTokens, Between)) and span.segment == "response")
+    }
+    return replace(spec, segments=("prompt",), spans=spans)
+
+
+def changed_config(
+    config: Mapping[str, Any], changes: Mapping[str, Any], *, default_input_key: bool, batched: bool
+) -> dict[str, Any]:
+    """The arguments of a changed wrapper: all of the old one's but those that are changed, and what hangs on them."""
+    new = {**config, **changes}
+    # The default input key belongs to its mode; a key of the user's own is kept.
+    if default_input_key and "input_key" not in changes:
+        new["input_key"] = None
+    # The number of samples has two names, and so has whether there are states. The one that is changed wins.
+    options = standardize(new["generate_kwargs"])
+    if "generate_kwargs" not in changes:
+        for name, option in (("num_samples", "num_return_sequences"), ("hidden", "return_hidden_states")):
+            if name in changes:
+                options.pop(option, None)
+        new["generate_kwargs"] = options
+    elif "num_samples" not in changes and "num_return_sequences" in options:
+        new["num_samples"] = None
+    # Whether to batch has two names too: the sizes switch it on.
+    sizes = {"min_batch_size", "max_batch_size"}
+    if changes.get("batching") is False:
+        new |= dict.fromkeys(sizes - changes.keys())
+    elif "batching" not in changes and not batched and sizes & changes.keys():
+        new["batching"] = None
+    return new
+
+
+def read_tokenizer(
+    tokenizer: PreTrainedTokenizerBase | str | None, engine_path: str, vocab_size: int
+) -> PreTrainedTokenizerBase:
+    """The tokenizer to use: the one given, or the engine's own.
+
+    Args:
+        tokenizer: a tokenizer, a name or path of one, or None for the engine's.
+        engine_path: where the engine read its own.
+        vocab_size: the engine's.
+
+    Raises:
+        InputError: it cannot be read; or it gives a token another id than the engine's own does, where that can be read
+            from here; or ids outside the engine's vocabulary. A padding token may be outside: pads are never sent.
+    """
+    if not isinstance(tokenizer, (str, type(None))):
+        _check_vocabulary(tokenizer, engine_path, vocab_size)
+        return tokenizer
+    path = engine_path if tokenizer is None else tokenizer
+    try:
+        found = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"no tokenizer can be read at {path!r}; pass tokenizer=, a tokenizer or a path of one"
+        ) from error
+    return read_tokenizer(found, engine_path, vocab_size) if path != engine_path else found
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, engine_path: str, vocab_size: int) -> None:
+    vocabulary, expected = tokenizer.get_vocab(), _vocabulary(engine_path)
+    other = [token for token, token_id in vocabulary.items() if expected.get(token, token_id) != token_id]
+    if other:
+        raise InputError(
+            f"the tokenizer {tokenizer.name_or_path!r} is not the engine's: {len(other)} tokens have other ids than in "
+            f"{engine_path!r}, such as {other[0]!r}, {vocabulary[other[0]]} and not {expected[other[0]]}; pass the "
+            "model's own, or leave tokenizer out"
+        )
+    outside = {token: i for token, i in vocabulary.items() if i >= vocab_size and token != tokenizer.pad_token}
+    if outside:
+        token, token_id = min(outside.items(), key=lambda item: item[1])
+        raise InputError(
+            f"the tokenizer {tokenizer.name_or_path!r} is not the engine's: {len(outside)} ids are outside the "
+            f"engine's vocabulary of {vocab_size}, such as {token_id} for {token!r}; pass the model's own, or leave "
+            "tokenizer out"
+        )
+
+
+@functools.lru_cache(maxsize=8)
+def _vocabulary(path: str) -> dict[str, int]:
+    """The ids of a served model's tokens; none where they cannot be read from this machine."""
+    # Of directories only: a model hub's name would be looked up in the network.
+    if not Path(path).is_dir():
+        return {}
+    try:
+        return dict(AutoTokenizer.from_pretrained(path).get_vocab())
+    except (OSError, ValueError):
+        return {}

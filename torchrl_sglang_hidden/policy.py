@@ -5,42 +5,47 @@ Knows nothing of wire formats or padding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from tensordict import TensorDictBase, is_non_tensor, is_tensor_collection
+from tensordict import TensorDictBase
 from tensordict.utils import NestedKey, unravel_key
 from torchrl.modules.llm.policies import LLMWrapperBase
 from transformers import PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden.assemble import OutputKeys, assemble, assemble_scores
+from torchrl_sglang_hidden.calls import check_responses, read_call, read_target, to_requests
 from torchrl_sglang_hidden.distributions import Distributions
 from torchrl_sglang_hidden.engines import Engine, as_engine, generate_samples
 from torchrl_sglang_hidden.errors import InputError
 from torchrl_sglang_hidden.options import (
+    changed_config,
     check_arguments,
     check_chat_template,
     default_key,
+    in_keys,
     make_batcher,
+    of_given,
     out_keys,
     read_hidden,
     read_num_samples,
+    read_tokenizer,
 )
-from torchrl_sglang_hidden.prompts import InputMode, PromptReader, Row, read_tokenizer
-from torchrl_sglang_hidden.sampling import override, standardize, to_sglang
-from torchrl_sglang_hidden.specs import Completion, HiddenSpec, Request
+from torchrl_sglang_hidden.prompts import InputMode, PromptReader
+from torchrl_sglang_hidden.sampling import standardize
+from torchrl_sglang_hidden.specs import HiddenSpec
 
 __all__ = ["SGLangHiddenWrapper"]
 
 
 class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
-    """A TorchRL LLM policy over SGLang that also returns mean-pooled hidden states.
+    """A TorchRL LLM policy over SGLang that also returns hidden states: pooled, of spans, of every token.
 
     A drop-in for torchrl's ``SGLangWrapper``: it reads a prompt from the TensorDict, generates, and writes TorchRL's
-    own TensorClasses, beside `HiddenStates`. The token ids that the engine gets are the ids in ``tokens.prompt``, in
-    every input mode; one call is one batched request, which SGLang schedules.
+    own TensorClasses, beside `HiddenStates` and `TokenHiddenStates`. The token ids that the engine gets are the ids in
+    ``tokens.prompt``, in every input mode; one call is one batched request, which SGLang schedules.
 
     Args:
         model: a URL or several, `SGLangServer`, `SGLangOffline`, an ``sglang.Engine``, or torchrl's ``AsyncSGLang``.
@@ -56,11 +61,14 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
             False are pads, which are never sent. Without it, the pad ids at the left of a row of a ``Tokens`` that says
             ``padded`` are its padding; every other id is sent as it is.
         generate: True generates; False scores a given sequence, without sampling: see Scoring below. What is of
-            generation only (``generate_kwargs``, ``num_samples``, ``prefer_tokens``, segments of ``hidden``) is kept
-            for `get_new_version` and has no effect: a chat is scored as the tokenizer writes it. To score a rollout
-            by the ids that were sampled, use ``input_mode="tokens"``.
+            generation only (sampling options, ``num_samples``, ``prefer_tokens``, segments of ``hidden`` and its spans
+            of a response) is kept for `get_new_version` and has no effect: a chat is scored as the tokenizer writes it.
+            To score a rollout by the ids that were sampled, use ``input_mode="tokens"``.
         generate_kwargs: generation options by TorchRL's standard names, Hugging Face's or SGLang's; see
-            `torchrl_sglang_hidden.sampling.standardize`. Options passed to a call override these.
+            `torchrl_sglang_hidden.sampling.standardize`. Options passed to a call override these. ``max_new_tokens=0``
+            reads the prompt and generates nothing: T is 0, and ``hidden`` asks for nothing of a response. Beside
+            sampling: ``lora_path``, the name of a LoRA adapter that the server has loaded; ``priority``, where the
+            server schedules by it; ``return_hidden_states``, see ``hidden``.
         tokenizer_kwargs: passed to the tokenizer when text is turned into ids. Padding it adds is taken off again.
         pad_output: pad the ragged leaves to one width: prompts on the left, responses on the right, ids with the
             tokenizer's pad (or EOS) id, log-probs with NaN, masks with False. False leaves them ragged.
@@ -90,8 +98,14 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
             those of the model's own distribution.
         text_key, tokens_key, masks_key, log_probs_key, history_key: where TorchRL's TensorClasses are written; None
             leaves one out.
-        hidden: which hidden states are returned: a `HiddenSpec`, True for its defaults, False or None for none.
+        hidden: which hidden states are returned: a `HiddenSpec`, True for its defaults, False or None for none. The
+            option ``return_hidden_states`` says it too, and wins: True turns the defaults on where this is None, False
+            turns states off, in a call for that call. A row of the TensorDict may say False at
+            ``"return_hidden_states"``, one bool per row: its states are not asked for, and stand as NaN with count 0,
+            so that the batch stays dense. Spans of a prompt are found before anything is sent: `TokenMask` reads its
+            mask from the TensorDict, `Turn` and `Role` find the words of messages in history mode.
         hidden_states_key: where `HiddenStates` is written.
+        token_hidden_states_key: where `TokenHiddenStates` is written, with ``HiddenSpec(tokens=True)``.
 
     Outputs (B rows, P prompt tokens, T response tokens, D hidden size):
         - text: ``prompt``, ``response``, ``full``, one string per row. The response without special tokens and matched
@@ -101,7 +115,8 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         - masks: bool [P+T]; ``all_attention_mask``, and ``all_assistant_mask``, True on the response.
         - log_probs: float32 ``response`` [T] and ``full`` [P+T], NaN where nothing was measured; ``prompt`` is None.
         - history (history mode): ``prompt``, ``response``, ``full``, the last usable as the next prompt.
-        - hidden_states: see `HiddenStates`.
+        - hidden_states: see `HiddenStates`; not there with ``pooling=None``.
+        - token_hidden_states: see `TokenHiddenStates`.
         - weight_version, finish_reason (``"stop"`` or ``"length"``): one string per row.
         - mixed_weights: bool ``[*batch]``, True where an update of the weights came in the middle of the response: its
           first tokens are of an older version than ``weight_version``; with ``num_samples`` also where the prompt's
@@ -113,7 +128,7 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         - masks: ``all_assistant_mask`` in history mode from the chat template (those that say ``{% generation %}`` mark
           the end-of-turn token too), in tokens mode as it was given under ``masks_key``; else None.
         - log_probs: float32 [N], each token given those before it, without temperature; 0 for the first, as in TorchRL.
-        - hidden_states: all N positions.
+        - hidden_states: all N positions, and the spans but those of a response. token_hidden_states: all N.
         - weight_version. No ``finish_reason``, no ``mixed_weights``.
         In place, these replace what stood under their keys, the prompts and responses of a generation too, as in
         TorchRL; ``inplace=False`` or keys of its own keep both.
@@ -121,6 +136,7 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
     Raises:
         InputError: an argument, prompt or key that cannot be served, before anything is sent.
         EngineError: the engine could not be reached, refused or aborted.
+        SpanError: a span has no tokens in a row. One of a prompt raises before anything is sent.
         AlignmentError: the engine returned another number of states than of tokens.
 
     In every case of an error the input TensorDict is as it was.
@@ -168,14 +184,15 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         log_probs_key: NestedKey | None = "log_probs",
         hidden: HiddenSpec | bool | None = True,
         hidden_states_key: NestedKey | None = "hidden_states",
+        token_hidden_states_key: NestedKey | None = "token_hidden_states",
     ) -> None:
         super().__init__()
         check_arguments(input_mode, generate, pad_model_input, layout, inplace)
         check_chat_template(chat_template, chat_template_name)
         if prefer_tokens and tokens_key is None:
             raise InputError("prefer_tokens=True reads the tokens at tokens_key, which is None; give it a key")
-        self.hidden = read_hidden(hidden)
         self.generate_kwargs = standardize(generate_kwargs)
+        self.hidden = read_hidden(hidden, self.generate_kwargs.get("return_hidden_states"), input_mode)
         self.model: Engine = as_engine(model)
         self.tokenizer = read_tokenizer(tokenizer, self.model.info.tokenizer_path, self.model.info.vocab_size)
         self.input_mode = input_mode
@@ -210,21 +227,12 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         self.return_log_probs = return_log_probs is not False
         self.history_key, self.text_key, self.tokens_key = history_key, text_key, tokens_key
         self.masks_key, self.log_probs_key = masks_key, log_probs_key
-        self.hidden_states_key = hidden_states_key
+        self.hidden_states_key, self.token_hidden_states_key = hidden_states_key, token_hidden_states_key
         self.prefer_tokens = prefer_tokens
-        self._keys = OutputKeys(
-            text=text_key,
-            tokens=tokens_key,
-            masks=masks_key,
-            log_probs=log_probs_key if self.return_log_probs else None,
-            history=history_key if input_mode == "history" else None,
-            hidden_states=hidden_states_key if self.hidden is not None else None,
-            weight_version="weight_version",
-            finish_reason="finish_reason" if generate else None,
-            mixed_weights="mixed_weights" if generate else None,
-        )
-        self.in_keys = [self.input_key]
-        self.out_keys = out_keys(self._keys, self.hidden, generate)
+        self._states = self.hidden if generate else of_given(self.hidden)
+        self._keys = self._output_keys(self._states)
+        self.in_keys = in_keys(self.input_key, self._states)
+        self.out_keys = out_keys(self._keys, self._states, generate)
         self._batcher = make_batcher(self.model, batching, min_batch_size, max_batch_size, batching_timeout)
         # What the base class reads.
         self._min_batch_size = None if self._batcher is None else self._batcher.min_batch_size
@@ -241,6 +249,21 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         """The id that pads: the tokenizer's pad id, else its EOS id, else 0."""
         ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         return next(token_id for token_id in ids if token_id is not None)
+
+    def _output_keys(self, states: HiddenSpec | None) -> OutputKeys:
+        """Where the outputs go of a call that returns these states."""
+        return OutputKeys(
+            text=self.text_key,
+            tokens=self.tokens_key,
+            masks=self.masks_key,
+            log_probs=self.log_probs_key if self.return_log_probs else None,
+            history=self.history_key if self.input_mode == "history" else None,
+            hidden_states=self.hidden_states_key if states is not None and states.pooling is not None else None,
+            token_hidden_states=self.token_hidden_states_key if states is not None and states.tokens else None,
+            weight_version="weight_version",
+            finish_reason="finish_reason" if self.generate else None,
+            mixed_weights="mixed_weights" if self.generate else None,
+        )
 
     @property
     def _engine(self) -> Engine:
@@ -279,93 +302,54 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         Keyword Args:
             tensordict_out: written to instead, and returned.
             logits_only: False; this version returns no logits.
-            **generate_kwargs: override those of the constructor in this call. None with ``generate=False``.
+            **generate_kwargs: override those of the constructor in this call. With ``generate=False`` only
+                ``return_hidden_states``, ``lora_path`` and ``priority``.
 
         Returns:
             See the class.
         """
         if logits_only:
             raise InputError("logits_only=True: this version returns no logits; leave it out")
-        options = self._call_options(generate_kwargs)
-        rows = self._reader.read(tensordict)
+        call = read_call(
+            self.generate_kwargs,
+            generate_kwargs,
+            hidden=self.hidden,
+            generate=self.generate,
+            input_mode=self.input_mode,
+            num_samples=self.num_samples,
+        )
+        keys = self._output_keys(call.hidden)
+        if call.hidden != self._states:
+            out_keys(keys, call.hidden, self.generate)  # refuses keys that clash
+        rows = replace(self._reader, spans={} if call.hidden is None else call.hidden.spans).read(tensordict)
+        requests = to_requests(rows, call, return_log_probs=self.return_log_probs)
         samples = self.num_samples if self.generate else None
         batch_size = tensordict.batch_size if samples is None else torch.Size((*tensordict.batch_size, samples))
-        target = self._target(tensordict, tensordict_out, batch_size)
+        target = read_target(tensordict, tensordict_out, self.inplace, keys.present(), batch_size)
         layout: dict[str, Any] = {
             "batch_size": batch_size,
-            "keys": self._keys,
-            "hidden": self.hidden,
+            "keys": keys,
+            "hidden": call.hidden,
+            "hidden_size": self.model.info.hidden_size,
             "pad_id": self.padding_value if self.pad_output else None,
             "device": self._device or tensordict.device,
         }
-        if self.generate:
-            out = assemble([row for row in rows for _ in range(samples or 1)], self._sample(rows, options), **layout)
+        if samples is None:
+            completions = self._engine.generate(requests)
         else:
-            out = assemble_scores(rows, self._score(rows), **layout)
+            # What goes ahead waits for nobody: it would wait for a batch to fill a second time.
+            completions = generate_samples(self._engine, requests, samples, ahead=self.model)
+        if self.generate:
+            check_responses(completions, call.hidden, self.tokenizer, num_samples=samples or 1)
+            out = assemble([row for row in rows for _ in range(samples or 1)], completions, **layout)
+        else:
+            out = assemble_scores(rows, completions, **layout)
         if target is None:
             return out
         # set, not update: update would merge into a TensorClass of the previous step and keep its stale fields.
-        for key in self._keys.present():
+        for key in keys.present():
             target.set(key, out.get(key))
         return target
-
-    def _call_options(self, generate_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """SGLang's sampling parameters of one call."""
-        if generate_kwargs and not self.generate:
-            raise InputError(
-                f"generate=False scores and samples nothing; leave {', '.join(sorted(generate_kwargs))} out of the call"
-            )
-        options = override(self.generate_kwargs, generate_kwargs)
-        if read_num_samples(self.num_samples, options) != self.num_samples:
-            raise InputError(
-                f"num_return_sequences={options['num_return_sequences']} in a call, and no num_samples in the wrapper, "
-                "whose output would have another shape; use get_new_version(num_samples=…)"
-            )
-        return to_sglang(options)
-
-    def _sample(self, rows: Sequence[Row], options: Mapping[str, Any]) -> list[Completion]:
-        """The completions of every row, those of one row together."""
-        requests = [
-            Request(row.prompt_ids, sampling=options, return_log_probs=self.return_log_probs, hidden=self.hidden)
-            for row in rows
-        ]
-        if self.num_samples is None:
-            return self._engine.generate(requests)
-        # What goes ahead waits for nobody: it would wait for a batch to fill a second time.
-        return generate_samples(self._engine, requests, self.num_samples, ahead=self.model)
-
-    def _score(self, rows: Sequence[Row]) -> list[Completion]:
-        """One prefill per row: the sequence is a prompt, and the one token that SGLang must sample is dropped."""
-        return self._engine.generate(
-            [
-                Request(
-                    row.prompt_ids,
-                    sampling={"max_new_tokens": 1, "temperature": 0.0},
-                    return_log_probs=False,
-                    hidden=None if self.hidden is None else replace(self.hidden, segments=("prompt",)),
-                    score_prompt=self.return_log_probs,
-                )
-                for row in rows
-            ]
-        )
-
-    def _target(
-        self, tensordict: TensorDictBase, given: TensorDictBase | None, batch_size: torch.Size
-    ) -> TensorDictBase | None:
-        """What the outputs are written to, None for a new TensorDict; checked before the engine has worked for it."""
-        if given is None:
-            if self.inplace is False:
-                return None
-            given = tensordict if self.inplace is True else tensordict.empty()
-        if given.is_locked:
-            raise InputError("the TensorDict to write to is locked; unlock_() it, or use inplace=False")
-        self._check_room(given)
-        if given.batch_size != batch_size:
-            raise InputError(
-                f"tensordict_out has batch size {tuple(given.batch_size)} and the output has {tuple(batch_size)}; give "
-                "both the same"
-            )
-        return given
 
     def cleanup_batching(self, *, flush: bool = False) -> None:
         """Empties the queue of callers that wait for a batch to fill, and returns at once.
@@ -388,22 +372,6 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
     def get_batching_state(self) -> dict[str, Any]:
         """The queue of callers: see `BatchingEngine.state`."""
         return {"batching_enabled": False} if self._batcher is None else self._batcher.state()
-
-    def _check_room(self, target: TensorDictBase) -> None:
-        """Refuses a target where a key's path leads through something that is no TensorDict."""
-        while target.ndim:
-            target = target[0]
-        for key in self._keys.present():
-            path = key if isinstance(key, tuple) else (key,)
-            for length in range(1, len(path)):
-                found = target.get(path[:length], None)
-                if found is None:
-                    break
-                if not is_tensor_collection(found) or is_non_tensor(found):
-                    raise InputError(
-                        f"{key!r} cannot be written: there is a {type(found).__name__} at {path[:length]!r}; give the "
-                        "output another key, or use inplace=False"
-                    )
 
     # --- configuration ---------------------------------------------------------------------------------------------
 
@@ -433,23 +401,13 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
             "log_probs_key": self.log_probs_key,
             "hidden": self.hidden,
             "hidden_states_key": self.hidden_states_key,
+            "token_hidden_states_key": self.token_hidden_states_key,
         }
 
     def get_new_version(self, **changes: Any) -> SGLangHiddenWrapper:
         """A wrapper of the same engine with some constructor arguments changed; the others are kept, all of them."""
-        config = {**self.config, **changes}
-        # The default input key belongs to its mode; a key of the user's own is kept.
-        if "input_key" not in changes and self.input_key == default_key(self.input_mode, self.generate):
-            config["input_key"] = None
-        # The number of samples has two names, and the one that is changed wins.
-        if "num_samples" in changes and "generate_kwargs" not in changes:
-            config["generate_kwargs"].pop("num_return_sequences", None)
-        elif "num_samples" not in changes and "num_return_sequences" in standardize(config["generate_kwargs"]):
-            config["num_samples"] = None
-        # Whether to batch has two names too: the sizes switch it on.
-        sizes = {"min_batch_size", "max_batch_size"}
-        if changes.get("batching") is False:
-            config |= dict.fromkeys(sizes - changes.keys())
-        elif "batching" not in changes and self._batcher is None and sizes & changes.keys():
-            config["batching"] = None
+        own_key = default_key(self.input_mode, self.generate)
+        config = changed_config(
+            self.config, changes, default_input_key=self.input_key == own_key, batched=self._batcher is not None
+        )
         return type(self)(config.pop("model", self.model), **config)

@@ -8,26 +8,39 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, cast, get_args
 
 import torch
 from tensordict import LazyStackedTensorDict, TensorDictBase, is_leaf_nontensor, is_non_tensor, is_tensor_collection
 from tensordict.utils import NestedKey, unravel_key
 from torchrl.data.llm import History
 from torchrl.data.llm.history import _CHAT_TEMPLATES as CHAT_TEMPLATES
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from torchrl_sglang_hidden.errors import InputError, InputTypeError, MissingKeyError, PromptLengthError
+from torchrl_sglang_hidden.errors import InputError, InputTypeError, MissingKeyError, PromptLengthError, SpanError
+from torchrl_sglang_hidden.places import Chat, decode_all, last_tokens, spoken_tokens, tokens_at
+from torchrl_sglang_hidden.spans import (
+    Between,
+    LastTokens,
+    PromptSpan,
+    Role,
+    Span,
+    TokenMask,
+    Turn,
+    find_between,
+    intervals_of,
+)
+from torchrl_sglang_hidden.specs import ResolvedSpan
 
-__all__ = ["INPUT_MODES", "InputMode", "PromptReader", "Row", "read_tokenizer"]
+__all__ = ["INPUT_MODES", "WANTS_STATES_KEY", "InputMode", "PromptReader", "Row"]
 
 InputMode = Literal["history", "text", "tokens"]
 INPUT_MODES: tuple[InputMode, ...] = get_args(InputMode)
 # A chat template that says which tokens the assistant wrote.
 GENERATION = re.compile(r"\{%-?\s*generation\b")
 CONTAINERS = {"history": "ChatHistory", "text": "Text", "tokens": "Tokens"}
+WANTS_STATES_KEY = "return_hidden_states"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +52,10 @@ class Row:
         prompt_text: the text that the ids stand for.
         history: the chat that the text was made of, ``[turns]``, in history mode.
         assistant_mask: for scoring, which of the ids the assistant wrote; None when nothing tells.
-        placement: for scoring, where the ids stand among the pads that they were given with, True at an id; None when
-            they were not given as a tensor.
+        placement: where the ids stand among the pads that they were given with, True at an id; None when they were not
+            given as a tensor.
+        wants_states: what the row says at ``"return_hidden_states"``; None when it says nothing.
+        spans: the spans, those of the prompt as positions; none where the row wants no states.
     """
 
     prompt_ids: tuple[int, ...]
@@ -48,6 +63,8 @@ class Row:
     history: History | None = None
     assistant_mask: tuple[bool, ...] | None = None
     placement: tuple[bool, ...] | None = None
+    wants_states: bool | None = None
+    spans: Mapping[str, ResolvedSpan] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +75,7 @@ class PromptReader:
         generate: whether prompts are read, or whole sequences to score.
         padding_value: the id that pads a ``Tokens`` that says it is padded.
         prefer_tokens: where the ids are that history mode prefers to its own, or None.
+        spans: the spans to find in each prompt. Those of a response stay as they are.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -71,6 +89,7 @@ class PromptReader:
     chat_template_name: str | None
     padding_value: int
     prefer_tokens: NestedKey | None = None
+    spans: Mapping[str, Span] = field(default_factory=dict)
 
     def read(self, tensordict: TensorDictBase) -> list[Row]:
         """The prompts in row-major order of the batch.
@@ -79,6 +98,8 @@ class PromptReader:
             PromptLengthError: no rows, or a row without text. Rows without ids are the engine's to refuse.
             MissingKeyError: the input key is not there.
             InputTypeError: what is there is not what the input mode reads.
+            SpanError: a span has no tokens in a row's prompt, or wants more than it has.
+            InputError: a mask of another length, or a place in the prompt that cannot be known.
         """
         if not is_tensor_collection(tensordict):
             raise InputTypeError(f"{tensordict!r:.80} is a {type(tensordict).__name__}; the policy reads a TensorDict")
@@ -101,16 +122,26 @@ class PromptReader:
         if value is None:
             raise MissingKeyError(
                 f"the TensorDict has no {self.input_key!r}, which input_mode={self.input_mode!r} reads; it has "
-                f"{sorted(map(str, row.keys(True, True, is_leaf=is_leaf_nontensor)))}"
+                f"{_keys_of(row)}"
             )
         if is_non_tensor(value):
             value = value.data
         name = f"row {index}, {self.input_key!r}:"
         if self.input_mode == "history":
-            return self._read_history(name, row, value)
-        if self.input_mode == "text":
-            return self._read_text(name, value)
-        return self._read_tokens(name, row, value)
+            found = self._read_history(name, row, value)
+        elif self.input_mode == "text":
+            found = self._read_text(name, value)
+        else:
+            found = self._read_tokens(name, row, value)
+        wants_states = _read_flag(index, row)
+        # Ids that no tokenizer has are the engine's to refuse.
+        readable = found.prompt_ids and all(0 <= token_id < 2**31 for token_id in found.prompt_ids)
+        if wants_states is False or not readable:
+            return replace(found, wants_states=wants_states)
+        spans = {
+            key: self._resolve(f"row {index}, span {key!r}:", row, found, span) for key, span in self.spans.items()
+        }
+        return replace(found, wants_states=wants_states, spans=spans)
 
     def _read_history(self, name: str, row: TensorDictBase, history: Any) -> Row:
         if not isinstance(history, History):
@@ -125,13 +156,8 @@ class PromptReader:
         ids = self._encode(text, add_special_tokens=False)
         if self.generate:
             return Row(self._preferred(row, ids) if self.prefer_tokens else ids, text, history)
-        mask = self._assistant_mask(name, history, text)
-        if len(mask) != len(ids):
-            raise InputError(
-                f"{name} tokenizer_kwargs={dict(self.tokenizer_kwargs)} change the ids of the chat, so that the "
-                "template's assistant mask does not fit them; leave them out to score a chat"
-            )
-        return Row(ids, text, history, assistant_mask=mask)
+        assistant_mask = self._assistant_mask(name, Chat(history, text, self._render), ids)
+        return Row(ids, text, history, assistant_mask=assistant_mask)
 
     def _template(self) -> str | None:
         # Given neither, torchrl guesses a template from the tokenizer's name; the tokenizer's own is no guess.
@@ -142,41 +168,52 @@ class PromptReader:
         own: str | None = self.tokenizer.chat_template
         return own
 
-    def _render(self, history: History, **options: Any) -> Any:
-        return history.apply_chat_template(tokenizer=self.tokenizer, chat_template=self._template(), **options)
-
-    def _assistant_mask(self, name: str, history: History, text: str) -> tuple[bool, ...]:
-        """Which tokens of the chat are the assistant's: those in ``{% generation %}``, else those of its words."""
-        if GENERATION.search(str(self._template())):
-            encoded = self._render(history, add_generation_prompt=False, return_assistant_tokens_mask=True)
-            return tuple(encoded["assistant_masks"].bool().tolist())
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=self.tokenizer.is_fast)
-        if "offset_mapping" not in encoded:
-            raise InputError(
-                f"{name} this tokenizer does not tell where a token stands in the text, so the assistant's are not "
-                "known; give a chat_template with {% generation %}, or a fast tokenizer"
-            )
-        spans = self._assistant_spans(name, history, text)
-        return tuple(
-            any(start < until and end > since for since, until in spans) for start, end in encoded["offset_mapping"]
+    def _render(self, history: History, *, add_generation_prompt: bool | None = None, **options: Any) -> Any:
+        return history.apply_chat_template(
+            tokenizer=self.tokenizer,
+            chat_template=self._template(),
+            add_generation_prompt=self.generate if add_generation_prompt is None else add_generation_prompt,
+            **options,
         )
 
-    def _assistant_spans(self, name: str, history: History, text: str) -> list[tuple[int, int]]:
-        """Where the assistant's words stand in the chat's text. Each message is looked for behind those before it."""
-        spans = []
-        for turn, message in enumerate(history.unbind(-1)):
-            if message.role != "assistant" or not message.content:
-                continue
-            before = self._render(history[:turn], add_generation_prompt=True, tokenize=False) if turn else ""
-            same = next((i for i, (a, b) in enumerate(zip(before, text, strict=False)) if a != b), len(before))
-            start = text.find(message.content, same)
-            if start < 0:
-                raise InputError(
-                    f"{name} the chat template rewrites the assistant's message {turn}, so its tokens are not known; "
-                    "give a chat_template with {% generation %}"
-                )
-            spans.append((start, start + len(message.content)))
-        return spans
+    def _assistant_mask(self, name: str, chat: Chat, ids: tuple[int, ...]) -> tuple[bool, ...]:
+        """Which tokens of the chat are the assistant's: those in ``{% generation %}``, else those of its words."""
+        mask: list[bool] | None
+        if GENERATION.search(str(self._template())):
+            mask = self._render(chat.history, return_assistant_tokens_mask=True)["assistant_masks"].bool().tolist()
+        else:
+            answers = [turn for turn, said in enumerate(chat.messages) if said.role == "assistant" and said.content]
+            try:
+                mask = tokens_at([chat.words_of(turn) for turn in answers], chat.text, ids, self.tokenizer)
+            except InputError as error:
+                raise InputError(f"{name} {error}, or one that says {{% generation %}}") from error
+        if mask is None or len(mask) != len(ids):
+            raise InputError(
+                f"{name} tokenizer_kwargs={dict(self.tokenizer_kwargs)} change the ids of the chat, so that the "
+                "template's assistant mask does not fit them, or this tokenizer does not tell where a token stands in "
+                "the text; leave them out to score a chat, and give a fast tokenizer"
+            )
+        return tuple(mask)
+
+    def _resolve(self, name: str, row: TensorDictBase, found: Row, span: Span) -> ResolvedSpan:
+        """Where a span is in a prompt."""
+        ids = found.prompt_ids
+        try:
+            match span:
+                case LastTokens(segment="response") | Between(segment="response"):
+                    return span
+                case LastTokens():
+                    return last_tokens(span, len(ids))
+                case Between():
+                    decode = functools.partial(decode_all, self.tokenizer)
+                    return PromptSpan((find_between(span, ids, decode),))
+                case TokenMask():
+                    return _masked_tokens(row, found, span)
+                case Turn() | Role():
+                    chat = Chat(cast("History", found.history), found.prompt_text, self._render)
+                    return spoken_tokens(span, chat, ids, self.tokenizer)
+        except (SpanError, InputError) as error:
+            raise type(error)(f"{name} {error}") from error
 
     def _preferred(self, row: TensorDictBase, prompt_ids: tuple[int, ...]) -> tuple[int, ...]:
         """The ids at `prefer_tokens` where they stand for the chat, or for its beginning: then the rest is added.
@@ -227,12 +264,9 @@ class PromptReader:
         if real is None:
             real = self._guess_padding(name, row, ids)
         prompt_ids = tuple(ids[real].tolist())
-        text = self._decode(prompt_ids)
-        if self.generate:
-            return Row(prompt_ids, text)
         return Row(
             prompt_ids,
-            text,
+            self._decode(prompt_ids),
             assistant_mask=None if assistant_mask is None else tuple(assistant_mask[real].tolist()),
             placement=tuple(real.tolist()),
         )
@@ -279,6 +313,40 @@ class PromptReader:
         return str(self.tokenizer.decode(prompt_ids))
 
 
+def _masked_tokens(row: TensorDictBase, found: Row, span: TokenMask) -> PromptSpan:
+    try:
+        mask = row.get(span.key, None)
+    except ValueError as error:  # a tensor where the key's path has a container
+        raise InputTypeError(f"{span}: {error}") from error
+    if mask is None:
+        raise MissingKeyError(f"{span}: the TensorDict has no {span.key!r}; it has {_keys_of(row)}")
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+        is_a = f"tensor of {mask.dtype}" if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise InputTypeError(f"{span}: there is a {is_a}; expected a tensor of torch.bool")
+    length = len(found.prompt_ids if found.placement is None else found.placement)
+    if mask.shape != (length,):
+        raise InputError(
+            f"{span}: the mask has shape {tuple(mask.shape)}, and the prompt's ids {(length,)}; give both the same"
+        )
+    return intervals_of((mask if found.placement is None else mask[torch.tensor(found.placement)]).tolist())
+
+
+def _read_flag(index: int, row: TensorDictBase) -> bool | None:
+    """What a row says of whether it wants states."""
+    flag = row.get(WANTS_STATES_KEY, None)
+    if is_non_tensor(flag):
+        flag = flag.data
+    if isinstance(flag, torch.Tensor) and flag.dtype == torch.bool and flag.numel() == 1:
+        flag = bool(flag)
+    if flag is not None and not isinstance(flag, bool):
+        raise InputTypeError(f"row {index}, {WANTS_STATES_KEY!r}: {flag!r:.80}; expected one bool per row")
+    return flag
+
+
+def _keys_of(row: TensorDictBase) -> list[str]:
+    return sorted(map(str, row.keys(True, True, is_leaf=is_leaf_nontensor)))
+
+
 def _check_ids(name: str, ids: Any) -> None:
     if not isinstance(ids, torch.Tensor) or ids.ndim != 1:
         shape = f" of shape {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else ""
@@ -302,61 +370,3 @@ def _unbind(tensordict: TensorDictBase) -> Iterator[TensorDictBase]:
     else:
         for part in tensordict.unbind(0):
             yield from _unbind(part)
-
-
-def read_tokenizer(
-    tokenizer: PreTrainedTokenizerBase | str | None, engine_path: str, vocab_size: int
-) -> PreTrainedTokenizerBase:
-    """The tokenizer to use: the one given, or the engine's own.
-
-    Args:
-        tokenizer: a tokenizer, a name or path of one, or None for the engine's.
-        engine_path: where the engine read its own.
-        vocab_size: the engine's.
-
-    Raises:
-        InputError: it cannot be read; or it gives a token another id than the engine's own does, where that can be read
-            from here; or ids outside the engine's vocabulary. A padding token may be outside: pads are never sent.
-    """
-    if not isinstance(tokenizer, (str, type(None))):
-        _check_vocabulary(tokenizer, engine_path, vocab_size)
-        return tokenizer
-    path = engine_path if tokenizer is None else tokenizer
-    try:
-        found = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"no tokenizer can be read at {path!r}; pass tokenizer=, a tokenizer or a path of one"
-        ) from error
-    return read_tokenizer(found, engine_path, vocab_size) if path != engine_path else found
-
-
-def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, engine_path: str, vocab_size: int) -> None:
-    vocabulary, expected = tokenizer.get_vocab(), _vocabulary(engine_path)
-    other = [token for token, token_id in vocabulary.items() if expected.get(token, token_id) != token_id]
-    if other:
-        raise InputError(
-            f"the tokenizer {tokenizer.name_or_path!r} is not the engine's: {len(other)} tokens have other ids than in "
-            f"{engine_path!r}, such as {other[0]!r}, {vocabulary[other[0]]} and not {expected[other[0]]}; pass the "
-            "model's own, or leave tokenizer out"
-        )
-    outside = {token: i for token, i in vocabulary.items() if i >= vocab_size and token != tokenizer.pad_token}
-    if outside:
-        token, token_id = min(outside.items(), key=lambda item: item[1])
-        raise InputError(
-            f"the tokenizer {tokenizer.name_or_path!r} is not the engine's: {len(outside)} ids are outside the "
-            f"engine's vocabulary of {vocab_size}, such as {token_id} for {token!r}; pass the model's own, or leave "
-            "tokenizer out"
-        )
-
-
-@functools.lru_cache(maxsize=8)
-def _vocabulary(path: str) -> dict[str, int]:
-    """The ids of a served model's tokens; none where they cannot be read from this machine."""
-    # Of directories only: a model hub's name would be looked up in the network.
-    if not Path(path).is_dir():
-        return {}
-    try:
-        return dict(AutoTokenizer.from_pretrained(path).get_vocab())
-    except (OSError, ValueError):
-        return {}

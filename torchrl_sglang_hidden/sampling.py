@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torchrl_sglang_hidden.errors import InputError, InputTypeError, UnknownOptionError
 
-__all__ = ["SGLANG_NAMES", "override", "standardize", "to_sglang"]
+__all__ = ["NOT_OF_SAMPLING", "SGLANG_NAMES", "override", "standardize", "to_sglang"]
 
 # Other projects' names for the same thing → the name kept in `generate_kwargs` (TorchRL's where it has one).
 _ALIASES = {
@@ -28,6 +28,8 @@ _ALIASES = {
 
 
 MAX_LOGIT_BIAS = 1e9
+# Options of a request that have nothing to do with how its tokens are sampled.
+NOT_OF_SAMPLING = frozenset({"lora_path", "priority", "return_hidden_states"})
 _GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag")
 # One of these in a call replaces all of its group in the defaults.
 _GROUPS = (_GRAMMARS, ("do_sample", "temperature"))
@@ -62,7 +64,7 @@ _TEXTS = _Rule((str, list, tuple), _texts, "a non-empty string or a list of them
 _TEXT = _Rule((str,), bool, "a non-empty string")
 
 _RULES: dict[str, _Rule] = {
-    "max_new_tokens": _Rule((int,), lambda x: x >= 1, "an integer of at least 1"),
+    "max_new_tokens": _Rule((int,), lambda x: x >= 0, "an integer of at least 0 (0 reads the prompt only)"),
     "min_new_tokens": _Rule((int,), lambda x: x >= 0, "an integer of at least 0"),
     "temperature": _number(lambda x: x >= 0, "a finite number of at least 0 (0 is greedy)"),
     "top_p": _number(lambda x: 0 < x <= 1, "in (0, 1]"),
@@ -79,6 +81,7 @@ _RULES: dict[str, _Rule] = {
     "presence_penalty": _number(lambda x: -2 <= x <= 2, "in [-2, 2]"),
     "num_return_sequences": _Rule((int,), lambda x: x >= 1, "an integer of at least 1"),
     "sampling_seed": _Rule((int,), lambda x: -(2**63) <= x < 2**63, "an integer of 64 bits"),
+    "priority": _Rule((int,), lambda x: -(2**63) <= x < 2**63, "an integer of 64 bits"),
     "stop_sequences": _TEXTS,
     "stop_regex": _TEXTS,
     "stop_token_ids": _Rule(
@@ -88,6 +91,7 @@ _RULES: dict[str, _Rule] = {
     ),
     "do_sample": _FLAG, "ignore_eos": _FLAG, "skip_special_tokens": _FLAG, "spaces_between_special_tokens": _FLAG,
     "no_stop_trim": _FLAG,
+    "return_hidden_states": _FLAG, "lora_path": _TEXT,
     "json_schema": _TEXT, "regex": _TEXT, "ebnf": _TEXT, "structural_tag": _TEXT,
 }  # fmt: skip
 
@@ -95,7 +99,9 @@ _RULES: dict[str, _Rule] = {
 # SGLang's sampling parameters that a caller may set (sglang.srt.sampling.sampling_params.SamplingParams, 0.5.23; a test
 # compares). Left out: `n` and `beam_width` (one completion per request is the contract here), `custom_params` (this
 # package's own channel into the server), `stream_interval` and `watermark` (of no effect on a finished response).
-SGLANG_NAMES = (frozenset(_RULES) - {"do_sample", "num_return_sequences", "stop_sequences"}) | {"stop"}
+SGLANG_NAMES = (frozenset(_RULES) - NOT_OF_SAMPLING - {"do_sample", "num_return_sequences", "stop_sequences"}) | {
+    "stop"
+}
 
 
 def standardize(options: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -107,7 +113,8 @@ def standardize(options: Mapping[str, Any] | None) -> dict[str, Any]:
     Args:
         options: TorchRL's standard names (``max_new_tokens``, ``temperature``, ``stop_sequences``, ``do_sample`` …),
             Hugging Face's or vLLM's (``max_tokens``, ``stop_strings``, ``eos_token_id``, ``seed`` …), and every
-            sampling parameter of SGLang by its own name.
+            sampling parameter of SGLang by its own name; beside these, of SGLang's requests, ``return_hidden_states``,
+            ``lora_path`` and ``priority``.
 
     Returns:
         A new dict by standard names.
@@ -172,9 +179,10 @@ def _check(name: str, value: Any) -> None:
 def to_sglang(standard: Mapping[str, Any]) -> dict[str, Any]:
     """Turns standardised options into SGLang's sampling parameters, JSON-serialisable.
 
-    ``do_sample=False`` becomes ``temperature=0``; ``skip_special_tokens`` stays SGLang's default, True.
+    ``do_sample=False`` becomes ``temperature=0``; ``skip_special_tokens`` stays SGLang's default, True. What is no
+    sampling parameter is left out.
     """
-    out = dict(standard)
+    out = {name: value for name, value in standard.items() if name not in NOT_OF_SAMPLING}
     if out.pop("do_sample", True) is False:
         out["temperature"] = 0.0
     out.pop("num_return_sequences", None)

@@ -4,6 +4,7 @@ Axes, here and in every name of the package:
 
     B  rows of a batch             T  response tokens
     P  prompt tokens               D  hidden size
+    N  any run of positions        K  layers
 
     name_BD is a tensor of shape [B, D]; a name without axes is a scalar or a record.
 
@@ -21,13 +22,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 
 from torchrl_sglang_hidden.errors import InputError, InputTypeError
+from torchrl_sglang_hidden.spans import Between, LastTokens, PromptSpan, Span
 
+ResolvedSpan: TypeAlias = PromptSpan | LastTokens | Between
 Segment = Literal["prompt", "response", "full"]
 Pooling = Literal["mean", "last"]
 
@@ -46,23 +48,32 @@ class HiddenSpec:
     """Which hidden states a policy returns.
 
     Args:
-        segments: any of ``"prompt"``, ``"response"``, ``"full"``, at least one. A policy that reads ``V(s)`` wants
-            ``"prompt"``: the response is the action, not the state.
-        pooling: ``"mean"`` averages the segment's rows, accumulated in float32 whatever the model's dtype; ``"last"``
-            takes the segment's last row.
-        layers: ``-1``, what the language-model head reads (after the final norm; Hugging Face ``hidden_states[-1]``).
-            Other layers are not captured by this version and raise.
-        dtype: floating dtype of the returned vectors. float32 goes into ``ValueOperator`` and GAE as it is.
+        segments: any of ``"prompt"``, ``"response"``, ``"full"``; none where spans are enough. A policy that reads
+            ``V(s)`` wants ``"prompt"``: the response is the action, not the state.
+        pooling: ``"mean"`` averages a segment's or span's rows, accumulated in float32 whatever the model's dtype;
+            ``"last"`` takes its last row; None pools nothing, for ``tokens=True``.
+        layers: ``-1``, what the language-model head reads (after the final norm; Hugging Face ``hidden_states[-1]``);
+            ``k ≥ 0``, the output of decoder layer k with the residual, before the final norm (Hugging Face
+            ``hidden_states[k + 1]``; of the last layer, which Hugging Face gives after the norm only, before it);
+            other negative ids count the decoder layers from the end, as in Python. One id gives vectors ``[D]``, a
+            tuple of K ids ``[K, D]`` in its order. The server must have been started with them: ``launch(layers=…)``.
+        tokens: also return every token's state of the segments, unpooled.
+        dtype: floating dtype of what is returned. float32 goes into ``ValueOperator`` and GAE as it is. Token states
+            of a float32 model travel as bfloat16 where this says so, half the bytes.
+        spans: places inside the prompt or the response to pool as well, by names of yours: `LastTokens`, `TokenMask`,
+            `Turn`, `Role`, `Between`.
 
     Raises:
         InputError: a value outside these.
-        InputTypeError: ``segments`` is not a sequence of strings, or ``dtype`` is no torch dtype.
+        InputTypeError: a value of the wrong type.
     """
 
     segments: tuple[Segment, ...] = ("response",)
-    pooling: Pooling = "mean"
-    layers: int = -1
+    pooling: Pooling | None = "mean"
+    layers: int | tuple[int, ...] = -1
+    tokens: bool = False
     dtype: torch.dtype = torch.float32
+    spans: Mapping[str, Span] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         # A bare string is a sequence of letters; a list is what JSON and YAML configs give.
@@ -72,23 +83,82 @@ class HiddenSpec:
             )
         object.__setattr__(self, "segments", tuple(self.segments))
         unknown = [segment for segment in self.segments if segment not in SEGMENTS]
-        if unknown or not self.segments or len(set(self.segments)) != len(self.segments):
+        if unknown or len(set(self.segments)) != len(self.segments):
             raise InputError(f"HiddenSpec(segments={self.segments!r}): expected one or more of {SEGMENTS}, each once")
-        if self.pooling not in POOLINGS:
-            raise InputError(f"HiddenSpec(pooling={self.pooling!r}): expected one of {POOLINGS}")
-        if type(self.layers) is not int or self.layers != -1:
-            raise InputError(
-                f"HiddenSpec(layers={self.layers!r}): this version captures the last layer only; use layers=-1"
-            )
+        if self.pooling not in (*POOLINGS, None):
+            raise InputError(f"HiddenSpec(pooling={self.pooling!r}): expected one of {(*POOLINGS, None)}")
+        if not isinstance(self.tokens, bool):
+            raise InputTypeError(f"HiddenSpec(tokens={self.tokens!r}): expected True or False")
+        self._check_layers()
         if not isinstance(self.dtype, torch.dtype):
             raise InputTypeError(f"HiddenSpec(dtype={self.dtype!r}): expected a torch.dtype, such as torch.float32")
         if self.dtype not in FLOAT_DTYPES:
             raise InputError(f"HiddenSpec(dtype={self.dtype}): expected one of {FLOAT_DTYPES}")
+        self._check_spans()
+        if self.pooling is None and (self.spans or not self.tokens):
+            raise InputError(
+                f"HiddenSpec(pooling=None, tokens={self.tokens}, spans={list(self.spans)}): without pooling there are "
+                "the segments' token states only; pass tokens=True and no spans, or a pooling"
+            )
+        if not self.segments and (self.tokens or not self.spans):
+            raise InputError(
+                f"HiddenSpec(segments=(), tokens={self.tokens}, spans={list(self.spans)}): expected one or more of "
+                f"{SEGMENTS}; none only beside spans, and without tokens=True"
+            )
+
+    def _check_layers(self) -> None:
+        layers = self.layers
+        if isinstance(layers, list):
+            layers = tuple(layers)
+            object.__setattr__(self, "layers", layers)
+        ids = layers if isinstance(layers, tuple) else (layers,)
+        if any(type(layer) is not int for layer in ids):
+            raise InputTypeError(f"HiddenSpec(layers={layers!r}): expected an integer, or a tuple of them")
+        if not ids or len(set(ids)) != len(ids):
+            raise InputError(f"HiddenSpec(layers={layers!r}): expected one or more layer ids, each once")
+
+    def _check_spans(self) -> None:
+        if not isinstance(self.spans, Mapping):
+            raise InputTypeError(f"HiddenSpec(spans={self.spans!r}): expected a dict of names to spans")
+        object.__setattr__(self, "spans", dict(self.spans))
+        for name, span in self.spans.items():
+            if not isinstance(name, str) or not name:
+                raise InputTypeError(f"HiddenSpec(spans={{{name!r}: …}}): a span's name is a non-empty string")
+            if not isinstance(span, Span):
+                raise InputTypeError(
+                    f"HiddenSpec(spans={{{name!r}: {span!r}}}): expected LastTokens, TokenMask, Turn, Role or Between"
+                )
+
+    @property
+    def layer_ids(self) -> tuple[int, ...]:
+        """The layers as a tuple, K of them."""
+        return self.layers if isinstance(self.layers, tuple) else (self.layers,)
 
     @property
     def reads_whole_prompt(self) -> bool:
-        """Whether every prompt row must be computed, so that a prefix-cache hit would leave a gap."""
-        return self.pooling == "mean" and ("prompt" in self.segments or "full" in self.segments)
+        """Whether all rows of the prompt count."""
+        return (self.pooling == "mean" or self.tokens) and ("prompt" in self.segments or "full" in self.segments)
+
+    @property
+    def needs_response(self) -> bool:
+        """Whether anything asked for is of the response, so that a prompt alone does not do."""
+        return self.segments not in ((), ("prompt",)) or any(
+            isinstance(span, (LastTokens, Between)) and span.segment == "response" for span in self.spans.values()
+        )
+
+
+def canonical_layer(layer: int, num_layers: int) -> int:
+    """A layer's one name: -1 for what the head reads, else ``0 … num_layers-1``.
+
+    Raises:
+        InputError: the model has no such layer.
+    """
+    if not -num_layers <= layer < num_layers:
+        raise InputError(
+            f"layers={layer}: the model has {num_layers} layers; use 0..{num_layers - 1}, -1 for the final norm's "
+            f"output, or -2..{-num_layers} to count from the end"
+        )
+    return layer if layer >= -1 else num_layers + layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,30 +167,56 @@ class Request:
 
     Args:
         prompt_ids: the P token ids that the engine gets, unpadded, exactly these.
-        sampling: SGLang's sampling parameters, by SGLang's names.
+        sampling: SGLang's sampling parameters, by SGLang's names. ``max_new_tokens=0`` reads the prompt only, and
+            generates nothing.
         return_log_probs: whether the log-prob of every sampled token comes back.
         hidden: which hidden states come back, or None.
         score_prompt: whether the log-prob of every prompt token comes back.
+        spans: the spans of ``hidden``, resolved for this prompt, under their names.
+        lora: the name of a LoRA adapter that the server has loaded, or None.
+        priority: of the request in the server's queue, where it schedules by priority; or None.
     """
 
     prompt_ids: tuple[int, ...]
-    sampling: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    sampling: Mapping[str, Any] = field(default_factory=dict)
     return_log_probs: bool = True
     hidden: HiddenSpec | None = None
     score_prompt: bool = False
+    spans: Mapping[str, ResolvedSpan] = field(default_factory=dict)
+    lora: str | None = None
+    priority: int | None = None
+
+    @property
+    def reads_only(self) -> bool:
+        """Whether nothing is generated."""
+        return self.sampling.get("max_new_tokens") == 0
 
 
 @dataclass(frozen=True, slots=True)
 class Pooled:
-    """One pooled segment of one request.
+    """One pooled segment or span of one request.
 
     Args:
-        vector_D: float32 ``[D]``.
+        vector: float32 ``[D]``, or ``[K, D]`` where the layers were given as a tuple.
         count: the rows it was pooled over. Checked against the tokens before this record exists.
     """
 
-    vector_D: torch.Tensor
+    vector: torch.Tensor
     count: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRows:
+    """The states of one run of a request's positions, one row each.
+
+    Args:
+        first: the position of the first row.
+        rows_ND: ``[N, D]``, or ``[N, K, D]`` where the layers were given as a tuple; float32, or the dtype asked for
+            where that is narrower.
+    """
+
+    first: int
+    rows_ND: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +225,8 @@ class Completion:
 
     Args:
         prompt_ids: the ids that were sent, ``[P]``.
-        response_ids: every sampled id up to and with the one that ended the response, ``[T]``, T ≥ 1.
+        response_ids: every sampled id up to and with the one that ended the response, ``[T]``, T ≥ 1; T = 0 where
+            nothing was to be generated.
         text: the response as text, without special tokens and without a matched stop string.
         log_probs_T: float32 ``[T]``, or None when not asked for.
         hidden: the segments asked for, pooled.
@@ -138,6 +235,8 @@ class Completion:
         mixed_weights: whether tokens before it were sampled with other weights, because of an update in between.
         prompt_log_probs_P: float32 ``[P]``, when asked for: each prompt token's log-prob given those before it, of the
             model's own distribution, without temperature or penalties. The first is NaN: nothing is before it.
+        spans: the spans asked for, pooled.
+        token_rows: every position that ``tokens=True`` asks for, from the first of them to the last; or None.
     """
 
     prompt_ids: tuple[int, ...]
@@ -149,6 +248,8 @@ class Completion:
     weight_version: str
     mixed_weights: bool = False
     prompt_log_probs_P: torch.Tensor | None = None
+    spans: Mapping[str, Pooled] = field(default_factory=dict)
+    token_rows: TokenRows | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,19 +264,28 @@ class EngineInfo:
         context_length: most tokens of prompt and response together.
         max_prompt_tokens: most tokens of one prompt; less than the context length when the KV cache is small.
         weight_version: the engine's name for its weights at connect, or since the last update through this engine.
+        num_layers: the model's decoder layers.
+        layers: the layers whose states can be had, by their canonical ids.
         pools_in_server: whether the server half is there and speaks this version's protocol.
         returns_hidden_states: whether the engine serves stock ``return_hidden_states``.
         honours_seeds: whether a request's ``sampling_seed`` has an effect: SGLang reads it only under
             ``--enable-deterministic-inference``.
+        no_states_because: why the engine gives no hidden states, or not those of other layers than the last; empty
+            where it gives all that it was started for.
+        shares_memory: whether many bytes may come through shared memory: the engine is on this machine.
     """
 
     model_path: str
     tokenizer_path: str
     vocab_size: int
     hidden_size: int
+    num_layers: int
+    layers: tuple[int, ...]
     context_length: int
     max_prompt_tokens: int
     weight_version: str
     pools_in_server: bool
     returns_hidden_states: bool
     honours_seeds: bool
+    no_states_because: str = ""
+    shares_memory: bool = False

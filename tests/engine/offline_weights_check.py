@@ -33,7 +33,7 @@ def main(job_path: str, found_path: str) -> None:
                 "version": completion.weight_version,
                 "response_ids": completion.response_ids,
                 "log_probs": completion.log_probs_T.tolist(),
-                "prompt": completion.hidden["prompt"].vector_D.tolist(),
+                "prompt": completion.hidden["prompt"].vector.tolist(),
             }
 
         steps = [step()]

@@ -63,9 +63,9 @@ def assert_scored(row: TensorDictBase, ids: Sequence[int], model_dir: str, pooli
     assert log_probs_N[0] == 0
     torch.testing.assert_close(log_probs_N[1:], expected_N, atol=LOG_PROB_ATOL, rtol=0)
     states_ND = out.hidden_states[-1][0]
-    vector_D = states_ND.double().mean(0).float() if pooling == "mean" else states_ND[-1]
+    vector = states_ND.double().mean(0).float() if pooling == "mean" else states_ND[-1]
     assert row["hidden_states"].full_count == len(ids)
-    assert relative_error(row["hidden_states"].full, vector_D) < STATE_RTOL
+    assert relative_error(row["hidden_states"].full, vector) < STATE_RTOL
 
 
 def chats_input(chats: Sequence[list[dict[str, str]]] = CHATS) -> TensorDictBase:

@@ -15,11 +15,13 @@ from oracle import teacher_force
 from transformers import PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden import EngineUnreachableError, HiddenSpec, SGLangServer, launch
-from torchrl_sglang_hidden.channel import CHANNEL, pack_options
+from torchrl_sglang_hidden.channel import CHANNEL, PROTOCOL, pack_options
+from torchrl_sglang_hidden.pooling import Wanted
 from torchrl_sglang_hidden.specs import Request
 from torchrl_sglang_hidden.wire import read_responses, to_payload
 
 SPEC = HiddenSpec(segments=SEGMENTS)
+GOOD = pack_options(Wanted(SEGMENTS), "text")
 
 
 @pytest.fixture
@@ -46,7 +48,7 @@ def sampling(custom: object = None, max_new_tokens: int = 4) -> dict[str, Any]:
 
 
 def test_a_request_that_does_not_ask_sees_nothing_of_it(http: httpx.Client) -> None:
-    asks = {CHANNEL: pack_options(SPEC, binary=False)}
+    asks = {CHANNEL: GOOD}
     prompts = [prompt_of(6, seed=1), prompt_of(7, seed=2)]
     quiet, asking = generate(http, input_ids=prompts, sampling_params=[sampling(), sampling(asks)])
     alone = generate(http, input_ids=[prompts[0]], sampling_params=[sampling()])[0]
@@ -61,12 +63,12 @@ def test_a_request_that_does_not_ask_sees_nothing_of_it(http: httpx.Client) -> N
     "custom",
     [
         {CHANNEL: "text"},
-        {CHANNEL: {"protocol": 2, "segments": "prompt", "pooling": "mean"}},
-        {CHANNEL: {"protocol": 1}},
-        {CHANNEL: {"protocol": 1, "segments": "", "pooling": "mean"}},
-        {CHANNEL: {"protocol": 1, "segments": "prompt,prompt", "pooling": "mean"}},
-        {CHANNEL: {"protocol": 1, "segments": "everything", "pooling": "mean"}},
-        {CHANNEL: {"protocol": 1, "segments": 7, "pooling": "max"}},
+        {CHANNEL: {"protocol": PROTOCOL + 1, "options": GOOD["options"]}},
+        {CHANNEL: {"protocol": PROTOCOL}},
+        {CHANNEL: {"protocol": PROTOCOL, "options": "{"}},
+        {CHANNEL: {"protocol": PROTOCOL, "options": 7}},
+        {CHANNEL: {"protocol": PROTOCOL, "options": GOOD["options"].replace("mean", "max")}},
+        {CHANNEL: {"protocol": PROTOCOL, "options": GOOD["options"].replace("prompt", "everything")}},
     ],
 )
 def test_options_that_make_no_sense_are_not_answered_and_harm_nobody(http: httpx.Client, custom: object) -> None:
@@ -77,7 +79,7 @@ def test_options_that_make_no_sense_are_not_answered_and_harm_nobody(http: httpx
 
 def test_nothing_is_left_after_requests_finish_or_are_aborted(http: httpx.Client) -> None:
     assert open_pools(http) == 0
-    asks = {CHANNEL: pack_options(SPEC, binary=False)}
+    asks = {CHANNEL: GOOD}
     rows = generate(http, input_ids=[prompt_of(6, seed=s) for s in (4, 5)], sampling_params=[sampling(asks)] * 2)
     assert all(CHANNEL in row["meta_info"] for row in rows)
     assert open_pools(http) == 0
@@ -94,7 +96,7 @@ def test_nothing_is_left_after_requests_finish_or_are_aborted(http: httpx.Client
 
 
 def test_one_vector_travels_however_long_the_prompt(http: httpx.Client) -> None:
-    asks = {CHANNEL: pack_options(SPEC, binary=False)}
+    asks = {CHANNEL: GOOD}
 
     def payload_bytes(num_prompt: int) -> int:
         params = sampling(asks, max_new_tokens=2)
@@ -125,7 +127,7 @@ def test_retraction_and_mixed_chunks(cramped: SGLangServer, smol_dir: str) -> No
         truth = teacher_force(smol_dir, completion.prompt_ids, completion.response_ids)
         for segment, pooled in completion.hidden.items():
             assert pooled.count == len(truth.rows(segment))
-            assert relative_error(pooled.vector_D, truth.pooled(segment, "mean")) < 1e-4
+            assert relative_error(pooled.vector, truth.pooled(segment, "mean")) < 1e-4
 
 
 def test_many_callers_at_once(cramped: SGLangServer, tokenizer: PreTrainedTokenizerBase, smol_dir: str) -> None:

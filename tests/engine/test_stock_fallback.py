@@ -19,9 +19,23 @@ from checks import (
     text_input,
     tokens_input,
 )
+from states import assert_completion
 from transformers import PreTrainedTokenizerBase
 
-from torchrl_sglang_hidden import AlignmentError, SGLangHiddenWrapper, SGLangServer, launch
+from torchrl_sglang_hidden import (
+    AlignmentError,
+    Between,
+    CapabilityError,
+    HiddenSpec,
+    InputError,
+    LastTokens,
+    SGLangHiddenWrapper,
+    SGLangServer,
+    TokenMask,
+    launch,
+)
+from torchrl_sglang_hidden.spans import PromptSpan
+from torchrl_sglang_hidden.specs import Request
 
 Policy = Callable[..., SGLangHiddenWrapper]
 
@@ -129,3 +143,30 @@ def test_chunked_prompts_lose_rows_and_say_so(stock_policy: Policy, smol_dir: st
 def test_text_mode(stock_policy: Policy, tokenizer: PreTrainedTokenizerBase) -> None:
     (row,) = rows_of(stock_policy("text")(text_input(["2+2="])), SEGMENTS)
     assert row.prompt_ids == tokenizer("2+2=")["input_ids"]
+
+
+def test_spans_and_token_states_without_the_server_half(stock: Stock, smol_dir: str) -> None:
+    for length in (9, 40):
+        ids = tuple(prompt_of(length, 4000 + length))
+        spans = {"tail": LastTokens(2), "places": PromptSpan(((1, 3), (5, 6)))}
+        spec = HiddenSpec(SEGMENTS, tokens=True, spans={"tail": LastTokens(2), "places": TokenMask("mask")})
+        request = Request(ids, {"max_new_tokens": 4, "temperature": 0.0}, hidden=spec, spans=spans)
+        for _ in range(2):
+            [completion] = stock.engine.generate([request])
+            assert_completion(request, completion, smol_dir, 30)
+
+
+def test_a_prompt_alone_without_the_server_half(stock: Stock, smol_dir: str) -> None:
+    request = Request(tuple(prompt_of(20, 4100)), {"max_new_tokens": 0}, hidden=HiddenSpec(("prompt",)))
+    [completion] = stock.engine.generate([request])
+    assert_completion(request, completion, smol_dir, 30)
+
+
+def test_what_only_the_server_half_can_do_is_refused(stock: Stock) -> None:
+    ids, marked = (5, 6, 7), Between("a", "b")
+    with pytest.raises(CapabilityError, match="layers=3"):
+        stock.engine.generate([Request(ids, hidden=HiddenSpec(layers=3))])
+    with pytest.raises(CapabilityError, match="markers"):
+        stock.engine.generate([Request(ids, hidden=HiddenSpec(spans={"x": marked}), spans={"x": marked})])
+    with pytest.raises(InputError, match="30 layers"):
+        stock.engine.generate([Request(ids, hidden=HiddenSpec(layers=30))])

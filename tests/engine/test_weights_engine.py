@@ -84,7 +84,7 @@ def assert_completion(completion: Completion, model_dir: str) -> None:
     truth = oracle.teacher_force(model_dir, completion.prompt_ids, completion.response_ids)
     torch.testing.assert_close(completion.log_probs_T, truth.log_probs_T, atol=LOG_PROB_ATOL, rtol=0)
     for segment, pooled in completion.hidden.items():
-        assert relative_error(pooled.vector_D, truth.pooled(segment, "mean")) < STATE_RTOL
+        assert relative_error(pooled.vector, truth.pooled(segment, "mean")) < STATE_RTOL
 
 
 FORMS: dict[str, Callable[..., Any]] = {
@@ -378,10 +378,10 @@ def test_a_trajectory_across_an_update_goes_on_with_the_new_weights_and_says_so(
     produced_TD = torch.cat([old.states_SD[last : last + cut], new.states_SD[last + cut :]])
     all_SD = torch.cat([old.states_SD[: last + cut], new.states_SD[last + cut :]])
     expected = {"prompt": old.states_SD[: last + 1], "response": produced_TD, "full": all_SD}
-    for segment, (vector_D, count) in pools.items():
-        assert vector_D is not None
+    for segment, (vector, count) in pools.items():
+        assert vector is not None
         assert count == len(expected[segment])
-        assert relative_error(vector_D, expected[segment].mean(0)) < STATE_RTOL, segment
+        assert relative_error(vector, expected[segment].mean(0)) < STATE_RTOL, segment
 
 
 def test_an_update_waits_for_what_runs(trainee: SGLangServer, trainer: PreTrainedModel, chat_ids: ChatIds) -> None:

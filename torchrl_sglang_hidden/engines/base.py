@@ -13,10 +13,12 @@ from types import TracebackType
 from typing import Self
 
 from torchrl_sglang_hidden.channel import PLUGIN_ENV
+from torchrl_sglang_hidden.engines.sessions import Session
+from torchrl_sglang_hidden.engines.streams import AsyncStream, Stream
 from torchrl_sglang_hidden.engines.weights import Running, Transport, Weights
 from torchrl_sglang_hidden.errors import CapabilityError
 from torchrl_sglang_hidden.specs import Completion, EngineInfo, Request
-from torchrl_sglang_hidden.wire import check_requests
+from torchrl_sglang_hidden.wire import ModelSizes, check_requests
 
 FALLBACK_WARNING = (
     "the server has no torchrl_sglang_hidden server half: falling back to SGLang's own return_hidden_states, the same "
@@ -58,6 +60,32 @@ class Engine(ABC):
     @abstractmethod
     async def agenerate(self, requests: Sequence[Request]) -> list[Completion]:
         """As `generate`, awaited."""
+
+    @abstractmethod
+    def stream(self, request: Request) -> Stream:
+        """Generates one completion, and gives its tokens as they come.
+
+        Returns:
+            An iterator of `StreamChunk`s, under way already. At its end it has the `Completion`, pooled states and all.
+
+        Raises:
+            InputError: a request that must not be sent, generates nothing, or asks for the prompt's log-probs.
+            CapabilityError: hidden states of an engine without the server half.
+            EngineError: see `generate`; while it is read, too.
+            AlignmentError: likewise.
+        """
+
+    @abstractmethod
+    async def astream(self, request: Request) -> AsyncStream:
+        """As `stream`, for ``async for``."""
+
+    @abstractmethod
+    def session(self) -> Session:
+        """Opens a conversation that stays on one server, which keeps its context from turn to turn.
+
+        Raises:
+            EngineError: the engine failed, or could not be reached.
+        """
 
     @abstractmethod
     def update_weights(
@@ -125,8 +153,8 @@ class Engine(ABC):
         self.close()
 
 
-def ask_model(model_path: str) -> tuple[int, int, int]:
-    """Vocabulary size, hidden size and context length from the model's own configuration.
+def ask_model(model_path: str) -> ModelSizes:
+    """The model's sizes from its own configuration.
 
     For engines without the server half, which tell none of these. The vocabulary size must be known: SGLang 0.5.23 ends
     on an id outside it.
@@ -143,4 +171,4 @@ def ask_model(model_path: str) -> tuple[int, int, int]:
             f"the server has no torchrl_sglang_hidden server half, and its model {model_path!r} cannot be read from "
             "this machine to learn the vocabulary size; start the server with `torchrl-sglang-hidden serve`"
         ) from error
-    return config.vocab_size, config.hidden_size, config.max_position_embeddings
+    return ModelSizes(config.vocab_size, config.hidden_size, config.num_hidden_layers, config.max_position_embeddings)

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 from torchrl_sglang_hidden.engines.base import Engine
 from torchrl_sglang_hidden.engines.callers import Batch, Call, TaskCall, ThreadCall
+from torchrl_sglang_hidden.engines.sessions import Session
+from torchrl_sglang_hidden.engines.streams import AsyncStream, Stream
 from torchrl_sglang_hidden.engines.weights import Running, Transport, Weights
 from torchrl_sglang_hidden.errors import (
     AuthenticationError,
@@ -145,6 +147,18 @@ class BatchingEngine(Engine):
     ) -> str:
         """As `update_weights`, awaited."""
         return await self.engine.aupdate_weights(weights, version=version, transport=transport, running=running)
+
+    def stream(self, request: Request) -> Stream:
+        """See `Engine.stream`. It is sent at once, by itself."""
+        return self.engine.stream(request)
+
+    async def astream(self, request: Request) -> AsyncStream:
+        """As `stream`, for ``async for``."""
+        return await self.engine.astream(request)
+
+    def session(self) -> Session:
+        """See `Engine.session`. Its turns are sent at once, by themselves."""
+        return self.engine.session()
 
     # --- calls -----------------------------------------------------------------------------------------------------
 

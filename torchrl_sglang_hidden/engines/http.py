@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Generator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,7 +20,9 @@ import httpx
 from torchrl_sglang_hidden.channel import CHANNEL
 from torchrl_sglang_hidden.engines import broadcast
 from torchrl_sglang_hidden.engines.base import Engine, ask_model
-from torchrl_sglang_hidden.engines.replies import read_json, reason, translated
+from torchrl_sglang_hidden.engines.replies import read_event, read_json, reason, translated
+from torchrl_sglang_hidden.engines.sessions import Session, SessionHost
+from torchrl_sglang_hidden.engines.streams import AsyncStream, Stream, check_stream
 from torchrl_sglang_hidden.engines.weights import (
     Running,
     Transport,
@@ -42,7 +45,7 @@ from torchrl_sglang_hidden.errors import (
 )
 from torchrl_sglang_hidden.server.checkpoint import ServedWeights, is_readable, served_weights
 from torchrl_sglang_hidden.specs import Completion, EngineInfo, Request
-from torchrl_sglang_hidden.wire import read_info, read_responses, to_payload
+from torchrl_sglang_hidden.wire import read_info, read_responses, to_payload, warm_up
 
 __all__ = ["SGLangServer", "connect"]
 
@@ -57,6 +60,8 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 class SGLangServer(Engine):
     """A client of one running SGLang server, or of several that share the rows of each batch.
+
+    Streams and sessions go to the servers in turn, each to one of them.
 
     Connects when made. Each call is one batched request per server, so that SGLang schedules the rows together. Safe
     from several threads; connections are pooled. Pickles as its addresses and reconnects.
@@ -94,6 +99,7 @@ class SGLangServer(Engine):
                 self._endpoints.append(_Endpoint(one, api_key, connect_timeout_s, read_timeout_s))
                 stack.callback(self._endpoints[-1].close)
             stack.pop_all()
+        self._turns = itertools.count()
         models = {(e.info.model_path, e.info.vocab_size, e.info.hidden_size) for e in self._endpoints}
         if len(models) > 1:
             self.close()
@@ -143,6 +149,30 @@ class SGLangServer(Engine):
             for call in calls:
                 call.cancel()
         return [completion for part in parts for completion in part]
+
+    def stream(self, request: Request) -> Stream:
+        """See `Engine.stream`."""
+        endpoint = self._next_endpoint()
+        payload = self._stream_payload(request, endpoint)
+        return Stream(endpoint.stream(payload), request, endpoint.info)
+
+    async def astream(self, request: Request) -> AsyncStream:
+        """See `Engine.astream`."""
+        endpoint = self._next_endpoint()
+        payload = self._stream_payload(request, endpoint)
+        return await AsyncStream.open(endpoint.astream(payload), request, endpoint.info)
+
+    def _stream_payload(self, request: Request, endpoint: _Endpoint) -> dict[str, Any]:
+        check_stream(request, endpoint.info, cumulative=endpoint.streams_cumulatively)
+        self._check([request], endpoint.info)
+        return {**to_payload([request], endpoint.info, binary=False), "stream": True}
+
+    def session(self) -> Session:
+        """See `Engine.session`."""
+        return Session(self._next_endpoint().session_host, self._check)
+
+    def _next_endpoint(self) -> _Endpoint:
+        return self._endpoints[next(self._turns) % len(self._endpoints)]
 
     def update_weights(
         self,
@@ -248,8 +278,17 @@ class _Endpoint:
         self._lock = threading.Lock()
         with ExitStack() as stack:
             stack.callback(self._client.close)
-            self.info = read_info(self._get("/model_info"), self._get("/server_info"), ask_model)
+            server_info = self._get("/server_info")
+            payload = warm_up(server_info)
+            if payload is not None:
+                with translated(self.url):
+                    read_json(self._client.post("/generate", json=payload), self.url)
+                server_info = self._get("/server_info")
+            self.info = read_info(self._get("/model_info"), server_info, ask_model)
             stack.pop_all()
+        self.streams_cumulatively = not server_info.get("incremental_streaming_output")
+        ranks = server_info.get("dp_size") or 1
+        self.session_host = SessionHost(lambda: self.info, self.call, self.ask, binary=False, num_ranks=ranks)
 
     def _get(self, path: str) -> dict[str, Any]:
         with translated(self.url):
@@ -260,16 +299,44 @@ class _Endpoint:
         return body
 
     def generate(self, requests: Sequence[Request], first_row: int) -> list[Completion]:
-        payload = to_payload(requests, self.info, binary=False)
+        rows = self.ask(to_payload(requests, self.info, binary=False))
+        return read_responses(requests, rows, self.info, first_row=first_row)
+
+    def ask(self, payload: dict[str, Any]) -> Any:
         with translated(self.url):
             response = self._client.post("/generate", json=payload)
-        return read_responses(requests, read_json(response, self.url), self.info, first_row=first_row)
+        return read_json(response, self.url)
 
     async def agenerate(self, requests: Sequence[Request], first_row: int) -> list[Completion]:
         payload = to_payload(requests, self.info, binary=False)
         with translated(self.url):
             response = await self._async_client().post("/generate", json=payload)
         return read_responses(requests, read_json(response, self.url), self.info, first_row=first_row)
+
+    def stream(self, payload: dict[str, Any]) -> Generator[Any, None, None]:
+        """See `Stream`. Closing it closes the connection, on which SGLang drops the request."""
+        with translated(self.url), self._client.stream("POST", "/generate", json=payload) as response:
+            if response.is_error:
+                response.read()
+                read_json(response, self.url)
+            yield None
+            for line in response.iter_lines():
+                event = read_event(line, self.url)
+                if event is not None:
+                    yield event
+
+    async def astream(self, payload: dict[str, Any]) -> AsyncGenerator[Any, None]:
+        """As `stream`."""
+        with translated(self.url):
+            async with self._async_client().stream("POST", "/generate", json=payload) as response:
+                if response.is_error:
+                    await response.aread()
+                    read_json(response, self.url)
+                yield None
+                async for line in response.aiter_lines():
+                    event = read_event(line, self.url)
+                    if event is not None:
+                        yield event
 
     def call(self, route: str, payload: dict[str, Any]) -> dict[str, Any]:
         """One of SGLang's control routes. Some say in words what others say in JSON."""
@@ -281,6 +348,8 @@ class _Endpoint:
             body = response.json()
         except ValueError:
             return {"success": response.status_code == 200, "message": response.text}
+        if isinstance(body, str):
+            return {"success": response.status_code == 200, "message": body}
         if not isinstance(body, dict) or (response.status_code == 400 and "success" not in body):
             raise RequestRejectedError(f"{self.url}/{route} answered {response.status_code}: {reason(response)}")
         return body

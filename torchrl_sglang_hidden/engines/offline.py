@@ -6,14 +6,17 @@ import asyncio
 import dataclasses
 import os
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import AsyncGeneratorType
 from typing import Any, ClassVar, TypeVar
 from weakref import WeakValueDictionary
 
-from torchrl_sglang_hidden.channel import PLUGIN_ENV
+from torchrl_sglang_hidden.channel import LAYERS_ENV, PLUGIN_ENV
 from torchrl_sglang_hidden.engines.base import Engine, ask_model
+from torchrl_sglang_hidden.engines.sessions import Session, SessionHost
+from torchrl_sglang_hidden.engines.streams import AsyncStream, Stream, check_stream
 from torchrl_sglang_hidden.engines.weights import (
     Running,
     Transport,
@@ -35,7 +38,7 @@ from torchrl_sglang_hidden.errors import (
 )
 from torchrl_sglang_hidden.server.checkpoint import served_weights
 from torchrl_sglang_hidden.specs import Completion, EngineInfo, Request
-from torchrl_sglang_hidden.wire import read_info, read_responses, to_payload
+from torchrl_sglang_hidden.wire import read_info, read_responses, to_payload, warm_up
 
 __all__ = ["SGLangOffline"]
 
@@ -50,6 +53,7 @@ class SGLangOffline(Engine):
 
     Args:
         model: the model's directory or hub name; or an ``sglang.Engine`` of yours, which stays yours to shut down.
+        layers: the layers whose states can be asked for, as for `launch`. Not with an engine of yours.
         server_args: SGLang's own arguments, as for ``sglang.Engine``. Not with an engine of yours.
 
     Raises:
@@ -58,11 +62,13 @@ class SGLangOffline(Engine):
         EngineError: the engine did not start.
     """
 
-    def __init__(self, model: str | Path | Any, **server_args: Any) -> None:
+    def __init__(
+        self, model: str | Path | Any, *, layers: int | Sequence[int] | None = None, **server_args: Any
+    ) -> None:
         self.engine: Any
         if isinstance(model, (str, Path)):
-            self.engine, self._owned = _start(model, server_args), True
-        elif hasattr(model, "async_generate") and not server_args:
+            self.engine, self._owned = _start(model, (-1,) if layers is None else layers, server_args), True
+        elif hasattr(model, "async_generate") and not server_args and layers is None:
             self.engine, self._owned = model, False
         else:
             raise InputTypeError(
@@ -72,10 +78,18 @@ class SGLangOffline(Engine):
         self._loop = _LoopThread.of(self.engine.loop)
         self._info = self._loop.run(self._ask)
         self._updating = threading.Lock()
+        ranks = self.engine.tokenizer_manager.elastic_worker_count
+        self._session_host = SessionHost(
+            lambda: self._info, self._call, self._send_blocking, binary=True, num_ranks=ranks
+        )
         self._closed = False
 
     async def _ask(self) -> EngineInfo:
         states = await self.engine.tokenizer_manager.get_internal_state()
+        payload = warm_up({"internal_states": states})
+        if payload is not None:
+            await self.engine.async_generate(**payload)
+            states = await self.engine.tokenizer_manager.get_internal_state()
         scheduler_info = self.engine._scheduler_init_result.scheduler_infos[0]
         server_info = {**self.engine.tokenizer_manager.server_args.resolved_dict(), **scheduler_info}
         return read_info(self.engine.get_model_info(), {**server_info, "internal_states": states}, ask_model)
@@ -98,16 +112,59 @@ class SGLangOffline(Engine):
         return await self._loop.arun(lambda: self._generate(requests))
 
     async def _generate(self, requests: Sequence[Request]) -> list[Completion]:
-        from starlette.exceptions import HTTPException  # what SGLang raises for an abort, in-process too
-
         payload = to_payload(requests, self._info, binary=True)
+        return read_responses(requests, await self._send(payload), self._info)
+
+    async def _send(self, payload: dict[str, Any]) -> Any:
+        with _translated():
+            return await self.engine.async_generate(**payload)
+
+    def _send_blocking(self, payload: dict[str, Any]) -> Any:
+        self._check_open()
+        return self._loop.run(lambda: self._send(payload))
+
+    def stream(self, request: Request) -> Stream:
+        """See `Engine.stream`. Returns with the first token: in this process nothing else starts a request."""
+        return Stream(self._rows(self._stream_payload(request)), request, self._info)
+
+    async def astream(self, request: Request) -> AsyncStream:
+        """See `Engine.astream`, and `stream`."""
+        return await AsyncStream.open(self._arows(self._stream_payload(request)), request, self._info)
+
+    def _stream_payload(self, request: Request) -> dict[str, Any]:
+        self._check_open()
+        cumulative = not self.engine.tokenizer_manager.incremental_streaming_output
+        check_stream(request, self._info, cumulative=cumulative)
+        self._check([request], self._info)
+        return {**to_payload([request], self._info, binary=True), "stream": True}
+
+    def _rows(self, payload: dict[str, Any]) -> Generator[Any, None, None]:
+        """See `Stream`. The engine's loop runs while a row is waited for, and no longer."""
+        rows = self._loop.run(lambda: self._send(payload))
         try:
-            rows = await self.engine.async_generate(**payload)
-        except (ValueError, TypeError, OverflowError) as error:
-            raise RequestRejectedError(f"the engine refused the batch: {error}") from error
-        except HTTPException as error:
-            raise RequestAbortedError(f"the engine aborted the batch: {error.detail}") from error
-        return read_responses(requests, rows, self._info)
+            row = self._loop.run(lambda: _next(rows))
+            yield None
+            while row is not None:
+                yield row
+                row = self._loop.run(lambda: _next(rows))
+        finally:
+            self._loop.run_later(lambda: _hang_up(rows))
+
+    async def _arows(self, payload: dict[str, Any]) -> AsyncGenerator[Any, None]:
+        rows = await self._send(payload)
+        try:
+            row = await self._loop.arun(lambda: _next(rows))
+            yield None
+            while row is not None:
+                yield row
+                row = await self._loop.arun(lambda: _next(rows))
+        finally:
+            await self._loop.arun(lambda: _hang_up(rows))
+
+    def session(self) -> Session:
+        """See `Engine.session`."""
+        self._check_open()
+        return Session(self._session_host, self._check)
 
     def update_weights(
         self,
@@ -152,6 +209,8 @@ class SGLangOffline(Engine):
             "pause_generation": io_struct.PauseGenerationReqInput,
             "continue_generation": io_struct.ContinueGenerationReqInput,
             "update_weight_version": io_struct.UpdateWeightVersionReqInput,
+            "open_session": io_struct.OpenSessionReqInput,
+            "close_session": io_struct.CloseSessionReqInput,
         }
         manager = self.engine.tokenizer_manager
         arguments = (inputs[route](**payload),) if route in inputs else ()
@@ -171,17 +230,19 @@ class SGLangOffline(Engine):
             raise EngineError("the engine was closed by close(); make a new one")
 
 
-def _start(model: str | Path, server_args: dict[str, Any]) -> Any:
+def _start(model: str | Path, layers: int | Sequence[int], server_args: dict[str, Any]) -> Any:
     """Starts ``sglang.Engine`` with the server half, on the CPU engine where there is no accelerator."""
     from torchrl_sglang_hidden.engines.launch import check_model, require_sglang
+    from torchrl_sglang_hidden.server.config import check_layers
     from torchrl_sglang_hidden.server.cpu import cpu_engine_environment, cpu_server_args, has_accelerator
 
     require_sglang()
     path = check_model(model)
+    chosen = check_layers(layers, path)
     on_cpu = server_args.get("device") == "cpu" or not has_accelerator()
     defaults = cpu_server_args(path, context_length=server_args.get("context_length")) if on_cpu else {}
     try:
-        with _opted_in(), cpu_engine_environment(on_cpu):
+        with _opted_in(chosen), cpu_engine_environment(on_cpu):
             import sglang
 
             engine = sglang.Engine(model_path=path, **{**defaults, "enable_return_hidden_states": True, **server_args})
@@ -193,17 +254,49 @@ def _start(model: str | Path, server_args: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def _opted_in() -> Iterator[None]:
+def _opted_in(layers: str) -> Iterator[None]:
     """Opts in to the server half for the time in which SGLang starts its processes."""
-    before = os.environ.get(PLUGIN_ENV)
-    os.environ[PLUGIN_ENV] = "1"
+    chosen = {PLUGIN_ENV: "1", LAYERS_ENV: layers}
+    before = {name: os.environ.get(name) for name in chosen}
+    os.environ.update(chosen)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[PLUGIN_ENV]
-        else:
-            os.environ[PLUGIN_ENV] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """SGLang's exceptions as this package's."""
+    from starlette.exceptions import HTTPException  # what SGLang raises for an abort, in-process too
+
+    try:
+        yield
+    except (ValueError, TypeError, OverflowError) as error:
+        raise RequestRejectedError(f"the engine refused the batch: {error}") from error
+    except HTTPException as error:
+        raise RequestAbortedError(f"the engine aborted the batch: {error.detail}") from error
+
+
+async def _next(rows: AsyncGenerator[Any, None]) -> Any:
+    """SGLang's next answer, or None. A copy: SGLang goes on writing into the lists of the one that it gave."""
+    with _translated():
+        row = await anext(rows, None)
+    if row is None:
+        return None
+    meta = {name: list(value) if isinstance(value, list) else value for name, value in row["meta_info"].items()}
+    return {**row, "output_ids": list(row["output_ids"]), "meta_info": meta}
+
+
+async def _hang_up(rows: AsyncGeneratorType[Any, None]) -> None:
+    """Ends SGLang's generator, which aborts its request."""
+    while rows.ag_running:  # a step that was cancelled is still on its way out
+        await asyncio.sleep(0)
+    await rows.aclose()
 
 
 class _LoopThread:
@@ -229,13 +322,22 @@ class _LoopThread:
 
     def run(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
         with self._running():
-            return asyncio.run_coroutine_threadsafe(call(), self._loop).result()
+            future = asyncio.run_coroutine_threadsafe(call(), self._loop)
+            try:
+                return future.result()
+            finally:
+                future.cancel()  # an interrupt must not leave it running
 
     async def arun(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
         if asyncio.get_running_loop() is self._loop:
             return await call()
         with self._running():
             return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(call(), self._loop))
+
+    def run_later(self, call: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+        """Runs a call without waiting for it, in a thread: the garbage collector may ask for it in the loop's own."""
+        with suppress(RuntimeError):  # the interpreter ends, and the engine with it
+            threading.Thread(target=self.run, args=(call,), daemon=True).start()
 
     @contextmanager
     def _running(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +18,10 @@ from torchrl_sglang_hidden.errors import (
     RequestRejectedError,
 )
 
-__all__ = ["read_json", "reason", "translated"]
+__all__ = ["read_event", "read_json", "reason", "translated"]
+
+_EVENT = "data: "
+_LAST_EVENT = "data: [DONE]"
 
 
 @contextmanager
@@ -52,6 +56,26 @@ def read_json(response: httpx.Response, url: str) -> Any:
         return response.json()
     except ValueError as error:
         raise ProtocolError(f"{url} answered no JSON: {response.text[:80]!r}; is that an SGLang server?") from error
+
+
+def read_event(line: str, url: str) -> Any:
+    """One line of a streamed answer: what SGLang says in it, or None where it says nothing.
+
+    SGLang's status is 200 by the time that it refuses a request, so that the refusal is an event.
+    """
+    if not line or line == _LAST_EVENT:
+        return None
+    try:
+        if not line.startswith(_EVENT):
+            raise ValueError("no event")
+        event = json.loads(line.removeprefix(_EVENT))
+    except ValueError as error:
+        raise ProtocolError(f"{url} streamed {line[:80]!r} ({error}); is that an SGLang server?") from error
+    if isinstance(event, dict) and isinstance(event.get("error"), dict):
+        refused, code = event["error"], event["error"].get("code")
+        kind = EngineError if isinstance(code, int) and code >= 500 else RequestRejectedError
+        raise kind(f"{url} answered {code}: {str(refused.get('message', refused))[:300]}")
+    return event
 
 
 def reason(response: httpx.Response) -> str:

@@ -4,9 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import cast
+
+import torch
 
 from torchrl_sglang_hidden.engines.base import Engine
-from torchrl_sglang_hidden.specs import Completion, HiddenSpec, Pooled, Request, Segment, rows_expected
+from torchrl_sglang_hidden.spans import PromptSpan
+from torchrl_sglang_hidden.specs import (
+    Completion,
+    HiddenSpec,
+    Pooled,
+    Request,
+    ResolvedSpan,
+    Segment,
+    TokenRows,
+    rows_expected,
+)
 from torchrl_sglang_hidden.wire import check_requests
 
 __all__ = ["generate_samples"]
@@ -17,9 +30,10 @@ def generate_samples(
 ) -> list[Completion]:
     """Samples every request ``num_samples`` times.
 
-    SGLang computes a prompt again for each of several equal requests that arrive together, and a request that pools its
-    whole prompt does so even when the prompt is cached. So each prompt goes ahead once, for a single token: that fills
-    the prefix cache and brings the prompt's states home, and the samples then need the states of their responses only.
+    SGLang computes a prompt again for each of several equal requests that arrive together. So each prompt goes ahead
+    once, for a single token: that fills the prefix cache and brings home what is asked of the prompt, and the samples
+    then ask for their responses. Means of ``"full"`` are the samples' own: the server half still knows the sum of the
+    prompt that went ahead. Stock SGLang does not, and computes such a prompt for every sample.
 
     Args:
         engine: samples.
@@ -38,45 +52,92 @@ def generate_samples(
     firsts = (ahead or engine).generate([_ahead(request) for request in requests])
     samples = engine.generate([_sample(request, index) for request in requests for index in range(num_samples)])
     return [
-        _with_prompt(requests[index // num_samples], sample, firsts[index // num_samples])
+        _merged(requests[index // num_samples], sample, firsts[index // num_samples])
         for index, sample in enumerate(samples)
     ]
 
 
 def _ahead(request: Request) -> Request:
-    hidden = request.hidden
-    if hidden is not None:
-        # Of one token the response's only row is the prompt's last, which `full` must not count twice.
-        hidden = replace(hidden, segments=("prompt", "response")) if hidden.reads_whole_prompt else None
-    return replace(request, sampling={"max_new_tokens": 1, "temperature": 0.0}, return_log_probs=False, hidden=hidden)
+    """One token of the request, with what it asks of its prompt."""
+    spec = request.hidden
+    spans = {name: span for name, span in request.spans.items() if isinstance(span, PromptSpan)}
+    if spec is not None:
+        tokens = spec.tokens and not {"prompt", "full"}.isdisjoint(spec.segments)
+        # For a mean of `full` the server half must have summed the prompt.
+        whole = tokens or "prompt" in spec.segments or ("full" in spec.segments and spec.pooling == "mean")
+        spec = _narrowed(spec, ("prompt",) if whole else (), tokens, spans)
+    return replace(
+        request,
+        sampling={"max_new_tokens": 1, "temperature": 0.0},
+        return_log_probs=False,
+        hidden=spec,
+        spans=spans,
+    )
 
 
 def _sample(request: Request, index: int) -> Request:
+    """One sample of the request, with what it asks of the response, and of both together."""
     if "sampling_seed" in request.sampling:
         # One seed for all would give the same response again and again.
         seed = (request.sampling["sampling_seed"] + index + 2**63) % 2**64 - 2**63
         request = replace(request, sampling={**request.sampling, "sampling_seed": seed})
     spec = request.hidden
-    if spec is None or not spec.reads_whole_prompt:
-        return request
-    of_response = spec.segments != ("prompt",)
-    return replace(request, hidden=replace(spec, segments=("response",)) if of_response else None)
+    spans = {name: span for name, span in request.spans.items() if not isinstance(span, PromptSpan)}
+    if spec is not None:
+        segments = tuple(segment for segment in spec.segments if segment != "prompt")
+        if spec.tokens and segments:
+            # Every token's state of `full` would come with the whole prompt each time.
+            segments = ("response",)
+        spec = _narrowed(spec, segments, spec.tokens and bool(segments), spans)
+    return replace(request, hidden=spec, spans=spans)
 
 
-def _with_prompt(request: Request, sample: Completion, first: Completion) -> Completion:
+def _narrowed(
+    spec: HiddenSpec, segments: tuple[Segment, ...], tokens: bool, spans: Mapping[str, ResolvedSpan]
+) -> HiddenSpec | None:
+    """A spec of these parts only; None where they are nothing."""
+    if not segments and not spans:
+        return None
+    return replace(
+        spec, segments=segments, tokens=tokens, spans={name: span for name, span in spec.spans.items() if name in spans}
+    )
+
+
+def _merged(request: Request, sample: Completion, first: Completion) -> Completion:
+    """A sample with its prompt's part of what was asked."""
     spec = request.hidden
-    if spec is None or not spec.reads_whole_prompt:
+    if spec is None or _ahead(request).hidden is None:
         return sample
-    # The prompt's states and the response's are of two requests, and an update may have come between them.
-    mixed = sample.mixed_weights or sample.weight_version != first.weight_version
-    return replace(sample, hidden=_segments(spec, sample, first.hidden), mixed_weights=mixed)
+    hidden: dict[Segment, Pooled] = {**sample.hidden}
+    if spec.pooling is not None and "prompt" in spec.segments:
+        hidden["prompt"] = first.hidden["prompt"]
+    token_rows = sample.token_rows
+    if spec.tokens and first.token_rows is not None:
+        token_rows = _joined(first.token_rows, sample.token_rows)
+        if "full" in spec.segments and spec.pooling is not None:
+            hidden["full"] = _full(spec, sample, first)
+    return replace(
+        sample,
+        hidden={segment: hidden[segment] for segment in spec.segments if segment in hidden},
+        spans={name: {**first.spans, **sample.spans}[name] for name in spec.spans},
+        token_rows=token_rows,
+        # The prompt's states and the response's are of two requests, and an update may have come between them.
+        mixed_weights=sample.mixed_weights or sample.weight_version != first.weight_version,
+    )
 
 
-def _segments(spec: HiddenSpec, sample: Completion, first: Mapping[Segment, Pooled]) -> dict[Segment, Pooled]:
-    pools = {"prompt": first["prompt"], **sample.hidden}
-    if "full" in spec.segments:
-        prompt, response, boundary = pools["prompt"], pools["response"], first["response"]
-        count = rows_expected("full", len(sample.prompt_ids), len(sample.response_ids))
-        total_D = prompt.vector_D * prompt.count + response.vector_D * response.count - boundary.vector_D
-        pools["full"] = Pooled(total_D / count, count)
-    return {segment: pools[segment] for segment in spec.segments}
+def _joined(prompt: TokenRows, response: TokenRows | None) -> TokenRows:
+    """The rows of the prompt and those behind it. The response's first row is the prompt's last."""
+    if response is None:
+        return prompt
+    return TokenRows(prompt.first, torch.cat([prompt.rows_ND, response.rows_ND[1:]]))
+
+
+def _full(spec: HiddenSpec, sample: Completion, first: Completion) -> Pooled:
+    """``full`` of a sample that brought its response's rows."""
+    count = rows_expected("full", len(sample.prompt_ids), len(sample.response_ids))
+    if spec.pooling == "last":
+        return Pooled(sample.hidden["response"].vector, count)
+    prompt, rows_TD = first.hidden["prompt"], cast("TokenRows", sample.token_rows).rows_ND
+    total_D = prompt.vector * prompt.count + rows_TD[1:].sum(0, dtype=torch.float32)
+    return Pooled(total_D / count, count)

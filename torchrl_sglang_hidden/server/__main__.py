@@ -22,7 +22,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torchrl_sglang_hidden.channel import PLUGIN_ENV
-from torchrl_sglang_hidden.server.cpu import cpu_server_args, has_accelerator, use_cpu_engine
+from torchrl_sglang_hidden.server.cpu import bind_threads, cpu_server_args, has_accelerator, use_cpu_engine
+from torchrl_sglang_hidden.shared import remove_leftovers
 
 __all__ = ["API_KEY_ENV", "PARENT_PID_ENV", "command_line", "main", "watch_parent"]
 
@@ -45,6 +46,8 @@ def main(arguments: Sequence[str]) -> None:
     on_cpu = _serves_on_cpu(arguments)
     if on_cpu:
         use_cpu_engine()
+        chosen = _peek(arguments)
+        bind_threads(chosen.data_parallel_size * chosen.tensor_parallel_size)
     _run_server(list(arguments), api_key, on_cpu=on_cpu)
 
 
@@ -114,6 +117,8 @@ def _peek(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device")
     parser.add_argument("--model-path", "--model")
     parser.add_argument("--context-length", type=int)
+    parser.add_argument("--data-parallel-size", "--dp-size", "--dp", type=int, default=1)
+    parser.add_argument("--tensor-parallel-size", "--tp-size", "--tp", type=int, default=1)
     return parser.parse_known_args(arguments)[0]
 
 
@@ -140,6 +145,7 @@ def _run_server(arguments: list[str], api_key: str | None, *, on_cpu: bool) -> N
     finally:
         _stop_watchdog()
         kill_process_tree(os.getpid(), include_parent=False)
+        remove_leftovers()
 
 
 def _stop_watchdog() -> None:

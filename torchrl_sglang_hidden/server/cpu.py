@@ -5,9 +5,10 @@ Knows nothing of TorchRL, and imports no SGLang: everything here must happen bef
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -15,10 +16,20 @@ from types import MappingProxyType
 from typing import Any
 
 from torchrl_sglang_hidden.errors import CapabilityError
+from torchrl_sglang_hidden.server.config import text_config
 
-__all__ = ["CPU_DEFAULTS", "cpu_engine_environment", "cpu_server_args", "has_accelerator", "use_cpu_engine"]
+__all__ = [
+    "CPU_DEFAULTS",
+    "bind_threads",
+    "cpu_engine_environment",
+    "cpu_server_args",
+    "has_accelerator",
+    "ignore_pinning",
+    "use_cpu_engine",
+]
 
 CPU_ENGINE_ENV = "SGLANG_USE_CPU_ENGINE"
+BIND_ENV = "SGLANG_CPU_OMP_THREADS_BIND"
 STANDIN_DIR = Path(__file__).parent / "standin"
 
 CPU_DEFAULTS: Mapping[str, Any] = MappingProxyType(
@@ -63,7 +74,7 @@ def cpu_server_args(model: str, *, context_length: int | None = None) -> dict[st
     Returns:
         SGLang server arguments by their Python names.
     """
-    longest = context_length or _context_length(model)
+    longest = context_length or int(text_config(model).get("max_position_embeddings") or 0)
     pool_tokens = max(CPU_DEFAULTS["max_total_tokens"], longest + _POOL_HEADROOM_TOKENS)
     return {**CPU_DEFAULTS, "max_total_tokens": pool_tokens}
 
@@ -95,6 +106,44 @@ def use_cpu_engine() -> None:
         sys.path.insert(0, standin)
     inherited = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part and part != standin]
     os.environ["PYTHONPATH"] = os.pathsep.join([standin, *inherited])
+
+
+def bind_threads(num_ranks: int) -> None:
+    """Gives each of several SGLang schedulers cores of its own, unless the user did.
+
+    SGLang's CPU engine refuses more schedulers (``dp_size * tp_size``) than the machine has NUMA nodes without it.
+
+    Args:
+        num_ranks: schedulers.
+    """
+    if num_ranks < 2 or BIND_ENV in os.environ:
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    shares = [cores[rank::num_ranks] or [cores[rank % len(cores)]] for rank in range(num_ranks)]
+    os.environ[BIND_ENV] = "|".join(",".join(map(str, share)) for share in shares)
+
+
+def ignore_pinning() -> None:
+    """Makes torch take ``pin_memory`` for nothing in this process, for code that asks for it on any machine."""
+    import torch
+
+    if getattr(torch.Tensor.pin_memory, "_ignored", False):
+        return
+
+    def ignoring(make: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(make)
+        def make_unpinned(*args: Any, pin_memory: bool = False, **kwargs: Any) -> Any:
+            return make(*args, **kwargs)
+
+        return make_unpinned
+
+    def stay(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return tensor
+
+    for name in ("tensor", "empty", "zeros", "ones", "full", "arange"):
+        setattr(torch, name, ignoring(getattr(torch, name)))
+    stay._ignored = True  # type: ignore[attr-defined]
+    torch.Tensor.pin_memory = stay  # type: ignore[method-assign,assignment]
 
 
 @contextmanager
@@ -130,15 +179,3 @@ def _has_cpu_kernels() -> bool:
     except metadata.PackageNotFoundError:
         return False
     return True
-
-
-def _context_length(model: str) -> int:
-    from transformers import PretrainedConfig
-
-    try:
-        config, _ = PretrainedConfig.get_config_dict(model)
-    except (OSError, ValueError):
-        return 0
-    # Multimodal models keep the language model's numbers one level down.
-    text_config = {**config, **(config.get("text_config") or {})}
-    return int(text_config.get("max_position_embeddings") or 0)

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import PurePath
 from typing import Any, cast
 
-from torchrl_sglang_hidden.channel import CHANNEL, PLUGIN_ENV, pack_status
+from torchrl_sglang_hidden.channel import CHANNEL, LAYERS_ENV, PLUGIN_ENV, Status
 from torchrl_sglang_hidden.server.capture import Capture
 from torchrl_sglang_hidden.server.checkpoint import PUSHED_PREFIX, served_weights
+from torchrl_sglang_hidden.server.cpu import has_accelerator, ignore_pinning
+from torchrl_sglang_hidden.specs import canonical_layer
 
 logger = logging.getLogger(__name__)
 
@@ -25,12 +27,42 @@ SGLANG_VERSION = "0.5.23"
 
 _capture = Capture()
 _PLAN = "_torchrl_sglang_hidden_plan"
+_STATES = "_torchrl_sglang_hidden_states"
+
+
+def before_lora(*args: Any, **kwargs: Any) -> None:
+    """SGLang's LoRA pins memory, which torch refuses where there is no accelerator to pin it for."""
+    if not has_accelerator():
+        ignore_pinning()
+
+
+def after_load_model(result: None, model_runner: Any) -> None:
+    """Puts the hooks on the layers that the server was started for."""
+    if model_runner.is_draft_worker:
+        return
+    asked, num_layers = os.environ.get(LAYERS_ENV, "-1"), model_runner.model_config.num_hidden_layers
+    try:
+        layers = {canonical_layer(int(layer), num_layers) for layer in asked.split(",")}
+    except ValueError as error:  # an InputError too
+        _capture.taps.problem = f"{LAYERS_ENV}={asked}: {error}"
+        return
+    args = model_runner.server_args
+    max_rows = max(args.chunked_prefill_size or 0, args.max_prefill_tokens or 0, args.max_running_requests or 0)
+    _capture.taps.attach(model_runner.model, sorted(layers - {-1}), num_layers, max_rows)
 
 
 def after_forward_batch(forward_batch: Any, cls: type, batch: Any, model_runner: Any, **kwargs: Any) -> None:
     """Plans the step while the batch's lengths are those of this step; overlap scheduling moves them on later."""
     if not model_runner.is_draft_worker:
-        setattr(forward_batch, _PLAN, _capture.plan_step(batch))
+        plan = _capture.plan_step(batch)
+        setattr(forward_batch, _PLAN, plan)
+        _capture.taps.open(() if plan is None else plan.layers)
+
+
+def after_forward(output: Any, model_runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> None:
+    """Takes the layers' states before another step can run."""
+    if not model_runner.is_draft_worker and _capture.taps.layers:
+        setattr(forward_batch, _STATES, _capture.taps.take())
 
 
 def after_sample(token_ids: Any, runner: Any, logits_output: Any, forward_batch: Any) -> None:
@@ -38,15 +70,43 @@ def after_sample(token_ids: Any, runner: Any, logits_output: Any, forward_batch:
     from sglang.srt.managers.auxiliary_output import append_auxiliary_output
 
     plan = getattr(forward_batch, _PLAN, None)
+    states = {**getattr(forward_batch, _STATES, {}), -1: logits_output.hidden_states}
+    _capture.taps.check(states, logits_output.hidden_states)
     # With token indices the rows are a choice of positions, not all of them in order.
     if plan is not None and logits_output.hidden_states_token_indices is None:
-        rows = plan.gather(logits_output.hidden_states)
+        rows = plan.gather(states)
         logits_output.auxiliary_device_output = append_auxiliary_output(logits_output.auxiliary_device_output, rows)
 
 
+def around_match_prefix(original: Any, req: Any, tree_cache: Any = None, cow_mamba: bool | None = None) -> None:
+    """Lets a request hit the prefix cache as far as its pools can do without the rows that are then not computed."""
+    one = None if tree_cache is None else _capture.open(req)
+    if one is None or not one.pools.reads_prompt:
+        original(req, tree_cache, cow_mamba)
+        return
+    one.pools.restart()
+    _capture.page_size = tree_cache.page_size
+    # A model with a recurrent state takes a slot for it at each match: its requests match once, and not at all.
+    length = 0 if tree_cache.supports_mamba() else len(req.origin_input_ids) + len(req.output_ids)
+    one.limit = _capture.prefix_limit(one, length)
+    original(req, tree_cache, cow_mamba)
+    # The cache may have forgotten a part of what was asked for, and then ends where no sum is kept.
+    while (found := req.prefix_len + req.host_hit_length) > (limit := _capture.prefix_limit(one, found)):
+        one.limit = limit
+        original(req, tree_cache, cow_mamba)
+    one.limit = None
+
+
 def after_max_prefix_len(length: int, req: Any, input_len: int) -> int | None:
-    """Keeps a request that pools its whole prompt from hitting the prefix cache, whose rows are not computed again."""
-    return 0 if _capture.needs_uncached_prompt(req) else None
+    """Sets the limit of `around_match_prefix`."""
+    one = _capture.opened.get(req)
+    return None if one is None or one.limit is None else min(length, one.limit)
+
+
+def after_flush_cache(flushed: bool, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """Forgets the sums together with the prefix cache."""
+    if flushed:
+        _capture.forget_sums()
 
 
 def after_streamer_class(streamer_class: Any, scheduler: Any) -> type:
@@ -103,14 +163,27 @@ def after_get_weights(result: Coroutine[Any, Any, Any], manager: Any, obj: Any, 
 def after_internal_state(output: Any, scheduler: Any, recv_req: Any) -> None:
     """Adds the server half's status."""
     config = scheduler.model_config
-    output.internal_state[CHANNEL] = pack_status(
+    taps = _capture.taps
+    because = _refusal(scheduler)
+    layers: tuple[int, ...] | None = (-1,)
+    if because:
+        layers = ()
+    elif not taps.checked:
+        layers = None
+    elif not taps.problem:
+        layers = (*taps.layers, -1)
+    output.internal_state[CHANNEL] = Status(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
+        num_layers=config.num_hidden_layers,
         context_length=config.context_len,
-        captures=_in_place() and _supported(scheduler),
+        layers=layers,
+        because=because or taps.problem,
         normed=_capture.normed,
-        open_pools=len(_capture.pools),
-    )
+        shared=_capture.shared.sign,
+        open_pools=len(_capture.opened),
+        prefix_bytes=_capture.sums.bytes,
+    ).pack()
 
 
 def after_states_to_store(
@@ -124,31 +197,42 @@ def after_states_to_store(
 def _in_place() -> bool:
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    return all(target in HookRegistry._patched for target in _HOOKS)
+    return all(target in HookRegistry._patched for target in (*_BEFORE, *_AFTER, *_AROUND))
 
 
-def _supported(scheduler: Any) -> bool:
-    """Whether this server captures one row per position, and SGLang brings it to the host."""
-    return (
-        bool(scheduler.server_args.enable_return_hidden_states)
-        and _capture.on
-        and _capture.normed
-        and scheduler.spec_algorithm.is_none()
-        and scheduler.disaggregation_mode.value == "null"
-        and not scheduler.enable_pdmux
-    )
+def _refusal(scheduler: Any) -> str:
+    """Why this server cannot capture one row per position and bring it to the host; empty where it can."""
+    args = scheduler.server_args
+    reasons = {
+        "a hook of the server half is not in place, see the server's log": not _in_place(),
+        "the server was started without --enable-return-hidden-states": not args.enable_return_hidden_states,
+        "SGLang's Rust server and its pipeline stages (pp_size > 1) do not carry states": not _capture.on,
+        "SGLang gives this model's states from before the final norm": not _capture.normed,
+        "speculative decoding computes rows of tokens that are then rejected": not scheduler.spec_algorithm.is_none(),
+        "prefill and decode are disaggregated": scheduler.disaggregation_mode.value != "null",
+        "--enable-pdmux splits the forward pass": scheduler.enable_pdmux,
+        "a diffusion language model has no state that produced a token": args.dllm_algorithm is not None,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
 
 
-_HOOKS = {
+_BEFORE: dict[str, Callable[..., Any]] = {"sglang.srt.lora.lora_manager.LoRAManager.__init__": before_lora}
+_AFTER: dict[str, Callable[..., Any]] = {
+    "sglang.srt.model_executor.model_runner.ModelRunner.load_model": after_load_model,
+    "sglang.srt.model_executor.model_runner.ModelRunner.forward": after_forward,
     "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new": after_forward_batch,
     "sglang.srt.model_executor.model_runner.ModelRunner.sample": after_sample,
     "sglang.srt.layers.logits_processor.LogitsProcessor._get_hidden_states_to_store": after_states_to_store,
     "sglang.srt.managers.schedule_batch.Req._compute_max_prefix_len": after_max_prefix_len,
+    "sglang.srt.managers.scheduler.Scheduler.flush_cache": after_flush_cache,
     "sglang.srt.managers.scheduler.Scheduler.get_output_streamer_class": after_streamer_class,
     "sglang.srt.managers.scheduler.Scheduler.get_internal_state": after_internal_state,
     "sglang.srt.managers.tokenizer_manager.TokenizerManager.update_request_meta_info": after_update_meta_info,
     "sglang.srt.managers.tokenizer_manager.TokenizerManager._update_model_path_info": after_model_path,
     "sglang.srt.managers.tokenizer_manager.TokenizerManager.get_weights_by_name": after_get_weights,
+}
+_AROUND: dict[str, Callable[..., Any]] = {
+    "sglang.srt.managers.schedule_batch.Req.init_next_round_input": around_match_prefix
 }
 
 
@@ -166,5 +250,6 @@ def register() -> None:
             sglang.__version__,
         )
         return
-    for target, hook in _HOOKS.items():
-        HookRegistry.register(target, hook, HookType.AFTER)
+    for kind, hooks in ((HookType.BEFORE, _BEFORE), (HookType.AFTER, _AFTER), (HookType.AROUND, _AROUND)):
+        for target, hook in hooks.items():
+            HookRegistry.register(target, hook, kind)

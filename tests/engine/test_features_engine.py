@@ -1,0 +1,203 @@
+"""States in the presence of what a serving engine does behind one's back: each right, or refused with the reason.
+
+docs/engine_features.md lists these tests, one for each feature.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import models
+import pytest
+from checks import prompt_of, relative_error
+from states import assert_completion
+
+from torchrl_sglang_hidden import HiddenSpec, LastTokens, launch
+from torchrl_sglang_hidden.channel import CHANNEL
+from torchrl_sglang_hidden.engines.launch import LaunchedServer
+from torchrl_sglang_hidden.specs import Completion, Request
+
+NUM_LAYERS = 4
+SPEC = HiddenSpec(("prompt", "response", "full"), layers=(1, -1), spans={"tail": LastTokens(2)})
+SPANS = {"tail": LastTokens(2)}
+
+
+@contextmanager
+def serving(model_dir: str, log: Path, **server_args: Any) -> Iterator[LaunchedServer]:
+    arguments = {"dtype": "float32", "layers": (1,), "context_length": 512, "max_total_tokens": 2048, **server_args}
+    with launch(model_dir, log_file=log / "server.log", **arguments) as server:
+        yield server
+
+
+def request_of(ids: list[int], max_new_tokens: int = 8, spec: HiddenSpec | None = SPEC, **fields: Any) -> Request:
+    sampling = {"max_new_tokens": max_new_tokens, "min_new_tokens": max_new_tokens, "temperature": 0.0}
+    spans = SPANS if spec is SPEC else {}
+    return Request(tuple(ids), sampling, return_log_probs=False, hidden=spec, spans=spans, **fields)
+
+
+def check(server: LaunchedServer, requests: list[Request], model_dir: str) -> list[Completion]:
+    completions = server.generate(requests)
+    for request, completion in zip(requests, completions, strict=True):
+        assert_completion(request, completion, model_dir, NUM_LAYERS)
+    return completions
+
+
+def check_at_once(server: LaunchedServer, calls: list[list[Request]], model_dir: str) -> None:
+    with ThreadPoolExecutor(len(calls)) as pool:
+        answers = list(pool.map(server.generate, calls))
+    for requests, completions in zip(calls, answers, strict=True):
+        for request, completion in zip(requests, completions, strict=True):
+            assert_completion(request, completion, model_dir, NUM_LAYERS)
+
+
+def log_of(server: LaunchedServer) -> str:
+    return Path(server.log_path).read_text()
+
+
+def status(server: LaunchedServer, part: int = 0) -> dict[str, Any]:
+    states = httpx.get(f"{server.url}/server_info", timeout=30).json()["internal_states"]
+    found: dict[str, Any] = states[part][CHANNEL]
+    return found
+
+
+def ragged(seed: int, count: int = 6) -> list[list[int]]:
+    return [prompt_of(1 + (37 * index + seed) % 150, 5000 + 100 * seed + index) for index in range(count)]
+
+
+# --- one server under pressure: chunks, mixed chunks, retraction, priorities, aborts --------------------------------
+
+
+@pytest.fixture(scope="module")
+def pressed(qwen3_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedServer]:
+    with serving(
+        qwen3_dir,
+        tmp_path_factory.mktemp("pressed"),
+        chunked_prefill_size=32,
+        enable_mixed_chunk=True,
+        enable_priority_scheduling=True,
+        priority_scheduling_preemption_threshold=1,
+        max_total_tokens=512,
+        max_running_requests=4,
+        schedule_conservativeness=0.05,
+    ) as server:
+        yield server
+
+
+def test_chunked_prefill(pressed: LaunchedServer, qwen3_dir: str) -> None:
+    check(pressed, [request_of(ids) for ids in (prompt_of(31, 1), prompt_of(32, 2), prompt_of(33, 3))], qwen3_dir)
+    check(pressed, [request_of(prompt_of(130, 4))], qwen3_dir)
+
+
+def test_mixed_chunks(pressed: LaunchedServer, qwen3_dir: str) -> None:
+    """Prompts come in while others decode, so that one step has rows of both kinds."""
+    calls = [[request_of(ids, max_new_tokens=30)] for ids in ragged(1, 3)] + [
+        [request_of(prompt_of(100, 600 + index))] for index in range(6)
+    ]
+    check_at_once(pressed, calls, qwen3_dir)
+
+
+def test_retraction(pressed: LaunchedServer, qwen3_dir: str) -> None:
+    """More decodes than the KV cache holds: some are thrown out in the middle, and computed again."""
+    for attempt in range(5):
+        calls = [[request_of(prompt_of(60, 700 + 10 * attempt + index), 110)] for index in range(4)]
+        check_at_once(pressed, calls, qwen3_dir)
+        if "Retract requests" in log_of(pressed):
+            return
+    raise AssertionError("nothing was retracted, so nothing was shown")
+
+
+def test_priorities(pressed: LaunchedServer, qwen3_dir: str) -> None:
+    """An urgent request throws a running one out, which is computed again later."""
+    slow = [[request_of(prompt_of(40, 800 + index), 60, priority=0)] for index in range(6)]
+    urgent = [[request_of(prompt_of(30, 900 + index), priority=10)] for index in range(4)]
+    check_at_once(pressed, slow + urgent, qwen3_dir)
+
+
+def test_an_abort_leaves_nothing_and_nobody_else_is_touched(pressed: LaunchedServer, qwen3_dir: str) -> None:
+    answers: list[dict[str, Any]] = []
+
+    def doomed() -> None:
+        payload = {
+            "rid": "doomed",
+            "input_ids": prompt_of(50, 1001),
+            "sampling_params": {"max_new_tokens": 400, "min_new_tokens": 400},
+        }
+        answers.append(httpx.post(f"{pressed.url}/generate", json=payload, timeout=120).json())
+
+    thread = threading.Thread(target=doomed)
+    thread.start()
+    while thread.is_alive():
+        httpx.post(f"{pressed.url}/abort_request", json={"rid": "doomed"})
+        check(pressed, [request_of(prompt_of(20, 1002))], qwen3_dir)
+    assert answers[0]["meta_info"]["finish_reason"]["type"] == "abort"
+    assert status(pressed)["open_pools"] == 0
+
+
+# --- servers of their own -------------------------------------------------------------------------------------------
+
+
+def test_without_overlap_radix_cache_and_chunks(qwen3_dir: str, tmp_path: Path) -> None:
+    with serving(
+        qwen3_dir, tmp_path, disable_overlap_schedule=True, disable_radix_cache=True, chunked_prefill_size=-1
+    ) as server:
+        for _ in range(2):
+            check(server, [request_of(ids) for ids in ragged(2)], qwen3_dir)
+
+
+def test_pages_of_the_kv_cache(qwen3_dir: str, tmp_path: Path) -> None:
+    """The prefix cache then hits whole pages only, where no sum may be kept."""
+    with serving(qwen3_dir, tmp_path, page_size=16, chunked_prefill_size=64) as server:
+        for _ in range(3):
+            check(server, [request_of(ids) for ids in ragged(3)], qwen3_dir)
+        shared = prompt_of(90, 1100)
+        check(server, [request_of(shared[: 50 + 7 * index] + prompt_of(9, index)) for index in range(5)], qwen3_dir)
+
+
+def test_data_parallel(qwen3_dir: str, tmp_path: Path) -> None:
+    """Two schedulers, each with pools and sums of its own."""
+    with serving(qwen3_dir, tmp_path, dp_size=2, chunked_prefill_size=64) as server:
+        assert server.info.layers == (-1, 1)
+        for _ in range(2):
+            calls = [[request_of(ids)] for ids in ragged(4, 8)] + [[request_of(ids) for ids in ragged(5)]]
+            check_at_once(server, calls, qwen3_dir)
+        assert min(status(server, part)["prefix_bytes"] for part in range(2)) > 0, "one of them did nothing"
+
+
+def test_lora(qwen3_dir: str, tmp_path: Path) -> None:
+    """Rows of one batch under different adapters: each has the states of its own model."""
+    adapter_dir = str(models.save_random_lora(tmp_path / "adapter", qwen3_dir))
+    merged_dir = str(models.save_merged(tmp_path / "merged", qwen3_dir, adapter_dir))
+    with serving(
+        qwen3_dir,
+        tmp_path,
+        enable_lora=True,
+        lora_paths=[f"mine={adapter_dir}"],
+        max_lora_rank=models.LORA_RANK,
+        lora_backend="torch_native",
+    ) as server:
+        ids = prompt_of(70, 1200)
+        requests = [request_of(ids), request_of(ids, lora="mine"), request_of(prompt_of(9, 1201), lora="mine")]
+        for _ in range(2):
+            plain, adapted, short = server.generate(requests)
+            assert_completion(requests[0], plain, qwen3_dir, NUM_LAYERS)
+            assert_completion(requests[1], adapted, merged_dir, NUM_LAYERS)
+            assert_completion(requests[2], short, merged_dir, NUM_LAYERS)
+        apart = relative_error(adapted.hidden["prompt"].vector, plain.hidden["prompt"].vector)
+        assert apart > 0.01, "the adapter changes nothing, so nothing was shown"
+
+
+def test_bfloat16(smol_dir: str, tmp_path: Path) -> None:
+    """To bfloat16's own tolerance: the states that were pooled have eight bits of mantissa."""
+    with launch(
+        smol_dir, dtype="bfloat16", layers=(15,), context_length=512, log_file=tmp_path / "server.log"
+    ) as server:
+        spec = HiddenSpec(("prompt", "response"), layers=(15, -1), tokens=True)
+        requests = [Request(tuple(ids), {"max_new_tokens": 6}, False, spec) for ids in ragged(6)]
+        for request, completion in zip(requests, server.generate(requests), strict=True):
+            assert_completion(request, completion, smol_dir, server.info.num_layers, rtol=0.05)

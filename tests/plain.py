@@ -1,0 +1,143 @@
+"""What pooling must come to, in plain torch in float64. Knows no way in which it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, combinations
+
+import torch
+from hypothesis import strategies as st
+
+from torchrl_sglang_hidden.pooling import Pools, Wanted
+from torchrl_sglang_hidden.spans import Between, LastTokens, PromptSpan, intervals_of
+from torchrl_sglang_hidden.specs import POOLINGS, SEGMENTS, ResolvedSpan, rows_expected
+
+SUBSETS = [*chain.from_iterable(combinations(SEGMENTS, size) for size in (1, 2, 3))]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LAYERS = [(-1,), (0, -1), (2, 0, 1)]
+
+
+def decode(ids: Sequence[int]) -> str:
+    """One character per token."""
+    return "".join("ab|"[i % 3] for i in ids)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A request, and the states of all its positions ``[N, K, D]``."""
+
+    wanted: Wanted
+    num_prompt: int
+    response_ids: tuple[int, ...]
+    hidden_NKD: torch.Tensor
+
+    @property
+    def num_response(self) -> int:
+        return len(self.response_ids)
+
+    def rows(self, what: str) -> torch.Tensor | None:
+        """The rows of a segment or span, in float64; None for a span of the response that is not there."""
+        span = self.wanted.spans.get(what)
+        if isinstance(span, PromptSpan):
+            places = [place for start, stop in span.intervals for place in range(start, stop)]
+            return self.hidden_NKD[places].double()
+        if span is not None:
+            found = in_response(span, decode(self.response_ids))
+            return None if found is None else self.rows("response")[slice(*found)]
+        num_prompt = self.num_prompt
+        places = {"prompt": slice(num_prompt), "response": slice(num_prompt - 1, None), "full": slice(None)}[what]
+        return self.hidden_NKD[places].double()
+
+    def pooled(self, what: str) -> torch.Tensor | None:
+        rows = self.rows(what)
+        if rows is None:
+            return None
+        return rows[-1] if self.wanted.pooling == "last" else rows.mean(0)
+
+
+def in_response(span: ResolvedSpan, text: str) -> tuple[int, int] | None:
+    """Which tokens of the response a span means, one character each."""
+    if isinstance(span, LastTokens):
+        return (max(len(text) - span.count, 0), len(text)) if span.allow_fewer or span.count <= len(text) else None
+    assert isinstance(span, Between)
+    start, stop = 0, len(text)
+    if span.start is not None:
+        start = text.find(span.start) + 1
+        if start == 0:
+            return None
+    if span.end is not None:
+        stop = text.find(span.end, start)
+        if stop < 0 and span.unclosed == "error":
+            return None
+        stop = len(text) if stop < 0 else stop
+    return (start, stop) if start < stop else None
+
+
+def expected_count(case: Case, what: str) -> int:
+    if what in case.wanted.segments:
+        return rows_expected(what, case.num_prompt, case.num_response)
+    rows = case.rows(what)
+    return 0 if rows is None else len(rows)
+
+
+def assert_value(case: Case, what: str, value: torch.Tensor | None) -> None:
+    expected_KD = case.pooled(what)
+    assert value is not None, what
+    assert expected_KD is not None, what
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value.double(), expected_KD, rtol=1e-5, atol=1e-5, msg=lambda said: f"{what}: {said}")
+
+
+def token_places(case: Case) -> tuple[int, int]:
+    segments = case.wanted.segments
+    first = case.num_prompt - 1 if segments == ("response",) else 0
+    return first, case.num_prompt if segments == ("prompt",) else len(case.hidden_NKD)
+
+
+def assert_pools(case: Case, found: Pools) -> None:
+    """Everything that was wanted is there, with the values of plain torch."""
+    wanted = case.wanted
+    assert tuple(found.segments) == (() if wanted.pooling is None else wanted.segments)
+    missing = {name for name in wanted.spans if case.rows(name) is None}
+    assert (set(found.spans), set(found.faults)) == (set(wanted.spans) - missing, missing)
+    for what, (value, count) in {**found.segments, **found.spans}.items():
+        assert count == expected_count(case, what), what
+        assert_value(case, what, value)
+    if wanted.tokens:
+        first, stop = token_places(case)
+        assert found.rows is not None
+        assert (found.rows.first, found.rows.rows_NKD.dtype) == (first, wanted.row_dtype)
+        assert torch.equal(found.rows.rows_NKD, case.hidden_NKD[first:stop].to(wanted.row_dtype))
+    else:
+        assert found.rows is None
+
+
+@st.composite
+def spans_of(draw: st.DrawFn, num_prompt: int) -> Mapping[str, ResolvedSpan]:
+    spans: dict[str, ResolvedSpan] = {}
+    for name in draw(st.sets(st.sampled_from(["p", "q"]))):
+        places = draw(st.sets(st.integers(0, num_prompt - 1), min_size=1, max_size=6))
+        spans[name] = intervals_of([place in places for place in range(num_prompt)])
+    if draw(st.booleans()):
+        spans["last"] = LastTokens(draw(st.integers(1, 7)), allow_fewer=draw(st.booleans()))
+    if draw(st.booleans()):
+        markers = draw(st.sampled_from([("|", None), (None, "|"), ("|", "|")]))
+        spans["between"] = Between(*markers, unclosed=draw(st.sampled_from(["error", "end"])))
+    return spans
+
+
+@st.composite
+def wanted_of(draw: st.DrawFn, num_prompt: int) -> Wanted:
+    """Anything that can be asked of a prompt of this length."""
+    pooling = draw(st.sampled_from([*POOLINGS, None]))
+    spans = {} if pooling is None else draw(spans_of(num_prompt))
+    segments = draw(st.sampled_from([*SUBSETS, ()] if spans else SUBSETS))
+    return Wanted(
+        segments=segments,
+        pooling=pooling,
+        layers=draw(st.sampled_from(LAYERS)),
+        spans=spans,
+        tokens=pooling is None or (bool(segments) and draw(st.booleans())),
+        row_dtype=draw(st.sampled_from(DTYPES)),
+    )

@@ -1,0 +1,69 @@
+"""Holds what an engine returned against the oracle, at the level of `Request` and `Completion`."""
+
+from __future__ import annotations
+
+import oracle
+import torch
+from checks import LOG_PROB_ATOL, STATE_RTOL, relative_error
+
+from torchrl_sglang_hidden.spans import LastTokens, PromptSpan
+from torchrl_sglang_hidden.specs import Completion, Request, canonical_layer
+
+Stack = torch.Tensor
+
+
+def assert_completion(
+    request: Request, completion: Completion, model_dir: str, num_layers: int, *, rtol: float = STATE_RTOL
+) -> oracle.Truth:
+    """Every log-prob, segment, span and token state of one completion equals Hugging Face's.
+
+    A prompt that was only read has no response; its truth is that of any one token.
+    """
+    spec, prompt_ids = request.hidden, completion.prompt_ids
+    response_ids = completion.response_ids or (0,)
+    layers = () if spec is None else tuple(canonical_layer(layer, num_layers) for layer in spec.layer_ids)
+    temperature = request.sampling.get("temperature", 1.0) or 1.0
+    truth = oracle.teacher_force(model_dir, prompt_ids, response_ids, temperature, layers)
+    name = f"P={len(prompt_ids)} T={len(completion.response_ids)} {spec}"
+    assert prompt_ids == request.prompt_ids, name
+    if completion.log_probs_T is not None:
+        expected_T = truth.log_probs_T[: len(completion.response_ids)]
+        torch.testing.assert_close(completion.log_probs_T, expected_T, atol=LOG_PROB_ATOL, rtol=0, msg=name)
+    if spec is None:
+        assert (completion.hidden, completion.spans, completion.token_rows) == ({}, {}, None), name
+        return truth
+
+    def rows(segment: str) -> Stack:
+        stacked = torch.stack([truth.rows(segment, layer) for layer in layers], 1)
+        return stacked if isinstance(spec.layers, tuple) else stacked[:, 0]
+
+    def check(what: str, found: torch.Tensor, count: int, rows_ND: Stack) -> None:
+        expected = rows_ND.double().mean(0).float() if spec.pooling == "mean" else rows_ND[-1]
+        assert count == len(rows_ND), f"{what}: {count} rows, expected {len(rows_ND)}; {name}"
+        assert (found.shape, found.dtype) == (expected.shape, torch.float32), f"{what}; {name}"
+        error = relative_error(found.flatten(), expected.flatten())
+        assert error < rtol, f"{what}: relative error {error:.2e}; {name}"
+
+    assert set(completion.hidden) == (set(spec.segments) if spec.pooling else set()), name
+    for segment, pooled in completion.hidden.items():
+        check(segment, pooled.vector, pooled.count, rows(segment))
+    assert set(completion.spans) == set(spec.spans), name
+    for key, pooled in completion.spans.items():
+        span = request.spans[key]
+        if isinstance(span, PromptSpan):
+            places = [place for start, stop in span.intervals for place in range(start, stop)]
+            check(key, pooled.vector, pooled.count, rows("prompt")[places])
+        elif isinstance(span, LastTokens):
+            check(key, pooled.vector, pooled.count, rows("response")[-span.count :])
+    if spec.tokens:
+        found = completion.token_rows
+        assert found is not None, name
+        first = 0 if spec.segments != ("response",) else len(prompt_ids) - 1
+        expected_ND = rows("prompt") if spec.segments == ("prompt",) else rows("full")[first:]
+        assert (found.first, found.rows_ND.shape) == (first, expected_ND.shape), name
+        tolerance = max(rtol, 4e-3) if found.rows_ND.dtype != torch.float32 else rtol
+        error = relative_error(found.rows_ND.float().flatten(), expected_ND.flatten())
+        assert error < tolerance, f"token states: relative error {error:.2e}; {name}"
+    else:
+        assert completion.token_rows is None, name
+    return truth

@@ -1,0 +1,363 @@
+"""The server half's channel: what goes in comes out, and what did not come out whole is refused."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import json
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torchrl_sglang_hidden import channel
+from torchrl_sglang_hidden.channel import (
+    CHANNEL,
+    PROTOCOL,
+    HiddenOptions,
+    Status,
+    Way,
+    pack_answer,
+    pack_options,
+    unpack_answer,
+    unpack_options,
+)
+from torchrl_sglang_hidden.errors import ProtocolError, SpanError
+from torchrl_sglang_hidden.pooling import Pools, Wanted, WantedRows
+from torchrl_sglang_hidden.shared import MIN_BYTES, SharedFiles, fetch
+from torchrl_sglang_hidden.spans import Between, LastTokens, PromptSpan, intervals_of
+from torchrl_sglang_hidden.specs import POOLINGS, SEGMENTS
+
+D = 8
+WAYS: tuple[Way, ...] = ("binary", "text", "shared")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+markers = st.text(min_size=1)
+resolved = (
+    st.lists(st.booleans(), min_size=1).filter(any).map(intervals_of)
+    | st.builds(LastTokens, st.integers(1, 10**6), allow_fewer=st.booleans())
+    | st.builds(Between, markers, st.none() | markers, unclosed=st.sampled_from(["error", "end"]))
+    | st.builds(Between, st.none(), markers, unclosed=st.sampled_from(["error", "end"]))
+)
+options = st.builds(
+    HiddenOptions,
+    st.builds(
+        Wanted,
+        segments=st.permutations(SEGMENTS).flatmap(lambda all_: st.integers(0, 3).map(lambda size: tuple(all_[:size]))),
+        pooling=st.sampled_from([*POOLINGS, None]),
+        layers=st.lists(st.integers(-1, 200), min_size=1, max_size=4, unique=True).map(tuple),
+        spans=st.dictionaries(st.text(min_size=1), resolved, max_size=4),
+        tokens=st.booleans(),
+        row_dtype=st.sampled_from(DTYPES),
+    ),
+    st.sampled_from(WAYS),
+)
+
+
+@given(asked=options)
+def test_options_round_trip(asked: HiddenOptions) -> None:
+    custom = {CHANNEL: pack_options(asked.wanted, asked.way)}
+    assert all(isinstance(value, (str, int)) for value in custom[CHANNEL].values()), "SGLang carries scalars"
+    assert unpack_options(json.loads(json.dumps(custom))) == asked
+
+
+SPANS = {"p": PromptSpan(((0, 2), (3, 4))), "r": LastTokens(2), "b": Between("|", None)}
+WANTED = Wanted(SEGMENTS, "mean", (0, -1), SPANS, tokens=True)
+GOOD = pack_options(WANTED, "text")
+FIELDS = json.loads(GOOD["options"])
+
+
+def custom_of(**changes: Any) -> dict[str, Any]:
+    return {CHANNEL: {"protocol": PROTOCOL, "options": json.dumps({**FIELDS, **changes})}}
+
+
+def span_of(*values: Any) -> dict[str, Any]:
+    return custom_of(spans={"s": list(values)})
+
+
+INFINITY, DEEP = float("inf"), "[" * 100_000
+GARBAGE = [
+    None, {}, [], "text", 7, {CHANNEL: None}, {CHANNEL: []}, {CHANNEL: "response"}, {CHANNEL: 3.5}, {"other": GOOD},
+    *({CHANNEL: {**GOOD, "protocol": value}} for value in (None, 0, 1, 3, "2", [2], {})),
+    *({CHANNEL: {**GOOD, "options": value}} for value in (None, 1, "", "{", "[]", "null", "7", '"a"', [1], {}, DEEP)),
+    *({CHANNEL: {name: GOOD[name] for name in GOOD if name != gone}} for gone in GOOD),
+    *({CHANNEL: {**GOOD, "options": json.dumps({n: FIELDS[n] for n in FIELDS if n != gone})}} for gone in FIELDS
+      if gone != "tokens"),
+    *(custom_of(segments=value) for value in (None, "prompt", ["answer"], ["prompt", "prompt"], 1, [["prompt"]])),
+    *(custom_of(pooling=value) for value in ("max", 1, ["mean"], {})),
+    *(custom_of(layers=value) for value in (None, 1, [None], ["a"], [[1]], [INFINITY], [], [1, 1])),
+    *(custom_of(row_dtype=value) for value in (None, "float64", 1, [])),
+    *(custom_of(way=value) for value in (None, "pigeon", 1, ["text"])),
+    *(custom_of(spans=value) for value in (None, [], "s", {"s": None}, {"s": 7}, {"s": []}, {"s": "last"})),
+    span_of("turn", 0),
+    *(span_of("prompt", *places) for places in ([], [1], [1, 2, 3], [2, 1], [1, 1], [-1, 2], [0, 2, 1, 3], [0, 2, 2, 3],
+                                                ["a", 2], [None, 1], [0, INFINITY])),
+    *(span_of("last", *values) for values in ([], [1], [0, False], [-2, False], [None, True], [INFINITY, True])),
+    *(span_of("between", *values) for values in ([], ["a"], ["a", "b"], [None, None, "end"], ["", "b", "end"],
+                                                 [1, "b", "end"], ["a", "b", "never"], ["a", "b", ["end"]])),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("custom", GARBAGE, ids=lambda custom: repr(custom)[:80])
+def test_options_that_are_not_understood(custom: Any) -> None:
+    assert unpack_options({CHANNEL: GOOD}) == HiddenOptions(WANTED, "text")
+    assert unpack_options(custom) is None
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from([*FIELDS, *SEGMENTS, "last"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from([*FIELDS, CHANNEL]) | st.text(), inner),
+    max_leaves=8,
+)
+
+
+@given(
+    custom=anything
+    | st.fixed_dictionaries({CHANNEL: anything})
+    | st.fixed_dictionaries({CHANNEL: st.fixed_dictionaries({"protocol": st.just(PROTOCOL), "options": anything})})
+    | st.fixed_dictionaries({}, optional=dict.fromkeys(FIELDS, anything)).map(lambda changes: custom_of(**changes))
+    | st.lists(anything, max_size=4).flatmap(
+        lambda values: st.sampled_from(["prompt", "last", "between"]).map(lambda kind: span_of(kind, *values))
+    )
+)
+def test_no_options_raise(custom: Any) -> None:
+    """An exception in the scheduler ends the server."""
+    found = unpack_options(custom)
+    if found is not None:
+        assert unpack_options({CHANNEL: pack_options(found.wanted, found.way)}) == found
+
+
+# --- status -----------------------------------------------------------------------------------------------------------
+
+STATUS = Status(
+    vocab_size=96, hidden_size=D, num_layers=4, context_length=64, layers=(0, -1), because="", normed=True, shared="",
+    open_pools=0, prefix_bytes=0,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("layers", [None, (), (0, 2, -1)])
+def test_a_status_round_trip(layers: tuple[int, ...] | None) -> None:
+    values = {**{name: getattr(STATUS, name) for name in Status.__slots__}, "layers": layers}
+    status = Status(**values)
+    assert Status.unpack(json.loads(json.dumps(status.pack()))) == status
+
+
+@pytest.mark.parametrize("protocol", [None, 0, 1, 3, "2"])
+def test_a_status_of_another_protocol(protocol: Any) -> None:
+    with pytest.raises(ProtocolError, match=rf"{protocol!r} and this client {PROTOCOL}; install the same version"):
+        Status.unpack({**STATUS.pack(), "protocol": protocol})
+
+
+@pytest.mark.parametrize("gone", Status.__slots__)
+def test_a_status_that_lacks_something(gone: str) -> None:
+    fields = STATUS.pack()
+    del fields[gone]
+    with pytest.raises(ProtocolError, match=rf"lacks '{gone}'"):
+        Status.unpack(fields)
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def pools_of(num_layers: int = 2, num_rows: int | None = 5, dtype: torch.dtype = torch.float32) -> Pools:
+    return Pools(
+        segments={"response": (numbers(num_layers, D, seed=1), 3), "prompt": (None, 0)},
+        spans={"tail": (numbers(num_layers, D, seed=2), 2), "prompt": (numbers(num_layers, D, seed=3), 1)},
+        faults={},
+        rows=None if num_rows is None else WantedRows(2, numbers(num_rows, num_layers, D, seed=4, dtype=dtype)),
+    )
+
+
+def sent(pools: Pools, way: Way, share: Callable[[bytes], str | None] | None = None) -> list[Any]:
+    answer = [pack_answer(pools, way, share)]
+    return answer if way == "binary" else json.loads(json.dumps(answer))
+
+
+def assert_same(found: Pools, expected: Pools) -> None:
+    assert (found.faults, found.segments.keys(), found.spans.keys()) == (
+        {},
+        expected.segments.keys(),
+        expected.spans.keys(),
+    )
+    for ours, theirs in ((found.segments, expected.segments), (found.spans, expected.spans)):
+        for name, (value, count) in theirs.items():
+            assert ours[name][1] == count
+            assert (ours[name][0] is None) is (value is None)
+            assert value is None or torch.equal(ours[name][0], value)
+    assert (found.rows is None) is (expected.rows is None)
+    if found.rows is not None and expected.rows is not None:
+        assert (found.rows.first, found.rows.rows_NKD.dtype) == (expected.rows.first, expected.rows.rows_NKD.dtype)
+        assert torch.equal(found.rows.rows_NKD, expected.rows.rows_NKD)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("num_layers", [1, 3])
+@pytest.mark.parametrize(
+    ("num_rows", "dtype"), [(None, torch.float32), (5, torch.float32), (5, torch.bfloat16), (1, torch.float16)]
+)
+def test_an_answer_round_trip(way: Way, num_layers: int, num_rows: int | None, dtype: torch.dtype) -> None:
+    """A shared answer of few bytes goes as text."""
+    pools = pools_of(num_layers, num_rows, dtype)
+    assert_same(unpack_answer(sent(pools, way, lambda data: None), "row 0", D), pools)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_rows_go_through_shared_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(channel, "fetch", functools.partial(fetch, directory=tmp_path))
+    files, pools = SharedFiles(tmp_path), pools_of(2, MIN_BYTES // (2 * D), dtype)
+    answer = sent(pools, "shared", files.share)
+    assert len(json.dumps(answer)) < 2000
+    assert len([*tmp_path.iterdir()]) == 2
+    assert_same(unpack_answer(answer, "row 0", D), pools)
+    assert [path.name for path in tmp_path.iterdir()] == [files.sign]
+
+
+def test_a_shared_file_that_is_gone_or_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel, "fetch", functools.partial(fetch, directory=tmp_path))
+    files, pools = SharedFiles(tmp_path), pools_of(2, MIN_BYTES // (2 * D))
+    for spoil in (
+        Path.unlink,
+        lambda path: path.write_bytes(path.read_bytes()[:-4]),
+        lambda path: path.write_bytes(b""),
+    ):
+        answer = sent(pools, "shared", files.share)
+        spoil(tmp_path / answer[0]["rows"]["shared"])
+        with pytest.raises(ProtocolError, match=r"row 7: the states cannot be read"):
+            unpack_answer(answer, "row 7", D)
+    answer = sent(pools, "shared", files.share)
+    answer[0]["rows"]["shared"] = "../../etc/passwd"
+    with pytest.raises(ProtocolError, match=r"row 7: .*is no file of shared states"):
+        unpack_answer(answer, "row 7", D)
+
+
+def test_what_is_read_can_be_written_to() -> None:
+    found = unpack_answer(sent(pools_of(), "binary"), "row 0", D)
+    found.segments["response"][0].add_(1)
+    found.rows.rows_NKD.add_(1)
+
+
+def test_an_answer_without_any_rows() -> None:
+    pools = Pools({"prompt": (None, 0), "response": (None, 2)}, {}, {}, None)
+    for way in WAYS:
+        assert unpack_answer(sent(pools, way), "row 0", D) == pools
+
+
+def test_rows_that_are_no_block_of_memory() -> None:
+    """Such as a transposed view."""
+    rows_NKD = numbers(2, 5, D).transpose(0, 1)
+    found = unpack_answer(sent(Pools({}, {}, {}, WantedRows(0, rows_NKD)), "text"), "row 0", D)
+    assert torch.equal(found.rows.rows_NKD, rows_NKD)
+
+
+def test_a_fault_names_row_and_span() -> None:
+    pools = Pools({}, {}, {"tail": "the response has 2 tokens"}, None)
+    with pytest.raises(SpanError, match=r"^row 3, span 'tail': the response has 2 tokens$"):
+        unpack_answer(sent(pools, "text"), "row 3", D)
+
+
+def cut(text: str) -> str:
+    return text[:-4]
+
+
+def flip(text: str) -> str:
+    data = bytearray(base64.b64decode(text))
+    data[5] ^= 1
+    return base64.b64encode(data).decode()
+
+
+def resend(fields: dict[str, Any], data: bytes) -> None:
+    fields.update(data=base64.b64encode(data).decode(), crc32=zlib.crc32(data))
+
+
+SPOILED: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "no data": lambda a: a.pop("data"),
+    "no base64": lambda a: a.update(data="%%%%"),
+    "half a base64": lambda a: a.update(data=a["data"][:-3]),
+    "cut data": lambda a: a.update(data=cut(a["data"])),
+    "a flipped bit": lambda a: a.update(data=flip(a["data"])),
+    "data of numbers": lambda a: a.update(data=7),
+    "another checksum": lambda a: a.update(crc32=a["crc32"] ^ 1),
+    "no checksum": lambda a: a.pop("crc32"),
+    "fewer vectors than places": lambda a: resend(a, bytes(4 * D)),
+    "vectors of half a number": lambda a: resend(a, bytes(4 * D + 1)),
+    "no vectors at all": lambda a: resend(a, b""),
+    "no places": lambda a: a.pop("places"),
+    "places of null": lambda a: a.update(places=None),
+    "places of numbers": lambda a: a.update(places=[1, 2]),
+    "short places": lambda a: a["places"][0].pop(),
+    "counts of words": lambda a: a["places"][0].__setitem__(2, "three"),
+    "counts of infinity": lambda a: a["places"][0].__setitem__(2, float("inf")),
+    "counts of nothing": lambda a: a["places"][0].__setitem__(2, None),
+    "no faults": lambda a: a.pop("faults"),
+    "faults of a list": lambda a: a.update(faults=["x"]),
+    "rows of null": lambda a: a.update(rows=None),
+    "rows without data": lambda a: a["rows"].pop("data"),
+    "cut rows": lambda a: a["rows"].update(data=cut(a["rows"]["data"])),
+    "a flipped bit in the rows": lambda a: a["rows"].update(data=flip(a["rows"]["data"])),
+    "rows without a place": lambda a: a["rows"].pop("first"),
+    "rows at infinity": lambda a: a["rows"].update(first=float("inf")),
+    "rows without a shape": lambda a: a["rows"].pop("shape"),
+    "rows of one axis": lambda a: a["rows"].update(shape=[5 * 2 * D]),
+    "more rows than data": lambda a: a["rows"].update(shape=[6, 2, D]),
+    "rows of two unknown axes": lambda a: a["rows"].update(shape=[-1, -1, D]),
+    "rows of another size": lambda a: a["rows"].update(shape=[10, 2, D // 2]),
+    "more rows than there are numbers": lambda a: a["rows"].update(shape=[10**30, 2, D]),
+    "rows of an unknown dtype": lambda a: a["rows"].update(dtype="int8"),
+    "rows of a wider dtype": lambda a: a["rows"].update(dtype="float64"),
+    "rows of a narrower dtype": lambda a: a["rows"].update(dtype="bfloat16"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILED)
+def test_an_answer_that_did_not_come_whole(case: str) -> None:
+    answer = sent(pools_of(), "text")
+    unpack_answer(answer, "row 5", D)
+    SPOILED[case](answer[0])
+    with pytest.raises(ProtocolError, match=r"(?s)^row 5: the states cannot be read \(.*was the answer cut short\?"):
+        unpack_answer(answer, "row 5", D)
+
+
+@pytest.mark.parametrize("protocol", [None, 1, 3, "2"])
+def test_an_answer_of_another_protocol(protocol: Any) -> None:
+    answer = sent(pools_of(), "text")
+    answer[0]["protocol"] = protocol
+    with pytest.raises(ProtocolError, match=rf"row 5: the server half speaks protocol {protocol!r} and this client"):
+        unpack_answer(answer, "row 5", D)
+
+
+@pytest.mark.parametrize("answer", [None, [], {}, "text", [1], [{}, {}], [None]])
+def test_an_answer_of_another_form(answer: Any) -> None:
+    with pytest.raises(ProtocolError, match=rf"row 5: expected one {CHANNEL} answer in meta_info.*start the server"):
+        unpack_answer(answer, "row 5", D)
+
+
+@given(data=st.data())
+def test_no_answer_is_read_wrongly(data: st.DataObject) -> None:
+    """Whatever a field is replaced with, the states are those that were sent, or an error of this package is raised."""
+    pools = pools_of()
+    answer = sent(pools, "text")
+    fields = data.draw(st.sampled_from([answer[0], answer[0]["rows"]]))
+    fields[data.draw(st.sampled_from(sorted(fields)))] = data.draw(anything)
+    try:
+        found = unpack_answer(answer, "row 5", D)
+    except (ProtocolError, SpanError):
+        return
+    values = {name: value for name, (value, _) in {**found.segments, **found.spans}.items()}
+    sent_values = [value for value, _ in (*pools.segments.values(), *pools.spans.values())]
+    for value in values.values():
+        assert value is None or any(torch.equal(value, one) for one in sent_values if one is not None)
+    if found.rows is not None:
+        assert torch.equal(found.rows.rows_NKD.flatten(), pools.rows.rows_NKD.flatten())

@@ -1,0 +1,325 @@
+"""Sessions. `SessionContract` runs here on the recorder, which keeps contexts as SGLang does, and in tests/engine/ on
+real engines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from recorder import (
+    BOS_ID,
+    Handler,
+    RecordingEngine,
+    RecordingServer,
+    abort_a_row,
+    lose_a_state_row,
+)
+from test_engine_contract import assert_same, prompt_of, request
+
+from torchrl_sglang_hidden.engines import BatchingEngine, Engine
+from torchrl_sglang_hidden.engines.http import SGLangServer, connect
+from torchrl_sglang_hidden.errors import (
+    AlignmentError,
+    EngineError,
+    InputError,
+    InputTypeError,
+    PromptLengthError,
+    RequestAbortedError,
+    RequestRejectedError,
+    TokenIdError,
+)
+from torchrl_sglang_hidden.specs import Completion, Request
+
+# What must not be a turn: how to make it, and the error and the words that it raises.
+BAD_TURNS: dict[str, tuple[Any, type[InputError], str]] = {
+    "empty": (lambda engine: [], PromptLengthError, r"the turn has 0 tokens behind a context of \d+; pass at least 1"),
+    "empty request": (lambda engine: request(()), PromptLengthError, r"the turn has 0 tokens"),
+    "foreign": (lambda engine: [5, engine.info.vocab_size], TokenIdError, r"outside the vocabulary"),
+    "negative": (lambda engine: [-1], TokenIdError, r"token id -1 "),
+    "float": (lambda engine: [5.0], InputTypeError, r"5\.0 is a float"),
+    "text": (lambda engine: "5", InputTypeError, r"a turn is '5'; expected a Request, or a list of token ids"),
+    "number": (lambda engine: 5, InputTypeError, r"a turn is 5"),
+    "tensor": (lambda engine: torch.tensor([5]), InputTypeError, r"a turn is tensor"),
+    # Alone it would fit.
+    "long": (
+        lambda engine: request([5] * (engine.info.max_prompt_tokens - 1), max_new_tokens=1),
+        PromptLengthError,
+        r"over the engine's limit of \d+.* shorten it",
+    ),
+    "too much": (
+        lambda engine: request([5, 6], max_new_tokens=engine.info.context_length - 3),
+        PromptLengthError,
+        r"over the context length of \d+; lower max_new_tokens",
+    ),
+}
+
+
+def scored(prompt_ids: Any, **sampling: Any) -> Request:
+    """A greedy request with everything, and the prompt's log-probs: they name the ids that the engine really had."""
+    return replace(request(prompt_ids, **sampling), score_prompt=True)
+
+
+def assert_turn(engine: Engine, found: Completion, context: tuple[int, ...], new_ids: tuple[int, ...]) -> None:
+    """A turn is what a request with the whole context as its prompt is."""
+    assert found.prompt_ids == (*context, *new_ids)
+    expected = engine.generate([scored(found.prompt_ids)])[0]
+    assert_same(found, expected)
+    torch.testing.assert_close(found.prompt_log_probs_P, expected.prompt_log_probs_P, atol=1e-3, rtol=0, equal_nan=True)
+
+
+class SessionContract:
+    """What holds for the sessions of every engine. A subclass gives the fixture `engine`."""
+
+    def test_every_turn_goes_on_behind_all_before_it(self, engine: Engine) -> None:
+        with engine.session() as session:
+            assert session.ids == ()
+            for turn in range(3):
+                context, new_ids = session.ids, prompt_of(engine, 4 + turn, seed=20 + turn)
+                found = session.generate(scored(new_ids))
+                assert_turn(engine, found, context, new_ids)
+                assert session.ids == (*context, *new_ids, *found.response_ids)
+
+    def test_a_turn_may_be_ids_alone(self, engine: Engine) -> None:
+        with engine.session() as session:
+            first = session.generate(request(prompt_of(engine, 4, seed=30)))
+            found = session.generate([7, 8])
+            assert found.prompt_ids == (*first.prompt_ids, *first.response_ids, 7, 8)
+            assert found.log_probs_T is not None
+            assert len(found.log_probs_T) == len(found.response_ids)
+            assert found.hidden == {}
+
+    def test_turns_of_several_sessions_do_not_mix(self, engine: Engine) -> None:
+        sessions = [engine.session() for _ in range(3)]
+        for turn in range(2):
+            for row, session in enumerate(sessions):
+                context, new_ids = session.ids, prompt_of(engine, 3 + row, seed=40 + 10 * turn + row)
+                assert_turn(engine, session.generate(scored(new_ids)), context, new_ids)
+        for session in sessions:
+            session.close()
+
+    def test_turns_of_several_threads_go_one_after_the_other(self, engine: Engine) -> None:
+        turns = [prompt_of(engine, 3, seed=60 + row) for row in range(3)]
+        with engine.session() as session, ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(lambda ids: session.generate(request(ids, max_new_tokens=2)), turns))
+            found.sort(key=lambda one: len(one.prompt_ids))
+            context: tuple[int, ...] = ()
+            for one in found:
+                assert one.prompt_ids[: len(context)] == context
+                assert one.prompt_ids[len(context) :] in turns
+                context = (*one.prompt_ids, *one.response_ids)
+            assert session.ids == context
+
+    @pytest.mark.parametrize("bad", BAD_TURNS)
+    def test_a_bad_turn_is_refused_and_leaves_the_session_as_it_was(self, engine: Engine, bad: str) -> None:
+        make, kind, message = BAD_TURNS[bad]
+        with engine.session() as session:
+            session.generate(request(prompt_of(engine, 4, seed=70)))
+            context, new_ids = session.ids, prompt_of(engine, 3, seed=71)
+            with pytest.raises(kind, match=message):
+                session.generate(make(engine))
+            assert session.ids == context
+            assert_turn(engine, session.generate(scored(new_ids)), context, new_ids)
+
+    def test_the_first_turn_may_fail(self, engine: Engine) -> None:
+        with engine.session() as session:
+            with pytest.raises(PromptLengthError, match="behind a context of 0"):
+                session.generate([])
+            assert session.generate(request([5, 6])).prompt_ids == (5, 6)
+
+    def test_a_closed_one_says_so(self, engine: Engine) -> None:
+        with engine.session() as session:
+            found = session.generate(request([5, 6]))
+        session.close()
+        with pytest.raises(EngineError, match=r"the session was closed by close\(\); open a new one"):
+            session.generate([5])
+        assert session.ids == (5, 6, *found.response_ids)
+
+
+class TestRecorder(SessionContract):
+    @pytest.fixture(params=["json", "binary"])
+    def engine(self, request: pytest.FixtureRequest) -> RecordingEngine:
+        return RecordingEngine(binary=request.param == "binary")
+
+
+@pytest.fixture
+def recorder() -> RecordingEngine:
+    return RecordingEngine()
+
+
+def sent(engine: RecordingEngine) -> list[list[int]]:
+    return [payload["input_ids"][0] for payload in engine.payloads]
+
+
+def test_a_turn_sends_its_own_ids_only(recorder: RecordingEngine) -> None:
+    with recorder.session() as session:
+        for ids in ([5, 6], [7, 8], [9]):
+            session.generate(request(ids))
+    assert sent(recorder) == [[5, 6], [7, 8], [9]]
+    first, second, third = (payload["session_params"]["rid"] for payload in recorder.payloads)
+    assert first is None
+    assert [second, third] == [payload["rid"][0] for payload in recorder.payloads[:2]]
+    assert second != third
+
+
+def test_a_session_stays_on_one_data_parallel_rank(recorder: RecordingEngine) -> None:
+    """SGLang sends a turn to any of its ranks, which know nothing of each other's turns."""
+    ranks = set()
+    for _ in range(20):
+        recorder.payloads.clear()
+        with recorder.session() as session:
+            session.generate(request([5, 6]))
+            session.generate(request([7]))
+        first, second = (payload["routed_dp_rank"] for payload in recorder.payloads)
+        assert first == second
+        ranks.add(first)
+    assert ranks == {0, 1}
+
+
+def test_a_head_that_sglang_takes_for_a_bos_stays(recorder: RecordingEngine) -> None:
+    """SGLang takes a BOS off the head of an appended turn. Which id that is shows when it happens, and is kept."""
+    with recorder.session() as session:
+        session.generate(request([BOS_ID, 5]))
+        for turn in range(2):
+            context = session.ids
+            assert_turn(recorder, session.generate(scored([BOS_ID, 6 + turn])), context, (BOS_ID, 6 + turn))
+    assert [ids for ids in sent(recorder) if ids[0] == BOS_ID and len(ids) < 4] == [
+        [BOS_ID, 5],
+        [BOS_ID, 6],
+        [BOS_ID, BOS_ID, 6],
+        [BOS_ID, BOS_ID, 7],
+    ]
+    recorder.payloads.clear()
+    with recorder.session() as session:
+        session.generate(request([BOS_ID, 5]))
+        session.generate(request([BOS_ID, BOS_ID, 8]))
+    assert sent(recorder) == [[BOS_ID, 5], [BOS_ID, BOS_ID, BOS_ID, 8]]
+
+
+def test_a_context_that_is_not_ours_is_an_alignment_error(recorder: RecordingEngine) -> None:
+    def lengthen(rows: Any) -> None:
+        rows[0]["meta_info"]["prompt_tokens"] += 1
+
+    with recorder.session() as session:
+        session.generate(request([5, 6]))
+        context = session.ids
+        recorder.fault = lengthen
+        with pytest.raises(AlignmentError, match=rf"sent a prompt of {len(context) + 1} tokens"):
+            session.generate(request([7]))
+        recorder.fault = None
+        assert session.ids == context
+        assert_turn(recorder, session.generate(scored([7])), context, (7,))
+
+
+@pytest.mark.parametrize(("fault", "kind"), [(abort_a_row, RequestAbortedError), (lose_a_state_row, AlignmentError)])
+def test_a_turn_that_fails_is_not_part_of_the_session(recorder: RecordingEngine, fault: Any, kind: Any) -> None:
+    with recorder.session() as session:
+        session.generate(request([5, 6]))
+        context = session.ids
+        recorder.fault = fault
+        with pytest.raises(kind):
+            session.generate(request([7, 8]))
+        recorder.fault = None
+        assert session.ids == context
+        assert_turn(recorder, session.generate(scored([9])), context, (9,))
+
+
+def test_a_session_that_the_server_forgot_says_how_to_go_on(recorder: RecordingEngine) -> None:
+    session = recorder.session()
+    session.generate(request([5, 6]))
+    recorder.sessions.clear()
+    with pytest.raises(
+        RequestRejectedError, match=r"session id; a session ends with its server.*`ids` has its context"
+    ):
+        session.generate(request([7]))
+    with recorder.session() as other:
+        assert_turn(recorder, other.generate(scored([*session.ids, 7])), session.ids, (7,))
+
+
+def test_closing_tells_the_server_once(recorder: RecordingEngine) -> None:
+    with recorder.session() as session:
+        assert len(recorder.sessions) == 1
+    assert recorder.sessions == {}
+    session.close()  # a second close_session would be a KeyError in the recorder
+
+
+def test_a_batching_engine_gives_its_own(recorder: RecordingEngine) -> None:
+    engine = BatchingEngine(recorder, min_batch_size=100, timeout_s=900.0)
+    with engine.session() as session:
+        session.generate(request([5, 6]))
+        assert len(recorder.sessions) == 1
+        assert len(recorder.payloads) == 1
+
+
+# --- over HTTP --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def serving() -> Iterator[RecordingServer]:
+    """A server that keeps sessions as the recorder does."""
+    recorder, server = RecordingEngine(), RecordingServer()
+
+    def respond(handler: Handler, payload: dict[str, Any]) -> None:
+        route = handler.path.removeprefix("/")
+        if "session_params" in payload:
+            handler.say((200, recorder.turn(payload)))
+        elif route == "generate":
+            handler.say((200, recorder.answer(payload)))
+        else:
+            recorder.session_call(route, payload)
+            handler.say((200, json.dumps(payload["session_id"]) if route == "open_session" else ""))
+
+    server.respond = respond
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+class TestHTTP(SessionContract):
+    @pytest.fixture
+    def engine(self) -> Iterator[SGLangServer]:
+        with serving() as server, connect(server.url) as engine:
+            yield engine
+
+
+def test_what_travels() -> None:
+    with serving() as server:
+        with connect(server.url) as engine, engine.session() as session:
+            session.generate(request([5, 6]))
+        opened, turn, closed = server.payloads
+    assert [path for path, _ in server.seen][-3:] == ["/open_session", "/generate", "/close_session"]
+    assert opened["timeout"] == 3600
+    assert turn["session_params"] == {"id": opened["session_id"], "rid": None}
+    assert turn["routed_dp_rank"] == 0
+    assert closed == {"session_id": opened["session_id"]}
+
+
+def test_a_session_stays_on_its_server() -> None:
+    with serving() as one, serving() as other, connect([one.url, other.url]) as engine:
+        sessions = [engine.session() for _ in range(4)]
+        assert (len(one.payloads), len(other.payloads)) == (2, 2)
+        for turn in range(2):
+            context = sessions[1].ids
+            assert sessions[1].generate(scored([5, 6 + turn])).prompt_ids == (*context, 5, 6 + turn)
+        assert (len(one.payloads), len(other.payloads)) == (2, 4)
+
+
+def test_a_server_that_refuses_to_open_says_why() -> None:
+    with serving() as server:
+        server.respond = lambda handler, payload: handler.say((400, {"error": {"message": "Failed to open it."}}))
+        with connect(server.url) as engine, pytest.raises(RequestRejectedError, match="Failed to open it"):
+            engine.session()
+
+
+def test_closing_after_the_server_is_gone_is_no_error() -> None:
+    with serving() as server, connect(server.url) as engine, engine.session() as session:
+        session.generate(request([5, 6]))
+        server.stop()
+    with pytest.raises(EngineError, match="the session was closed"):
+        session.generate([5])

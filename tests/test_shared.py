@@ -1,0 +1,208 @@
+"""Shared memory: what is written, fetched, bounded and removed. A directory of the test's stands in for tmpfs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from torchrl_sglang_hidden import shared
+from torchrl_sglang_hidden.shared import MIN_BYTES, SharedFiles, fetch, is_shared, remove_leftovers
+
+DATA = bytes(range(256)) * (MIN_BYTES // 256)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A time that a test sets."""
+    time = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(shared, "time", SimpleNamespace(monotonic=lambda: time.now))
+    return time
+
+
+def names(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
+
+
+def test_what_is_shared_is_fetched_once(tmp_path: Path) -> None:
+    files = SharedFiles(tmp_path)
+    name = files.share(DATA)
+    assert names(tmp_path) == {files.sign, name}
+    assert fetch(name, tmp_path) == DATA
+    assert names(tmp_path) == {files.sign}
+    with pytest.raises(FileNotFoundError):
+        fetch(name, tmp_path)
+
+
+def test_every_answer_has_a_file_of_its_own_for_its_owner_only(tmp_path: Path) -> None:
+    files, others = SharedFiles(tmp_path), SharedFiles(tmp_path)
+    found = [files.share(DATA), files.share(DATA), others.share(DATA)]
+    assert len({files.sign, others.sign, *found}) == 5
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
+
+
+def test_few_bytes_go_another_way(tmp_path: Path) -> None:
+    files = SharedFiles(tmp_path)
+    assert files.share(DATA[:-1]) is None
+    assert names(tmp_path) == {files.sign}
+
+
+def test_bytes_that_nobody_fetched_are_bounded(tmp_path: Path) -> None:
+    files = SharedFiles(tmp_path, max_bytes=2 * len(DATA))
+    first, second = files.share(DATA), files.share(DATA)
+    assert files.share(DATA) is None
+    assert names(tmp_path) == {files.sign, first, second}
+    fetch(first, tmp_path)
+    third = files.share(DATA)
+    assert names(tmp_path) == {files.sign, second, third}
+    assert files.share(DATA) is None
+
+
+def test_bytes_that_nobody_fetches_do_not_stay(tmp_path: Path, clock: SimpleNamespace) -> None:
+    files = SharedFiles(tmp_path, max_bytes=2 * len(DATA), lifetime_s=60)
+    old = files.share(DATA)
+    clock.now += 59
+    young = files.share(DATA)
+    assert names(tmp_path) == {files.sign, old, young}
+    clock.now += 2
+    new = files.share(DATA)
+    assert names(tmp_path) == {files.sign, young, new}
+
+
+def test_nothing_is_written_where_memory_runs_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = SharedFiles(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * len(DATA) - 1))
+    assert files.share(DATA) is None
+    assert names(tmp_path) == {files.sign}
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = SharedFiles(tmp_path)
+
+    def no_space(descriptor: int, mode: str) -> Any:
+        os.close(descriptor)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdopen", no_space)
+        assert files.share(DATA) is None
+    assert names(tmp_path) == {files.sign}
+    assert fetch(files.share(DATA), tmp_path) == DATA
+
+
+def test_close_removes_all(tmp_path: Path) -> None:
+    files = SharedFiles(tmp_path)
+    files.share(DATA)
+    fetch(files.share(DATA), tmp_path)
+    for _ in range(2):
+        files.close()
+        assert files.share(DATA) is None
+        assert names(tmp_path) == set()
+
+
+def test_a_server_that_ends_leaves_nothing(tmp_path: Path) -> None:
+    code = f"""
+from pathlib import Path
+from torchrl_sglang_hidden.shared import MIN_BYTES, SharedFiles
+files = SharedFiles(Path({str(tmp_path)!r}))
+print(files.share(bytes(MIN_BYTES)), len(list(Path({str(tmp_path)!r}).iterdir())))
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
+    assert said.split()[1:] == ["2"]
+    assert said.startswith("torchrl_sglang_hidden-")
+    assert names(tmp_path) == set()
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from torchrl_sglang_hidden.shared import MIN_BYTES, SharedFiles
+files = SharedFiles(Path(sys.argv[1]))
+files.share(bytes(MIN_BYTES))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_server_left_goes_with_the_next_one(tmp_path: Path) -> None:
+    alive = SharedFiles(tmp_path)
+    kept = {alive.sign, alive.share(DATA), "somebody-elses", f"x{alive.sign}"}
+    for name in ("somebody-elses", f"x{alive.sign}"):
+        (tmp_path / name).write_text("")
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False, timeout=60)
+    assert len(names(tmp_path)) == len(kept) + 2
+    files = SharedFiles(tmp_path)
+    assert names(tmp_path) == kept | {files.sign}
+
+
+def test_leftovers_go_when_somebody_says_so(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False, timeout=60)
+    assert len(names(tmp_path)) == 2
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == set()
+
+
+def test_a_link_among_the_leftovers_is_no_hindrance(tmp_path: Path) -> None:
+    (tmp_path / "torchrl_sglang_hidden-0123456789abcdef-here").symlink_to(tmp_path / "nothing")
+    files = SharedFiles(tmp_path)
+    assert is_shared(files.sign, tmp_path)
+
+
+def test_no_link_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody on this machine guessed the name, and wants a file of ours overwritten."""
+    monkeypatch.setattr(shared.secrets, "token_hex", lambda size: "0123456789abcdef")
+    (tmp_path / "shm").mkdir()
+    ours, name = tmp_path / "ours", "torchrl_sglang_hidden-0123456789abcdef"
+    ours.write_text("precious")
+    files = SharedFiles(tmp_path / "shm")
+    (tmp_path / "shm" / f"{name}-1").symlink_to(ours)
+    assert files.share(DATA) is None
+    (tmp_path / "shm" / f"{name}-here").unlink()
+    (tmp_path / "shm" / f"{name}-here").symlink_to(ours)
+    assert SharedFiles(tmp_path / "shm").sign == ""
+    assert ours.read_text() == "precious"
+
+
+def test_whoever_finds_the_sign_is_on_this_machine(tmp_path: Path) -> None:
+    files = SharedFiles(tmp_path)
+    assert is_shared(files.sign, tmp_path)
+    (tmp_path / files.sign).write_text("another server's")
+    assert not is_shared(files.sign, tmp_path)
+    (tmp_path / files.sign).write_bytes(b"\xff\xfe")
+    assert not is_shared(files.sign, tmp_path)
+    files.close()
+    assert not is_shared(files.sign, tmp_path)
+
+
+def test_without_the_directory_nothing_is_shared(tmp_path: Path) -> None:
+    files = SharedFiles(tmp_path / "none")
+    assert (files.sign, files.share(DATA)) == ("", None)
+    assert not is_shared(files.sign, tmp_path)
+    files.close()
+    assert names(tmp_path) == set()
+
+
+GOOD = f"torchrl_sglang_hidden-7-{'0' * 16}-1"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "secret", "../secret", f"../{GOOD}", f"{GOOD}/../../secret", f"/{GOOD}", f"{GOOD}\n", f"{GOOD}x", f"{GOOD}-1",
+     GOOD.replace("-7-", "-x-"), GOOD.replace("0" * 16, "0" * 15), GOOD.removesuffix("-1"), "."],
+)  # fmt: skip
+def test_other_names_are_not_read_nor_removed(tmp_path: Path, name: str) -> None:
+    """The name comes from the network."""
+    directory = tmp_path / "shm"
+    directory.mkdir()
+    for path in (tmp_path / "secret", tmp_path / GOOD, directory / "secret"):
+        path.write_text(path.name)
+    with pytest.raises(ValueError, match="is no file of shared states"):
+        fetch(name, directory)
+    assert not is_shared(name, directory)
+    assert names(tmp_path) == {"shm", "secret", GOOD}
+    assert names(directory) == {"secret"}

@@ -1,0 +1,446 @@
+"""Streams. `StreamContract` runs here on the recorder, and in tests/engine/ on real engines; what travels over HTTP is
+played by a server that says what a test wants."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from recorder import Fault, Handler, RecordingEngine, RecordingServer, abort_a_row, lose_a_state_row, response_of
+from test_engine_contract import BAD_ROWS, assert_same, prompt_of, request
+
+from torchrl_sglang_hidden.engines import BatchingEngine, Engine
+from torchrl_sglang_hidden.engines.http import SGLangServer, connect
+from torchrl_sglang_hidden.engines.streams import AsyncStream, StreamChunk
+from torchrl_sglang_hidden.errors import (
+    AlignmentError,
+    AuthenticationError,
+    CapabilityError,
+    EngineError,
+    EngineUnreachableError,
+    InputError,
+    ProtocolError,
+    RequestAbortedError,
+    RequestRejectedError,
+)
+from torchrl_sglang_hidden.specs import Completion, Request
+
+
+def assert_adds_up(chunks: list[StreamChunk], completion: Completion) -> None:
+    """The chunks, put together, are the completion: exactly, for they are the same numbers."""
+    assert sum((chunk.ids for chunk in chunks), ()) == completion.response_ids
+    assert "".join(chunk.text for chunk in chunks) == completion.text
+    log_probs = [chunk.log_probs_T for chunk in chunks if chunk.log_probs_T is not None]
+    if completion.log_probs_T is None:
+        assert log_probs == []
+        return
+    assert all(part_T.dtype == torch.float32 for part_T in log_probs)
+    assert [len(part_T) for part_T in log_probs] == [len(chunk.ids) for chunk in chunks]
+    assert torch.equal(torch.cat(log_probs), completion.log_probs_T)
+
+
+async def collect(stream: AsyncStream) -> list[StreamChunk]:
+    return [chunk async for chunk in stream]
+
+
+class StreamContract:
+    """What holds for the streams of every engine. A subclass gives the fixture `engine`."""
+
+    def test_chunks_add_up_to_the_completion_that_generate_gives(self, engine: Engine) -> None:
+        one = request(prompt_of(engine, 9, seed=1))
+        stream = engine.stream(one)
+        chunks = list(stream)
+        assert len(chunks) > 1
+        assert_adds_up(chunks, stream.completion)
+        assert_same(stream.completion, engine.generate([one])[0])
+
+    def test_awaited_it_is_the_same(self, engine: Engine) -> None:
+        one = request(prompt_of(engine, 9, seed=1))
+
+        async def run() -> tuple[list[StreamChunk], Completion]:
+            async with await engine.astream(one) as stream:
+                return await collect(stream), stream.completion
+
+        chunks, completion = asyncio.run(run())
+        assert len(chunks) > 1
+        assert_adds_up(chunks, completion)
+        assert_same(completion, engine.generate([one])[0])
+
+    def test_without_log_probs_and_states_there_are_none(self, engine: Engine) -> None:
+        one = request(prompt_of(engine, 5, seed=2), hidden=None, log_probs=False)
+        stream = engine.stream(one)
+        chunks = list(stream)
+        assert_adds_up(chunks, stream.completion)
+        assert stream.completion.log_probs_T is None
+        assert stream.completion.hidden == {}
+
+    def test_several_are_read_in_turns(self, engine: Engine) -> None:
+        requests = [request(prompt_of(engine, 3 + 2 * row, seed=10 + row)) for row in range(4)]
+        streams = [engine.stream(one) for one in requests]
+        chunks: list[list[StreamChunk]] = [[] for _ in streams]
+        reading = dict(enumerate(streams))
+        while reading:
+            for row, stream in list(reading.items()):
+                chunk = next(stream, None)
+                if chunk is None:
+                    del reading[row]
+                else:
+                    chunks[row].append(chunk)
+        for stream, parts, one in zip(streams, chunks, requests, strict=True):
+            assert_adds_up(parts, stream.completion)
+            assert_same(stream.completion, engine.generate([one])[0])
+
+    def test_the_completion_is_there_at_the_end_only(self, engine: Engine) -> None:
+        stream = engine.stream(request(prompt_of(engine, 9, seed=1)))
+        next(stream)
+        with pytest.raises(EngineError, match=r"no completion after \d+ tokens: read the stream to its end first"):
+            stream.completion  # noqa: B018
+        chunks = list(stream)
+        assert chunks
+        completion = stream.completion
+        assert next(stream, None) is None
+        stream.close()
+        assert stream.completion is completion
+
+    def test_a_closed_one_ends_and_says_so(self, engine: Engine) -> None:
+        with engine.stream(request(prompt_of(engine, 9, seed=1))) as stream:
+            next(stream)
+        stream.close()
+        assert list(stream) == []
+        with pytest.raises(EngineError, match=r"after \d+ tokens: the stream was closed before the response ended"):
+            stream.completion  # noqa: B018
+
+    def test_a_closed_awaited_one_too(self, engine: Engine) -> None:
+        async def run() -> AsyncStream:
+            async with await engine.astream(request(prompt_of(engine, 9, seed=1))) as stream:
+                await anext(stream)
+            await stream.aclose()
+            assert await collect(stream) == []
+            return stream
+
+        stream = asyncio.run(run())
+        with pytest.raises(EngineError, match=r"after \d+ tokens: the stream was closed"):
+            stream.completion  # noqa: B018
+
+    @pytest.mark.parametrize("bad", BAD_ROWS)
+    def test_what_must_not_be_sent_is_refused(self, engine: Engine, bad: str) -> None:
+        make, kind, message = BAD_ROWS[bad]
+        with pytest.raises(kind, match=message.replace("row 1", "row 0")):
+            engine.stream(make(engine))
+        with pytest.raises(kind, match=message.replace("row 1", "row 0")):
+            asyncio.run(engine.astream(make(engine)))
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"sampling": {"max_new_tokens": 0}}, "max_new_tokens=0 generates nothing"),
+            ({"score_prompt": True}, "score_prompt=True in a stream"),
+        ],
+    )
+    def test_what_a_stream_cannot_give_is_refused(self, engine: Engine, changes: dict[str, Any], message: str) -> None:
+        one = replace(request(prompt_of(engine, 5, seed=2), hidden=None), **changes)
+        with pytest.raises(InputError, match=message):
+            engine.stream(one)
+        with pytest.raises(InputError, match=message):
+            asyncio.run(engine.astream(one))
+
+
+class TestRecorder(StreamContract):
+    @pytest.fixture(params=["json", "binary"])
+    def engine(self, request: pytest.FixtureRequest) -> RecordingEngine:
+        return RecordingEngine(binary=request.param == "binary")
+
+
+def test_states_need_the_server_half() -> None:
+    engine = RecordingEngine(pools_in_server=False)
+    with pytest.raises(CapabilityError, match=r"no torchrl_sglang_hidden server half.*hidden=None"):
+        engine.stream(request([5, 6, 7]))
+    assert engine.payloads == []
+    stream = engine.stream(request([5, 6, 7], hidden=None))
+    assert_adds_up(list(stream), stream.completion)
+
+
+@pytest.mark.parametrize(("fault", "kind"), [(lose_a_state_row, AlignmentError), (abort_a_row, RequestAbortedError)])
+def test_the_last_part_is_checked_as_every_answer(fault: Fault, kind: type[Exception]) -> None:
+    stream = RecordingEngine(fault=fault).stream(request(ids_of_length(4)))
+    for _ in range(3):
+        assert len(next(stream).ids) == 1
+    with pytest.raises(kind):
+        next(stream)
+    assert next(stream, None) is None
+    with pytest.raises(EngineError, match=f"the stream failed with {kind.__name__}"):
+        stream.completion  # noqa: B018
+
+
+def ids_of_length(num_response: int) -> list[int]:
+    """A prompt whose recorded response has so many tokens."""
+    return next([5, 6, last] for last in range(3, 90) if len(response_of([5, 6, last])) == num_response)
+
+
+def test_a_batching_engine_streams_with_its_own() -> None:
+    inner = RecordingEngine()
+    engine = BatchingEngine(inner, min_batch_size=100, timeout_s=900.0)
+    one = request(ids_of_length(4))
+    stream = engine.stream(one)
+    assert_adds_up(list(stream), stream.completion)
+    assert asyncio.run(collect_from(engine, one)) == 4
+    assert len(inner.payloads) == 2
+
+
+async def collect_from(engine: Engine, one: Request) -> int:
+    return len(await collect(await engine.astream(one)))
+
+
+# --- over HTTP --------------------------------------------------------------------------------------------------------
+
+PROMPT = ids_of_length(4)
+
+
+def events(handler: Handler, *lines: str) -> None:
+    """Answers with these lines, and closes the connection."""
+    handler.send_response(200)
+    handler.send_header("Content-Type", "text/event-stream")
+    handler.end_headers()
+    for line in lines:
+        handler.wfile.write(f"{line}\n\n".encode())
+    handler.close_connection = True
+
+
+def event(row: Any) -> str:
+    return f"data: {json.dumps(row)}"
+
+
+def parts(payload: dict[str, Any]) -> list[dict[str, Any]]:
+    """What SGLang would send for each token."""
+    recorder = RecordingEngine()
+    row = recorder.answer(payload)[0]
+    return [*(recorder.so_far(row, count) for count in range(1, len(row["output_ids"]))), row]
+
+
+@pytest.fixture
+def server() -> Iterator[RecordingServer]:
+    def respond(handler: Handler, payload: dict[str, Any]) -> None:
+        if payload.get("stream"):
+            events(handler, *map(event, parts(payload)), "data: [DONE]")
+        else:
+            handler.say((200, RecordingEngine().answer(payload)))
+
+    server = RecordingServer()
+    server.respond = respond
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def engine(server: RecordingServer) -> Iterator[SGLangServer]:
+    with connect(server.url) as engine:
+        yield engine
+
+
+class TestHTTP(StreamContract):
+    """The fixture `engine` is the module's."""
+
+
+def read(engine: Engine, way: str, **changes: Any) -> tuple[list[StreamChunk], Completion]:
+    one = replace(request(PROMPT), **changes)
+
+    async def aread() -> tuple[list[StreamChunk], Completion]:
+        stream = await engine.astream(one)
+        return await collect(stream), stream.completion
+
+    if way == "async":
+        return asyncio.run(aread())
+    stream = engine.stream(one)
+    return list(stream), stream.completion
+
+
+WAYS = pytest.mark.parametrize("way", ["sync", "async"])
+
+
+@WAYS
+def test_it_travels_as_events(server: RecordingServer, engine: SGLangServer, way: str) -> None:
+    chunks, completion = read(engine, way)
+    assert [len(chunk.ids) for chunk in chunks] == [1, 1, 1, 1]
+    assert_adds_up(chunks, completion)
+    assert_same(completion, RecordingEngine().generate([request(PROMPT)])[0])
+    assert [payload["stream"] for payload in server.payloads] == [True]
+
+
+@WAYS
+def test_what_came_in_between_is_one_chunk(server: RecordingServer, engine: SGLangServer, way: str) -> None:
+    server.respond = lambda handler, payload: events(handler, event(parts(payload)[2]), event(parts(payload)[-1]))
+    chunks, completion = read(engine, way)
+    assert [len(chunk.ids) for chunk in chunks] == [3, 1]
+    assert_adds_up(chunks, completion)
+
+
+REFUSED = {"error": {"message": "too long", "type": "invalid_request_error", "code": 400}}
+FAILED = {"error": {"message": "no memory", "code": 503}}
+
+
+@WAYS
+@pytest.mark.parametrize(
+    ("respond", "kind", "message"),
+    [
+        (lambda h, p: h.say((401, "no")), AuthenticationError, "refused the API key"),
+        (lambda h, p: h.say((400, {"error": {"message": "no such thing"}})), RequestRejectedError, "no such thing"),
+        (lambda h, p: h.say((500, "broken")), EngineError, "answered 500: broken"),
+        (lambda h, p: events(h, event(REFUSED), "data: [DONE]"), RequestRejectedError, "answered 400: too long"),
+        (lambda h, p: events(h, event(parts(p)[0]), event(FAILED)), EngineError, "answered 503: no memory"),
+        (lambda h, p: h.say((200, RecordingEngine().answer(p))), ProtocolError, "no event.*is that an SGLang server"),
+        (lambda h, p: events(h, "data: {half"), ProtocolError, "streamed 'data: {half'"),
+        (lambda h, p: events(h, event({"text": "x"})), ProtocolError, "lacks 'output_ids'"),
+        (lambda h, p: events(h, event(parts(p)[0]), "data: [DONE]"), ProtocolError, "after 1 tokens without a finish"),
+        (lambda h, p: events(h, event(parts(p)[1]), event(parts(p)[0])), AlignmentError, "takes back what it said"),
+        (lambda h, p: events(h, event(spoilt(parts(p)[1], swap))), AlignmentError, "2 log-probs for 2 output tokens"),
+        (lambda h, p: events(h, event(spoilt(parts(p)[1], lose))), AlignmentError, "1 log-probs for 2 output tokens"),
+        (lambda h, p: events(h, event(spoilt(parts(p)[1], garble))), ProtocolError, "log-probs .* cannot be read"),
+        (lambda h, p: events(h, event(spoilt(parts(p)[3], lose))), AlignmentError, "3 log-probs for 4 output tokens"),
+    ],
+)
+def test_what_goes_wrong_is_an_error_of_this_package(
+    server: RecordingServer, engine: SGLangServer, way: str, respond: Any, kind: type[Exception], message: str
+) -> None:
+    good, server.respond = server.respond, respond
+    with pytest.raises(kind, match=message) as raised:
+        read(engine, way)
+    assert type(raised.value) is kind
+    server.respond = good
+    assert_adds_up(*read(engine, way))
+
+
+def spoilt(row: dict[str, Any], spoil: Callable[[list[Any]], None]) -> dict[str, Any]:
+    spoil(row["meta_info"]["output_token_logprobs"])
+    return row
+
+
+def swap(entries: list[Any]) -> None:
+    entries[0][1] += 1
+
+
+def lose(entries: list[Any]) -> None:
+    del entries[-1]
+
+
+def garble(entries: list[Any]) -> None:
+    entries[0][0] = "much"
+
+
+@WAYS
+def test_a_server_that_goes_away_in_the_middle_is_unreachable(
+    server: RecordingServer, engine: SGLangServer, way: str
+) -> None:
+    def cut(handler: Handler, payload: dict[str, Any]) -> None:
+        handler.send_response(200)
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        line = f"{event(parts(payload)[0])}\n\n".encode()
+        handler.wfile.write(b"%x\r\n%s\r\n" % (len(line), line))
+        handler.close_connection = True
+
+    server.respond = cut
+    with pytest.raises(EngineUnreachableError, match="went away while answering"):
+        read(engine, way)
+
+
+class Held:
+    """A server that sends one part, and then waits for the client to hang up."""
+
+    def __init__(self, server: RecordingServer) -> None:
+        self.hung_up = threading.Event()
+        server.respond = self.respond
+
+    def respond(self, handler: Handler, payload: dict[str, Any]) -> None:
+        events(handler, event(parts(payload)[0]))
+        handler.connection.settimeout(20)
+        if handler.connection.recv(1) == b"":
+            self.hung_up.set()
+
+    def wait(self) -> None:
+        """Until the client has hung up."""
+        assert self.hung_up.wait(timeout=20)
+
+
+@pytest.mark.parametrize("way", ["close", "with", "error in with", "let go", "let go unread"])
+def test_letting_go_hangs_up(server: RecordingServer, engine: SGLangServer, way: str) -> None:
+    held = Held(server)
+    stream = engine.stream(request(PROMPT))
+    if way != "let go unread":
+        assert len(next(stream).ids) == 1
+    if way == "close":
+        stream.close()
+    elif way == "with":
+        with stream:
+            pass
+    elif way == "error in with":
+        with pytest.raises(ZeroDivisionError), stream:
+            1 / 0  # noqa: B018
+    else:
+        del stream
+        gc.collect()
+    held.wait()
+
+
+@pytest.mark.parametrize("way", ["close", "cancel", "let go", "end of the loop"])
+def test_letting_go_of_an_awaited_one_hangs_up(server: RecordingServer, engine: SGLangServer, way: str) -> None:
+    held = Held(server)
+
+    async def run() -> AsyncStream | None:
+        stream = await engine.astream(request(PROMPT))
+        await anext(stream)
+        if way == "close":
+            await stream.aclose()
+        elif way == "cancel":
+            reading = asyncio.ensure_future(anext(stream))
+            await asyncio.wait([reading], timeout=0.01)
+            reading.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await reading
+        elif way == "let go":
+            del stream
+            gc.collect()
+            await asyncio.to_thread(held.wait)
+        else:
+            return stream
+        return None
+
+    stream = asyncio.run(run())
+    held.wait()
+    del stream
+
+
+@WAYS
+def test_an_engine_that_streams_increments_is_refused_before_anything_is_sent(
+    server: RecordingServer, way: str
+) -> None:
+    status, info = server.pages["/server_info"]
+    server.pages["/server_info"] = (status, {**info, "incremental_streaming_output": True})
+    with connect(server.url) as engine:
+        with pytest.raises(CapabilityError, match="--incremental-streaming-output"):
+            read(engine, way)
+        assert server.payloads == []
+
+
+def test_several_servers_take_turns(server: RecordingServer) -> None:
+    other = RecordingServer()
+    other.respond = server.respond
+    try:
+        with connect([server.url, other.url]) as engine:
+            for _ in range(4):
+                assert_adds_up(*read(engine, "sync"))
+        assert (len(server.payloads), len(other.payloads)) == (2, 2)
+    finally:
+        other.stop()
+
+
+def test_a_closed_engine_says_so(engine: SGLangServer) -> None:
+    engine.close()
+    with pytest.raises(EngineError, match="closed by close"):
+        engine.stream(request(PROMPT))

@@ -1,0 +1,233 @@
+"""One response as it comes: SGLang's growing answers to increments, and the last of them to a `Completion`.
+
+SGLang sends the whole response so far with every token. Knows nothing of how it travels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from torchrl_sglang_hidden.errors import AlignmentError, CapabilityError, EngineError, InputError, ProtocolError
+from torchrl_sglang_hidden.specs import Completion, EngineInfo, Request
+from torchrl_sglang_hidden.wire import read_responses
+
+__all__ = ["AsyncStream", "Stream", "StreamChunk", "check_stream"]
+
+
+@dataclass(frozen=True, slots=True)
+class StreamChunk:
+    """What came since the chunk before it. A response's chunks, put together, are its `Completion`.
+
+    Args:
+        ids: the new response ids, ``[N]``; one, or more where the reader was slower than the engine.
+        text: the new text. Empty while it may still be the start of a stop string, or half of a character.
+        log_probs_T: float32 ``[N]``, or None when not asked for.
+    """
+
+    ids: tuple[int, ...]
+    text: str
+    log_probs_T: torch.Tensor | None
+
+
+def check_stream(request: Request, info: EngineInfo, *, cumulative: bool) -> None:
+    """Refuses what a stream cannot give.
+
+    Args:
+        request: to be streamed.
+        info: of the engine.
+        cumulative: whether the engine sends the whole response so far with every token.
+
+    Raises:
+        InputError: a request that generates nothing, or one for the prompt's log-probs.
+        CapabilityError: hidden states without the server half, or an engine that streams increments.
+    """
+    if request.reads_only:
+        raise InputError("max_new_tokens=0 generates nothing that could be streamed; use generate")
+    if request.score_prompt:
+        raise InputError(
+            "score_prompt=True in a stream: SGLang would send the log-probs of all prompt tokens again with every new "
+            "token; use generate"
+        )
+    if request.hidden is not None and not info.pools_in_server:
+        raise CapabilityError(
+            "hidden states are asked for in a stream, and the engine has no torchrl_sglang_hidden server half: SGLang "
+            "would send all states so far again with every token; start it with `torchrl-sglang-hidden serve`, use "
+            "generate, or pass hidden=None"
+        )
+    if not cumulative:
+        raise CapabilityError(
+            "the engine was started with --incremental-streaming-output, which cuts up what the server half adds to an "
+            "answer; start it without"
+        )
+
+
+class _Reader:
+    """Cuts growing answers into chunks, and checks that each goes on where the last one ended."""
+
+    def __init__(self, request: Request, info: EngineInfo) -> None:
+        self._request, self._info = request, info
+        self._ids: tuple[int, ...] = ()
+        self._text = ""
+        self._completion: Completion | None = None
+        self._over = ""
+
+    @property
+    def completion(self) -> Completion:
+        if self._completion is None:
+            raise EngineError(
+                f"no completion after {len(self._ids)} tokens: {self._over or 'read the stream to its end first'}"
+            )
+        return self._completion
+
+    def end(self, why: str) -> None:
+        """Takes note of why there will be no completion, unless there is one."""
+        self._over = self._over or why
+
+    def ended(self) -> None:
+        """The answers ended.
+
+        Raises:
+            ProtocolError: before the response did.
+        """
+        if self._completion is None and not self._over:
+            self.end("the engine ended the stream before the response")
+            raise ProtocolError(
+                f"the stream ended after {len(self._ids)} tokens without a finish reason; look at the engine's log"
+            )
+
+    def read(self, row: Any) -> StreamChunk:
+        try:
+            ids, text = tuple(int(token_id) for token_id in row["output_ids"]), row["text"]
+            meta = row["meta_info"]
+            name, finish = f"request {meta['id']}", meta["finish_reason"]
+            entries = meta["output_token_logprobs"] if self._request.return_log_probs else None
+            goes_on = ids[: len(self._ids)] == self._ids and text.startswith(self._text)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ProtocolError(f"a part of a stream lacks {error}: {str(row)[:200]}") from error
+        if not goes_on:
+            raise AlignmentError(
+                f"{name}: the stream takes back what it said: {len(ids)} tokens that do not start with the "
+                f"{len(self._ids)} before; this is a fault of the engine, please report it"
+            )
+        start, before = len(self._ids), len(self._text)
+        if finish is not None:
+            self._completion = read_responses([self._request], [row], self._info)[0]
+            every_T = self._completion.log_probs_T
+            log_probs_T = None if every_T is None else every_T[start:]
+        else:
+            log_probs_T = None if entries is None else _read_log_probs(name, entries, ids, start)
+        self._ids, self._text = ids, text
+        return StreamChunk(ids[start:], text[before:], log_probs_T)
+
+
+def _read_log_probs(name: str, entries: Any, ids: tuple[int, ...], start: int) -> torch.Tensor:
+    """The log-probs of ``ids[start:]``, float32."""
+    try:
+        found = [(float(entry[0]), int(entry[1])) for entry in entries[start:]]
+    except (TypeError, ValueError, IndexError) as error:
+        raise ProtocolError(f"{name}: the log-probs of a stream cannot be read ({error})") from error
+    if tuple(token_id for _, token_id in found) != ids[start:]:
+        raise AlignmentError(
+            f"{name}: {len(entries)} log-probs for {len(ids)} output tokens, or of other ids; this is a fault of the "
+            "engine, please report it"
+        )
+    return torch.tensor([value for value, _ in found], dtype=torch.float32)
+
+
+class Stream(Iterator[StreamChunk]):
+    """One response as it comes. Iterate it; afterwards `completion` has all of it, with the pooled states.
+
+    The engine goes on whether or not it is read: what came in between is one chunk. Closing it, leaving its ``with``
+    block or letting go of it before its end hangs up, and SGLang then drops the request. For one thread at a time.
+
+    Args:
+        rows: yields once when the request is on its way, then every answer of SGLang's.
+        request: what was sent.
+        info: of the engine.
+    """
+
+    def __init__(self, rows: Generator[Any, None, None], request: Request, info: EngineInfo) -> None:
+        next(rows)
+        self._rows, self._reader = rows, _Reader(request, info)
+
+    @property
+    def completion(self) -> Completion:
+        """The whole response, checked as `Engine.generate`'s.
+
+        Raises:
+            EngineError: the stream was not read to its end, was closed before, or failed.
+        """
+        return self._reader.completion
+
+    def __next__(self) -> StreamChunk:
+        try:
+            row = next(self._rows, None)
+            if row is not None:
+                return self._reader.read(row)
+            self._reader.ended()
+        except BaseException as error:
+            self._reader.end(f"the stream failed with {type(error).__name__}: {error}")
+            self.close()
+            raise
+        raise StopIteration
+
+    def close(self) -> None:
+        """Hangs up; a second call does nothing."""
+        self._reader.end("the stream was closed before the response ended")
+        self._rows.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class AsyncStream(AsyncIterator[StreamChunk]):
+    """As `Stream`, awaited; made by `Engine.astream`. Cancelling the task that reads it hangs up."""
+
+    def __init__(self, rows: AsyncGenerator[Any, None], request: Request, info: EngineInfo) -> None:
+        self._rows, self._reader = rows, _Reader(request, info)
+
+    @classmethod
+    async def open(cls, rows: AsyncGenerator[Any, None], request: Request, info: EngineInfo) -> Self:
+        """See `Stream` for the arguments."""
+        await anext(rows)
+        return cls(rows, request, info)
+
+    @property
+    def completion(self) -> Completion:
+        """See `Stream.completion`."""
+        return self._reader.completion
+
+    async def __anext__(self) -> StreamChunk:
+        try:
+            row = await anext(self._rows, None)
+            if row is not None:
+                return self._reader.read(row)
+            self._reader.ended()
+        except BaseException as error:
+            self._reader.end(f"the stream failed with {type(error).__name__}: {error}")
+            await self.aclose()
+            raise
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        """See `Stream.close`."""
+        self._reader.end("the stream was closed before the response ended")
+        await self._rows.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()

@@ -1,0 +1,162 @@
+"""Where things stand in a prompt: a message's words in the chat's text, and spans in the prompt's tokens.
+
+Knows nothing of TensorDict keys or engines.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import count
+
+from tensordict import lazy_stack
+from torchrl.data.llm import History
+from transformers import PreTrainedTokenizerBase
+
+from torchrl_sglang_hidden.errors import InputError, SpanError
+from torchrl_sglang_hidden.spans import LastTokens, PromptSpan, Role, Turn, intervals_of
+
+__all__ = ["Chat", "decode_all", "last_tokens", "spoken_tokens", "tokens_at"]
+
+NO_MESSAGE = "<none>"  # the role of what fills a chat up to the length of others; torchrl does not render it
+
+
+def decode_all(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of ids as it is: with special tokens, and without a space taken out."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A chat and its text.
+
+    Args:
+        history: ``[turns]``.
+        text: what the template writes for it.
+        render: writes another chat in the same way, or with ``add_generation_prompt`` as given.
+    """
+
+    history: History
+    text: str
+    render: Callable[..., str]
+
+    @functools.cached_property
+    def messages(self) -> list[History]:
+        """Its messages, in order."""
+        return [message for message in self.history.unbind(-1) if message.role != NO_MESSAGE]
+
+    def words_of(self, turn: int) -> tuple[int, int]:
+        """Where the words of a message that has any stand in the text, half-open.
+
+        The chat is written a second time with a number in the words' place, so that neither the template's own text nor
+        another message that says the same is taken for them. The template may strip the words.
+
+        Raises:
+            InputError: the template does anything else to them.
+        """
+        messages = self.messages
+        content = messages[turn].content
+        if not isinstance(content, str):
+            raise InputError(
+                f"message {turn} is a {type(content).__name__}, and only a text's tokens can be found; give a "
+                "chat_template that writes its words as they are"
+            )
+        mark = next(number for number in map(str, count(10**15)) if number not in self.text)
+        changed = messages[turn].clone()
+        changed.content = mark
+        marked = self.render(lazy_stack([*messages[:turn], changed, *messages[turn + 1 :]]))
+        before, found, after = marked.partition(mark)
+        start, stop = len(before), len(self.text) - len(after)
+        framed = found and start <= stop and self.text.startswith(before) and self.text.endswith(after)
+        if framed and self.text[start:stop].strip() == content.strip():
+            return start, stop
+        if messages[turn].role == "assistant":
+            # A template that looks into the answer, for its thoughts, writes another frame around the number.
+            start = self.text.find(content, self._same_before(messages[:turn]))
+            if start >= 0:
+                return start, start + len(content)
+        raise InputError(
+            f"the chat template rewrites the {messages[turn].role}'s message {turn}, so its tokens are not known; give "
+            "a chat_template that writes its words as they are"
+        )
+
+    def _same_before(self, messages: list[History]) -> int:
+        """How far the text is that of the messages before, up to and with the header of the answer that follows."""
+        before = self.render(lazy_stack(messages), add_generation_prompt=True) if messages else ""
+        return next((i for i, (a, b) in enumerate(zip(before, self.text, strict=False)) if a != b), len(before))
+
+
+def tokens_at(
+    places: Sequence[tuple[int, int]], text: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase
+) -> list[bool] | None:
+    """Which ids hold any part of half-open places, none of them empty, in the text that they stand for.
+
+    Known for the tokenizer's own ids of the text, by its offsets, and for any other ids that decode to it; else None.
+    """
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
+    if "offset_mapping" in encoded and list(encoded["input_ids"]) == list(ids):
+        offsets = encoded["offset_mapping"]
+        return [any(start < until and end > since for since, until in places) for start, end in offsets]
+    if decode_all(tokenizer, ids) != text:
+        return None
+
+    def smallest(holds: Callable[[str], bool]) -> int:
+        """The fewest ids whose text passes; from there on all do."""
+        low, high = 0, len(ids)
+        while low < high:
+            middle = (low + high) // 2
+            if holds(decode_all(tokenizer, ids[:middle])):
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+    mask = [False] * len(ids)
+    for since, until in places:
+        # From the first token that reaches behind `since` up to the one that completes the last character.
+        first = smallest(lambda prefix, place=since: len(prefix) > place) - 1  # type: ignore[misc]
+        last = smallest(lambda prefix, words=text[:until]: prefix.startswith(words))  # type: ignore[misc]
+        mask[first:last] = [True] * (last - first)
+    return mask
+
+
+def spoken_tokens(span: Turn | Role, chat: Chat, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> PromptSpan:
+    """The tokens of the words of one message, or of one role's messages.
+
+    Raises:
+        SpanError: the chat has no such message, or no words in it.
+        InputError: which tokens they are is not known.
+    """
+    messages = chat.messages
+    roles = [message.role for message in messages]
+    if isinstance(span, Turn):
+        if not -len(roles) <= span.index < len(roles):
+            raise SpanError(f"{span}: the chat has {len(roles)} messages, of {roles}")
+        turns = [span.index % len(roles)]
+    else:
+        turns = [turn for turn, role in enumerate(roles) if role == span.name]
+        if not turns:
+            raise SpanError(f"{span}: the chat has no message of this role; its messages are of {roles}")
+    found = [chat.words_of(turn) for turn in turns if messages[turn].content]
+    places = [(since, until) for since, until in found if since < until]
+    if not places:
+        raise SpanError(f"{span}: the chat's messages {turns} are empty, and an empty span has no state")
+    mask = tokens_at(places, chat.text, ids, tokenizer)
+    if mask is None:
+        raise InputError(
+            f"{span}: the {len(ids)} ids do not decode to the chat's text, so where a message stands in them is not "
+            "known; leave prefer_tokens and tokenizer_kwargs out, or give a fast tokenizer"
+        )
+    return intervals_of(mask)
+
+
+def last_tokens(span: LastTokens, num_prompt: int) -> PromptSpan:
+    """The last tokens of a prompt.
+
+    Raises:
+        SpanError: there are fewer, and that is not allowed.
+    """
+    if span.count > num_prompt and not span.allow_fewer:
+        raise SpanError(f"{span}: the prompt has {num_prompt} tokens; lower the count, or pass allow_fewer=True")
+    return PromptSpan(((max(num_prompt - span.count, 0), num_prompt),))
