@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-CODE := torchrl_sglang_hidden tests
+CODE := torchrl_sglang_hidden tests benchmarks
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test fast check format clean

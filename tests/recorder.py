@@ -107,6 +107,7 @@ def make_info(**changes: Any) -> EngineInfo:
         "pools_in_server": True,
         "returns_hidden_states": True,
         "honours_seeds": True,
+        "honours_priorities": True,
     }
     return EngineInfo(**{**fields, **changes})
 

@@ -183,13 +183,19 @@ def test_whatever_comes_a_full_count_has_the_right_value(case: Case, data: st.Da
 
 @given(case=cases(), data=st.data())
 def test_a_gap_in_the_prompt_leaves_the_count_short(case: Case, data: st.DataObject) -> None:
-    """A skipped chunk, the first of them when the prefix cache had it: what needs its rows comes back short."""
+    """A skipped chunk, the first of them when the prefix cache had it: what needs its rows comes back short.
+
+    So it does where the chunk was planned, and its rows were not what they should have been.
+    """
     pools = pools_for(case)
     chunks = data.draw(cuts(0, case.num_prompt))
     skipped = data.draw(st.sampled_from(chunks))
+    planned = data.draw(st.booleans())
     for start, stop in chunks:
         if (start, stop) != skipped:
             prefill(pools, case.hidden_NKD, start, stop)
+        elif planned:
+            pools.plan_prompt(start, stop)
     for index in range(case.num_response):
         produce(pools, case.hidden_NKD, index)
     found, lost = finish(case, pools), set(range(*skipped))
@@ -396,6 +402,19 @@ def test_a_prefix_hit_up_to_what_is_needed_loses_nothing_where_a_sum_is_kept(cas
     hit = data.draw(st.integers(0, min(max(pools.first_needed(), done), case.num_prompt - 1)))
     for number, (start, stop) in enumerate(data.draw(cuts(hit, case.num_prompt))):
         prefill(pools, case.hidden_NKD, start, stop, base=number == 0)
+    for index in range(case.num_response):
+        produce(pools, case.hidden_NKD, index)
+    assert_complete(case, pools)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_a_kept_sum_stands_for_what_was_done_too(pooling: Any) -> None:
+    """Two positions were computed, the request went back into the queue, and hit another's prefix of four."""
+    case = case_of(pooling=pooling, spans={"m": PromptSpan(((0, 1), (4, 6)))}, layers=(0, -1))
+    pools = pools_for(case)
+    prefill(pools, case.hidden_NKD, 0, 2)
+    pools.restart()
+    prefill(pools, case.hidden_NKD, 4, 6, base=True)
     for index in range(case.num_response):
         produce(pools, case.hidden_NKD, index)
     assert_complete(case, pools)

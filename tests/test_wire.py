@@ -754,9 +754,9 @@ GOOD_SPEC = HiddenSpec(ALL_SEGMENTS, layers=(0, -1, -2), spans=SPANS)
             {},
             CapabilityError,
             r"row 1: layers=1: the server gives the states of layers \[-1, 0, 2\]; start it with "
-            r"launch\(layers=\(1,\)\), or `serve --layers`",
+            r"launch\(layers=\(0, 1, 2\)\), or `serve --layers`",
         ),
-        (request(HiddenSpec(layers=(0, -3))), {}, CapabilityError, r"layers=\(0, -3\): .*launch\(layers=\(0, -3\)\)"),
+        (request(HiddenSpec(layers=(0, -3))), {}, CapabilityError, r"layers=\(0, -3\): .*launch\(layers=\(0, 1, 2\)\)"),
         (
             request(HiddenSpec(layers=(-1, 0))),
             {"layers": (-1,), "no_states_because": "Gemma 9 is another"},
@@ -835,6 +835,21 @@ def test_one_priority_for_a_batch() -> None:
     for other in (2, None):
         with pytest.raises(InputError, match=r"priorities .*, and SGLang takes one per batch; send them apart"):
             check_requests([request(priority=1), request(priority=other)], make_info())
+
+
+def test_a_priority_that_is_not_read_is_refused() -> None:
+    with pytest.raises(CapabilityError, match=r"priority=1, which this engine does not read; .*--enable-priority"):
+        check_requests([request(priority=1)], make_info(honours_priorities=False))
+
+
+def test_a_span_that_no_response_is_long_enough_for() -> None:
+    def of(span: LastTokens, max_new_tokens: int) -> Request:
+        spec = HiddenSpec(spans={"tail": span})
+        return request(spec, spans={"tail": span}, max_new_tokens=max_new_tokens)
+
+    with pytest.raises(SpanError, match=r"row 0, span 'tail': LastTokens\(9\) .* max_new_tokens=8; raise that"):
+        check_requests([of(LastTokens(9), 8)], make_info())
+    check_requests([of(LastTokens(8), 8), of(LastTokens(9, allow_fewer=True), 8)], make_info())
 
 
 def test_a_prompt_that_is_only_read_must_leave_room_for_a_token() -> None:

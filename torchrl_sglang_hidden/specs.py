@@ -270,6 +270,7 @@ class EngineInfo:
         returns_hidden_states: whether the engine serves stock ``return_hidden_states``.
         honours_seeds: whether a request's ``sampling_seed`` has an effect: SGLang reads it only under
             ``--enable-deterministic-inference``.
+        honours_priorities: likewise for its ``priority``, under ``--enable-priority-scheduling``.
         no_states_because: why the engine gives no hidden states, or not those of other layers than the last; empty
             where it gives all that it was started for.
         shares_memory: whether many bytes may come through shared memory: the engine is on this machine.
@@ -287,5 +288,6 @@ class EngineInfo:
     pools_in_server: bool
     returns_hidden_states: bool
     honours_seeds: bool
+    honours_priorities: bool = False
     no_states_because: str = ""
     shares_memory: bool = False

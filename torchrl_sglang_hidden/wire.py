@@ -122,6 +122,7 @@ def read_info(
             and not _stock_refusal(server_info)
             and all(status.normed for status in statuses),
             honours_seeds=bool(server_info.get("enable_deterministic_inference")),
+            honours_priorities=bool(server_info.get("enable_priority_scheduling")),
             no_states_because=because,
             shares_memory=pools and all(is_shared(status.shared) for status in statuses),
         )
@@ -150,6 +151,11 @@ def check_requests(requests: Sequence[Request], info: EngineInfo) -> None:
     priorities = {request.priority for request in requests}
     if len(priorities) > 1:
         raise InputError(f"the rows have priorities {priorities}, and SGLang takes one per batch; send them apart")
+    if priorities != {None} and not info.honours_priorities:
+        raise CapabilityError(
+            f"priority={requests[0].priority}, which this engine does not read; start SGLang with "
+            "--enable-priority-scheduling, or leave it out"
+        )
     for row, request in enumerate(requests):
         ids = request.prompt_ids
         if not ids:
@@ -199,13 +205,13 @@ def _check_hidden(row: int, request: Request, spec: HiddenSpec, info: EngineInfo
             f"row {row}: hidden states are asked of a server that was started without them{because}; "
             f"{FALLBACK_REMEDY}, start SGLang with --enable-return-hidden-states, or pass hidden=None"
         )
-    for layer in spec.layer_ids:
-        if canonical_layer(layer, info.num_layers) not in info.layers:
-            because = f" ({info.no_states_because})" if info.no_states_because else ""
-            raise CapabilityError(
-                f"row {row}: layers={spec.layers}: the server gives the states of layers {list(info.layers)}{because}; "
-                f"start it with launch(layers={tuple(spec.layer_ids)}), or `serve --layers`"
-            )
+    wanted = {canonical_layer(layer, info.num_layers) for layer in spec.layer_ids}
+    if not wanted <= set(info.layers):
+        because = f" ({info.no_states_because})" if info.no_states_because else ""
+        raise CapabilityError(
+            f"row {row}: layers={spec.layers}: the server gives the states of layers {list(info.layers)}{because}; "
+            f"start it with launch(layers={tuple(sorted({*wanted, *info.layers} - {-1}))}), or `serve --layers`"
+        )
     if request.reads_only and spec.needs_response:
         raise InputError(
             f"row {row}: max_new_tokens=0 generates nothing, and segments={spec.segments}, spans={list(spec.spans)} "
@@ -219,6 +225,12 @@ def _check_hidden(row: int, request: Request, spec: HiddenSpec, info: EngineInfo
         if isinstance(span, PromptSpan) and span.end > len(request.prompt_ids):
             raise SpanError(
                 f"row {row}, span {name!r}: ends at {span.end} in a prompt of {len(request.prompt_ids)} tokens"
+            )
+        most = request.sampling.get("max_new_tokens")
+        if isinstance(span, LastTokens) and not span.allow_fewer and most is not None and span.count > most:
+            raise SpanError(
+                f"row {row}, span {name!r}: LastTokens({span.count}) of a response of at most max_new_tokens={most}; "
+                "raise that, or pass allow_fewer=True"
             )
         if isinstance(span, Between) and not info.pools_in_server:
             raise CapabilityError(f"row {row}, span {name!r}: markers are found by the server half; {FALLBACK_REMEDY}")

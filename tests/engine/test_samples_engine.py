@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import httpx
 import pytest
 from checks import SEGMENTS, assert_rows, history_input, prompt_of, text_input, tokens_input
 
@@ -53,6 +54,8 @@ def test_every_mode_gives_a_dimension_of_samples(policy: Policy, mode: str, pad_
 def test_a_prompt_is_computed_once(smol: SGLangServer, monkeypatch: pytest.MonkeyPatch) -> None:
     cached: list[int] = []
     read = _recorded(monkeypatch, cached)
+    # Other runs against the same server may have left these prompts in its cache.
+    httpx.post(f"{smol.url}/flush_cache", timeout=60).raise_for_status()
     prompts = [tuple(prompt_of(n, seed=2000 + n)) for n in (50, 120)]
     hidden = HiddenSpec(SEGMENTS)
     requests = [Request(ids, sampling={"max_new_tokens": 3, "temperature": 1.0}, hidden=hidden) for ids in prompts]
@@ -65,10 +68,10 @@ def test_a_prompt_is_computed_once(smol: SGLangServer, monkeypatch: pytest.Monke
 
 def _recorded(monkeypatch: pytest.MonkeyPatch, cached: list[int]) -> Callable[[], int]:
     """Notes SGLang's ``cached_tokens`` of every answer; returns how many calls there were."""
-    from torchrl_sglang_hidden.engines import http
+    from torchrl_sglang_hidden.engines import endpoint
 
     calls = 0
-    original = http.read_responses
+    original = endpoint.read_responses
 
     def note(requests, rows, info, *, first_row):  # type: ignore[no-untyped-def]
         nonlocal calls
@@ -76,7 +79,7 @@ def _recorded(monkeypatch: pytest.MonkeyPatch, cached: list[int]) -> Callable[[]
         cached.extend(row["meta_info"]["cached_tokens"] for row in rows)
         return original(requests, rows, info, first_row=first_row)
 
-    monkeypatch.setattr(http, "read_responses", note)
+    monkeypatch.setattr(endpoint, "read_responses", note)
     return lambda: calls
 
 

@@ -148,12 +148,12 @@ def test_a_marker_that_was_not_said(wrapper: Any) -> None:
 
 
 def test_a_response_shorter_than_its_span(wrapper: Any) -> None:
-    batch = tokens_input([[5, 6, 7]])
-    with pytest.raises(SpanError, match=r"row 0.*'tail'.*2 tokens"):
-        wrapper("tokens", HiddenSpec(spans={"tail": LastTokens(3)}), max_new_tokens=2)(batch)
-    spec = HiddenSpec(spans={"tail": LastTokens(3, allow_fewer=True)})
-    out = wrapper("tokens", spec, max_new_tokens=2)(batch)
-    assert out["hidden_states"].span_counts["tail"].tolist() == [2]
+    batch = history_input(["What is the capital of France?"])
+    with pytest.raises(SpanError, match=r"row 0.*'tail'.* 8 tokens"):
+        wrapper("history", HiddenSpec(spans={"tail": LastTokens(9)}))(batch)
+    spec = HiddenSpec(spans={"tail": LastTokens(9, allow_fewer=True)})
+    out = wrapper("history", spec)(batch)
+    assert out["hidden_states"].span_counts["tail"].tolist() == [8]
 
 
 def test_a_mask_of_the_tensordict(wrapper: Any, smol_dir: str) -> None:

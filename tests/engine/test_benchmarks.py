@@ -1,0 +1,38 @@
+"""The benchmarks run, compare their sides before they print a ratio, and end in one line of JSON."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def run(name: str, *options: str) -> dict[str, object]:
+    command = [sys.executable, str(BENCHMARKS / name), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=540, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_hidden_states() -> None:
+    sizes = ("--prompts", "2", "--prompt-tokens", "96", "--new-tokens", "4", "--rounds", "1")
+    found = run("hidden_states.py", "--model", "wide", *sizes)
+    wide = found["models"]["wide"]  # type: ignore[index]
+    assert wide["hidden_size"] == 4096
+    assert wide["worst_relative_difference"] < 1e-4
+    sides = wide["sides"]
+    assert set(sides) == {"plain", "pooled", "tokens", "tokens, HTTP", "stock"}
+    assert all(side["seconds"] > 0 for side in sides.values())
+    # Bytes do not depend on how busy the machine is: 2 vectors for each prompt against a hundred rows of numbers.
+    assert sides["stock"]["http_bytes"] > 40 * sides["pooled"]["http_bytes"]
+    assert sides["tokens"]["shared_memory_bytes"] > 2 * 96 * 4096 * 4
+
+
+def test_rollout() -> None:
+    found = run("rollout.py", "--prompts", "3", "--prompt-tokens", "8", "--new-tokens", "4", "--rounds", "1")
+    assert found["new_tokens_a_round"] > 3
+    assert found["speed_of_torchrl"] > 0  # type: ignore[operator]
