@@ -28,6 +28,7 @@ from torchrl_sglang_hidden.errors import SpanError
 from torchrl_sglang_hidden.pooling import BLOCK, Wanted
 from torchrl_sglang_hidden.server import plugin
 from torchrl_sglang_hidden.server.capture import Capture, HostRows, _Tokens
+from torchrl_sglang_hidden.server.sums import ENTRY_BYTES
 from torchrl_sglang_hidden.shared import MIN_BYTES, SharedFiles, fetch
 from torchrl_sglang_hidden.spans import Between, LastTokens, PromptSpan
 from torchrl_sglang_hidden.specs import POOLINGS, SEGMENTS
@@ -663,7 +664,7 @@ def test_kept_sums_are_handed_on_once() -> None:
     scheduler.prefill(req)
     assert scheduler.capture.opened[req].pools.sums == []
     lengths = {BLOCK, 2 * BLOCK, 3 * BLOCK, 199, 200}
-    assert scheduler.capture.sums.bytes == len(lengths) * HIDDEN_SIZE * 4
+    assert scheduler.capture.sums.bytes == sum(HIDDEN_SIZE * 4 + 8 * (n % BLOCK) + ENTRY_BYTES for n in lengths)
 
 
 class World(Scheduler):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchrl_sglang_hidden.pooling import BLOCK
-from torchrl_sglang_hidden.server.sums import PrefixKeys, PrefixSums
+from torchrl_sglang_hidden.server.sums import ENTRY_BYTES, PrefixKeys, PrefixSums
 
 # One block in two forms, so that beginnings are often equal, and differ in the middle of whole blocks too.
 BLOCKS = [(7,) * BLOCK, (*(7,) * (BLOCK - 1), 8)]
@@ -52,13 +52,13 @@ def test_the_longest_kept_beginning_is_found(data: st.DataObject) -> None:
         else:
             assert found is not None
             assert (found[0], float(found[1][0, 0])) == (expected, model[kind, ids[:expected]])
-    assert store.bytes == 16 * len(model)
+    assert store.bytes == sum(cost(4, len(ids)) for _, ids in model)
 
 
 @given(data=st.data())
 def test_what_was_not_used_for_longest_goes_first_and_bytes_are_exact(data: st.DataObject) -> None:
     """Putting again and finding are both a use."""
-    sizes, room = (4, 8, 12), 100
+    sizes, room = (4, 8, 12), 5 * ENTRY_BYTES
     store, model = PrefixSums(room), dict[tuple[int, ...], int]()
     for _ in range(data.draw(st.integers(1, 20))):
         ids = data.draw(st.lists(st.sampled_from([7, 8]), min_size=1, max_size=3).map(tuple))
@@ -66,7 +66,7 @@ def test_what_was_not_used_for_longest_goes_first_and_bytes_are_exact(data: st.D
         if data.draw(st.booleans()):
             size = data.draw(st.sampled_from(sizes))
             store.put(keys, len(ids), sum_of(size=size))
-            model[ids] = model.pop(ids, 4 * size)
+            model[ids] = model.pop(ids, cost(size, len(ids)))
         else:
             found = store.longest(keys, len(ids))
             expected = next((ids[:length] for length in range(len(ids), 0, -1) if ids[:length] in model), None)
@@ -81,7 +81,7 @@ def test_what_was_not_used_for_longest_goes_first_and_bytes_are_exact(data: st.D
 
 
 def test_one_that_has_no_room_at_all_is_not_kept() -> None:
-    store = PrefixSums(15)
+    store = PrefixSums(cost(4, 2) - 1)
     store.put(PrefixKeys("", (1, 2)), 2, sum_of(size=4))
     assert (store.bytes, store.longest(PrefixKeys("", (1, 2)), 2)) == (0, None)
 
@@ -101,7 +101,12 @@ def test_nothing_is_left_after_clear() -> None:
     store.clear()
     assert (store.bytes, store.longest(PrefixKeys("", ids), 100)) == (0, None)
     store.put(PrefixKeys("", ids), 70, sum_of())
-    assert (store.bytes, store.longest(PrefixKeys("", ids), 100)[0]) == (16, 70)
+    assert (store.bytes, store.longest(PrefixKeys("", ids), 100)[0]) == (cost(4, 70), 70)
+
+
+def cost(size: int, length: int) -> int:
+    """Of a sum of ``size`` numbers, with the ids behind its last whole block and what stands around it."""
+    return 4 * size + 8 * (length % BLOCK) + ENTRY_BYTES
 
 
 class Growing(Sequence[int]):

@@ -21,8 +21,12 @@ from torchrl_sglang_hidden.pooling import BLOCK
 __all__ = ["PrefixKeys", "PrefixSums"]
 
 MAX_BYTES = 256 * 2**20
+_ID_BYTES = 8
 
-_Key = tuple[bytes, tuple[int, ...]]
+# What a sum costs beside its numbers: the tensor around them, and its places in two dicts.
+ENTRY_BYTES = 1024
+
+_Key = tuple[bytes, bytes]
 
 
 @dataclass(slots=True)
@@ -52,14 +56,14 @@ class PrefixKeys:
     def key(self, length: int) -> _Key:
         """The name of the first ``length`` tokens."""
         number = length // BLOCK
-        return self.block(number), tuple(self.ids[number * BLOCK : length])
+        return self.block(number), array("q", self.ids[number * BLOCK : length]).tobytes()
 
 
 class PrefixSums:
     """Bounded; forgets what was not used for longest.
 
     Args:
-        max_bytes: of tensors.
+        max_bytes: of sums and their names.
     """
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
@@ -76,8 +80,8 @@ class PrefixSums:
             self._sums.move_to_end(key)
             return
         self._sums[key] = sum_KD
-        self._lengths.setdefault(key[0], Counter())[len(key[1])] += 1
-        self.bytes += sum_KD.nbytes
+        self._lengths.setdefault(key[0], Counter())[len(key[1]) // _ID_BYTES] += 1
+        self.bytes += _cost(key, sum_KD)
         while self.bytes > self.max_bytes:
             self._forget_oldest()
 
@@ -108,11 +112,16 @@ class PrefixSums:
         self.bytes = 0
 
     def _forget_oldest(self) -> None:
-        (digest, tail), sum_KD = self._sums.popitem(last=False)
-        self.bytes -= sum_KD.nbytes
+        key, sum_KD = self._sums.popitem(last=False)
+        self.bytes -= _cost(key, sum_KD)
+        digest, tail = key[0], len(key[1]) // _ID_BYTES
         lengths = self._lengths[digest]
-        lengths[len(tail)] -= 1
-        if not lengths[len(tail)]:
-            del lengths[len(tail)]
+        lengths[tail] -= 1
+        if not lengths[tail]:
+            del lengths[tail]
         if not lengths:
             del self._lengths[digest]
+
+
+def _cost(key: _Key, sum_KD: torch.Tensor) -> int:
+    return sum_KD.nbytes + len(key[1]) + ENTRY_BYTES
