@@ -69,6 +69,7 @@ class Req:
         self.output_ids: list[int] = []
         self.sampling_params = SimpleNamespace(custom_params=custom)
         self.extra_key: str | None = None
+        self.session: Any = None
         self.tokenizer = TOKENIZER
         self.is_finished = False
         self.prefix_len = self.host_hit_length = 0

@@ -69,6 +69,8 @@ def after_sample(token_ids: Any, runner: Any, logits_output: Any, forward_batch:
     """Takes the planned rows once the step has run."""
     from sglang.srt.managers.auxiliary_output import append_auxiliary_output
 
+    if runner.is_draft_worker:
+        return
     plan = getattr(forward_batch, _PLAN, None)
     states = {**getattr(forward_batch, _STATES, {}), -1: logits_output.hidden_states}
     _capture.taps.check(states, logits_output.hidden_states)
@@ -81,7 +83,9 @@ def after_sample(token_ids: Any, runner: Any, logits_output: Any, forward_batch:
 def around_match_prefix(original: Any, req: Any, tree_cache: Any = None, cow_mamba: bool | None = None) -> None:
     """Lets a request hit the prefix cache as far as its pools can do without the rows that are then not computed."""
     one = None if tree_cache is None else _capture.open(req)
-    if one is None or not one.pools.reads_prompt:
+    # A streaming session's prefix is not the cache's to shorten: SGLang ends where that is tried. The count then tells.
+    streaming = getattr(req.session, "streaming", False)
+    if one is None or not one.pools.reads_prompt or streaming:
         original(req, tree_cache, cow_mamba)
         return
     one.pools.restart()
