@@ -1,8 +1,8 @@
 """`RecordingEngine`: an engine without a model, for the tests of what stands before and behind an engine.
 
-It answers the payload that `wire.to_payload` wrote as SGLang would, and `wire.read_responses` reads that answer: every
-check that guards a real engine guards this one. Tokens, log-probs and states are functions of the prompt, given here as
-`response_of`, `log_prob_of` and `state_D`, so that a test can say what must come out.
+It answers the payload that `wire.to_payload` wrote as SGLang would, and `answers.read_responses` reads that answer:
+every check that guards a real engine guards this one. Tokens, log-probs and states are functions of the prompt, given
+here as `response_of`, `log_prob_of` and `state_D`, so that a test can say what must come out.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from torchrl_sglang_hidden.answers import read_responses
 from torchrl_sglang_hidden.channel import CHANNEL, Status, pack_answer, unpack_options
 from torchrl_sglang_hidden.engines import Engine
 from torchrl_sglang_hidden.engines.sessions import Session, SessionHost
@@ -29,7 +30,7 @@ from torchrl_sglang_hidden.engines.weights import next_version
 from torchrl_sglang_hidden.errors import RequestRejectedError
 from torchrl_sglang_hidden.pooling import RequestPools, sum_rows
 from torchrl_sglang_hidden.specs import SEGMENTS, Completion, EngineInfo, Pooling, Request, Segment
-from torchrl_sglang_hidden.wire import read_responses, to_payload
+from torchrl_sglang_hidden.wire import to_payload
 
 # A busy machine is no fault of the code; and a failure says how to repeat itself without a database.
 settings.register_profile("tests", deadline=None, database=None)

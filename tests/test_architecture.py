@@ -1,8 +1,8 @@
 """The order of the house, read from the imports of every module, those inside functions too.
 
-    _version, errors → spans → specs → pooling, sampling, constraints, shared, places → channel → wire → server, prompts
-      → engines, assemble → distributions, options → calls → policy → transforms, recording, weight_sync → demo → cli
-      → __main__, __init__
+    _version, errors → spans → specs → pooling, sampling, constraints, shared, places → channel → wire → answers
+      → server, prompts → engines, assemble → distributions, options → calls → policy
+      → transforms, recording, weight_sync → demo → cli → __main__, __init__
 
 A room imports rooms before it, or itself.
 """
@@ -28,6 +28,7 @@ ORDER: list[set[str]] = [
     {"pooling", "sampling", "constraints", "shared", "places"},
     {"channel"},
     {"wire"},
+    {"answers"},
     {"server", "prompts"},
     {"engines", "assemble"},
     {"distributions", "options"},
@@ -49,6 +50,7 @@ FORBIDDEN: dict[str, set[str]] = {
     "sampling": {"sglang", "tensordict", "torchrl", "transformers", "httpx", "torch"},
     "channel": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
     "wire": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
+    "answers": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
     "server": {"tensordict", "torchrl", f"{PACKAGE}.wire", f"{PACKAGE}.sampling"},
     "engines": {"tensordict", "torchrl", f"{PACKAGE}.sampling"},
     "prompts": {"sglang", "httpx", *(f"{PACKAGE}.{room}" for room in ("wire", "channel", "sampling", "pooling"))},

@@ -70,6 +70,7 @@ class Req:
         self.sampling_params = SimpleNamespace(custom_params=custom)
         self.extra_key: str | None = None
         self.session: Any = None
+        self.multimodal_inputs: Any = None
         self.tokenizer = TOKENIZER
         self.is_finished = False
         self.prefix_len = self.host_hit_length = 0
@@ -781,3 +782,16 @@ def test_a_storm(data: st.DataObject) -> None:
             world.step()
         assert (world.queue, world.running, world.chunked) == ([], [], None)
     assert len(world.capture.opened) == 0
+
+
+def test_a_tokenizer_that_fails_is_a_fault_of_the_span() -> None:
+    """It is anybody's code, and runs inside the scheduler."""
+
+    def fail(*args: Any, **kwargs: Any) -> str:
+        raise IndexError("piece id is out of range")
+
+    scheduler, req = Scheduler(), asking(9, 8, 7, spans={"thought": Between("a", "b")})
+    req.tokenizer = SimpleNamespace(decode=fail)
+    scheduler.prefill(req)
+    with pytest.raises(SpanError, match=r"span 'thought': .*tokenizer cannot read .*piece id is out of range"):
+        unpack_answer(scheduler.finish(req), "row 0", HIDDEN_SIZE)

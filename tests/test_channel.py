@@ -22,6 +22,7 @@ from torchrl_sglang_hidden.channel import (
     HiddenOptions,
     Status,
     Way,
+    drop_shared,
     pack_answer,
     pack_options,
     unpack_answer,
@@ -29,7 +30,7 @@ from torchrl_sglang_hidden.channel import (
 )
 from torchrl_sglang_hidden.errors import ProtocolError, SpanError
 from torchrl_sglang_hidden.pooling import Pools, Wanted, WantedRows
-from torchrl_sglang_hidden.shared import MIN_BYTES, SharedFiles, fetch
+from torchrl_sglang_hidden.shared import MIN_BYTES, SharedFiles, discard, fetch
 from torchrl_sglang_hidden.spans import Between, LastTokens, PromptSpan, intervals_of
 from torchrl_sglang_hidden.specs import POOLINGS, SEGMENTS
 
@@ -241,6 +242,64 @@ def test_a_shared_file_that_is_gone_or_another(tmp_path: Path, monkeypatch: pyte
     answer[0]["rows"]["shared"] = "../../etc/passwd"
     with pytest.raises(ProtocolError, match=r"row 7: .*is no file of shared states"):
         unpack_answer(answer, "row 7", D)
+
+
+def test_shared_states_that_were_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server on another machine names no files of this one."""
+    monkeypatch.setattr(channel, "fetch", functools.partial(fetch, directory=tmp_path))
+    files, pools = SharedFiles(tmp_path), pools_of(2, MIN_BYTES // (2 * D))
+    answer = sent(pools, "shared", files.share)
+    name = answer[0]["rows"]["shared"]
+    with pytest.raises(ProtocolError, match=rf"^row 7: .*'{name}'.*unasked; install the same version"):
+        unpack_answer(answer, "row 7", D, shared=False)
+    assert {path.name for path in tmp_path.iterdir()} == {files.sign, name}
+    assert_same(unpack_answer(answer, "row 7", D, shared=True), pools)
+    assert_same(unpack_answer(sent(pools, "text"), "row 7", D, shared=False), pools)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_vectors_are_never_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool) -> None:
+    monkeypatch.setattr(channel, "fetch", functools.partial(fetch, directory=tmp_path))
+    files, answer = SharedFiles(tmp_path), sent(pools_of(), "text")
+    vectors = base64.b64decode(answer[0].pop("data"))
+    name = files.share(vectors + bytes(MIN_BYTES))
+    (tmp_path / name).write_bytes(vectors)
+    answer[0]["shared"] = name
+    with pytest.raises(ProtocolError, match=r"^row 7: the states cannot be read \('data'\)"):
+        unpack_answer(answer, "row 7", D, shared=shared)
+    assert (tmp_path / name).exists()
+
+
+def test_shared_states_that_are_not_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel, "discard", functools.partial(discard, directory=tmp_path))
+    files, pools = SharedFiles(tmp_path), pools_of(2, MIN_BYTES // (2 * D))
+    answer, other = (sent(pools, "shared", files.share) for _ in range(2))
+    for _ in range(2):
+        drop_shared(answer)
+        assert {path.name for path in tmp_path.iterdir()} == {files.sign, other[0]["rows"]["shared"]}
+    drop_shared(sent(pools, "text"))
+    other[0]["rows"]["shared"] = files.sign
+    drop_shared(other)
+    assert len([*tmp_path.iterdir()]) == 2
+
+
+@given(
+    answer=anything
+    | st.lists(anything, min_size=1)
+    | anything.map(lambda rows: [{"rows": rows}])
+    | anything.map(lambda name: [{"rows": {"shared": name}}])
+)
+def test_no_answer_is_too_bad_to_drop(answer: Any) -> None:
+    drop_shared(answer)
+
+
+def test_what_cannot_be_removed_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel, "discard", functools.partial(discard, directory=tmp_path))
+    name = f"torchrl_sglang_hidden-{'0' * 16}-1"
+    (tmp_path / name).mkdir()
+    with pytest.raises(OSError, match=name):
+        discard(name, tmp_path)
+    drop_shared([{"rows": {"shared": name}}])
 
 
 def test_what_is_read_can_be_written_to() -> None:

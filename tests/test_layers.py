@@ -215,6 +215,18 @@ def test_another_norm_before_the_head() -> None:
     assert_problem(taps, model, "the final norm of layer 3's output is 0.17 off what the head reads")
 
 
+def test_a_norm_that_cannot_be_asked() -> None:
+    """The check runs inside the scheduler, which an exception would end."""
+    model = Model()
+    taps = tapped(model, 1)
+    taps.open(())
+    head_ND = model(X)
+    model.model.norm.forward = lambda hidden_ND, residual: hidden_ND
+    taps.check(taps.take(), head_ND)
+    assert taps.checked
+    assert "the final norm cannot be asked (TypeError" in taps.problem
+
+
 def test_two_roundings_are_no_problem() -> None:
     model = Model().bfloat16()
     taps = tapped(model, 1)

@@ -111,6 +111,7 @@ class Req:
         self.output_ids: list[int] = []
         self.extra_key = None
         self.session: Any = None
+        self.multimodal_inputs: Any = None
         self.prefix_len = self.host_hit_length = 0
 
     def finished(self) -> bool:
@@ -258,6 +259,59 @@ def test_a_streaming_session_keeps_its_own_prefix(capture: Capture, streaming: b
     req.session = SimpleNamespace(streaming=streaming)
     plugin.around_match_prefix(cache.match, req, cache)
     assert cache.limits == limits
+
+
+def test_images_match_once_and_nothing(capture: Capture) -> None:
+    """SGLang moves a retracted request's image positions at every match."""
+    kept(capture, 150)
+    req, cache = Req(MEAN), Cache()
+    req.multimodal_inputs = object()
+    plugin.around_match_prefix(cache.match, req, cache)
+    assert cache.limits == [0]
+
+
+def test_a_cache_that_heeds_no_limit_does_not_stop_the_scheduler(capture: Capture) -> None:
+    kept(capture, 64)
+    req, cache, rounds = Req(MEAN), Cache(), []
+
+    def match(req: Any, tree_cache: Any, cow_mamba: Any) -> None:
+        rounds.append(capture.open(req).limit)
+        req.prefix_len = 180
+
+    plugin.around_match_prefix(match, req, cache)
+    assert rounds == [64, 64]
+    assert capture.open(req).limit is None
+
+
+@pytest.mark.parametrize(("sampled", "fresh"), [([], True), ([7], False)])
+def test_a_prompt_that_starts_over_under_other_weights_keeps_nothing(
+    capture: Capture, sampled: list[int], fresh: bool
+) -> None:
+    """Retracted between two chunks: no token would say that the first of them is of weights that are gone."""
+    req, cache = Req(MEAN), Cache(0)
+    one = capture.open(req)
+    step = one.pools.plan_prompt(0, 60)
+    one.pools.add_prompt(step, [torch.zeros(1, 4)] * len(step.groups), None)
+    req.output_ids = sampled
+    plugin.around_match_prefix(cache.match, req, cache)
+    assert capture.open(req) is one, "the weights are the same"
+    plugin.after_flush_cache(True, None)
+    plugin.around_match_prefix(cache.match, req, cache)
+    assert (capture.open(req) is not one) is fresh
+    assert capture.open(req).pools.done == (0 if fresh else 60)
+
+
+def test_other_weights_forget_the_sums_without_a_flush(capture: Capture) -> None:
+    kept(capture, 64)
+    plugin.after_weight_version(None, None, new_version="v2")
+    assert capture.sums.bytes == 0
+
+
+def test_layers_that_run_in_parts_are_not_tapped(capture: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(LAYERS_ENV, "1,-1")
+    plugin.after_load_model(None, runner(enable_two_batch_overlap=True))
+    assert "two-batch-overlap" in capture.taps.problem
+    assert capture.taps.layers == ()
 
 
 def test_each_match_begins_with_what_has_arrived(capture: Capture) -> None:

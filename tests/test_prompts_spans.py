@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from recorder import PAD_ID, RecordingEngine, tiny_tokenizer
 from tensordict import TensorDict, TensorDictBase, lazy_stack
 from test_prefer_tokens import letter_by_letter, letters_tokenizer
-from test_spans import byte_tokenizer
+from test_spans import byte_tokenizer, fallback_tokenizer
 from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, Text, Tokens
 from transformers import PreTrainedTokenizerBase
@@ -359,9 +359,12 @@ def test_preferred_ids_are_those_that_the_span_is_of(contents: list[str], data: 
     assert LETTERS.decode(inner) in contents[turn]
 
 
+@pytest.mark.parametrize("make_tokenizer", [byte_tokenizer, fallback_tokenizer])
 @given(data=st.data())
-def test_ids_cut_through_characters(data: st.DataObject) -> None:
-    tokenizer, tokens = byte_tokenizer()
+def test_ids_cut_through_characters(
+    make_tokenizer: Callable[[], tuple[PreTrainedTokenizerBase, list[bytes]]], data: st.DataObject
+) -> None:
+    tokenizer, tokens = make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}é{{ m.role }}😀{{ m.content }}é{% endfor %}"
     tokenizer.add_special_tokens({"pad_token": "<t>"})
     policy, engine = make("history", tokenizer, spans={"it": Turn(1)}, prefer_tokens=True)

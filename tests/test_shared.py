@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import pytest
 
 from torchrl_sglang_hidden import shared
-from torchrl_sglang_hidden.shared import MIN_BYTES, SharedFiles, fetch, is_shared, remove_leftovers
+from torchrl_sglang_hidden.shared import MIN_BYTES, SharedFiles, discard, fetch, is_shared, remove_leftovers
 
 DATA = bytes(range(256)) * (MIN_BYTES // 256)
 
@@ -73,6 +75,58 @@ def test_bytes_that_nobody_fetches_do_not_stay(tmp_path: Path, clock: SimpleName
     clock.now += 2
     new = files.share(DATA)
     assert names(tmp_path) == {files.sign, young, new}
+
+
+def test_what_nobody_fetches_goes_when_the_server_is_idle(tmp_path: Path, clock: SimpleNamespace) -> None:
+    """`tidy` is called at each answer and status, also where nothing is shared any more."""
+    files = SharedFiles(tmp_path, lifetime_s=60)
+    files.tidy()
+    fetched, old = files.share(DATA), files.share(DATA)
+    fetch(fetched, tmp_path)
+    clock.now += 59
+    young = files.share(DATA)
+    clock.now += 1
+    files.tidy()
+    assert names(tmp_path) == {files.sign, old, young}
+    clock.now += 1
+    files.tidy()
+    assert names(tmp_path) == {files.sign, young}
+    clock.now += 60
+    files.tidy()
+    assert names(tmp_path) == {files.sign}
+
+
+def test_tidying_looks_at_no_more_files_than_it_removes(
+    tmp_path: Path, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scheduler calls it at every answer."""
+    files = SharedFiles(tmp_path, lifetime_s=60)
+    old = files.share(DATA)
+    clock.now += 61
+    young = [files.share(DATA) for _ in range(2)]
+    touched: list[str] = []
+    for name in ("stat", "lstat", "unlink", "remove"):
+        real = getattr(os, name)
+        monkeypatch.setattr(
+            os, name, lambda path, *args, real=real, **kw: (touched.append(str(path)), real(path, *args, **kw))
+        )
+    files.tidy()
+    assert touched == []
+    clock.now += 61
+    files.tidy()
+    assert touched == [str(tmp_path / name) for name in young]
+    assert not (tmp_path / old).exists()
+
+
+def test_a_file_that_cannot_be_removed_ends_no_server(tmp_path: Path, clock: SimpleNamespace) -> None:
+    files = SharedFiles(tmp_path, lifetime_s=60)
+    kept, gone = files.share(DATA), files.share(DATA)
+    (tmp_path / kept).unlink()
+    (tmp_path / kept).mkdir()
+    assert names(tmp_path) == {files.sign, kept, gone}
+    clock.now += 61
+    files.tidy()
+    assert names(tmp_path) == {files.sign, kept}
 
 
 def test_nothing_is_written_where_memory_runs_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,6 +201,56 @@ def test_leftovers_go_when_somebody_says_so(tmp_path: Path) -> None:
     assert names(tmp_path) == set()
 
 
+def test_servers_that_start_at_once_leave_each_others_signs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before and after every step of one's start, another one removes leftovers."""
+    steps, busy = [], []
+
+    def others_start() -> None:
+        if not busy:
+            busy.append(True)
+            steps.append(names(tmp_path))
+            remove_leftovers(tmp_path)
+            busy.clear()
+
+    def between(real: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*args: Any, **kwargs: Any) -> Any:
+            others_start()
+            try:
+                return real(*args, **kwargs)
+            finally:
+                others_start()
+
+        return step
+
+    with monkeypatch.context() as patch:
+        for module, name in ((os, "open"), (os, "fdopen"), (os, "link"), (os, "unlink"), (fcntl, "flock")):
+            patch.setattr(module, name, between(getattr(module, name)))
+        files = SharedFiles(tmp_path)
+    assert set() in steps
+    assert any(files.sign in step for step in steps)
+    assert is_shared(files.sign, tmp_path)
+    assert names(tmp_path) == {files.sign}
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == {files.sign}
+
+
+@pytest.mark.parametrize("fails", ["fdopen", "link"])
+def test_a_sign_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
+    def failing(source: Any, *rest: Any) -> Any:
+        if fails == "fdopen":
+            os.close(source)
+        raise OSError(28, "No space left on device")
+
+    opened = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, fails, failing)
+        files = SharedFiles(tmp_path)
+    assert (files.sign, files.share(DATA)) == ("", None)
+    assert names(tmp_path) == set()
+    assert len(os.listdir("/proc/self/fd")) == opened
+    files.close()
+
+
 def test_a_link_among_the_leftovers_is_no_hindrance(tmp_path: Path) -> None:
     (tmp_path / "torchrl_sglang_hidden-0123456789abcdef-here").symlink_to(tmp_path / "nothing")
     files = SharedFiles(tmp_path)
@@ -166,6 +270,8 @@ def test_no_link_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "shm" / f"{name}-here").symlink_to(ours)
     assert SharedFiles(tmp_path / "shm").sign == ""
     assert ours.read_text() == "precious"
+    assert (tmp_path / "shm" / f"{name}-here").readlink() == ours
+    assert names(tmp_path / "shm") == {f"{name}-here"}
 
 
 def test_whoever_finds_the_sign_is_on_this_machine(tmp_path: Path) -> None:
@@ -187,13 +293,65 @@ def test_without_the_directory_nothing_is_shared(tmp_path: Path) -> None:
     assert names(tmp_path) == set()
 
 
-GOOD = f"torchrl_sglang_hidden-7-{'0' * 16}-1"
+WITHOUT_LOCKS = """
+import sys
+from pathlib import Path
+import torch  # has ways of its own around a missing fcntl
+sys.modules["fcntl"] = None
+from torchrl_sglang_hidden import connect
+from torchrl_sglang_hidden.shared import MIN_BYTES, SharedFiles, remove_leftovers
+import torchrl_sglang_hidden.wire
+directory = Path(sys.argv[1])
+remove_leftovers(directory)
+files = SharedFiles(directory)
+print(repr(files.sign), files.share(bytes(MIN_BYTES)))
+files.tidy()
+files.close()
+"""
+
+
+def test_without_file_locks_nothing_is_shared_and_the_client_imports(tmp_path: Path) -> None:
+    """As on Windows."""
+    command = [sys.executable, "-c", WITHOUT_LOCKS, str(tmp_path)]
+    said = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (said.stdout, said.returncode) == ("'' None\n", 0), said.stderr
+    assert names(tmp_path) == set()
+
+
+def test_what_is_not_wanted_is_discarded_unread(tmp_path: Path) -> None:
+    files = SharedFiles(tmp_path)
+    name, other = files.share(DATA), files.share(DATA)
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to(tmp_path / "what no read finds")
+    for _ in range(2):
+        discard(name, tmp_path)
+        assert names(tmp_path) == {files.sign, other}
+
+
+def test_a_sign_is_no_data_and_data_no_sign(tmp_path: Path) -> None:
+    files = SharedFiles(tmp_path)
+    for take in (fetch, discard):
+        with pytest.raises(ValueError, match="is no file of shared states"):
+            take(files.sign, tmp_path)
+    assert is_shared(files.sign, tmp_path)
+    name = files.share(DATA)
+    (tmp_path / name).write_text(name)
+    assert not is_shared(name, tmp_path)
+
+
+GOOD = f"torchrl_sglang_hidden-{'0' * 16}-1"
+
+
+def test_the_name_that_the_next_ones_are_made_of_is_good(tmp_path: Path) -> None:
+    (tmp_path / GOOD).write_text("good")
+    assert fetch(GOOD, tmp_path) == b"good"
 
 
 @pytest.mark.parametrize(
     "name",
     ["", "secret", "../secret", f"../{GOOD}", f"{GOOD}/../../secret", f"/{GOOD}", f"{GOOD}\n", f"{GOOD}x", f"{GOOD}-1",
-     GOOD.replace("-7-", "-x-"), GOOD.replace("0" * 16, "0" * 15), GOOD.removesuffix("-1"), "."],
+     GOOD.replace("000-", "00x-"), GOOD.replace("0" * 16, "0" * 15), GOOD.removesuffix("-1"), f"{GOOD[:-1]}\u0661",
+     f"{GOOD[:-1]}here", f"{GOOD[:-1]}new", "."],
 )  # fmt: skip
 def test_other_names_are_not_read_nor_removed(tmp_path: Path, name: str) -> None:
     """The name comes from the network."""
@@ -201,8 +359,9 @@ def test_other_names_are_not_read_nor_removed(tmp_path: Path, name: str) -> None
     directory.mkdir()
     for path in (tmp_path / "secret", tmp_path / GOOD, directory / "secret"):
         path.write_text(path.name)
-    with pytest.raises(ValueError, match="is no file of shared states"):
-        fetch(name, directory)
+    for take in (fetch, discard):
+        with pytest.raises(ValueError, match="is no file of shared states"):
+            take(name, directory)
     assert not is_shared(name, directory)
     assert names(tmp_path) == {"shm", "secret", GOOD}
     assert names(directory) == {"secret"}

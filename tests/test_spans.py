@@ -87,6 +87,8 @@ PIECES = [
     b"ab",
     "é".encode(),
     "😀".encode()[:2],
+    "😀".encode()[2:] + b"<",
+    "é".encode()[1:] + "日".encode()[:1],
     "日本".encode(),
     b"t><",
 ]
@@ -110,31 +112,41 @@ def byte_tokenizer() -> tuple[PreTrainedTokenizerBase, list[bytes]]:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer), tokens
 
 
-BYTES, TOKENS = byte_tokenizer()
+def fallback_tokenizer() -> tuple[PreTrainedTokenizerBase, list[bytes]]:
+    """The same of SentencePiece's kind: what is not in the vocabulary becomes one token for each byte."""
+    pieces = ["<t>", "</t>", "<t", "t>", "</", ">a", "a<", "ab", "日本", "t><", "a", "<"]
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {piece: 256 + i for i, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokens = [*(bytes([byte]) for byte in range(256)), *(piece.encode() for piece in pieces)]
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer), tokens
+
+
+KINDS = {"byte-level": byte_tokenizer(), "byte fallback": fallback_tokenizer()}
 WORDS = tiny_tokenizer()
 
 
-def decode(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase = BYTES) -> str:
+def decode(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 @st.composite
-def cut_texts(draw: st.DrawFn) -> tuple[str, list[int]]:
+def cut_texts(draw: st.DrawFn, tokens: list[bytes]) -> tuple[str, list[int]]:
     """A text and one of the ways to cut it into ids, through characters too."""
     text = "".join(
         draw(st.lists(st.sampled_from(["<t>", "</t>", "a", "b", "é", "😀", "日本", "<", "t", "> "]), max_size=12))
     )
     rest, ids = text.encode(), []
     while rest:
-        fitting = [i for i, token in enumerate(TOKENS) if rest.startswith(token)]
+        fitting = [i for i, token in enumerate(tokens) if rest.startswith(token)]
         ids.append(draw(st.sampled_from(fitting)))
-        rest = rest[len(TOKENS[ids[-1]]) :]
+        rest = rest[len(tokens[ids[-1]]) :]
     return text, ids
 
 
-def tokens_between(text: str, ids: list[int], span: Between) -> list[int] | None:
+def tokens_between(pieces: list[bytes], span: Between) -> list[int] | None:
     """The tokens all of whose bytes stand between the markers; None where a marker is missing."""
-    data, begin = text.encode(), 0
+    data, begin = b"".join(pieces), 0
     if span.start is not None:
         found = data.find(span.start.encode())
         if found < 0:
@@ -145,29 +157,70 @@ def tokens_between(text: str, ids: list[int], span: Between) -> list[int] | None
         if span.unclosed == "error":
             return None
         end = len(data)
-    ends = list(accumulate(len(TOKENS[token]) for token in ids))
+    ends = list(accumulate(map(len, pieces)))
     starts = [0, *ends[:-1]]
-    return [place for place in range(len(ids)) if starts[place] >= begin and ends[place] <= end]
+    return [place for place in range(len(pieces)) if starts[place] >= begin and ends[place] <= end]
 
 
 MARKERS = st.sampled_from([None, "<t>", "</t>", "é", "😀", "本", "ab"])
 
 
-@given(cut=cut_texts(), start=MARKERS, end=MARKERS, unclosed=st.sampled_from(["error", "end"]))
-def test_a_token_is_between_the_markers_if_all_of_its_bytes_are(
-    cut: tuple[str, list[int]], start: str | None, end: str | None, unclosed: Any
-) -> None:
-    assume(start is not None or end is not None)
-    text, ids = cut
-    span = Between(start, end, unclosed=unclosed)
-    assert decode(ids) == text
-    expected = tokens_between(text, ids, span)
+def check_between(kind: str, ids: list[int], span: Between) -> None:
+    tokenizer, tokens = KINDS[kind]
+    of_kind = functools.partial(decode, tokenizer=tokenizer)
+    expected = tokens_between([tokens[token] for token in ids], span)
     if not expected:
         with pytest.raises(SpanError, match="nothing stands between" if expected == [] else "the marker"):
-            find_between(span, ids, decode)
+            find_between(span, ids, of_kind)
         return
-    first, stop = find_between(span, ids, decode)
+    first, stop = find_between(span, ids, of_kind)
     assert list(range(first, stop)) == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(start=MARKERS, end=MARKERS, unclosed=st.sampled_from(["error", "end"]), data=st.data())
+def test_a_token_is_between_the_markers_if_all_of_its_bytes_are(
+    kind: str, start: str | None, end: str | None, unclosed: Any, data: st.DataObject
+) -> None:
+    assume(start is not None or end is not None)
+    tokenizer, tokens = KINDS[kind]
+    text, ids = data.draw(cut_texts(tokens))
+    assert decode(ids, tokenizer) == text
+    check_between(kind, ids, Between(start, end, unclosed=unclosed))
+
+
+# Bytes of characters and of none: a sampled response has both, and may end inside a character.
+HIGH_BYTES = st.sampled_from([*"é日😀\ufffd".encode(), 0xFF, 0x80])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(
+    parts=st.lists(st.sampled_from([b"<t>", b"</t>", b"ab"]) | st.lists(HIGH_BYTES, max_size=9).map(bytes), max_size=7),
+    span=st.sampled_from(
+        [Between("<t>", "</t>"), Between(None, "</t>"), Between("<t>", None), Between("<t>", "</t>", unclosed="end")]
+    ),
+)
+def test_bytes_that_are_no_character(kind: str, parts: list[bytes], span: Between) -> None:
+    tokens = KINDS[kind][1]
+    # A marker is one token, and anything else one token for each byte.
+    pieces = [piece for part in parts for piece in ([part] if part in tokens else [bytes([byte]) for byte in part])]
+    check_between(kind, [tokens.index(piece) for piece in pieces], span)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("inner", ["漢".encode() * 10_000, b"a" * 29_999 + b"\xff", b"\xff" * 30_000])
+def test_a_long_response_takes_few_decodes(kind: str, inner: bytes) -> None:
+    tokenizer, tokens = KINDS[kind]
+    ids = [tokens.index(b"<t>"), *inner, tokens.index(b"</t>"), tokens.index(b"ab")]
+    decodes = 0
+
+    def counting(some: Sequence[int]) -> str:
+        nonlocal decodes
+        decodes += 1
+        return decode(some, tokenizer)
+
+    assert find_between(Between("<t>", "</t>"), ids, counting) == (1, 1 + len(inner))
+    assert decodes <= 2 * 4 * (len(ids).bit_length() + 2)
 
 
 WORD_CASES: list[tuple[Between, str, str | None]] = [

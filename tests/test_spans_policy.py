@@ -327,6 +327,15 @@ def test_the_option_turns_a_calls_states_on_and_off() -> None:
         policy(batch_of("text"), return_hidden_states=1)
 
 
+def test_a_call_without_states_leaves_none_of_the_turn_before() -> None:
+    policy, _ = make(hidden=HiddenSpec(tokens=True))
+    batch = batch_of("text")
+    policy(batch)
+    assert set(batch[0].keys()) >= STATES
+    policy(batch, return_hidden_states=False)
+    assert not STATES & set(batch[0].keys())
+
+
 @pytest.mark.parametrize("num_samples", [None, 2])
 @pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("trailing", [True, False])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from torchrl_sglang_hidden import Between, HiddenSpec, InputError, InputTypeError, LastTokens, Role, TokenMask
-from torchrl_sglang_hidden.specs import SEGMENTS, Request, canonical_layer, rows_expected
+from torchrl_sglang_hidden.specs import Request, canonical_layer, rows_expected
 
 
 @pytest.mark.parametrize(
@@ -134,24 +134,6 @@ def test_layers_the_model_does_not_have(layer: int) -> None:
 )
 def test_what_needs_a_response(arguments: dict[str, Any], needs: bool) -> None:
     assert HiddenSpec(**arguments).needs_response is needs
-
-
-@pytest.mark.parametrize(
-    ("segments", "pooling", "whole"),
-    [
-        (("response",), "mean", False),
-        (("prompt",), "mean", True),
-        (("response", "full"), "mean", True),
-        (SEGMENTS, "last", False),
-        ((), "mean", False),
-    ],
-)
-def test_what_reads_the_whole_prompt(segments: Any, pooling: Any, whole: bool) -> None:
-    spans: Any = {} if segments else {"tail": LastTokens(1)}
-    assert HiddenSpec(segments, pooling, spans=spans).reads_whole_prompt is whole
-    # Every token's state is of every row, however they are pooled.
-    if segments:
-        assert HiddenSpec(segments, pooling, tokens=True).reads_whole_prompt is (segments != ("response",))
 
 
 @pytest.mark.parametrize("record", [HiddenSpec(), Request((1, 2))])

@@ -26,6 +26,7 @@ from recorder import (
 
 from torchrl_sglang_hidden import AlignmentError, CapabilityError, HiddenSpec, ProtocolError, RequestAbortedError
 from torchrl_sglang_hidden import wire as wire_module
+from torchrl_sglang_hidden.answers import read_responses
 from torchrl_sglang_hidden.channel import CHANNEL, PROTOCOL, HiddenOptions, Status, pack_options, unpack_options
 from torchrl_sglang_hidden.errors import (
     InputError,
@@ -36,10 +37,10 @@ from torchrl_sglang_hidden.errors import (
     TokenIdError,
 )
 from torchrl_sglang_hidden.pooling import Wanted
-from torchrl_sglang_hidden.shared import SharedFiles, is_shared
+from torchrl_sglang_hidden.shared import DIRECTORY, SharedFiles, is_shared
 from torchrl_sglang_hidden.spans import Between, LastTokens, PromptSpan, TokenMask
 from torchrl_sglang_hidden.specs import POOLINGS, Completion, Pooling, Request
-from torchrl_sglang_hidden.wire import ModelSizes, check_requests, read_info, read_responses, to_payload, warm_up
+from torchrl_sglang_hidden.wire import ModelSizes, check_requests, read_info, to_payload, warm_up
 
 PROMPT = (9, 8, 7, 3)
 RESPONSE = response_of(PROMPT)
@@ -857,3 +858,46 @@ def test_a_prompt_that_is_only_read_must_leave_room_for_a_token() -> None:
     check_requests([read_only], make_info(context_length=59))
     with pytest.raises(PromptLengthError, match=r"row 0: 58 prompt tokens and max_new_tokens=1 are 59 together, over"):
         check_requests([read_only], make_info(context_length=58))
+
+
+@pytest.mark.parametrize(
+    "span", [LastTokens(2, "prompt"), Between("a", "b", "prompt"), TokenMask("m")], ids=lambda span: type(span).__name__
+)
+def test_a_span_that_is_not_resolved(span: Any) -> None:
+    """It would be pooled over the response, with a count that fits."""
+    one = Request((5, 6, 7), hidden=HiddenSpec(spans={"s": span}), spans={"s": span})
+    with pytest.raises(InputTypeError, match=r"row 0, span 's': .* is not resolved; .*PromptSpan"):
+        check_requests([one], make_info())
+
+
+def test_one_layer_under_two_names() -> None:
+    one = Request((5, 6, 7), hidden=HiddenSpec(layers=(-2, 2)))
+    with pytest.raises(InputError, match=r"layers=\(-2, 2\): two of them are the same layer of 4"):
+        check_requests([one], make_info())
+
+
+@pytest.mark.parametrize(("near", "limit"), [(False, "256"), (True, "1024")])
+def test_token_states_have_a_limit(near: bool, limit: str) -> None:
+    info = make_info(hidden_size=2**17, context_length=10**6, max_prompt_tokens=10**6, shares_memory=near)
+
+    def ask(spec: HiddenSpec, num_prompt: int) -> None:
+        check_requests([Request((5,) * num_prompt, {"max_new_tokens": 8}, hidden=spec)], info)
+
+    with pytest.raises(InputError, match=rf"row 0: tokens=True for up to 3008 positions .* limit of {limit} MiB; ask"):
+        ask(HiddenSpec(("full",), tokens=True), 3000)
+    ask(HiddenSpec(("response",), tokens=True), 3000)
+    ask(HiddenSpec(("full",), tokens=True, dtype=torch.bfloat16), 800 if not near else 3000)
+    ask(HiddenSpec(("full",)), 3000)
+
+
+@pytest.mark.parametrize("near", [True, False])
+def test_rows_behind_one_that_failed_leave_nothing_in_shared_memory(near: bool) -> None:
+    """Of a server elsewhere nothing here is touched, whatever it names."""
+    files = SharedFiles()
+    name = files.share(bytes(2**20))
+    assert name is not None
+    rows: list[Any] = [None, {"meta_info": {CHANNEL: [{"rows": {"shared": name}}]}}, {"meta_info": 7}, 7]
+    with pytest.raises(ProtocolError, match="row 0"):
+        read_responses([request()] * 4, rows, make_info(shares_memory=near))
+    assert (DIRECTORY / name).exists() is not near
+    files.close()

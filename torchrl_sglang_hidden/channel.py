@@ -11,6 +11,7 @@ import base64
 import json
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, cast
@@ -19,7 +20,7 @@ import torch
 
 from torchrl_sglang_hidden.errors import ProtocolError, SpanError
 from torchrl_sglang_hidden.pooling import Pools, Wanted, WantedRows
-from torchrl_sglang_hidden.shared import fetch
+from torchrl_sglang_hidden.shared import discard, fetch
 from torchrl_sglang_hidden.spans import Between, LastTokens, PromptSpan
 from torchrl_sglang_hidden.specs import POOLINGS, SEGMENTS, ResolvedSpan, Segment
 
@@ -32,6 +33,7 @@ __all__ = [
     "HiddenOptions",
     "Status",
     "Way",
+    "drop_shared",
     "pack_answer",
     "pack_options",
     "unpack_answer",
@@ -231,22 +233,31 @@ def pack_answer(pools: Pools, way: Way, share: Callable[[bytes], str | None] | N
     return answer
 
 
-def unpack_answer(answer: object, row: str, hidden_size: int) -> Pools:
-    """Reads what `pack_answer` wrote.
+def unpack_answer(answer: object, row: str, hidden_size: int, *, shared: bool = True) -> Pools:
+    """Reads what `pack_answer` wrote; what was in shared memory is removed there.
 
     Args:
         answer: as it came.
         row: names the request in errors.
         hidden_size: D.
+        shared: whether it was asked for through shared memory. Otherwise a server elsewhere would get to name files
+            of this machine.
 
     Raises:
-        ProtocolError: it cannot be read, was cut short, or its bytes are not those that were sent.
+        ProtocolError: it cannot be read, was cut short, its bytes are not those that were sent, or it is in shared
+            memory unasked.
         SpanError: a span has no value.
     """
     if not isinstance(answer, list) or len(answer) != 1 or not isinstance(answer[0], dict):
         raise ProtocolError(f"{row}: expected one {CHANNEL} answer in meta_info, got {answer!r:.80}; {FALLBACK_REMEDY}")
     fields = answer[0]
     check_protocol(fields.get("protocol"), f"{row}: the server half")
+    sent_rows = fields.get("rows")
+    if not shared and isinstance(sent_rows, dict) and "shared" in sent_rows:
+        raise ProtocolError(
+            f"{row}: the server half put the states into shared memory ({sent_rows['shared']!r:.80}), unasked; install "
+            "the same version of torchrl_sglang_hidden on both sides"
+        )
     try:
         data = _unpack_bytes(fields)
         places = [(str(kind), str(name), int(count), filled is True) for kind, name, count, filled in fields["places"]]
@@ -264,6 +275,17 @@ def unpack_answer(answer: object, row: str, hidden_size: int) -> Pools:
     return Pools(segments, {name: value for (kind, name), value in found.items() if kind == "span"}, faults, rows)
 
 
+def drop_shared(answer: object) -> None:
+    """Removes the shared file that an answer names, if any, without reading it: its states are not wanted any more.
+
+    Never raises: it is for when something else has failed. Only for answers that were asked for through shared memory,
+    as in `unpack_answer`.
+    """
+    sent: Any = answer
+    with suppress(KeyError, IndexError, TypeError, AttributeError, ValueError, OSError):
+        discard(sent[0]["rows"]["shared"])
+
+
 def _pack_bytes(data: bytes, way: Way, share: Callable[[bytes], str | None] | None = None) -> dict[str, Any]:
     check = zlib.crc32(data)
     name = share(data) if way == "shared" and share is not None else None
@@ -273,11 +295,11 @@ def _pack_bytes(data: bytes, way: Way, share: Callable[[bytes], str | None] | No
 
 
 def _unpack_bytes(fields: Mapping[str, Any]) -> bytes:
-    if "shared" in fields:
-        data = fetch(str(fields["shared"]))
-    else:
-        sent = fields["data"]
-        data = sent if isinstance(sent, bytes) else base64.b64decode(sent, validate=True)
+    sent = fields["data"]
+    return _checked(sent if isinstance(sent, bytes) else base64.b64decode(sent, validate=True), fields)
+
+
+def _checked(data: bytes, fields: Mapping[str, Any]) -> bytes:
     if zlib.crc32(data) != fields["crc32"]:
         raise ValueError(f"checksum {zlib.crc32(data)} of {len(data)} bytes, {fields['crc32']} was sent")
     return data
@@ -287,7 +309,8 @@ def _unpack_rows(fields: Mapping[str, Any], hidden_size: int) -> WantedRows:
     shape = tuple(int(size) for size in fields["shape"])
     if len(shape) != 3 or shape[2] != hidden_size:
         raise ValueError(f"rows of shape {shape}, expected [N, K, {hidden_size}]")
-    return WantedRows(int(fields["first"]), _tensor(_unpack_bytes(fields), _ROW_DTYPES[fields["dtype"]], shape))
+    data = _checked(fetch(fields["shared"]), fields) if "shared" in fields else _unpack_bytes(fields)
+    return WantedRows(int(fields["first"]), _tensor(data, _ROW_DTYPES[fields["dtype"]], shape))
 
 
 def _tensor(data: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:

@@ -19,7 +19,8 @@
     │   ├── CapabilityError                     the server was started without what this needs
     │   └── ProtocolError                       an answer that cannot be read
     ├── AlignmentError (RuntimeError)           rows of states and tokens do not agree
-    ├── SpanError (ValueError)                  a span that is empty in this row, or longer than its segment
+    ├── SpanError (ValueError)                  a span that is empty in this row, or longer than its segment: of a
+    │                                           prompt before anything is sent, of a response once it was sampled
     └── DemoModelError (RuntimeError)           the demo model could not be made
 
 Messages give the value, the limit and the remedy, in that order. Each class takes one message, so that errors pickle

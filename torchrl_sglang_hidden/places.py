@@ -15,7 +15,7 @@ from torchrl.data.llm import History
 from transformers import PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden.errors import InputError, SpanError
-from torchrl_sglang_hidden.spans import LastTokens, PromptSpan, Role, Turn, intervals_of
+from torchrl_sglang_hidden.spans import LastTokens, PromptSpan, Role, Turn, intervals_of, tokens_around
 
 __all__ = ["Chat", "decode_all", "last_tokens", "spoken_tokens", "tokens_at"]
 
@@ -100,24 +100,11 @@ def tokens_at(
         return [any(start < until and end > since for since, until in places) for start, end in offsets]
     if decode_all(tokenizer, ids) != text:
         return None
-
-    def smallest(holds: Callable[[str], bool]) -> int:
-        """The fewest ids whose text passes; from there on all do."""
-        low, high = 0, len(ids)
-        while low < high:
-            middle = (low + high) // 2
-            if holds(decode_all(tokenizer, ids[:middle])):
-                high = middle
-            else:
-                low = middle + 1
-        return low
-
     mask = [False] * len(ids)
-    for since, until in places:
-        # From the first token that reaches behind `since` up to the one that completes the last character.
-        first = smallest(lambda prefix, place=since: len(prefix) > place) - 1  # type: ignore[misc]
-        last = smallest(lambda prefix, words=text[:until]: prefix.startswith(words))  # type: ignore[misc]
-        mask[first:last] = [True] * (last - first)
+    decode = functools.partial(decode_all, tokenizer)
+    around = tokens_around([place for pair in places for place in pair], text, ids, decode)
+    for (first, _), (_, stop) in zip(around[::2], around[1::2], strict=True):
+        mask[first:stop] = [True] * (stop - first)
     return mask
 
 

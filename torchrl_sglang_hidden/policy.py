@@ -349,6 +349,10 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         # set, not update: update would merge into a TensorClass of the previous step and keep its stale fields.
         for key in keys.present():
             target.set(key, out.get(key))
+        # Of a call that was told to leave states out: those of the turn before would pass for its own.
+        for key in self._keys.present():
+            if key not in keys.present() and target.get(key, None) is not None:
+                target.del_(key)
         return target
 
     def cleanup_batching(self, *, flush: bool = False) -> None:

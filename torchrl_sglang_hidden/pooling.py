@@ -7,6 +7,7 @@ what was reduced from them is added afterwards (`add_prompt`, `add_produced`). K
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -200,11 +201,9 @@ class RequestPools:
         """The first position that a sum from the beginning cannot stand for, P where there is none."""
         if self.wanted.prompt_rows:
             return self.done
-        coming = (max(start, self.done) for start, stop in self._ranges() if stop > self.done)
-        return min(coming, default=self.num_prompt)
-
-    def _ranges(self) -> list[tuple[int, int]]:
-        return [interval for place in self._places.values() for interval in place.intervals]
+        # Asked at every round of scheduling: a place of many intervals must not be walked each time.
+        nexts = [_next_inside(place, self.done) for place in self._places.values()]
+        return min((place for place in nexts if place is not None), default=self.num_prompt)
 
     def plan_prompt(self, start: int, stop: int, base_KD: torch.Tensor | None = None) -> PromptStep | None:
         """Notes what is wanted of a forward step over the positions ``start … stop-1``.
@@ -351,8 +350,12 @@ def sum_rows(rows_ND: torch.Tensor, ranges: Ranges) -> torch.Tensor:
 
     Never a view of ``rows_ND``: that may be a static buffer of a CUDA graph, which the next step overwrites.
     """
-    parts = [rows_ND[start:stop] for start, stop in ranges]
-    chosen_ND = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if len(ranges) == 1:
+        chosen_ND = rows_ND[ranges[0][0] : ranges[0][1]]
+    else:
+        # One kernel however many ranges.
+        places = [place for start, stop in ranges for place in range(start, stop)]
+        chosen_ND = rows_ND.index_select(0, torch.tensor(places, device=rows_ND.device))
     if chosen_ND.shape[0] == 1:
         return chosen_ND[0].to(torch.float32, copy=True)
     return chosen_ND.sum(0, dtype=torch.float32)
@@ -360,6 +363,12 @@ def sum_rows(rows_ND: torch.Tensor, ranges: Ranges) -> torch.Tensor:
 
 def _replace(pool: _Pool, row_KD: torch.Tensor, count: int) -> None:
     pool.value_KD, pool.count = row_KD, count
+
+
+def _next_inside(place: PromptSpan, position: int) -> int | None:
+    """The first position of a place that is not before ``position``."""
+    index = bisect_right(place.intervals, position, key=lambda interval: interval[1])
+    return None if index == len(place.intervals) else max(place.intervals[index][0], position)
 
 
 def _inside(place: PromptSpan, begin: int, stop: int) -> Ranges:

@@ -8,23 +8,40 @@ it was sampled; row t is the state that produced response token t, as everywhere
 
 from __future__ import annotations
 
+import functools
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 from torchrl_sglang_hidden.errors import InputError, InputTypeError, SpanError
 
-__all__ = ["Between", "LastTokens", "PromptSpan", "Role", "Span", "TokenMask", "Turn", "find_between", "intervals_of"]
+__all__ = [
+    "Between",
+    "LastTokens",
+    "PromptSpan",
+    "Role",
+    "Span",
+    "TokenMask",
+    "Turn",
+    "find_between",
+    "intervals_of",
+    "tokens_around",
+]
 
 SpanSegment = Literal["prompt", "response"]
 SPAN_SEGMENTS: tuple[SpanSegment, ...] = get_args(SpanSegment)
 
 Decode: TypeAlias = Callable[[Sequence[int]], str]
 
+CHARACTER_BYTES = 4  # the most that one has in UTF-8, so the most tokens that it can be cut into
+
 
 @dataclass(frozen=True, slots=True)
 class LastTokens:
     """The last ``count`` tokens of the prompt or of the response.
+
+    One row with fewer of them fails the whole call with `SpanError`, for a response after all rows were sampled.
 
     Args:
         count: k, at least 1.
@@ -102,6 +119,10 @@ class Between:
     A token that holds any part of a marker is not in the span. The text is that of the ids with special tokens, so
     that ``"<|im_end|>"`` can be a marker.
 
+    One row in which a marker is missing, or nothing stands between them, fails the whole call with `SpanError`, for a
+    response after all rows were sampled. ``unclosed="end"`` lets a missing ``end`` pass; nothing lets a missing
+    ``start`` pass.
+
     Args:
         start: the marker in front; None for the segment's beginning.
         end: the marker behind; None for the segment's end.
@@ -177,18 +198,6 @@ def find_between(span: Between, ids: Sequence[int], decode: Decode) -> tuple[int
         SpanError: a marker is missing, or nothing stands between them.
     """
     text = decode(ids)
-
-    def tokens_until(place: int) -> int:
-        """How many tokens end at or before a place of the text: a decoded prefix only grows."""
-        low, high = 0, len(ids)
-        while low < high:
-            middle = (low + high + 1) // 2
-            if len(decode(ids[:middle])) <= place:
-                low = middle
-            else:
-                high = middle - 1
-        return low
-
     begin = 0
     if span.start is not None:
         found = text.find(span.start)
@@ -202,14 +211,53 @@ def find_between(span: Between, ids: Sequence[int], decode: Decode) -> tuple[int
             "max_new_tokens, or pass unclosed='end'"
         )
     closed = span.end is not None and end >= 0
-    # The first token that begins at or behind `begin`; one that begins before it holds a part of the marker.
-    first = tokens_until(begin)
-    if len(decode(ids[:first])) < begin:
-        first += 1
-    last = tokens_until(end) if closed else len(ids)
+    around = tokens_around((begin, end) if closed else (begin,), text, ids, decode)
+    first, last = around[0][1], around[1][0] if closed else len(ids)
     if last <= first:
         raise SpanError(f"nothing stands between {span.start!r} and {span.end!r} in the {span.segment}, {text[-80:]!r}")
     return first, last
+
+
+def tokens_around(places: Sequence[int], text: str, ids: Sequence[int], decode: Decode) -> list[tuple[int, int]]:
+    """For each place of the text, how many of the ids end at or before it, and how many begin before it.
+
+    The two differ by the token that holds something on both sides of the place, if there is one.
+
+    How many bytes a U+FFFD in the text stands for cannot be read from it: between two of them the counts are rough.
+
+    Args:
+        places: from 0 to ``len(text)``.
+        text: what ``decode`` makes of all ids.
+        ids: the tokens.
+        decode: turns ids into text. It is called about ``log2(len(ids))`` times for a place, at most
+            `CHARACTER_BYTES` times as often where characters are cut.
+    """
+
+    @functools.cache
+    def read(count: int) -> tuple[int, bool]:
+        """How far the text of the first ids is the beginning of the whole text, and whether all of it is."""
+        prefix = decode(ids[:count])
+        if text.startswith(prefix):
+            return len(prefix), True
+        differs = bisect_left(range(len(prefix)), True, key=lambda last: not text.startswith(prefix[: last + 1]))
+        return differs, False
+
+    @functools.cache
+    def end(count: int) -> int:
+        """Behind the last character that the first ids hold any part of."""
+        same, fits = read(count)
+        if fits:
+            return same
+        # A character is cut. Byte fallback then writes U+FFFD for the whole characters right before it too, so how
+        # many there are is asked of the ids that end before it.
+        fewer = range(count - 1, max(count - CHARACTER_BYTES, 0), -1)
+        return max(same, next((read(some)[0] for some in fewer if read(some)[1]), 0)) + 1
+
+    def around(place: int) -> tuple[int, int]:
+        before = bisect_right(range(1, len(ids) + 1), place, key=end)
+        return before, before if read(before) == (place, True) else min(before + 1, len(ids))
+
+    return [around(place) for place in places]
 
 
 def _check_segment(span: LastTokens | Between) -> None:

@@ -135,11 +135,6 @@ class HiddenSpec:
         return self.layers if isinstance(self.layers, tuple) else (self.layers,)
 
     @property
-    def reads_whole_prompt(self) -> bool:
-        """Whether all rows of the prompt count."""
-        return (self.pooling == "mean" or self.tokens) and ("prompt" in self.segments or "full" in self.segments)
-
-    @property
     def needs_response(self) -> bool:
         """Whether anything asked for is of the response, so that a prompt alone does not do."""
         return self.segments not in ((), ("prompt",)) or any(

@@ -25,7 +25,7 @@ import torch
 from checks import LOG_PROB_ATOL, QUESTIONS, history_input, text_input, tokens_input
 from pipelines import FOLLOW_UPS, chat_env, collector
 from tensordict import TensorDict, TensorDictBase, lazy_stack
-from test_docs import faults
+from test_docs import rows_of
 from tokenizers import models
 from torchrl.data.llm import History
 from torchrl.modules.llm.backends.sglang import AsyncSGLang
@@ -175,7 +175,7 @@ def equal(found: Any, expected: Any) -> bool:
 
 
 def test_each_fault_is_one_that_is_listed() -> None:
-    listed = {what for what, _, _ in faults()}
+    listed = {what for what, _, _ in rows_of("faults.md")}
     assert {difference.fault for difference in DIFFERENCES} | CALLS.keys() <= listed
 
 

@@ -15,10 +15,11 @@ from oracle import teacher_force
 from transformers import PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden import EngineUnreachableError, HiddenSpec, SGLangServer, launch
+from torchrl_sglang_hidden.answers import read_responses
 from torchrl_sglang_hidden.channel import CHANNEL, PROTOCOL, pack_options
 from torchrl_sglang_hidden.pooling import Wanted
 from torchrl_sglang_hidden.specs import Request
-from torchrl_sglang_hidden.wire import read_responses, to_payload
+from torchrl_sglang_hidden.wire import to_payload
 
 SPEC = HiddenSpec(segments=SEGMENTS)
 GOOD = pack_options(Wanted(SEGMENTS), "text")

@@ -14,6 +14,7 @@ from urllib.parse import SplitResult, urlsplit
 
 import httpx
 
+from torchrl_sglang_hidden.answers import read_responses
 from torchrl_sglang_hidden.channel import CHANNEL
 from torchrl_sglang_hidden.engines import broadcast
 from torchrl_sglang_hidden.engines.base import ask_model
@@ -30,7 +31,7 @@ from torchrl_sglang_hidden.errors import (
 )
 from torchrl_sglang_hidden.server.checkpoint import ServedWeights, is_readable, served_weights
 from torchrl_sglang_hidden.specs import Completion, Request
-from torchrl_sglang_hidden.wire import read_info, read_responses, to_payload, warm_up
+from torchrl_sglang_hidden.wire import read_info, to_payload, warm_up
 
 __all__ = ["Endpoint"]
 

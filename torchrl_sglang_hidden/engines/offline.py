@@ -13,6 +13,7 @@ from types import AsyncGeneratorType
 from typing import Any, ClassVar, TypeVar
 from weakref import WeakValueDictionary
 
+from torchrl_sglang_hidden.answers import read_responses
 from torchrl_sglang_hidden.channel import LAYERS_ENV, PLUGIN_ENV
 from torchrl_sglang_hidden.engines.base import Engine, ask_model
 from torchrl_sglang_hidden.engines.sessions import Session, SessionHost
@@ -38,7 +39,7 @@ from torchrl_sglang_hidden.errors import (
 )
 from torchrl_sglang_hidden.server.checkpoint import served_weights
 from torchrl_sglang_hidden.specs import Completion, EngineInfo, Request
-from torchrl_sglang_hidden.wire import read_info, read_responses, to_payload, warm_up
+from torchrl_sglang_hidden.wire import read_info, to_payload, warm_up
 
 __all__ = ["SGLangOffline"]
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 
+from torchrl_sglang_hidden.answers import read_responses
 from torchrl_sglang_hidden.errors import (
     AlignmentError,
     EngineError,
@@ -23,7 +24,7 @@ from torchrl_sglang_hidden.errors import (
     RequestRejectedError,
 )
 from torchrl_sglang_hidden.specs import Completion, EngineInfo, Request
-from torchrl_sglang_hidden.wire import read_responses, to_payload
+from torchrl_sglang_hidden.wire import to_payload
 
 __all__ = ["Session", "SessionHost"]
 

@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 
 from torchrl_sglang_hidden.channel import HiddenOptions, pack_answer, unpack_options
+from torchrl_sglang_hidden.errors import SpanError
 from torchrl_sglang_hidden.pooling import PromptStep, RequestPools, sum_rows
 from torchrl_sglang_hidden.server.layers import LayerTaps
 from torchrl_sglang_hidden.server.sums import PrefixKeys, PrefixSums
@@ -223,6 +224,14 @@ class Capture:
             )
         return one
 
+    def open_again(self, req: Any) -> Open | None:
+        """As `open`, for a request that starts over: without what it pooled under weights that are gone."""
+        one = self.opened.get(req)
+        # With tokens of the old weights the answer says so by itself; a prompt between two chunks has none that would.
+        if one is not None and one.epoch != self._epoch and not req.output_ids:
+            del self.opened[req]
+        return self.open(req)
+
     def _takes(self, layers: Sequence[int]) -> bool:
         # A layer without states would cost the whole step's requests their rows.
         return {-1, *(() if self.taps.problem else self.taps.layers)}.issuperset(layers)
@@ -281,6 +290,8 @@ class Capture:
         one = self.opened.pop(req, None) if req.finished() else None
         if one is None:
             return []
+        if self._shared is not None:
+            self._shared.tidy()
         pools = one.pools.finish(list(req.output_ids_through_stop), _decoder(req.tokenizer))
         self.keep_sums(one)
         return [pack_answer(pools, one.options.way, self.shared.share)]
@@ -334,6 +345,9 @@ def _decoder(tokenizer: Any) -> Callable[[Sequence[int]], str] | None:
         return None
 
     def decode(ids: Sequence[int]) -> str:
-        return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        try:
+            return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        except Exception as error:  # a tokenizer is anybody's code, and what it raises would end the scheduler
+            raise SpanError(f"the server's tokenizer cannot read the response: {error!r}") from error
 
     return decode

@@ -106,12 +106,17 @@ class LayerTaps:
         last_ND = states[self._last]
         if last_ND.shape != head_ND.shape or not len(head_ND):
             return  # a choice of positions, or none; another step will show
-        with torch.inference_mode():
-            normed_ND = self._norm(last_ND.clone())
-        error = float((normed_ND.float() - head_ND.float()).norm() / head_ND.float().norm())
+        try:
+            with torch.inference_mode():
+                normed_ND = self._norm(last_ND.clone())
+        except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
+            # A model is anybody's code, and what it raises would end the scheduler.
+            self._fail(f"the final norm cannot be asked ({error!r})")
+            return
+        apart_by = float((normed_ND.float() - head_ND.float()).norm() / head_ND.float().norm())
         apart = [layer for layer, joined in self._joined.items() if not joined]
-        if not error < _TOLERANCE:
-            self._fail(f"the final norm of layer {self._last}'s output is {error:.2g} off what the head reads")
+        if not apart_by < _TOLERANCE:
+            self._fail(f"the final norm of layer {self._last}'s output is {apart_by:.2g} off what the head reads")
         elif apart:
             self._fail(f"layer {apart[0] + 1} reads something else than what layer {apart[0]} gives")
         else:
@@ -177,7 +182,7 @@ def _stream(given: Iterable[Any], output: Any) -> torch.Tensor | None:
     if kept is not None and parts:
         try:
             value: torch.Tensor = kept.snapshot(parts[0])
-        except (NotImplementedError, RuntimeError):  # a model whose residual is no plain sum
+        except (TypeError, AttributeError, RuntimeError):  # a model whose residual is no plain sum
             return None
         return value
     tensors = [part for part in parts if isinstance(part, torch.Tensor) and part.is_floating_point()]

@@ -41,6 +41,9 @@ def after_load_model(result: None, model_runner: Any) -> None:
     if model_runner.is_draft_worker:
         return
     asked, num_layers = os.environ.get(LAYERS_ENV, "-1"), model_runner.model_config.num_hidden_layers
+    if getattr(model_runner.server_args, "enable_two_batch_overlap", False):
+        _capture.taps.problem = "--enable-two-batch-overlap runs the layers in parts"
+        return
     try:
         layers = {canonical_layer(int(layer), num_layers) for layer in asked.split(",")}
     except ValueError as error:  # an InputError too
@@ -82,7 +85,7 @@ def after_sample(token_ids: Any, runner: Any, logits_output: Any, forward_batch:
 
 def around_match_prefix(original: Any, req: Any, tree_cache: Any = None, cow_mamba: bool | None = None) -> None:
     """Lets a request hit the prefix cache as far as its pools can do without the rows that are then not computed."""
-    one = None if tree_cache is None else _capture.open(req)
+    one = None if tree_cache is None else _capture.open_again(req)
     # A streaming session's prefix is not the cache's to shorten: SGLang ends where that is tried. The count then tells.
     streaming = getattr(req.session, "streaming", False)
     if one is None or not one.pools.reads_prompt or streaming:
@@ -90,14 +93,18 @@ def around_match_prefix(original: Any, req: Any, tree_cache: Any = None, cow_mam
         return
     one.pools.restart()
     _capture.page_size = tree_cache.page_size
-    # A model with a recurrent state takes a slot for it at each match: its requests match once, and not at all.
-    length = 0 if tree_cache.supports_mamba() else len(req.origin_input_ids) + len(req.output_ids)
-    one.limit = _capture.prefix_limit(one, length)
+    # A recurrent state takes a slot at each match, and images move their positions: such requests match nothing, once.
+    once = tree_cache.supports_mamba() or req.multimodal_inputs is not None
+    one.limit = _capture.prefix_limit(one, 0 if once else len(req.origin_input_ids) + len(req.output_ids))
     original(req, tree_cache, cow_mamba)
+    found = req.prefix_len + req.host_hit_length
     # The cache may have forgotten a part of what was asked for, and then ends where no sum is kept.
-    while (found := req.prefix_len + req.host_hit_length) > (limit := _capture.prefix_limit(one, found)):
+    while (limit := _capture.prefix_limit(one, found)) < found:
         one.limit = limit
         original(req, tree_cache, cow_mamba)
+        before, found = found, req.prefix_len + req.host_hit_length
+        if found >= before:
+            break  # a cache that heeds no limit: the count will tell
     one.limit = None
 
 
@@ -111,6 +118,11 @@ def after_flush_cache(flushed: bool, scheduler: Any, *args: Any, **kwargs: Any) 
     """Forgets the sums together with the prefix cache."""
     if flushed:
         _capture.forget_sums()
+
+
+def after_weight_version(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """Forgets the sums of other weights, also where somebody updates them and keeps the prefix cache."""
+    _capture.forget_sums()
 
 
 def after_streamer_class(streamer_class: Any, scheduler: Any) -> type:
@@ -169,6 +181,7 @@ def after_internal_state(output: Any, scheduler: Any, recv_req: Any) -> None:
     config = scheduler.model_config
     taps = _capture.taps
     because = _refusal(scheduler)
+    _capture.shared.tidy()
     layers: tuple[int, ...] | None = (-1,)
     if because:
         layers = ()
@@ -229,6 +242,7 @@ _AFTER: dict[str, Callable[..., Any]] = {
     "sglang.srt.layers.logits_processor.LogitsProcessor._get_hidden_states_to_store": after_states_to_store,
     "sglang.srt.managers.schedule_batch.Req._compute_max_prefix_len": after_max_prefix_len,
     "sglang.srt.managers.scheduler.Scheduler.flush_cache": after_flush_cache,
+    "sglang.srt.managers.scheduler.Scheduler.record_weight_version_change": after_weight_version,
     "sglang.srt.managers.scheduler.Scheduler.get_output_streamer_class": after_streamer_class,
     "sglang.srt.managers.scheduler.Scheduler.get_internal_state": after_internal_state,
     "sglang.srt.managers.tokenizer_manager.TokenizerManager.update_request_meta_info": after_update_meta_info,
