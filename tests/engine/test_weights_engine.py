@@ -29,10 +29,12 @@ from checks import (
     STATE_RTOL,
     assert_row,
     make_policy,
+    prompt_of,
     relative_error,
     rows_of,
     tokens_input,
 )
+from states import assert_completion as assert_equals_hugging_face
 from tensordict import TensorDict
 from torchrl.modules.llm import TransformersWrapper
 from torchrl.weight_update.llm import SGLangWeightSyncScheme
@@ -45,11 +47,13 @@ from torchrl_sglang_hidden import (
     InputError,
     SGLangHiddenWeightSyncScheme,
     SGLangServer,
+    TokenMask,
     WeightsError,
     connect,
 )
 from torchrl_sglang_hidden.channel import CHANNEL, unpack_answer
 from torchrl_sglang_hidden.engines import weights as weights_module
+from torchrl_sglang_hidden.spans import PromptSpan
 from torchrl_sglang_hidden.specs import Completion, Request
 from torchrl_sglang_hidden.wire import to_payload
 
@@ -373,7 +377,7 @@ def test_a_trajectory_across_an_update_goes_on_with_the_new_weights_and_says_so(
     torch.testing.assert_close(log_probs_T, expected_T, atol=LOG_PROB_ATOL, rtol=0)
     assert ids == old.argmax_T[:cut] + new.argmax_T[cut:]
 
-    pools = unpack_answer(row["meta_info"][CHANNEL], "row 0")
+    pools = unpack_answer(row["meta_info"][CHANNEL], "row 0", trainee.info.hidden_size).segments
     last = len(prompt) - 1
     produced_TD = torch.cat([old.states_SD[last : last + cut], new.states_SD[last + cut :]])
     all_SD = torch.cat([old.states_SD[: last + cut], new.states_SD[last + cut :]])
@@ -381,7 +385,29 @@ def test_a_trajectory_across_an_update_goes_on_with_the_new_weights_and_says_so(
     for segment, (vector, count) in pools.items():
         assert vector is not None
         assert count == len(expected[segment])
-        assert relative_error(vector, expected[segment].mean(0)) < STATE_RTOL, segment
+        assert relative_error(vector[0], expected[segment].mean(0)) < STATE_RTOL, segment
+
+
+def test_a_prompt_across_an_update_is_of_one_model(
+    trainee: SGLangServer, trainer: PreTrainedModel, trained_dir: str, smol_dir: str
+) -> None:
+    """Taken out between two chunks it has no token yet that would say that its first rows are of the old weights."""
+    prompt = tuple(prompt_of(1900, seed=77))
+    spec = HiddenSpec(("prompt",), spans={"start": TokenMask("m")}, tokens=True)
+    spans = {"start": PromptSpan(((0, 100),))}
+    request = Request(prompt, {"max_new_tokens": 1, "temperature": 0.0}, hidden=spec, spans=spans)
+    before = trainee.info.weight_version
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit(trainee.generate, [request])
+        with httpx.Client(base_url=trainee.url, timeout=60) as client:
+            while not client.get("/server_info").json()["internal_states"][0][CHANNEL]["open_pools"]:
+                assert not read.done(), "too quick for an update in the middle"
+        after = trainee.update_weights(trainer, running="continue")
+        (completion,) = read.result()
+    assert not completion.mixed_weights
+    model_dir = {before: smol_dir, after: trained_dir}[completion.weight_version]
+    assert completion.weight_version == after, "the prompt was in before the update, which then shows nothing"
+    assert_equals_hugging_face(request, completion, model_dir, 30)
 
 
 def test_an_update_waits_for_what_runs(trainee: SGLangServer, trainer: PreTrainedModel, chat_ids: ChatIds) -> None:
