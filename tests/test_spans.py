@@ -189,6 +189,18 @@ def test_a_token_is_between_the_markers_if_all_of_its_bytes_are(
     check_between(kind, ids, Between(start, end, unclosed=unclosed))
 
 
+@pytest.mark.parametrize(
+    "pieces", [[b"\xf0", b"\x9f", "😀".encode()[2:] + b"<", b"t"], [b"\xc3", b"\xa9\xe6", b"\x97", b"\xa5"]]
+)
+def test_a_token_that_ends_the_marker_and_begins_the_next_character(pieces: list[bytes]) -> None:
+    marker = b"".join(pieces).decode()[0]
+    tokens = KINDS["byte-level"][1]
+    ids = [tokens.index(piece) for piece in pieces]
+    check_between("byte-level", ids, Between(marker, None))
+    check_between("byte-level", ids, Between(None, marker))
+    check_between("byte-level", ids, Between(None, b"".join(pieces).decode()[1]))
+
+
 # Bytes of characters and of none: a sampled response has both, and may end inside a character.
 HIGH_BYTES = st.sampled_from([*"é日😀\ufffd".encode(), 0xFF, 0x80])
 
