@@ -18,7 +18,9 @@ FLUSH_TIMEOUT_S = 60.0
 
 
 @contextmanager
-def served(model: str, *, dtype: str, context_length: int, total_tokens: int) -> Iterator[SGLangServer]:
+def served(
+    model: str, *, dtype: str, context_length: int, total_tokens: int, sleep_on_idle: bool = False
+) -> Iterator[SGLangServer]:
     """A server of its own for one model.
 
     Args:
@@ -26,6 +28,7 @@ def served(model: str, *, dtype: str, context_length: int, total_tokens: int) ->
         dtype: of weights and states.
         context_length: tokens of the longest prompt and its response.
         total_tokens: of all prompts and responses that are to run at once.
+        sleep_on_idle: whether it leaves the cores to others while it has nothing to do.
     """
     with tempfile.TemporaryDirectory() as directory:
         if model == "wide":
@@ -40,6 +43,7 @@ def served(model: str, *, dtype: str, context_length: int, total_tokens: int) ->
             # Stock return_hidden_states gives the rows of a prompt's last chunk only. Whole prompts, for all sides.
             chunked_prefill_size=-1,
             max_prefill_tokens=total_tokens,
+            sleep_on_idle=sleep_on_idle,
         ) as server:
             yield server
 
