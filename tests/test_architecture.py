@@ -1,6 +1,6 @@
 """The order of the house, read from the imports of every module, those inside functions too.
 
-    _version, errors → spans → specs → pooling, sampling, constraints, shared, places → channel → wire → answers
+    _version, errors → spans, constraints → specs → pooling, sampling, shared, places → channel → wire → answers
       → server, prompts → engines, assemble → distributions, options → calls → policy
       → transforms, recording, weight_sync → demo → cli → __main__, __init__
 
@@ -23,9 +23,9 @@ ROOT = Path(torchrl_sglang_hidden.__file__).parent
 ORDER: list[set[str]] = [
     {"_version"},
     {"errors"},
-    {"spans"},
+    {"spans", "constraints"},
     {"specs"},
-    {"pooling", "sampling", "constraints", "shared", "places"},
+    {"pooling", "sampling", "shared", "places"},
     {"channel"},
     {"wire"},
     {"answers"},
@@ -44,6 +44,7 @@ LEVELS = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 # What a room must not import beyond the order: other rooms of the package, or libraries.
 FORBIDDEN: dict[str, set[str]] = {
     "spans": {"sglang", "tensordict", "torchrl", "transformers", "httpx", "torch"},
+    "constraints": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
     "specs": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
     "pooling": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
     "shared": {"sglang", "tensordict", "torchrl", "transformers", "httpx", "torch"},

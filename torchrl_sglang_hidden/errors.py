@@ -21,6 +21,8 @@
     ├── AlignmentError (RuntimeError)           rows of states and tokens do not agree
     ├── SpanError (ValueError)                  a span that is empty in this row, or longer than its segment: of a
     │                                           prompt before anything is sent, of a response once it was sampled
+    ├── ConstraintError (ValueError)            constraints that leave no token to choose: by themselves before
+    │                                           anything is sent; together with a grammar or penalties once they met
     └── DemoModelError (RuntimeError)           the demo model could not be made
 
 Messages give the value, the limit and the remedy, in that order. Each class takes one message, so that errors pickle
@@ -36,6 +38,7 @@ __all__ = [
     "AuthenticationError",
     "BatchCancelledError",
     "CapabilityError",
+    "ConstraintError",
     "DemoModelError",
     "EngineError",
     "EngineTimeoutError",
@@ -138,6 +141,10 @@ class AlignmentError(SGLangHiddenError, RuntimeError):
 
 class SpanError(SGLangHiddenError, ValueError):
     """A span has no tokens in a row, or wants more than there are; one of a response shows when it was sampled."""
+
+
+class ConstraintError(SGLangHiddenError, ValueError):
+    """Constraints leave no token to choose; or one of your own failed inside the server."""
 
 
 class DemoModelError(SGLangHiddenError, RuntimeError):

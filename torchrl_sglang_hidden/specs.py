@@ -5,6 +5,7 @@ Axes, here and in every name of the package:
     B  rows of a batch             T  response tokens
     P  prompt tokens               D  hidden size
     N  any run of positions        K  layers
+    V  vocabulary                  C  the columns of the logits that were asked for
 
     name_BD is a tensor of shape [B, D]; a name without axes is a scalar or a record.
 
@@ -16,6 +17,9 @@ fed back, so it has no state):
     full       0 … P+T-2      P+T-1 rows, each position once
 
 ``response`` is the convention of Hugging Face ``generate(output_hidden_states=True)``: entry t, last position.
+
+Logits stand at the token that was drawn from them, as log-probs do: row t of the response's produced response token t,
+row p of the prompt's is what the tokens before p say of token p. Nothing is before token 0, so it has no row.
 """
 
 from __future__ import annotations
@@ -26,15 +30,18 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 
-from torchrl_sglang_hidden.errors import InputError, InputTypeError
+from torchrl_sglang_hidden.constraints import LogitConstraint
+from torchrl_sglang_hidden.errors import InputError, InputTypeError, TokenIdError
 from torchrl_sglang_hidden.spans import Between, LastTokens, PromptSpan, Span
 
 ResolvedSpan: TypeAlias = PromptSpan | LastTokens | Between
 Segment = Literal["prompt", "response", "full"]
 Pooling = Literal["mean", "last"]
+Stage = Literal["raw", "processed"]
 
 SEGMENTS: tuple[Segment, ...] = get_args(Segment)
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
+STAGES: tuple[Stage, ...] = get_args(Stage)
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -142,6 +149,93 @@ class HiddenSpec:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class LogitsSpec:
+    """Which logits a policy returns: exactly one of ``top_k``, ``token_ids`` and ``full``.
+
+    Args:
+        top_k: the k largest of each token, with their ids, the largest first.
+        token_ids: those of these C tokens, in this order: the actions of an environment.
+        full: all V. Many bytes: 4·V for each token.
+        stage: ``"raw"``, what the head gave, softcapped and scaled where the model does that, before penalties, masks
+            and temperature; ``"processed"``, what the token was drawn from: after penalties, grammar, logit bias,
+            constraints and temperature, so that their log-softmax over all V has the log-prob that is returned.
+            ``-inf`` where a token was taken away. As in the log-probs, top-k, top-p and min-p of the sampling are not
+            in them: SGLang applies these to the probabilities.
+        segments: any of ``"prompt"``, ``"response"``, ``"full"``. A given sequence that is scored has ``"full"`` alone.
+            Those of a prompt are the model's own at both stages, without penalties or temperature.
+        dtype: float32, or bfloat16 for half the bytes, rounded on the device.
+
+    Raises:
+        InputError: none or several of the three, or a value outside these.
+        TokenIdError: a negative id, or one that is there twice.
+        InputTypeError: a value of the wrong type.
+    """
+
+    top_k: int | None = None
+    token_ids: tuple[int, ...] | None = None
+    full: bool = False
+    stage: Stage = "raw"
+    segments: tuple[Segment, ...] = ("response",)
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.full, bool):
+            raise InputTypeError(f"LogitsSpec(full={self.full!r}): expected True or False")
+        if (self.top_k is not None) + (self.token_ids is not None) + self.full != 1:
+            raise InputError(
+                f"LogitsSpec(top_k={self.top_k!r}, token_ids={self.token_ids!r:.80}, full={self.full}): give exactly "
+                "one of the three"
+            )
+        if self.top_k is not None and type(self.top_k) is not int:
+            raise InputTypeError(f"LogitsSpec(top_k={self.top_k!r}): expected an integer of at least 1")
+        if self.top_k is not None and self.top_k < 1:
+            raise InputError(f"LogitsSpec(top_k={self.top_k}): expected an integer of at least 1")
+        if self.token_ids is not None:
+            self._check_ids(self.token_ids)
+        if self.stage not in STAGES:
+            raise InputError(f"LogitsSpec(stage={self.stage!r}): expected one of {STAGES}")
+        if isinstance(self.segments, str) or not isinstance(self.segments, (tuple, list)):
+            raise InputTypeError(
+                f"LogitsSpec(segments={self.segments!r}): expected a tuple of names, such as ('response',)"
+            )
+        object.__setattr__(self, "segments", tuple(self.segments))
+        if not self.segments or not set(self.segments) <= set(SEGMENTS) or len(set(self.segments)) < len(self.segments):
+            raise InputError(f"LogitsSpec(segments={self.segments!r}): expected one or more of {SEGMENTS}, each once")
+        if self.dtype not in (torch.float32, torch.bfloat16):
+            raise InputError(f"LogitsSpec(dtype={self.dtype}): expected torch.float32 or torch.bfloat16")
+
+    def _check_ids(self, given: Any) -> None:
+        if isinstance(given, torch.Tensor) and not given.is_floating_point() and given.dtype != torch.bool:
+            given = given.tolist()
+        if not isinstance(given, (list, tuple, range)) or any(type(token_id) is not int for token_id in given):
+            raise InputTypeError(
+                f"LogitsSpec(token_ids={given!r:.80}): expected token ids, in the order of the columns"
+            )
+        ids = tuple(given)
+        if not ids:
+            raise InputError("LogitsSpec(token_ids=()): 0 columns; give at least 1 id")
+        if min(ids) < 0 or len(set(ids)) < len(ids):
+            raise TokenIdError(f"LogitsSpec(token_ids={ids!r:.80}): ids are at least 0, each once")
+        object.__setattr__(self, "token_ids", ids)
+
+    def num_columns(self, vocab_size: int) -> int:
+        """C."""
+        if self.token_ids is not None:
+            return len(self.token_ids)
+        return vocab_size if self.top_k is None else self.top_k
+
+    @property
+    def of_response(self) -> bool:
+        """Whether the response's are wanted."""
+        return "response" in self.segments or "full" in self.segments
+
+    @property
+    def of_prompt(self) -> bool:
+        """Whether the prompt's are wanted."""
+        return "prompt" in self.segments or "full" in self.segments
+
+
 def canonical_layer(layer: int, num_layers: int) -> int:
     """A layer's one name: -1 for what the head reads, else ``0 … num_layers-1``.
 
@@ -166,7 +260,14 @@ class Request:
             generates nothing.
         return_log_probs: whether the log-prob of every sampled token comes back.
         hidden: which hidden states come back, or None.
-        score_prompt: whether the log-prob of every prompt token comes back.
+        score_prompt: whether log-probs of prompt tokens come back.
+        score_from: the first prompt token whose log-prob comes back; those before it may be in the prefix cache. 0
+            gives all, of which the first is NaN.
+        logits: which logits come back, or None.
+        constraints: on the tokens that are sampled; in a prompt that is scored on those in ``responses``.
+        responses: the parts of a scored prompt that constraints act on as if they were being sampled: each ``(start,
+            stop)``, in order and apart, 1 ≤ start < stop ≤ P. A constraint counts tokens from each start.
+        processor: SGLang's own custom logit processor as its ``to_str`` writes it, or None.
         spans: the spans of ``hidden``, resolved for this prompt, under their names.
         lora: the name of a LoRA adapter that the server has loaded, or None.
         priority: of the request in the server's queue, where it schedules by priority; or None.
@@ -180,6 +281,11 @@ class Request:
     spans: Mapping[str, ResolvedSpan] = field(default_factory=dict)
     lora: str | None = None
     priority: int | None = None
+    score_from: int = 0
+    logits: LogitsSpec | None = None
+    constraints: tuple[LogitConstraint, ...] = ()
+    responses: tuple[tuple[int, int], ...] = ()
+    processor: str | None = None
 
     @property
     def reads_only(self) -> bool:
@@ -215,6 +321,19 @@ class TokenRows:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogits:
+    """The logits that some tokens were drawn from, one row each.
+
+    Args:
+        values_NC: ``[N, C]``, float32 or bfloat16 as asked for.
+        token_ids_NC: int64 ``[N, C]``, the tokens of the columns, for ``top_k``; None else: they are those asked for.
+    """
+
+    values_NC: torch.Tensor
+    token_ids_NC: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """What came back for one `Request`. All per-token fields have the same T, checked when it was read.
 
@@ -228,10 +347,14 @@ class Completion:
         finish_reason: ``"stop"`` or ``"length"``.
         weight_version: the engine's name for the weights that the last token was sampled with.
         mixed_weights: whether tokens before it were sampled with other weights, because of an update in between.
-        prompt_log_probs_P: float32 ``[P]``, when asked for: each prompt token's log-prob given those before it, of the
-            model's own distribution, without temperature or penalties. The first is NaN: nothing is before it.
+        prompt_log_probs_P: float32 ``[P - score_from]``, when asked for: each prompt token's log-prob given those
+            before it, of the model's own distribution, without temperature or penalties; inside ``responses`` under
+            the request's constraints, ``-inf`` for a token that they take away. That of token 0 is NaN: nothing is
+            before it.
         spans: the spans asked for, pooled.
         token_rows: every position that ``tokens=True`` asks for, from the first of them to the last; or None.
+        logits: of the T response tokens, when asked for.
+        prompt_logits: of the prompt's tokens 1 … P-1, when asked for.
     """
 
     prompt_ids: tuple[int, ...]
@@ -245,6 +368,8 @@ class Completion:
     prompt_log_probs_P: torch.Tensor | None = None
     spans: Mapping[str, Pooled] = field(default_factory=dict)
     token_rows: TokenRows | None = None
+    logits: TokenLogits | None = None
+    prompt_logits: TokenLogits | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +394,9 @@ class EngineInfo:
         no_states_because: why the engine gives no hidden states, or not those of other layers than the last; empty
             where it gives all that it was started for.
         shares_memory: whether many bytes may come through shared memory: the engine is on this machine.
+        constraints: the names of the constraints that the server half has the code of.
+        takes_processors: whether it takes SGLang's own custom logit processors, under
+            ``--enable-custom-logit-processor``.
     """
 
     model_path: str
@@ -286,3 +414,5 @@ class EngineInfo:
     honours_priorities: bool = False
     no_states_because: str = ""
     shares_memory: bool = False
+    constraints: tuple[str, ...] = ()
+    takes_processors: bool = False
