@@ -38,8 +38,9 @@ from serving import new_prompts, served, settle
 from torchrl_sglang_hidden import HiddenSpec, SGLangServer
 from torchrl_sglang_hidden.answers import read_responses
 from torchrl_sglang_hidden.channel import CHANNEL
+from torchrl_sglang_hidden.checks import check_requests
 from torchrl_sglang_hidden.specs import Completion, EngineInfo, Request, Segment
-from torchrl_sglang_hidden.wire import check_requests, to_payload
+from torchrl_sglang_hidden.wire import to_payload
 
 PLAIN, POOLED, TOKENS, TOKENS_HTTP, STOCK = "plain", "pooled", "tokens", "tokens, HTTP", "stock"
 SEGMENTS: tuple[Segment, ...] = ("prompt", "response")

@@ -23,12 +23,15 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from torchrl_sglang_hidden.answers import read_responses
 from torchrl_sglang_hidden.channel import CHANNEL, Status, pack_answer, unpack_options
+from torchrl_sglang_hidden.constraints import known_constraints
 from torchrl_sglang_hidden.engines import Engine
 from torchrl_sglang_hidden.engines.sessions import Session, SessionHost
 from torchrl_sglang_hidden.engines.streams import AsyncStream, Stream, check_stream
 from torchrl_sglang_hidden.engines.weights import next_version
 from torchrl_sglang_hidden.errors import RequestRejectedError
+from torchrl_sglang_hidden.logits import Choosing, FoundLogits, RequestLogits, WantedLogits, constrain, cut
 from torchrl_sglang_hidden.pooling import RequestPools, sum_rows
+from torchrl_sglang_hidden.server.choices import Given, StepChoices
 from torchrl_sglang_hidden.specs import SEGMENTS, Completion, EngineInfo, Pooling, Request, Segment
 from torchrl_sglang_hidden.wire import to_payload
 
@@ -81,6 +84,11 @@ def state_D(ids: Sequence[int], position: int) -> torch.Tensor:
     return torch.sin(torch.arange(1, HIDDEN_SIZE + 1) * (1.0 + ids[position]) + 0.37 * before + position)
 
 
+def logits_V(ids: Sequence[int]) -> torch.Tensor:
+    """What the made-up head says of the token behind these ids."""
+    return 3 * torch.sin(torch.arange(len(WORDS)) * (1.0 + ids[-1]) + 0.37 * len(ids))
+
+
 def states_ND(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> torch.Tensor:
     """The states of every position that is computed, ``[P+T-1, D]``."""
     ids = [*prompt_ids, *response_ids]
@@ -109,6 +117,7 @@ def make_info(**changes: Any) -> EngineInfo:
         "returns_hidden_states": True,
         "honours_seeds": True,
         "honours_priorities": True,
+        "constraints": known_constraints(),
     }
     return EngineInfo(**{**fields, **changes})
 
@@ -248,6 +257,11 @@ class RecordingEngine(Engine):
     ) -> dict[str, Any]:
         limit = sampling.get("max_new_tokens", DEFAULT_NEW_TOKENS)
         response_ids = list(self._respond(prompt_ids))[:limit]
+        options = unpack_options(sampling.get("custom_params"))
+        logits = log_probs = None
+        if options is not None and options.logits != WantedLogits():
+            temperature = sampling.get("temperature", 1.0) or 1.0
+            response_ids, log_probs, logits = choose(options.logits, prompt_ids, response_ids, limit, temperature)
         stopped = response_ids[-1] == EOS_ID
         meta: dict[str, Any] = {
             "id": f"recorded-{index}",
@@ -256,16 +270,16 @@ class RecordingEngine(Engine):
             "finish_reason": {"type": "stop", "matched": EOS_ID} if stopped else {"type": "length", "length": limit},
         }
         if return_logprob:
-            meta["output_token_logprobs"] = [[log_prob_of(i), i, None] for i in response_ids]
-        if return_logprob and start == 0:
-            given = [[log_prob_of(i), i, None] for i in prompt_ids[1:]]
-            meta["input_token_logprobs"] = [[None, prompt_ids[0], None], *given]
+            values = log_probs or [log_prob_of(i) for i in response_ids]
+            meta["output_token_logprobs"] = [[v, i, None] for v, i in zip(values, response_ids, strict=True)]
+        if return_logprob and start >= 0:
+            given = [[log_prob_of(i), i, None] for i in prompt_ids[start + 1 :]]
+            meta["input_token_logprobs"] = [[None, prompt_ids[start], None], *given]
         hidden_ND = states_ND(prompt_ids, response_ids)
-        options = unpack_options(sampling.get("custom_params"))
         if options is not None:
             pools = RequestPools(options.wanted, len(prompt_ids))
             feed(pools, torch.stack([of_layer(hidden_ND, layer) for layer in options.wanted.layers], 1))
-            meta[CHANNEL] = [pack_answer(pools.finish(response_ids, self._decode), options.way)]
+            meta[CHANNEL] = [pack_answer(pools.finish(response_ids, self._decode), options.way, logits=logits)]
         if stock:
             num_prompt = len(prompt_ids)
             meta["hidden_states"] = [hidden_ND[:num_prompt].tolist(), *hidden_ND[num_prompt:].tolist()]
@@ -280,6 +294,41 @@ class RecordingEngine(Engine):
         if self._tokenizer is None:
             return " ".join(map(str, response_ids))
         return str(self._tokenizer.decode(response_ids, skip_special_tokens=True))
+
+
+def choose(
+    wanted: WantedLogits, prompt_ids: list[int], preferred: list[int], limit: int, temperature: float
+) -> tuple[list[int], list[float] | None, FoundLogits]:
+    """Chooses as a server does: the preferred ids where the constraints allow them, else the best that is left.
+
+    Returns the ids, their log-probs where the request has constraints or wants logits of the response, and its logits.
+    """
+    one = RequestLogits(wanted, prompt_ids)
+    step = one.plan_given(0, len(prompt_ids))
+    if step is not None:
+        rows_ND = torch.stack([logits_V(prompt_ids[: place + 1]) for place in range(len(prompt_ids))])
+        choices = StepChoices((), (Given(0, 0, *step, one),), (None,), len(WORDS), len(rows_ND))
+        choices.take_given(rows_ND, lambda rows: rows)
+        choices.rows().copy_to_host(lambda tensor: tensor).consume(None, [None])
+    if not wanted.chooses:
+        return preferred, None, one.finish()
+    ids: list[int] = []
+    log_probs: list[float] = []
+    while len(ids) < limit and EOS_ID not in ids:
+        raw_V = logits_V([*prompt_ids, *ids])
+        if len(ids) < len(preferred):
+            raw_V[preferred[len(ids)]] = 20.0
+        before = torch.tensor(ids, dtype=torch.int64)
+        rows_1V, alive_1 = constrain(raw_V[None], [Choosing(one, len(ids), limit, lambda before=before: before)])
+        if not alive_1.all():
+            one.fail(f"token {len(ids)} of the response: 0 tokens are left")
+        processed_1V = rows_1V / temperature
+        spec = wanted.spec
+        row = None if spec is None else cut(raw_V[None] if spec.stage == "raw" else processed_1V, spec)
+        one.add(len(ids), row if spec is not None and spec.of_response else None)
+        ids.append(int(processed_1V[0].argmax()))
+        log_probs.append(float(processed_1V[0].log_softmax(-1)[ids[-1]]))
+    return ids, log_probs, one.finish()
 
 
 def of_layer(hidden: torch.Tensor, layer: int) -> torch.Tensor:
@@ -306,6 +355,8 @@ Respond = Callable[["Handler", dict[str, Any]], None]
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    # An answer is two writes; the second would wait 40 ms for the client's delayed acknowledgement of the first.
+    disable_nagle_algorithm = True
     server: RecordingServer
 
     def do_GET(self) -> None:
@@ -350,6 +401,7 @@ class RecordingServer(ThreadingHTTPServer):
             shared="",
             open_pools=0,
             prefix_bytes=0,
+            constraints=known_constraints(),
         ).pack()
         self.pages: dict[str, tuple[int, Any]] = {
             "/model_info": (200, {"model_path": model_path, "weight_version": "v7", "is_generation": True}),

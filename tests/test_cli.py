@@ -241,7 +241,7 @@ class TestServe:
     def test_passes_everything_to_launch(self, serving: Callable[[str], FakeServer]) -> None:
         server = serving(SIGTERM_PARENT)
         options = ["--device", "cpu", "--port", "4321", "--log-file", "x.log", "--host", "127.0.0.2"]
-        options += ["--layers", "7,-2"]
+        options += ["--layers", "7,-2", "--constraints", "json,my.rules"]
         result = invoke("serve", "m", "--dtype", "float32", *options, "--tp", "2")
         assert result.exit_code == 0, result.output
         assert server.calls == [
@@ -250,6 +250,7 @@ class TestServe:
                 {
                     "device": "cpu",
                     "layers": (7, -2),
+                    "constraint_modules": ("json", "my.rules"),
                     "host": "127.0.0.2",
                     "port": 4321,
                     "api_key": None,

@@ -328,7 +328,7 @@ STARTS_A_WORKER = """
 def test_stop_ends_the_whole_group_and_may_be_called_again(
     ignored: str, start: START, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch_module, "_TERMINATE_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(launch_module, "_TERMINATE_TIMEOUT_S", 0.5)
     process = start(STARTS_A_WORKER.replace("IGNORED", ignored))
     worker = int(first_line(process))
     with watched([process.pid, worker]) as handles:

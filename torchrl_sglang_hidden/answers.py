@@ -12,22 +12,25 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from torchrl_sglang_hidden.channel import CHANNEL, FALLBACK_REMEDY, drop_shared, unpack_answer
+from torchrl_sglang_hidden.channel import CHANNEL, FALLBACK_REMEDY, Answer, drop_shared, unpack_answer
 from torchrl_sglang_hidden.errors import AlignmentError, ProtocolError, RequestAbortedError, SpanError
+from torchrl_sglang_hidden.logits import FoundLogits, WantedLogits
 from torchrl_sglang_hidden.pooling import Pools, RequestPools, Wanted, sum_rows
 from torchrl_sglang_hidden.spans import LastTokens, PromptSpan
 from torchrl_sglang_hidden.specs import (
     Completion,
     EngineInfo,
     HiddenSpec,
+    LogitsSpec,
     Pooled,
     Request,
     ResolvedSpan,
     Segment,
+    TokenLogits,
     TokenRows,
     rows_expected,
 )
-from torchrl_sglang_hidden.wire import wanted_of
+from torchrl_sglang_hidden.wire import logits_of, shares, wanted_of
 
 __all__ = ["read_responses"]
 
@@ -90,7 +93,17 @@ def _read_row(index: int, request: Request, row: Any, info: EngineInfo) -> Compl
         )
     if not response_ids:
         raise AlignmentError(f"{name}: 0 response tokens with finish reason {finish_type!r}; expected at least 1")
-    states = None if request.hidden is None else _read_states(name, request, request.hidden, meta, response_ids, info)
+    wanted = logits_of(request)
+    answer = None
+    if info.pools_in_server and (request.hidden is not None or wanted is not None):
+        shared = shares(request) and info.shares_memory
+        answer = unpack_answer(meta.get(CHANNEL), name, info.hidden_size, shared=shared)
+    states = None
+    if request.hidden is not None:
+        states = _read_states(name, request, request.hidden, meta, response_ids, info, answer)
+    logits = None
+    if wanted is not None:
+        logits = _read_logits(name, request, wanted, None if answer is None else answer.logits, len(response_ids), info)
     log_probs_T = _read_log_probs(name, meta, "output", response_ids) if request.return_log_probs else None
     if request.reads_only:
         text, response_ids, finish_type = "", (), "length"
@@ -104,10 +117,69 @@ def _read_row(index: int, request: Request, row: Any, info: EngineInfo) -> Compl
         finish_reason=finish_type,
         weight_version=weight_version,
         mixed_weights=len(versions) > 1,
-        prompt_log_probs_P=_read_log_probs(name, meta, "input", request.prompt_ids) if request.score_prompt else None,
+        prompt_log_probs_P=_read_prompt_log_probs(name, request, meta, logits) if request.score_prompt else None,
         spans={} if states is None else states.spans,
         token_rows=None if states is None else states.token_rows,
+        logits=None if logits is None else logits.response,
+        prompt_logits=None if logits is None else logits.given,
     )
+
+
+def _read_prompt_log_probs(
+    name: str, request: Request, meta: Mapping[str, Any], logits: FoundLogits | None
+) -> torch.Tensor:
+    """The log-probs of the prompt's tokens from ``score_from`` on."""
+    first = request.score_from
+    if logits is None or not request.constraints:
+        # SGLang's start at the token before, without a log-prob.
+        start = max(first - 1, 0)
+        return _read_log_probs(name, meta, "input", request.prompt_ids[start:])[first - start :]
+    num_wanted = len(request.prompt_ids) - max(first, 1)
+    found_N = torch.empty(0) if logits.log_probs_N is None else logits.log_probs_N
+    log_probs = found_N[len(found_N) - num_wanted :]
+    return log_probs if first > 0 else torch.cat([torch.tensor([math.nan]), log_probs])
+
+
+def _read_logits(
+    name: str, request: Request, wanted: WantedLogits, found: FoundLogits | None, num_response: int, info: EngineInfo
+) -> FoundLogits:
+    """Counts the logits of one answer against its tokens, and those that constraints were applied to."""
+    if found is None:
+        raise ProtocolError(f"{name}: logits or constraints were asked for and are not in the answer; send it again")
+    expected = 0 if wanted.given is None else len(request.prompt_ids) - wanted.given
+    if wanted.constraints and not request.score_prompt and found.constrained != num_response:
+        raise AlignmentError(
+            f"{name}: the constraints were applied to {found.constrained} of {num_response} response tokens; the "
+            "server's sampler does not pass its logits through SGLang's own sampler, leave --sampling-backend at its "
+            "default"
+        )
+    if wanted.scored and len(found.log_probs_N if found.log_probs_N is not None else ()) != expected:
+        got = None if found.log_probs_N is None else len(found.log_probs_N)
+        raise AlignmentError(f"{name}: {got} log-probs under constraints for {expected} prompt tokens; send it again")
+    spec = wanted.spec
+    if spec is None:
+        return found
+    columns = spec.num_columns(info.vocab_size)
+    return FoundLogits(
+        response=_counted(name, "response", found.response, spec, num_response, columns) if spec.of_response else None,
+        given=_counted(name, "prompt", found.given, spec, expected, columns) if spec.of_prompt else None,
+        log_probs_N=found.log_probs_N,
+    )
+
+
+def _counted(
+    name: str, segment: str, rows: TokenLogits | None, spec: LogitsSpec, num_tokens: int, columns: int
+) -> TokenLogits:
+    if rows is None and num_tokens == 0:
+        ids = torch.empty(0, columns, dtype=torch.int64)
+        return TokenLogits(torch.empty(0, columns, dtype=spec.dtype), ids if spec.top_k is not None else None)
+    shape = None if rows is None else tuple(rows.values_NC.shape)
+    if rows is None or shape != (num_tokens, columns):
+        raise AlignmentError(
+            f"{name}: logits of shape {shape} for {num_tokens} {segment} tokens and {columns} columns; send it again, "
+            "and report it if it stays"
+        )
+    return rows
 
 
 def _read_log_probs(
@@ -146,12 +218,12 @@ def _read_states(
     meta: Mapping[str, Any],
     response_ids: tuple[int, ...],
     info: EngineInfo,
+    answer: Answer | None,
 ) -> _States:
     """Reads the states of one answer, and counts them against the tokens."""
     num_prompt, num_response = len(request.prompt_ids), len(response_ids)
-    if info.pools_in_server:
-        shared = spec.tokens and info.shares_memory
-        found = unpack_answer(meta.get(CHANNEL), name, info.hidden_size, shared=shared)
+    if answer is not None:
+        found = answer.pools
     else:
         found = _pool_stock(name, wanted_of(request, spec, info), meta.get("hidden_states"), num_prompt, response_ids)
     remedy = "send it again" if info.pools_in_server else FALLBACK_REMEDY

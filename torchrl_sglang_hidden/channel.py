@@ -1,4 +1,4 @@
-"""The server half's own channel through SGLang: options in, pooled states and a status out. Used on both sides.
+"""The server half's own channel through SGLang: options in, states, logits and a status out. Used on both sides.
 
 A request carries options in ``sampling_params["custom_params"]``; its answer comes back in
 ``meta_info["torchrl_sglang_hidden"]``; the server's status stands in SGLang's internal state under the same name.
@@ -7,30 +7,41 @@ Names, numbers and floating-point bytes only: nothing received is ever unpickled
 
 from __future__ import annotations
 
-import base64
 import json
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 
-from torchrl_sglang_hidden.errors import ProtocolError, SpanError
+from torchrl_sglang_hidden.blocks import (
+    DTYPES,
+    Share,
+    Way,
+    as_tensor,
+    pack_bytes,
+    pack_tensor,
+    unpack_bytes,
+    unpack_tensor,
+)
+from torchrl_sglang_hidden.constraints import LogitConstraint
+from torchrl_sglang_hidden.errors import ConstraintError, ProtocolError, SpanError
+from torchrl_sglang_hidden.logits import FoundLogits, WantedLogits
 from torchrl_sglang_hidden.pooling import Pools, Wanted, WantedRows
-from torchrl_sglang_hidden.shared import discard, fetch
+from torchrl_sglang_hidden.shared import discard
 from torchrl_sglang_hidden.spans import Between, LastTokens, PromptSpan
-from torchrl_sglang_hidden.specs import POOLINGS, SEGMENTS, ResolvedSpan, Segment
+from torchrl_sglang_hidden.specs import POOLINGS, SEGMENTS, LogitsSpec, ResolvedSpan, Segment, TokenLogits
 
 __all__ = [
     "CHANNEL",
+    "CONSTRAINTS_ENV",
     "FALLBACK_REMEDY",
     "LAYERS_ENV",
     "PLUGIN_ENV",
     "PROTOCOL",
-    "HiddenOptions",
+    "Options",
     "Status",
     "Way",
     "drop_shared",
@@ -41,28 +52,26 @@ __all__ = [
 ]
 
 CHANNEL = "torchrl_sglang_hidden"
-PROTOCOL = 2
+PROTOCOL = 3
 PLUGIN_ENV = "TORCHRL_SGLANG_HIDDEN"  # "1" in a server's environment opts in to the server half
 LAYERS_ENV = "TORCHRL_SGLANG_HIDDEN_LAYERS"  # the layers whose states the server half takes, such as "7,15,-1"
+CONSTRAINTS_ENV = "TORCHRL_SGLANG_HIDDEN_CONSTRAINTS"  # modules with constraints of the user's own, comma-separated
 
 FALLBACK_REMEDY = (
     "start the server with torchrl_sglang_hidden.launch or `torchrl-sglang-hidden serve`, whose server half pools "
     "without gaps"
 )
 
-# How bytes travel: raw (in-process), as base64 text (JSON), or, for many of them, in a file of shared memory.
-Way = Literal["binary", "text", "shared"]
-
-# What does not fit in here is float32, the dtype that everything is pooled in.
-_ROW_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_FLOATS = {name: dtype for name, dtype in DTYPES.items() if dtype.is_floating_point}
 
 
 @dataclass(frozen=True, slots=True)
-class HiddenOptions:
-    """What one request asks of the server half."""
+class Options:
+    """What one request asks of the server half: states, logits and constraints, and how they travel."""
 
     wanted: Wanted
     way: Way
+    logits: WantedLogits = field(default_factory=WantedLogits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +90,7 @@ class Status:
         shared: the name of a file in shared memory by which a client knows that it is on this machine; or empty.
         open_pools: requests with pools at this moment; 0 when nothing is running.
         prefix_bytes: of the sums kept for prompts that begin alike.
+        constraints: the names of those that it has the code of.
     """
 
     vocab_size: int
@@ -93,11 +103,13 @@ class Status:
     shared: str
     open_pools: int
     prefix_bytes: int
+    constraints: tuple[str, ...]
 
     def pack(self) -> dict[str, Any]:
         """As JSON carries it."""
         fields = {name: getattr(self, name) for name in self.__slots__}
-        return {"protocol": PROTOCOL, **fields, "layers": None if self.layers is None else list(self.layers)}
+        lists = {"layers": None if self.layers is None else list(self.layers), "constraints": list(self.constraints)}
+        return {"protocol": PROTOCOL, **fields, **lists}
 
     @classmethod
     def unpack(cls, fields: Mapping[str, Any]) -> Status:
@@ -111,7 +123,8 @@ class Status:
             values = {name: fields[name] for name in cls.__slots__}
         except KeyError as error:
             raise ProtocolError(f"the server half's description lacks {error}") from error
-        return cls(**{**values, "layers": None if values["layers"] is None else tuple(values["layers"])})
+        layers = None if values["layers"] is None else tuple(values["layers"])
+        return cls(**{**values, "layers": layers, "constraints": tuple(values["constraints"])})
 
 
 def check_protocol(spoken: object, who: str) -> None:
@@ -130,21 +143,23 @@ def check_protocol(spoken: object, who: str) -> None:
 # --- options ---------------------------------------------------------------------------------------------------------
 
 
-def pack_options(wanted: Wanted, way: Way) -> dict[str, str | int]:
+def pack_options(wanted: Wanted, way: Way, logits: WantedLogits | None = None) -> dict[str, str | int]:
     """Writes a request's options. SGLang carries scalars, flat lists and flat dicts here, hence one text."""
-    fields = {
+    fields: dict[str, Any] = {
         "segments": wanted.segments,
         "pooling": wanted.pooling,
         "layers": wanted.layers,
         "tokens": wanted.tokens,
-        "row_dtype": next(name for name, dtype in _ROW_DTYPES.items() if dtype == wanted.row_dtype),
+        "row_dtype": _name_of(wanted.row_dtype),
         "spans": {name: _pack_span(span) for name, span in wanted.spans.items()},
         "way": way,
     }
+    if logits is not None:
+        fields["logits"] = _pack_logits(logits)
     return {"protocol": PROTOCOL, "options": json.dumps(fields, separators=(",", ":"))}
 
 
-def unpack_options(custom_params: object) -> HiddenOptions | None:
+def unpack_options(custom_params: object) -> Options | None:
     """Reads a request's options inside the server; None when there are none or they are not ours to read.
 
     Never raises: an exception in the scheduler would end the server. What is not understood is not answered, and the
@@ -161,13 +176,56 @@ def unpack_options(custom_params: object) -> HiddenOptions | None:
             layers=tuple(int(layer) for layer in fields["layers"]),
             spans={str(name): _unpack_span(span) for name, span in fields["spans"].items()},
             tokens=fields["tokens"] is True,
-            row_dtype=_ROW_DTYPES[fields["row_dtype"]],
+            row_dtype=_FLOATS[fields["row_dtype"]],
         )
         if not wanted.layers or len(set(wanted.layers)) != len(wanted.layers):
             return None
-        return HiddenOptions(wanted, _known([fields["way"]], ("binary", "text", "shared"))[0])
+        logits = _unpack_logits(fields["logits"]) if "logits" in fields else WantedLogits()
+        return Options(wanted, _known([fields["way"]], ("binary", "text", "shared"))[0], logits)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError):
         return None
+
+
+def _pack_logits(logits: WantedLogits) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "constraints": [constraint.to_str() for constraint in logits.constraints],
+        "given": logits.given,
+        "scored": logits.scored,
+        "responses": [place for part in logits.responses for place in part],
+    }
+    if logits.spec is not None:
+        spec = logits.spec
+        fields["spec"] = {name: getattr(spec, name) for name in ("top_k", "token_ids", "full", "stage", "segments")}
+        fields["spec"]["dtype"] = _name_of(spec.dtype)
+    return fields
+
+
+def _unpack_logits(fields: Mapping[str, Any]) -> WantedLogits:
+    spec = fields.get("spec")
+    places = [int(place) for place in fields["responses"]]
+    if len(places) % 2 or any(a >= b for a, b in zip(places[::2], places[1::2], strict=True)):
+        raise ValueError(f"{places} are no parts of a prompt")
+    given = fields["given"]
+    if given is not None and int(given) < 1:
+        raise ValueError(f"given={given}: nothing is before the first token")
+    return WantedLogits(
+        spec=None if spec is None else LogitsSpec(**{**spec, "dtype": _FLOATS[spec["dtype"]]}),
+        constraints=tuple(_read_constraint(str(text)) for text in fields["constraints"]),
+        given=None if given is None else int(given),
+        scored=fields["scored"] is True,
+        responses=tuple(zip(places[::2], places[1::2], strict=True)),
+    )
+
+
+def _read_constraint(text: str) -> LogitConstraint:
+    try:
+        return LogitConstraint.from_str(text)
+    except Exception as error:  # a constraint is anybody's code, and what it raises would end the scheduler
+        raise ValueError(f"{text:.80} cannot be read: {error!r}") from error
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return next(name for name, known in _FLOATS.items() if known == dtype)
 
 
 def _known(names: Any, known: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -202,13 +260,19 @@ def _unpack_span(fields: list[Any]) -> ResolvedSpan:
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 
-def pack_answer(pools: Pools, way: Way, share: Callable[[bytes], str | None] | None = None) -> dict[str, Any]:
-    """Writes a finished request's pools: counts, and the vectors that have rows, one after another.
+def pack_answer(
+    pools: Pools,
+    way: Way,
+    share: Share | None = None,
+    logits: FoundLogits | None = None,
+) -> dict[str, Any]:
+    """Writes a finished request's pools: counts, and the vectors that have rows, one after another; and its logits.
 
     Args:
         pools: what came of them.
         way: how bytes travel.
         share: puts bytes into shared memory and gives the file's name, or None where there is no room.
+        logits: what came of them, where anything of the kind was asked for.
     """
     places: list[tuple[str, str, torch.Tensor | None, int]] = [
         ("segment", name, *value) for name, value in pools.segments.items()
@@ -220,20 +284,36 @@ def pack_answer(pools: Pools, way: Way, share: Callable[[bytes], str | None] | N
         "protocol": PROTOCOL,
         "places": [[kind, name, count, vector is not None] for kind, name, vector, count in places],
         "faults": dict(pools.faults),
-        **_pack_bytes(data, "binary" if way == "binary" else "text"),
+        **pack_bytes(data, "binary" if way == "binary" else "text"),
     }
     if pools.rows is not None:
-        rows = pools.rows.rows_NKD.contiguous()
-        answer["rows"] = {
-            "first": pools.rows.first,
-            "shape": list(rows.shape),
-            "dtype": next(name for name, dtype in _ROW_DTYPES.items() if dtype == rows.dtype),
-            **_pack_bytes(rows.view(torch.uint8).numpy().tobytes(), way, share),
-        }
+        answer["rows"] = {"first": pools.rows.first, **pack_tensor(pools.rows.rows_NKD, way, share)}
+    if logits is not None:
+        answer["constrained"], answer["fault"] = logits.constrained, logits.fault
+        for name, rows in (("logits", logits.response), ("prompt_logits", logits.given)):
+            if rows is not None:
+                answer[name] = pack_tensor(rows.values_NC, way, share)
+                if rows.token_ids_NC is not None:
+                    ids = rows.token_ids_NC.to(torch.int32)
+                    answer[f"{name}_ids"] = pack_tensor(ids, way, share)
+        if logits.log_probs_N is not None:
+            answer["log_probs"] = pack_tensor(logits.log_probs_N, "binary" if way == "binary" else "text")
     return answer
 
 
-def unpack_answer(answer: object, row: str, hidden_size: int, *, shared: bool = True) -> Pools:
+# What of an answer may be in shared memory.
+_BLOCKS = ("rows", "logits", "logits_ids", "prompt_logits", "prompt_logits_ids", "log_probs")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the server half answered."""
+
+    pools: Pools
+    logits: FoundLogits | None
+
+
+def unpack_answer(answer: object, row: str, hidden_size: int, *, shared: bool = True) -> Answer:
     """Reads what `pack_answer` wrote; what was in shared memory is removed there.
 
     Args:
@@ -247,72 +327,69 @@ def unpack_answer(answer: object, row: str, hidden_size: int, *, shared: bool = 
         ProtocolError: it cannot be read, was cut short, its bytes are not those that were sent, or it is in shared
             memory unasked.
         SpanError: a span has no value.
+        ConstraintError: the constraints could not be kept.
     """
     if not isinstance(answer, list) or len(answer) != 1 or not isinstance(answer[0], dict):
         raise ProtocolError(f"{row}: expected one {CHANNEL} answer in meta_info, got {answer!r:.80}; {FALLBACK_REMEDY}")
     fields = answer[0]
     check_protocol(fields.get("protocol"), f"{row}: the server half")
-    sent_rows = fields.get("rows")
-    if not shared and isinstance(sent_rows, dict) and "shared" in sent_rows:
+    blocks = (fields, *map(fields.get, _BLOCKS))
+    sent = [block for block in blocks if isinstance(block, dict) and "shared" in block]
+    if not shared and sent:
         raise ProtocolError(
-            f"{row}: the server half put the states into shared memory ({sent_rows['shared']!r:.80}), unasked; install "
+            f"{row}: the server half put the states into shared memory ({sent[0]['shared']!r:.80}), unasked; install "
             "the same version of torchrl_sglang_hidden on both sides"
         )
     try:
-        data = _unpack_bytes(fields)
+        data = unpack_bytes(fields)
         places = [(str(kind), str(name), int(count), filled is True) for kind, name, count, filled in fields["places"]]
         num_vectors = sum(1 for *_, filled in places if filled)
-        vectors = iter(_tensor(data, torch.float32, (num_vectors, -1, hidden_size)) if num_vectors else ())
+        vectors = iter(as_tensor(data, torch.float32, (num_vectors, -1, hidden_size)) if num_vectors else ())
         faults = {str(name): str(fault) for name, fault in fields["faults"].items()}
         found = {(kind, name): (next(vectors) if filled else None, count) for kind, name, count, filled in places}
         rows = None if "rows" not in fields else _unpack_rows(fields["rows"], hidden_size)
+        logits = None if "constrained" not in fields else _unpack_found(fields)
     except (KeyError, TypeError, ValueError, RuntimeError, OSError, AttributeError, OverflowError) as error:
         raise ProtocolError(f"{row}: the states cannot be read ({error}); was the answer cut short?") from error
     if faults:
         name, fault = next(iter(faults.items()))
         raise SpanError(f"{row}, span {name!r}: {fault}")
+    if logits is not None and logits.fault:
+        raise ConstraintError(f"{row}: {logits.fault}")
     segments = {cast("Segment", name): value for (kind, name), value in found.items() if kind == "segment"}
-    return Pools(segments, {name: value for (kind, name), value in found.items() if kind == "span"}, faults, rows)
+    spans = {name: value for (kind, name), value in found.items() if kind == "span"}
+    return Answer(Pools(segments, spans, faults, rows), logits)
 
 
 def drop_shared(answer: object) -> None:
-    """Removes the shared file that an answer names, if any, without reading it: its states are not wanted any more.
+    """Removes the shared files that an answer names, if any, without reading them: they are not wanted any more.
 
     Never raises: it is for when something else has failed. Only for answers that were asked for through shared memory,
     as in `unpack_answer`.
     """
     sent: Any = answer
-    with suppress(KeyError, IndexError, TypeError, AttributeError, ValueError, OSError):
-        discard(sent[0]["rows"]["shared"])
-
-
-def _pack_bytes(data: bytes, way: Way, share: Callable[[bytes], str | None] | None = None) -> dict[str, Any]:
-    check = zlib.crc32(data)
-    name = share(data) if way == "shared" and share is not None else None
-    if name is not None:
-        return {"shared": name, "crc32": check}
-    return {"data": data if way == "binary" else base64.b64encode(data).decode("ascii"), "crc32": check}
-
-
-def _unpack_bytes(fields: Mapping[str, Any]) -> bytes:
-    sent = fields["data"]
-    return _checked(sent if isinstance(sent, bytes) else base64.b64decode(sent, validate=True), fields)
-
-
-def _checked(data: bytes, fields: Mapping[str, Any]) -> bytes:
-    if zlib.crc32(data) != fields["crc32"]:
-        raise ValueError(f"checksum {zlib.crc32(data)} of {len(data)} bytes, {fields['crc32']} was sent")
-    return data
+    for name in _BLOCKS:
+        with suppress(KeyError, IndexError, TypeError, AttributeError, ValueError, OSError):
+            discard(sent[0][name]["shared"])
 
 
 def _unpack_rows(fields: Mapping[str, Any], hidden_size: int) -> WantedRows:
-    shape = tuple(int(size) for size in fields["shape"])
-    if len(shape) != 3 or shape[2] != hidden_size:
-        raise ValueError(f"rows of shape {shape}, expected [N, K, {hidden_size}]")
-    data = _checked(fetch(fields["shared"]), fields) if "shared" in fields else _unpack_bytes(fields)
-    return WantedRows(int(fields["first"]), _tensor(data, _ROW_DTYPES[fields["dtype"]], shape))
+    rows = unpack_tensor(fields)
+    if rows.ndim != 3 or rows.shape[2] != hidden_size:
+        raise ValueError(f"rows of shape {tuple(rows.shape)}, expected [N, K, {hidden_size}]")
+    return WantedRows(int(fields["first"]), rows)
 
 
-def _tensor(data: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    # A copy: bytes are read-only, and a tensor over them must not be written to.
-    return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
+def _unpack_found(fields: Mapping[str, Any]) -> FoundLogits:
+    found = {}
+    for name in ("logits", "prompt_logits"):
+        if name in fields:
+            ids = unpack_tensor(fields[f"{name}_ids"]).long() if f"{name}_ids" in fields else None
+            found[name] = TokenLogits(unpack_tensor(fields[name]), ids)
+    return FoundLogits(
+        response=found.get("logits"),
+        given=found.get("prompt_logits"),
+        log_probs_N=unpack_tensor(fields["log_probs"]) if "log_probs" in fields else None,
+        constrained=int(fields["constrained"]),
+        fault=str(fields["fault"]),
+    )

@@ -110,6 +110,9 @@ def serve(
         str, typer.Option(help="auto: the accelerator, or SGLang's CPU engine; or a device name.")
     ] = "auto",
     layers: Annotated[str, typer.Option(help="Layers whose hidden states can be asked for, such as 7,15,-1.")] = "-1",
+    constraints: Annotated[
+        str, typer.Option(help="Modules with logit constraints of yours, such as my.module,other.", show_default=False)
+    ] = "",
     host: Annotated[str, typer.Option(help="Address to bind; anything but loopback needs an API key.")] = "127.0.0.1",
     port: Annotated[int | None, typer.Option(help="TCP port; by default a free one.", show_default=False)] = None,
     api_key: Annotated[
@@ -135,6 +138,7 @@ def serve(
             demo_model() if model is None else model,
             device=device,
             layers=parse_layers(layers),
+            constraint_modules=tuple(filter(None, constraints.split(","))),
             host=host,
             port=port,
             api_key=api_key,

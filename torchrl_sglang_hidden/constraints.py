@@ -40,6 +40,7 @@ __all__ = [
     "TemperatureScale",
     "TokenConstraint",
     "check_constraints",
+    "constraints_of",
     "known_constraints",
 ]
 
@@ -200,6 +201,11 @@ class LogitConstraint(ABC):
             raise
         except (TypeError, ValueError, AttributeError, LookupError, RecursionError) as error:
             raise InputError(f"{text!r:.80} cannot be read as a {kind.__name__}: {error}") from error
+
+
+def constraints_of(module: str) -> tuple[str, ...]:
+    """The names of the constraints that a module defines, or a module inside it."""
+    return tuple(sorted(n for n, kind in _KINDS.items() if f"{kind.__module__}.".startswith(f"{module}.")))
 
 
 def known_constraints() -> tuple[str, ...]:

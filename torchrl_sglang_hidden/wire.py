@@ -11,19 +11,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from torchrl_sglang_hidden.channel import CHANNEL, FALLBACK_REMEDY, Status, Way, pack_options
+from torchrl_sglang_hidden.channel import CHANNEL, Status, Way, pack_options
 from torchrl_sglang_hidden.errors import (
     CapabilityError,
-    InputError,
-    InputTypeError,
-    PromptLengthError,
     ProtocolError,
-    SpanError,
-    TokenIdError,
 )
+from torchrl_sglang_hidden.logits import WantedLogits
 from torchrl_sglang_hidden.pooling import RequestPools, Wanted
-from torchrl_sglang_hidden.shared import MAX_BYTES, is_shared
-from torchrl_sglang_hidden.spans import Between, LastTokens, PromptSpan
+from torchrl_sglang_hidden.shared import is_shared
 from torchrl_sglang_hidden.specs import (
     EngineInfo,
     HiddenSpec,
@@ -31,13 +26,7 @@ from torchrl_sglang_hidden.specs import (
     canonical_layer,
 )
 
-# SGLang's own default for max_new_tokens.
-DEFAULT_NEW_TOKENS = 128
-# Of one request's token states: as text they are copied by three processes and parsed as JSON, in a file by nobody.
-MAX_TEXT_BYTES = 256 * 2**20
-MAX_SHARED_BYTES = MAX_BYTES // 2
-
-__all__ = ["ModelSizes", "check_requests", "read_info", "to_payload", "wanted_of", "warm_up"]
+__all__ = ["ModelSizes", "logits_of", "read_info", "shares", "to_payload", "wanted_of", "warm_up"]
 
 
 class ModelSizes(NamedTuple):
@@ -121,142 +110,15 @@ def read_info(
             honours_priorities=bool(server_info.get("enable_priority_scheduling")),
             no_states_because=because,
             shares_memory=pools and all(is_shared(status.shared) for status in statuses),
+            constraints=tuple(sorted(set.intersection(*(set(status.constraints) for status in statuses))))
+            if pools
+            else (),
+            takes_processors=bool(server_info.get("enable_custom_logit_processor")),
         )
     except KeyError as error:
         raise ProtocolError(
             f"the server's description lacks {error}; this client is written for SGLang 0.5.23"
         ) from error
-
-
-def check_requests(requests: Sequence[Request], info: EngineInfo) -> None:
-    """Refuses what would take the whole server down, or be refused by it, before anything is sent.
-
-    SGLang 0.5.23's scheduler ends on an id outside the vocabulary and on an empty prompt.
-
-    Raises:
-        PromptLengthError: no rows, a row without tokens, or one over `EngineInfo.max_prompt_tokens`.
-        TokenIdError: an id outside ``[0, vocab_size)``.
-        InputTypeError: an id that is no Python int.
-        CapabilityError: hidden states or seeds asked of an engine that has no use for them.
-    """
-    if not requests:
-        raise PromptLengthError("the batch has 0 rows; pass at least 1 prompt")
-    priorities = {request.priority for request in requests}
-    if len(priorities) > 1:
-        raise InputError(f"the rows have priorities {priorities}, and SGLang takes one per batch; send them apart")
-    if priorities != {None} and not info.honours_priorities:
-        raise CapabilityError(
-            f"priority={requests[0].priority}, which this engine does not read; start SGLang with "
-            "--enable-priority-scheduling, or leave it out"
-        )
-    for row, request in enumerate(requests):
-        ids = request.prompt_ids
-        if not ids:
-            raise PromptLengthError(f"row {row}: the prompt has 0 tokens; SGLang needs at least 1")
-        if any(type(token_id) is not int for token_id in ids):
-            wrong = next(token_id for token_id in ids if type(token_id) is not int)
-            raise InputTypeError(f"row {row}: token id {wrong!r} is a {type(wrong).__name__}; token ids are integers")
-        for extreme in (min(ids), max(ids)):
-            if not 0 <= extreme < info.vocab_size:
-                raise TokenIdError(
-                    f"row {row}: token id {extreme} at position {ids.index(extreme)} is outside the vocabulary of "
-                    f"{info.vocab_size}; ids are 0..{info.vocab_size - 1}. Was it made by another model's tokenizer?"
-                )
-        if len(ids) > info.max_prompt_tokens:
-            raise PromptLengthError(
-                f"row {row}: the prompt has {len(ids)} tokens, over the engine's limit of {info.max_prompt_tokens} "
-                f"(context length {info.context_length}); shorten it, or start the server with a larger context or KV "
-                "cache"
-            )
-        for name in ("stop_token_ids", "logit_bias"):
-            unknown = [i for i in map(int, request.sampling.get(name) or ()) if i >= info.vocab_size]
-            if unknown:
-                raise TokenIdError(
-                    f"row {row}: {name} has id {unknown[0]}, outside the vocabulary of {info.vocab_size}; ids are "
-                    f"0..{info.vocab_size - 1}"
-                )
-        if "sampling_seed" in request.sampling and not info.honours_seeds:
-            raise CapabilityError(
-                f"row {row}: sampling_seed={request.sampling['sampling_seed']}, which this engine does not read; start "
-                "SGLang with --enable-deterministic-inference (an accelerator's attention backend), or leave it out"
-            )
-        # A prompt that is only read still costs a token: SGLang generates one at least.
-        total = len(ids) + (request.sampling.get("max_new_tokens", 1) or 1)
-        if total > info.context_length:
-            raise PromptLengthError(
-                f"row {row}: {len(ids)} prompt tokens and max_new_tokens={total - len(ids)} are {total} together, over "
-                f"the context length of {info.context_length}; lower max_new_tokens to {info.context_length - len(ids)}"
-            )
-        if request.hidden is not None:
-            _check_hidden(row, request, request.hidden, info)
-
-
-def _check_hidden(row: int, request: Request, spec: HiddenSpec, info: EngineInfo) -> None:
-    if not (info.pools_in_server or info.returns_hidden_states):
-        because = f", which gives none: {info.no_states_because}" if info.no_states_because else ""
-        raise CapabilityError(
-            f"row {row}: hidden states are asked of a server that was started without them{because}; "
-            f"{FALLBACK_REMEDY}, start SGLang with --enable-return-hidden-states, or pass hidden=None"
-        )
-    canonical = [canonical_layer(layer, info.num_layers) for layer in spec.layer_ids]
-    wanted = set(canonical)
-    if len(wanted) < len(canonical):
-        raise InputError(
-            f"row {row}: layers={spec.layers}: two of them are the same layer of {info.num_layers}; ask for each once"
-        )
-    if not wanted <= set(info.layers):
-        because = f" ({info.no_states_because})" if info.no_states_because else ""
-        raise CapabilityError(
-            f"row {row}: layers={spec.layers}: the server gives the states of layers {list(info.layers)}{because}; "
-            f"start it with launch(layers={tuple(sorted({*wanted, *info.layers} - {-1}))}), or `serve --layers`"
-        )
-    if request.reads_only and spec.needs_response:
-        raise InputError(
-            f"row {row}: max_new_tokens=0 generates nothing, and segments={spec.segments}, spans={list(spec.spans)} "
-            "are not all of the prompt; ask for the prompt's, or for tokens"
-        )
-    if request.spans.keys() != spec.spans.keys():
-        raise InputError(
-            f"row {row}: spans {sorted(request.spans)} are resolved, and {sorted(spec.spans)} are asked for"
-        )
-    for name, span in request.spans.items():
-        _check_span(f"row {row}, span {name!r}:", span, request, info)
-    if spec.tokens:
-        _check_token_bytes(row, request, spec, info)
-
-
-def _check_span(name: str, span: object, request: Request, info: EngineInfo) -> None:
-    if isinstance(span, PromptSpan):
-        if span.end > len(request.prompt_ids):
-            raise SpanError(f"{name} ends at {span.end} in a prompt of {len(request.prompt_ids)} tokens")
-        return
-    if not isinstance(span, (LastTokens, Between)) or span.segment != "response":
-        raise InputTypeError(
-            f"{name} {span!r} is not resolved; what is of the prompt goes to an engine as a PromptSpan of positions, "
-            "which SGLangHiddenWrapper makes of it"
-        )
-    most = request.sampling.get("max_new_tokens")
-    if isinstance(span, LastTokens) and not span.allow_fewer and most is not None and span.count > most:
-        raise SpanError(
-            f"{name} LastTokens({span.count}) of a response of at most max_new_tokens={most}; raise that, or pass "
-            "allow_fewer=True"
-        )
-    if isinstance(span, Between) and not info.pools_in_server:
-        raise CapabilityError(f"{name} markers are found by the server half; {FALLBACK_REMEDY}")
-
-
-def _check_token_bytes(row: int, request: Request, spec: HiddenSpec, info: EngineInfo) -> None:
-    """Refuses token states that would stand in the way of everybody: they pass through all of SGLang's processes."""
-    num_new = request.sampling.get("max_new_tokens", DEFAULT_NEW_TOKENS)
-    rows = num_new if spec.segments == ("response",) else len(request.prompt_ids) + num_new
-    size = rows * len(spec.layer_ids) * info.hidden_size * wanted_of(request, spec, info).row_dtype.itemsize
-    limit = MAX_SHARED_BYTES if info.shares_memory else MAX_TEXT_BYTES
-    if size > limit:
-        raise InputError(
-            f"row {row}: tokens=True for up to {rows} positions and {len(spec.layer_ids)} layers is {size / 2**20:.0f} "
-            f"MiB, over the limit of {limit / 2**20:.0f} MiB; ask for fewer tokens or layers, dtype=torch.bfloat16, or "
-            "segments=('response',)" + ("" if info.shares_memory else ", or run on the server's machine")
-        )
 
 
 def wanted_of(request: Request, spec: HiddenSpec, info: EngineInfo) -> Wanted:
@@ -285,20 +147,28 @@ def to_payload(requests: Sequence[Request], info: EngineInfo, *, binary: bool) -
     payload: dict[str, Any] = {
         "input_ids": [list(request.prompt_ids) for request in requests],
         "sampling_params": sampling,
-        "return_logprob": [request.return_log_probs or request.score_prompt for request in requests],
+        "return_logprob": [request.return_log_probs or _scores_stock(request) for request in requests],
     }
-    if any(request.score_prompt for request in requests):
-        # From the first token on; -1 is SGLang's "no prompt log-probs".
-        payload["logprob_start_len"] = [0 if request.score_prompt else -1 for request in requests]
+    if any(_scores_stock(request) for request in requests):
+        # SGLang gives none for the first token of those it starts with; -1 is its "no prompt log-probs".
+        payload["logprob_start_len"] = [
+            max(request.score_from - 1, 0) if _scores_stock(request) else -1 for request in requests
+        ]
     if any(request.lora is not None for request in requests):
         payload["lora_path"] = [request.lora for request in requests]
+    if any(request.processor is not None for request in requests):
+        payload["custom_logit_processor"] = [request.processor for request in requests]
     if requests[0].priority is not None:
         payload["priority"] = requests[0].priority
     wanted = [None if request.hidden is None else wanted_of(request, request.hidden, info) for request in requests]
     if info.pools_in_server:
-        for one, params in zip(wanted, sampling, strict=True):
-            if one is not None:
-                params["custom_params"] = {CHANNEL: pack_options(one, "binary" if binary else _way(one.tokens, info))}
+        for one, params, request in zip(wanted, sampling, requests, strict=True):
+            logits = logits_of(request)
+            if one is None and logits is None:
+                continue
+            one = one or Wanted(segments=(), pooling=None)
+            way = "binary" if binary else _way(shares(request), info)
+            params["custom_params"] = {CHANNEL: pack_options(one, way, logits)}
     elif any(one is not None for one in wanted):
         payload["return_hidden_states"] = [one is not None for one in wanted]
         # Stock SGLang leaves out the rows of a prefix-cache hit. A salt of its own keeps a request from hitting.
@@ -309,8 +179,27 @@ def to_payload(requests: Sequence[Request], info: EngineInfo, *, binary: bool) -
     return payload
 
 
-def _way(tokens: bool, info: EngineInfo) -> Way:
-    return "shared" if tokens and info.shares_memory else "text"
+def logits_of(request: Request) -> WantedLogits | None:
+    """What the request asks of the logits; None for nothing. Only the server half gives it."""
+    spec, scored = request.logits, request.score_prompt and bool(request.constraints)
+    if spec is None and not request.constraints:
+        return None
+    given = 1 if spec is not None and spec.of_prompt else max(request.score_from, 1) if scored else None
+    return WantedLogits(spec, request.constraints, given, scored, request.responses)
+
+
+def shares(request: Request) -> bool:
+    """Whether many bytes may come back, which go through shared memory where there is one."""
+    return request.logits is not None or (request.hidden is not None and request.hidden.tokens)
+
+
+def _scores_stock(request: Request) -> bool:
+    """Whether SGLang's own log-probs of the prompt are wanted: under constraints they are the server half's."""
+    return request.score_prompt and not request.constraints
+
+
+def _way(many: bool, info: EngineInfo) -> Way:
+    return "shared" if many and info.shares_memory else "text"
 
 
 def _sampling(request: Request) -> dict[str, Any]:

@@ -377,7 +377,7 @@ def test_a_trajectory_across_an_update_goes_on_with_the_new_weights_and_says_so(
     torch.testing.assert_close(log_probs_T, expected_T, atol=LOG_PROB_ATOL, rtol=0)
     assert ids == old.argmax_T[:cut] + new.argmax_T[cut:]
 
-    pools = unpack_answer(row["meta_info"][CHANNEL], "row 0", trainee.info.hidden_size).segments
+    pools = unpack_answer(row["meta_info"][CHANNEL], "row 0", trainee.info.hidden_size).pools.segments
     last = len(prompt) - 1
     produced_TD = torch.cat([old.states_SD[last : last + cut], new.states_SD[last + cut :]])
     all_SD = torch.cat([old.states_SD[: last + cut], new.states_SD[last + cut :]])

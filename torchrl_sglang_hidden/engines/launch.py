@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -38,7 +38,7 @@ from torchrl_sglang_hidden.errors import (
     UnknownOptionError,
 )
 from torchrl_sglang_hidden.server.__main__ import API_KEY_ENV, PARENT_PID_ENV, command_line
-from torchrl_sglang_hidden.server.config import check_layers
+from torchrl_sglang_hidden.server.config import check_layers, check_modules
 from torchrl_sglang_hidden.shared import remove_leftovers
 
 __all__ = ["LaunchedServer", "launch"]
@@ -67,6 +67,7 @@ def launch(
     *,
     device: str = "auto",
     layers: int | Sequence[int] = (-1,),
+    constraint_modules: Sequence[str] = (),
     host: str = "127.0.0.1",
     port: int | None = None,
     api_key: str | None = None,
@@ -86,6 +87,8 @@ def launch(
             device names.
         layers: the layers whose states can be asked for, ids as in `HiddenSpec`; the last one's always can. Each costs
             an addition and a copy per step in which somebody asks for it.
+        constraint_modules: modules that define `LogitConstraint`s of yours, by their full names. The server imports
+            them: requests name constraints, and never carry code.
         host: address to bind. Anything but loopback needs an ``api_key``.
         port: TCP port, or None for a free one.
         api_key: key that clients must send. It appears in no process listing and in no log.
@@ -100,7 +103,8 @@ def launch(
         A connected client that owns the process. Copies and pickles of it are plain clients of the same server.
 
     Raises:
-        InputError: a model directory, layer, device, host, port or timeout that cannot work; nothing was started.
+        InputError: a model directory, layer, module, device, host, port or timeout that cannot work; nothing was
+            started.
         UnknownOptionError: a server argument that ``launch`` sets itself.
         CapabilityError: SGLang is not installed.
         LaunchError: the server ended or did not generate in time; with exit code, log file and last log lines.
@@ -108,6 +112,7 @@ def launch(
     _check_arguments(device=device, host=host, port=port, api_key=api_key, timeout_s=timeout_s, server_args=server_args)
     model = check_model(model)
     chosen = check_layers(layers, model)
+    modules = check_modules(constraint_modules)
     require_sglang()
     port = _free_port(host, port)
     arguments = {"model_path": model, "host": host, "port": port, **server_args}
@@ -115,7 +120,9 @@ def launch(
         arguments["device"] = device
     with ExitStack() as stack:
         log_path = _log_path(log_file, port)
-        process = ServerProcess(command_line(arguments), log_path=log_path, api_key=api_key, layers=chosen)
+        process = ServerProcess(
+            command_line(arguments), log_path=log_path, api_key=api_key, layers=chosen, modules=modules
+        )
         stack.callback(process.stop)
         url = f"http://{_client_host(host)}:{port}"
         process.wait_until_ready(url, timeout_s=timeout_s, progress=progress)
@@ -162,17 +169,26 @@ class ServerProcess:
         log_path: file that its output is appended to; made, with its directory, if it is not there.
         api_key: handed over in the environment.
         layers: likewise, as `check_layers` writes them.
+        modules: likewise, as `check_modules` writes them.
 
     Raises:
         LaunchError: the log file cannot be written.
     """
 
-    def __init__(self, arguments: list[str], *, log_path: Path, api_key: str | None, layers: str = "-1") -> None:
+    def __init__(
+        self,
+        arguments: list[str],
+        *,
+        log_path: Path,
+        api_key: str | None,
+        layers: str = "-1",
+        modules: Mapping[str, str] | None = None,
+    ) -> None:
         self.log_path = log_path
         self._api_key = api_key
         self._owner_pid = os.getpid()
         environment = {**os.environ, PARENT_PID_ENV: str(self._owner_pid), "PYTHONUNBUFFERED": "1"}
-        environment[LAYERS_ENV] = layers
+        environment |= {LAYERS_ENV: layers, **(modules or {})}
         # Not the parent's: the server would want a key that its own client does not send.
         environment.pop(API_KEY_ENV, None)
         if api_key is not None:

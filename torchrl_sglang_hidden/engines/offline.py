@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import os
 import threading
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import AsyncGeneratorType
@@ -55,6 +55,7 @@ class SGLangOffline(Engine):
     Args:
         model: the model's directory or hub name; or an ``sglang.Engine`` of yours, which stays yours to shut down.
         layers: the layers whose states can be asked for, as for `launch`. Not with an engine of yours.
+        constraint_modules: modules with constraints of yours, as for `launch`. Not with an engine of yours.
         server_args: SGLang's own arguments, as for ``sglang.Engine``. Not with an engine of yours.
 
     Raises:
@@ -64,12 +65,18 @@ class SGLangOffline(Engine):
     """
 
     def __init__(
-        self, model: str | Path | Any, *, layers: int | Sequence[int] | None = None, **server_args: Any
+        self,
+        model: str | Path | Any,
+        *,
+        layers: int | Sequence[int] | None = None,
+        constraint_modules: Sequence[str] = (),
+        **server_args: Any,
     ) -> None:
         self.engine: Any
         if isinstance(model, (str, Path)):
-            self.engine, self._owned = _start(model, (-1,) if layers is None else layers, server_args), True
-        elif hasattr(model, "async_generate") and not server_args and layers is None:
+            chosen = (-1,) if layers is None else layers
+            self.engine, self._owned = _start(model, chosen, constraint_modules, server_args), True
+        elif hasattr(model, "async_generate") and not server_args and layers is None and not constraint_modules:
             self.engine, self._owned = model, False
         else:
             raise InputTypeError(
@@ -231,15 +238,17 @@ class SGLangOffline(Engine):
             raise EngineError("the engine was closed by close(); make a new one")
 
 
-def _start(model: str | Path, layers: int | Sequence[int], server_args: dict[str, Any]) -> Any:
+def _start(
+    model: str | Path, layers: int | Sequence[int], constraint_modules: Sequence[str], server_args: dict[str, Any]
+) -> Any:
     """Starts ``sglang.Engine`` with the server half, on the CPU engine where there is no accelerator."""
     from torchrl_sglang_hidden.engines.launch import check_model, require_sglang
-    from torchrl_sglang_hidden.server.config import check_layers
+    from torchrl_sglang_hidden.server.config import check_layers, check_modules
     from torchrl_sglang_hidden.server.cpu import cpu_engine_environment, cpu_server_args, has_accelerator
 
     require_sglang()
     path = check_model(model)
-    chosen = check_layers(layers, path)
+    chosen = {LAYERS_ENV: check_layers(layers, path), **check_modules(constraint_modules)}
     on_cpu = server_args.get("device") == "cpu" or not has_accelerator()
     defaults = cpu_server_args(path, context_length=server_args.get("context_length")) if on_cpu else {}
     try:
@@ -255,9 +264,9 @@ def _start(model: str | Path, layers: int | Sequence[int], server_args: dict[str
 
 
 @contextmanager
-def _opted_in(layers: str) -> Iterator[None]:
+def _opted_in(options: Mapping[str, str]) -> Iterator[None]:
     """Opts in to the server half for the time in which SGLang starts its processes."""
-    chosen = {PLUGIN_ENV: "1", LAYERS_ENV: layers}
+    chosen = {PLUGIN_ENV: "1", **options}
     before = {name: os.environ.get(name) for name in chosen}
     os.environ.update(chosen)
     try:

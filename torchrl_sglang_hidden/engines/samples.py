@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Literal, cast
 
 import torch
 
+from torchrl_sglang_hidden.checks import check_requests
 from torchrl_sglang_hidden.engines.base import Engine
 from torchrl_sglang_hidden.spans import PromptSpan
 from torchrl_sglang_hidden.specs import (
     Completion,
     HiddenSpec,
+    LogitsSpec,
     Pooled,
     Request,
     ResolvedSpan,
@@ -20,7 +22,6 @@ from torchrl_sglang_hidden.specs import (
     TokenRows,
     rows_expected,
 )
-from torchrl_sglang_hidden.wire import check_requests
 
 __all__ = ["generate_samples"]
 
@@ -72,6 +73,10 @@ def _ahead(request: Request) -> Request:
         return_log_probs=False,
         hidden=spec,
         spans=spans,
+        # Of the token that is dropped nothing is asked, and what is chosen may not be chosen here.
+        logits=_of_segment(request.logits, "prompt"),
+        constraints=(),
+        processor=None,
     )
 
 
@@ -89,7 +94,14 @@ def _sample(request: Request, index: int) -> Request:
             # Every token's state of `full` would come with the whole prompt each time.
             segments = ("response",)
         spec = _narrowed(spec, segments, spec.tokens and bool(segments), spans)
-    return replace(request, hidden=spec, spans=spans)
+    return replace(request, hidden=spec, spans=spans, logits=_of_segment(request.logits, "response"))
+
+
+def _of_segment(spec: LogitsSpec | None, segment: Literal["prompt", "response"]) -> LogitsSpec | None:
+    """The logits of one segment only; None where it is not asked for."""
+    if spec is None or not (spec.of_prompt if segment == "prompt" else spec.of_response):
+        return None
+    return replace(spec, segments=(segment,))
 
 
 def _narrowed(
@@ -105,6 +117,12 @@ def _narrowed(
 
 def _merged(request: Request, sample: Completion, first: Completion) -> Completion:
     """A sample with its prompt's part of what was asked."""
+    if request.logits is not None and request.logits.of_prompt:
+        sample = replace(
+            sample,
+            prompt_logits=first.prompt_logits,
+            mixed_weights=sample.mixed_weights or sample.weight_version != first.weight_version,
+        )
     spec = request.hidden
     if spec is None or _ahead(request).hidden is None:
         return sample

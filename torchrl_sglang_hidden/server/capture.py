@@ -17,9 +17,11 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 
-from torchrl_sglang_hidden.channel import HiddenOptions, pack_answer, unpack_options
+from torchrl_sglang_hidden.channel import Options, pack_answer, unpack_options
 from torchrl_sglang_hidden.errors import SpanError
+from torchrl_sglang_hidden.logits import RequestLogits
 from torchrl_sglang_hidden.pooling import PromptStep, RequestPools, sum_rows
+from torchrl_sglang_hidden.server.choices import Choice, Given, StepChoices
 from torchrl_sglang_hidden.server.layers import LayerTaps
 from torchrl_sglang_hidden.server.sums import PrefixKeys, PrefixSums
 from torchrl_sglang_hidden.shared import SharedFiles
@@ -39,6 +41,7 @@ class Open:
     Args:
         pools: what it pools.
         options: what it asked for.
+        logits: what it wants of the logits.
         keys: the names of its tokens' beginnings.
         epoch: how often the sums had been cleared when it began: its own would be of older weights later.
         limit: most positions that it may take from the prefix cache; None for any number.
@@ -46,11 +49,22 @@ class Open:
     """
 
     pools: RequestPools
-    options: HiddenOptions
+    options: Options
+    logits: RequestLogits
     keys: PrefixKeys
     epoch: int
     limit: int | None = None
     base: tuple[int, torch.Tensor] | None = None
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether anything of the prompt is wanted, so that not all of it may come from the prefix cache."""
+        return self.pools.reads_prompt or self.logits.wanted.given is not None
+
+    def restart(self) -> None:
+        """Plans from what has arrived, after the request went back into the queue."""
+        self.pools.restart()
+        self.logits.restart()
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +203,7 @@ class Capture:
         taps: the hooks on other layers than the last.
         sums: kept for prompts that begin alike.
         page_size: SGLang's prefix cache matches multiples of it.
+        running: what is chosen in the step that the model computes now.
     """
 
     def __init__(self) -> None:
@@ -197,6 +212,7 @@ class Capture:
         self.taps = LayerTaps()
         self.sums = PrefixSums()
         self.page_size = 1
+        self.running: StepChoices | None = None
         self.opened: WeakKeyDictionary[Any, Open] = WeakKeyDictionary()
         self._epoch = 0
         self._shared: SharedFiles | None = None
@@ -219,6 +235,7 @@ class Capture:
             one = self.opened[req] = Open(
                 RequestPools(options.wanted, len(req.origin_input_ids)),
                 options,
+                RequestLogits(options.logits, list(req.origin_input_ids)),
                 PrefixKeys(kind, _Tokens(req)),
                 self._epoch,
             )
@@ -256,11 +273,45 @@ class Capture:
             first += length
         return StepPlan(tuple(takes), first, tuple(batch.reqs), opened, self) if takes else None
 
+    def plan_choices(self, batch: Any, vocab_size: int) -> StepChoices | None:
+        """Notes which tokens the coming step chooses for requests that asked something of it; None for none.
+
+        Args:
+            batch: SGLang's, with the lengths of this step.
+            vocab_size: V.
+        """
+        mode = batch.forward_mode.name
+        if not self.opened or mode not in (*_PREFILL_MODES, _DECODE_MODE):
+            return None
+        choices: list[Choice] = []
+        given: list[Given] = []
+        first = 0
+        for row, req in enumerate(batch.reqs):
+            length = batch.extend_lens[row] if mode in _PREFILL_MODES else 1
+            one = self.opened.get(req)
+            if one is not None:
+                # Overlap scheduling lets the request's own ids lag by one; the lengths are those of the step.
+                stop = batch.prefix_lens[row] + length if mode in _PREFILL_MODES else int(batch.seq_lens_cpu[row])
+                index, wanted = stop - len(one.logits.prompt_ids), one.logits.wanted
+                if index >= 0 and wanted.chooses:
+                    before = tuple(req.output_ids) if one.logits.reads_response else ()
+                    limit = req.sampling_params.max_new_tokens
+                    choices.append(Choice(row, first + length - 1, index, one.logits, limit, before))
+                tokens = one.logits.plan_given(stop - length, stop) if mode in _PREFILL_MODES else None
+                if tokens is not None:
+                    given.append(Given(row, first - (stop - length), *tokens, one.logits))
+            first += length
+        if not choices and not given:
+            return None
+        return StepChoices(tuple(choices), tuple(given), tuple(batch.reqs), vocab_size, first)
+
     # --- the prefix cache --------------------------------------------------------------------------------------------
 
     def prefix_limit(self, one: Open, length: int) -> int:
         """How many of the ``length`` first positions may come from the prefix cache without leaving a gap."""
-        pools = one.pools
+        pools, first_row = one.pools, one.logits.first_needed
+        if first_row is not None:
+            length = min(length, first_row)
         if length <= pools.done or pools.done >= pools.num_prompt:
             return length
         needed = max(min(length, pools.first_needed()), pools.done)
@@ -294,7 +345,9 @@ class Capture:
             self._shared.tidy()
         pools = one.pools.finish(list(req.output_ids_through_stop), _decoder(req.tokenizer))
         self.keep_sums(one)
-        return [pack_answer(pools, one.options.way, self.shared.share)]
+        wanted = one.logits.wanted
+        logits = one.logits.finish() if wanted.chooses or wanted.given is not None else None
+        return [pack_answer(pools, one.options.way, self.shared.share, logits)]
 
 
 class _Tokens(Sequence[int]):

@@ -1,16 +1,19 @@
-"""What a model's own configuration says, before SGLang has read it.
+"""What a server is started for: held against the model's own configuration, and against what can be imported.
 
 Knows nothing of TorchRL, and imports no SGLang.
 """
 
 from __future__ import annotations
 
+import importlib
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from torchrl_sglang_hidden.errors import InputTypeError
+from torchrl_sglang_hidden.errors import InputError, InputTypeError
 
-__all__ = ["check_layers", "text_config"]
+__all__ = ["check_layers", "check_modules", "text_config"]
 
 
 def text_config(model: str) -> dict[str, Any]:
@@ -49,3 +52,44 @@ def check_layers(layers: int | Sequence[int], model: str) -> str:
     if num_layers is not None:
         ids = [canonical_layer(layer, int(num_layers)) for layer in ids]
     return ",".join(str(layer) for layer in dict.fromkeys((*ids, -1)))
+
+
+def check_modules(modules: Sequence[str]) -> dict[str, str]:
+    """The environment in which a server finds modules with constraints of the user's own. Imports them here.
+
+    Args:
+        modules: their full names.
+
+    Raises:
+        InputError: one that cannot be imported here, or none of whose constraints a server could import.
+        InputTypeError: no sequence of names.
+    """
+    from torchrl_sglang_hidden.channel import CONSTRAINTS_ENV
+    from torchrl_sglang_hidden.constraints import constraints_of
+
+    if isinstance(modules, str) or not all(isinstance(name, str) and name for name in modules):
+        raise InputTypeError(
+            f"constraint_modules={modules!r}: expected a tuple of module names, such as ('my.module',)"
+        )
+    roots = []
+    for name in modules:
+        try:
+            module = importlib.import_module(name)
+        except ImportError as error:
+            raise InputError(f"constraint_modules: {name!r} cannot be imported here ({error})") from error
+        if name == "__main__" or getattr(module, "__file__", None) is None:
+            raise InputError(
+                f"constraint_modules: {name!r} is no module of a file that a server could import; make it one"
+            )
+        if not constraints_of(name):
+            raise InputError(
+                f"constraint_modules: {name!r} defines no LogitConstraint with a name; import the module that does"
+            )
+        file = Path(str(module.__file__))
+        package = file.parent if file.name == "__init__.py" else file.with_suffix("")
+        roots.append(str(package.parents[name.count(".")]))
+    if not roots:
+        return {}
+    # What this process found through sys.path the server must find too.
+    path = os.pathsep.join(dict.fromkeys((*roots, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))))
+    return {CONSTRAINTS_ENV: ",".join(modules), "PYTHONPATH": path}

@@ -9,13 +9,15 @@ of them are.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from collections.abc import Callable, Coroutine
 from pathlib import PurePath
 from typing import Any, cast
 
-from torchrl_sglang_hidden.channel import CHANNEL, LAYERS_ENV, PLUGIN_ENV, Status
+from torchrl_sglang_hidden.channel import CHANNEL, CONSTRAINTS_ENV, LAYERS_ENV, PLUGIN_ENV, Status
+from torchrl_sglang_hidden.constraints import known_constraints
 from torchrl_sglang_hidden.server.capture import Capture
 from torchrl_sglang_hidden.server.checkpoint import PUSHED_PREFIX, served_weights
 from torchrl_sglang_hidden.server.cpu import has_accelerator, ignore_pinning
@@ -27,6 +29,7 @@ SGLANG_VERSION = "0.5.23"
 
 _capture = Capture()
 _PLAN = "_torchrl_sglang_hidden_plan"
+_CHOICES = "_torchrl_sglang_hidden_choices"
 _STATES = "_torchrl_sglang_hidden_states"
 
 
@@ -59,21 +62,80 @@ def after_forward_batch(forward_batch: Any, cls: type, batch: Any, model_runner:
     if not model_runner.is_draft_worker:
         plan = _capture.plan_step(batch)
         setattr(forward_batch, _PLAN, plan)
+        setattr(forward_batch, _CHOICES, _capture.plan_choices(batch, model_runner.model_config.vocab_size))
         _capture.taps.open(() if plan is None else plan.layers)
 
 
-def after_forward(output: Any, model_runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> None:
-    """Takes the layers' states before another step can run."""
-    if not model_runner.is_draft_worker and _capture.taps.layers:
+def around_forward(original: Any, model_runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
+    """Takes the layers' states before another step can run, and says which step runs."""
+    if model_runner.is_draft_worker:
+        return original(model_runner, forward_batch, *args, **kwargs)
+    # SGLang gives the model a copy of its batch, without what was noted on this one.
+    _capture.running = getattr(forward_batch, _CHOICES, None)
+    try:
+        output = original(model_runner, forward_batch, *args, **kwargs)
+    finally:
+        _capture.running = None
+    if _capture.taps.layers:
         setattr(forward_batch, _STATES, _capture.taps.take())
+    return output
 
 
-def after_sample(token_ids: Any, runner: Any, logits_output: Any, forward_batch: Any) -> None:
-    """Takes the planned rows once the step has run."""
+def around_logits(
+    original: Any,
+    processor: Any,
+    input_ids: Any,
+    hidden_states: Any,
+    lm_head: Any,
+    logits_metadata: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Takes logits of prompts, which SGLang computes for the last position only."""
+    choices = _capture.running
+    # Where attention is data-parallel the head is a collective of ranks that do not all have these rows.
+    if choices is not None and choices.given and not processor.do_tensor_parallel_all_gather_dp_attn:
+        from sglang.srt.layers.logits_processor import LogitsMetadata
+
+        metadata = LogitsMetadata.from_forward_batch(logits_metadata)
+
+        def head(rows: Any) -> Any:
+            return processor._get_logits(rows, lm_head, metadata, use_logits_buffer=False)
+
+        choices.take_given(hidden_states, head)
+    return original(processor, input_ids, hidden_states, lm_head, logits_metadata, *args, **kwargs)
+
+
+def after_preprocess(result: Any, sampler: Any, logits: Any, sampling_info: Any) -> None:
+    """Constrains the logits behind everything that SGLang does to them before the temperature."""
+    choices = getattr(sampling_info, _CHOICES, None)
+    if choices is not None:
+        choices.constrain(result, sampling_info.temperatures)
+
+
+def around_sample(original: Any, runner: Any, logits_output: Any, forward_batch: Any) -> Any:
+    """Takes the planned rows once the step has run, and the logits before and after what SGLang does to them."""
     from sglang.srt.managers.auxiliary_output import append_auxiliary_output
 
     if runner.is_draft_worker:
-        return
+        return original(runner, logits_output, forward_batch)
+    choices = getattr(forward_batch, _CHOICES, None)
+    if choices is not None:
+        choices.input_ids = forward_batch.input_ids
+        choices.take_raw(logits_output.next_token_logits)
+    # Set at every step: without overlap scheduling SGLang keeps this object from step to step.
+    setattr(forward_batch.sampling_info, _CHOICES, choices)
+    token_ids = original(runner, logits_output, forward_batch)
+    if choices is not None:
+        outputs = append_auxiliary_output(logits_output.auxiliary_device_output, choices.rows())
+        logits_output.auxiliary_device_output = outputs
+    _take_rows(logits_output, forward_batch)
+    return token_ids
+
+
+def _take_rows(logits_output: Any, forward_batch: Any) -> None:
+    from sglang.srt.managers.auxiliary_output import append_auxiliary_output
+
     plan = getattr(forward_batch, _PLAN, None)
     states = {**getattr(forward_batch, _STATES, {}), -1: logits_output.hidden_states}
     _capture.taps.check(states, logits_output.hidden_states)
@@ -88,10 +150,10 @@ def around_match_prefix(original: Any, req: Any, tree_cache: Any = None, cow_mam
     one = None if tree_cache is None else _capture.open_again(req)
     # A streaming session's prefix is not the cache's to shorten: SGLang ends where that is tried. The count then tells.
     streaming = getattr(req.session, "streaming", False)
-    if one is None or not one.pools.reads_prompt or streaming:
+    if one is None or not one.reads_prompt or streaming:
         original(req, tree_cache, cow_mamba)
         return
-    one.pools.restart()
+    one.restart()
     _capture.page_size = tree_cache.page_size
     # A recurrent state takes a slot at each match, and images move their positions: such requests match nothing, once.
     once = tree_cache.supports_mamba() or req.multimodal_inputs is not None
@@ -200,6 +262,7 @@ def after_internal_state(output: Any, scheduler: Any, recv_req: Any) -> None:
         shared=_capture.shared.sign,
         open_pools=len(_capture.opened),
         prefix_bytes=_capture.sums.bytes,
+        constraints=known_constraints(),
     ).pack()
 
 
@@ -236,9 +299,8 @@ def _refusal(scheduler: Any) -> str:
 _BEFORE: dict[str, Callable[..., Any]] = {"sglang.srt.lora.lora_manager.LoRAManager.__init__": before_lora}
 _AFTER: dict[str, Callable[..., Any]] = {
     "sglang.srt.model_executor.model_runner.ModelRunner.load_model": after_load_model,
-    "sglang.srt.model_executor.model_runner.ModelRunner.forward": after_forward,
     "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new": after_forward_batch,
-    "sglang.srt.model_executor.model_runner.ModelRunner.sample": after_sample,
+    "sglang.srt.layers.sampler.Sampler._preprocess_logits": after_preprocess,
     "sglang.srt.layers.logits_processor.LogitsProcessor._get_hidden_states_to_store": after_states_to_store,
     "sglang.srt.managers.schedule_batch.Req._compute_max_prefix_len": after_max_prefix_len,
     "sglang.srt.managers.scheduler.Scheduler.flush_cache": after_flush_cache,
@@ -250,7 +312,10 @@ _AFTER: dict[str, Callable[..., Any]] = {
     "sglang.srt.managers.tokenizer_manager.TokenizerManager.get_weights_by_name": after_get_weights,
 }
 _AROUND: dict[str, Callable[..., Any]] = {
-    "sglang.srt.managers.schedule_batch.Req.init_next_round_input": around_match_prefix
+    "sglang.srt.managers.schedule_batch.Req.init_next_round_input": around_match_prefix,
+    "sglang.srt.model_executor.model_runner.ModelRunner.forward": around_forward,
+    "sglang.srt.layers.logits_processor.LogitsProcessor.forward": around_logits,
+    "sglang.srt.model_executor.model_runner.ModelRunner.sample": around_sample,
 }
 
 
@@ -268,6 +333,12 @@ def register() -> None:
             sglang.__version__,
         )
         return
+    for module in filter(None, os.environ.get(CONSTRAINTS_ENV, "").split(",")):
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            # The rest still works, and clients are told which constraints there are.
+            logger.exception("torchrl_sglang_hidden: the constraints of %s cannot be imported", module)
     for kind, hooks in ((HookType.BEFORE, _BEFORE), (HookType.AFTER, _AFTER), (HookType.AROUND, _AROUND)):
         for target, hook in hooks.items():
             HookRegistry.register(target, hook, kind)

@@ -1,0 +1,244 @@
+"""What must not be sent: `Request`s held against what an engine says of itself, before they become a payload.
+
+Knows nothing of TensorDicts, nor of payloads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torchrl_sglang_hidden.channel import FALLBACK_REMEDY
+from torchrl_sglang_hidden.constraints import check_constraints
+from torchrl_sglang_hidden.errors import (
+    CapabilityError,
+    ConstraintError,
+    InputError,
+    InputTypeError,
+    PromptLengthError,
+    SpanError,
+    TokenIdError,
+)
+from torchrl_sglang_hidden.shared import MAX_BYTES
+from torchrl_sglang_hidden.spans import Between, LastTokens, PromptSpan
+from torchrl_sglang_hidden.specs import EngineInfo, HiddenSpec, LogitsSpec, Request, canonical_layer
+from torchrl_sglang_hidden.wire import wanted_of
+
+__all__ = ["check_requests"]
+
+# SGLang's own default for max_new_tokens.
+DEFAULT_NEW_TOKENS = 128
+# Of one request's token states: as text they are copied by three processes and parsed as JSON, in a file by nobody.
+MAX_TEXT_BYTES = 256 * 2**20
+MAX_SHARED_BYTES = MAX_BYTES // 2
+
+
+def check_requests(requests: Sequence[Request], info: EngineInfo) -> None:
+    """Refuses what would take the whole server down, or be refused by it, before anything is sent.
+
+    SGLang 0.5.23's scheduler ends on an id outside the vocabulary and on an empty prompt.
+
+    Raises:
+        PromptLengthError: no rows, a row without tokens, or one over `EngineInfo.max_prompt_tokens`.
+        TokenIdError: an id outside ``[0, vocab_size)``.
+        InputTypeError: an id that is no Python int.
+        ConstraintError: constraints that leave nothing to choose.
+        SpanError: a span that is not in its prompt.
+        CapabilityError: hidden states, logits or seeds asked of an engine that has no use for them.
+    """
+    if not requests:
+        raise PromptLengthError("the batch has 0 rows; pass at least 1 prompt")
+    priorities = {request.priority for request in requests}
+    if len(priorities) > 1:
+        raise InputError(f"the rows have priorities {priorities}, and SGLang takes one per batch; send them apart")
+    if priorities != {None} and not info.honours_priorities:
+        raise CapabilityError(
+            f"priority={requests[0].priority}, which this engine does not read; start SGLang with "
+            "--enable-priority-scheduling, or leave it out"
+        )
+    for row, request in enumerate(requests):
+        ids = request.prompt_ids
+        if not ids:
+            raise PromptLengthError(f"row {row}: the prompt has 0 tokens; SGLang needs at least 1")
+        if any(type(token_id) is not int for token_id in ids):
+            wrong = next(token_id for token_id in ids if type(token_id) is not int)
+            raise InputTypeError(f"row {row}: token id {wrong!r} is a {type(wrong).__name__}; token ids are integers")
+        for extreme in (min(ids), max(ids)):
+            if not 0 <= extreme < info.vocab_size:
+                raise TokenIdError(
+                    f"row {row}: token id {extreme} at position {ids.index(extreme)} is outside the vocabulary of "
+                    f"{info.vocab_size}; ids are 0..{info.vocab_size - 1}. Was it made by another model's tokenizer?"
+                )
+        if len(ids) > info.max_prompt_tokens:
+            raise PromptLengthError(
+                f"row {row}: the prompt has {len(ids)} tokens, over the engine's limit of {info.max_prompt_tokens} "
+                f"(context length {info.context_length}); shorten it, or start the server with a larger context or KV "
+                "cache"
+            )
+        for name in ("stop_token_ids", "logit_bias"):
+            unknown = [i for i in map(int, request.sampling.get(name) or ()) if i >= info.vocab_size]
+            if unknown:
+                raise TokenIdError(
+                    f"row {row}: {name} has id {unknown[0]}, outside the vocabulary of {info.vocab_size}; ids are "
+                    f"0..{info.vocab_size - 1}"
+                )
+        if "sampling_seed" in request.sampling and not info.honours_seeds:
+            raise CapabilityError(
+                f"row {row}: sampling_seed={request.sampling['sampling_seed']}, which this engine does not read; start "
+                "SGLang with --enable-deterministic-inference (an accelerator's attention backend), or leave it out"
+            )
+        # A prompt that is only read still costs a token: SGLang generates one at least.
+        total = len(ids) + (request.sampling.get("max_new_tokens", 1) or 1)
+        if total > info.context_length:
+            raise PromptLengthError(
+                f"row {row}: {len(ids)} prompt tokens and max_new_tokens={total - len(ids)} are {total} together, over "
+                f"the context length of {info.context_length}; lower max_new_tokens to {info.context_length - len(ids)}"
+            )
+        if request.hidden is not None:
+            _check_hidden(row, request, request.hidden, info)
+        _check_choosing(row, request, info)
+
+
+def _check_choosing(row: int, request: Request, info: EngineInfo) -> None:
+    """Refuses constraints and logits that the engine cannot give, or that would stand in everybody's way."""
+    name, num_prompt = f"row {row}:", len(request.prompt_ids)
+    if request.processor is not None and not info.takes_processors:
+        raise CapabilityError(
+            f"{name} custom_logit_processor is given, and the server takes none of SGLang's own; start it with "
+            "--enable-custom-logit-processor (who may call it can then run code in it), or use ActionMask, "
+            "DisallowedTokens and the like, which need nothing"
+        )
+    if not 0 <= request.score_from < num_prompt:
+        raise InputError(f"{name} score_from={request.score_from}: the prompt's tokens are 0..{num_prompt - 1}")
+    if (request.constraints or request.logits is not None) and not info.pools_in_server:
+        because = f" ({info.no_states_because})" if info.no_states_because else ""
+        asked = "logits" if request.logits is not None else "constraints"
+        raise CapabilityError(
+            f"{name} {asked} are asked of a server without the server half{because}; start it with "
+            "torchrl_sglang_hidden.launch or `torchrl-sglang-hidden serve`"
+        )
+    unknown = [constraint.name for constraint in request.constraints if constraint.name not in info.constraints]
+    if unknown:
+        raise CapabilityError(
+            f"{name} the server has no code of the constraint {unknown[0]!r}; it has {list(info.constraints)}. Start "
+            "it with the module that defines it: launch(constraint_modules=('my.module',)), or `serve --constraints`"
+        )
+    _check_responses(name, request)
+    longest = max((stop - start for start, stop in request.responses), default=0)
+    most = longest if request.score_prompt else request.sampling.get("max_new_tokens", DEFAULT_NEW_TOKENS)
+    try:
+        check_constraints(request.constraints, info.vocab_size, most)
+    except (TokenIdError, ConstraintError) as error:
+        raise type(error)(f"{name} {error}") from error
+    if request.logits is not None:
+        _check_logits(name, request, request.logits, info)
+
+
+def _check_responses(name: str, request: Request) -> None:
+    places = [place for part in request.responses for place in part]
+    if places != sorted(places) or any(start == stop for start, stop in request.responses):
+        raise InputError(f"{name} responses={request.responses}: expected parts of the prompt, in order and apart")
+    if places and not 1 <= places[0] < places[-1] <= len(request.prompt_ids):
+        raise InputError(
+            f"{name} responses={request.responses}: they are within tokens 1..{len(request.prompt_ids)}, for nothing "
+            "is before token 0"
+        )
+    if request.score_prompt and request.constraints and not request.responses:
+        raise InputError(
+            f"{name} constraints on a scored prompt without responses: nothing says which of its tokens they act on"
+        )
+
+
+def _check_logits(name: str, request: Request, spec: LogitsSpec, info: EngineInfo) -> None:
+    if spec.top_k is not None and spec.top_k > info.vocab_size:
+        raise InputError(
+            f"{name} LogitsSpec(top_k={spec.top_k}): the vocabulary has {info.vocab_size} tokens; lower it"
+        )
+    if spec.token_ids is not None and max(spec.token_ids) >= info.vocab_size:
+        raise TokenIdError(
+            f"{name} LogitsSpec(token_ids=…): id {max(spec.token_ids)} is outside the vocabulary of {info.vocab_size}; "
+            f"ids are 0..{info.vocab_size - 1}"
+        )
+    if request.reads_only and spec.of_response:
+        raise InputError(
+            f"{name} max_new_tokens=0 generates nothing, and LogitsSpec(segments={spec.segments}) are not all of the "
+            "prompt; ask for segments=('prompt',)"
+        )
+    num_new = request.sampling.get("max_new_tokens", DEFAULT_NEW_TOKENS)
+    rows = (num_new if spec.of_response else 0) + (len(request.prompt_ids) - 1 if spec.of_prompt else 0)
+    columns = spec.num_columns(info.vocab_size)
+    size = rows * columns * (spec.dtype.itemsize + (4 if spec.top_k is not None else 0))
+    limit = MAX_SHARED_BYTES if info.shares_memory else MAX_TEXT_BYTES
+    if size > limit:
+        raise InputError(
+            f"{name} logits of {columns} columns for up to {rows} tokens are {size / 2**20:.0f} MiB, over the limit of "
+            f"{limit / 2**20:.0f} MiB; ask for fewer tokens, top_k or token_ids, or dtype=torch.bfloat16"
+            + ("" if info.shares_memory else ", or run on the server's machine")
+        )
+
+
+def _check_hidden(row: int, request: Request, spec: HiddenSpec, info: EngineInfo) -> None:
+    if not (info.pools_in_server or info.returns_hidden_states):
+        because = f", which gives none: {info.no_states_because}" if info.no_states_because else ""
+        raise CapabilityError(
+            f"row {row}: hidden states are asked of a server that was started without them{because}; "
+            f"{FALLBACK_REMEDY}, start SGLang with --enable-return-hidden-states, or pass hidden=None"
+        )
+    canonical = [canonical_layer(layer, info.num_layers) for layer in spec.layer_ids]
+    wanted = set(canonical)
+    if len(wanted) < len(canonical):
+        raise InputError(
+            f"row {row}: layers={spec.layers}: two of them are the same layer of {info.num_layers}; ask for each once"
+        )
+    if not wanted <= set(info.layers):
+        because = f" ({info.no_states_because})" if info.no_states_because else ""
+        raise CapabilityError(
+            f"row {row}: layers={spec.layers}: the server gives the states of layers {list(info.layers)}{because}; "
+            f"start it with launch(layers={tuple(sorted({*wanted, *info.layers} - {-1}))}), or `serve --layers`"
+        )
+    if request.reads_only and spec.needs_response:
+        raise InputError(
+            f"row {row}: max_new_tokens=0 generates nothing, and segments={spec.segments}, spans={list(spec.spans)} "
+            "are not all of the prompt; ask for the prompt's, or for tokens"
+        )
+    if request.spans.keys() != spec.spans.keys():
+        raise InputError(
+            f"row {row}: spans {sorted(request.spans)} are resolved, and {sorted(spec.spans)} are asked for"
+        )
+    for name, span in request.spans.items():
+        _check_span(f"row {row}, span {name!r}:", span, request, info)
+    if spec.tokens:
+        _check_token_bytes(row, request, spec, info)
+
+
+def _check_span(name: str, span: object, request: Request, info: EngineInfo) -> None:
+    if isinstance(span, PromptSpan):
+        if span.end > len(request.prompt_ids):
+            raise SpanError(f"{name} ends at {span.end} in a prompt of {len(request.prompt_ids)} tokens")
+        return
+    if not isinstance(span, (LastTokens, Between)) or span.segment != "response":
+        raise InputTypeError(
+            f"{name} {span!r} is not resolved; what is of the prompt goes to an engine as a PromptSpan of positions, "
+            "which SGLangHiddenWrapper makes of it"
+        )
+    most = request.sampling.get("max_new_tokens")
+    if isinstance(span, LastTokens) and not span.allow_fewer and most is not None and span.count > most:
+        raise SpanError(
+            f"{name} LastTokens({span.count}) of a response of at most max_new_tokens={most}; raise that, or pass "
+            "allow_fewer=True"
+        )
+    if isinstance(span, Between) and not info.pools_in_server:
+        raise CapabilityError(f"{name} markers are found by the server half; {FALLBACK_REMEDY}")
+
+
+def _check_token_bytes(row: int, request: Request, spec: HiddenSpec, info: EngineInfo) -> None:
+    """Refuses token states that would stand in the way of everybody: they pass through all of SGLang's processes."""
+    num_new = request.sampling.get("max_new_tokens", DEFAULT_NEW_TOKENS)
+    rows = num_new if spec.segments == ("response",) else len(request.prompt_ids) + num_new
+    size = rows * len(spec.layer_ids) * info.hidden_size * wanted_of(request, spec, info).row_dtype.itemsize
+    limit = MAX_SHARED_BYTES if info.shares_memory else MAX_TEXT_BYTES
+    if size > limit:
+        raise InputError(
+            f"row {row}: tokens=True for up to {rows} positions and {len(spec.layer_ids)} layers is {size / 2**20:.0f} "
+            f"MiB, over the limit of {limit / 2**20:.0f} MiB; ask for fewer tokens or layers, dtype=torch.bfloat16, or "
+            "segments=('response',)" + ("" if info.shares_memory else ", or run on the server's machine")
+        )
