@@ -1,0 +1,190 @@
+"""What every constraint is, how it is written as text, and who is known by which name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+
+from torchrl_sglang_hidden.errors import InputError, InputTypeError, UnknownOptionError
+
+__all__ = ["ConstraintStep", "LogitConstraint", "constraints_of", "known_constraints"]
+
+
+@dataclass(frozen=True, slots=True)
+class ConstraintStep:
+    """Where a request is when its next token is chosen.
+
+    Args:
+        index: of the token to choose, from 0; exactly this one, under overlap scheduling too.
+        max_new_tokens: most tokens of the response.
+        prompt_ids: the P ids of the prompt.
+        response_ids: int64 ``[index]``, the ids before it, on the logits' device. Copying them from there waits for the
+            accelerator.
+    """
+
+    index: int
+    max_new_tokens: int
+    prompt_ids: Sequence[int]
+    response_ids: torch.Tensor
+
+
+_KINDS: dict[str, type[LogitConstraint]] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitConstraint(ABC):
+    """Base of every constraint, and of your own.
+
+    A constraint of your own is a frozen dataclass with a name, whose fields JSON can carry, in a module that the
+    server's machine can import too. Start the server with that module: ``launch(constraint_modules=("my.module",))``.
+
+    Args:
+        first_tokens: act on the first so many tokens of the response only; None for all.
+        positions: act on these tokens of the response only, counted from 0; None for all.
+
+    Raises:
+        InputError: a limit below 1, a negative position, or both limits at once.
+        InputTypeError: limits that are no integers.
+
+    Example:
+        >>> @dataclass(frozen=True)
+        ... class NoRepeat(LogitConstraint, name="no_repeat"):
+        ...     penalty: float
+        ...
+        ...     def apply(self, logits_V, step):
+        ...         logits_V[step.response_ids] -= self.penalty
+        ...         return logits_V
+    """
+
+    name: ClassVar[str]
+
+    first_tokens: int | None = None
+    positions: tuple[int, ...] | None = None
+
+    def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if name is None:
+            return
+        if not name.isidentifier():
+            raise InputError(f"{cls.__name__}: name={name!r} is no identifier; give letters, digits and underscores")
+        known = _KINDS.get(name)
+        # A notebook's cell that runs again defines its class again.
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise InputError(f"{cls.__name__}: name={name!r} is that of {known.__module__}.{known.__qualname__}")
+        cls.name = name
+        _KINDS[name] = cls
+
+    def __post_init__(self) -> None:
+        kind = type(self).__name__
+        if not hasattr(self, "name"):
+            raise InputTypeError(f"{kind} has no name; define it as class {kind}(LogitConstraint, name='…')")
+        if self.first_tokens is not None:
+            if type(self.first_tokens) is not int:
+                raise InputTypeError(f"{kind}(first_tokens={self.first_tokens!r}): expected an integer, or None")
+            if self.first_tokens < 1:
+                raise InputError(f"{kind}(first_tokens={self.first_tokens}): expected at least 1, or None for all")
+        if self.positions is not None:
+            object.__setattr__(self, "positions", _read_positions(kind, self.positions))
+            if self.first_tokens is not None:
+                raise InputError(f"{kind}: first_tokens and positions are both given; keep one")
+
+    def acts_on(self, index: int) -> bool:
+        """Whether it acts on the response's token ``index``."""
+        if self.positions is not None:
+            return index in self.positions
+        return self.first_tokens is None or index < self.first_tokens
+
+    @abstractmethod
+    def apply(self, logits_V: torch.Tensor, step: ConstraintStep) -> torch.Tensor:
+        """Changes the logits of one request's next token.
+
+        Runs inside the server at every token, and on every rank of it: keep it short, and without chance of its own.
+
+        Args:
+            logits_V: ``[V]``, as the steps before left them; may be written to.
+            step: where the request is.
+
+        Returns:
+            Logits of the same shape. ``-inf`` takes a token away.
+        """
+
+    def check(self, vocab_size: int) -> None:  # noqa: B027  most have nothing to check
+        """Holds it against a model before it is sent.
+
+        Raises:
+            TokenIdError: an id that the model does not have.
+            ConstraintError: it leaves nothing to choose.
+        """
+
+    # --- as text -----------------------------------------------------------------------------------------------------
+
+    def fields(self) -> dict[str, Any]:
+        """Its fields as JSON carries them, without those that are None."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> Self:
+        """Reads what `fields` wrote."""
+        values: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in fields.items()}
+        return cls(**values)
+
+    def to_str(self) -> str:
+        """As text: ``name:{json}``, for logs, configurations and the way to the server."""
+        try:
+            return f"{self.name}:{json.dumps(self.fields(), separators=(',', ':'), allow_nan=False)}"
+        except (TypeError, ValueError) as error:
+            raise InputTypeError(
+                f"{self!r:.200} cannot travel as JSON ({error}); use numbers, strings and lists"
+            ) from error
+
+    @staticmethod
+    def from_str(text: str) -> LogitConstraint:
+        """Reads what `to_str` wrote.
+
+        Raises:
+            UnknownOptionError: a name that nobody defined here.
+            InputError: text of another form, or fields that the constraint refuses.
+        """
+        name, colon, rest = text.partition(":")
+        if not colon:
+            raise InputError(f"{text!r:.80} is no constraint; expected 'name:{{json}}', such as to_str() writes")
+        kind = _KINDS.get(name)
+        if kind is None:
+            raise UnknownOptionError(
+                f"{text!r:.80}: no constraint has the name {name!r}; known: {', '.join(known_constraints())}. Import "
+                "the module that defines it"
+            )
+        try:
+            fields = json.loads(rest)
+            if not isinstance(fields, dict):
+                raise InputTypeError(f"{text!r:.80}: expected a JSON object behind the colon")
+            return kind.from_fields(fields)
+        except InputError:
+            raise
+        except (TypeError, ValueError, AttributeError, LookupError, RecursionError) as error:
+            raise InputError(f"{text!r:.80} cannot be read as a {kind.__name__}: {error}") from error
+
+
+def constraints_of(module: str) -> tuple[str, ...]:
+    """The names of the constraints that a module defines, or a module inside it."""
+    return tuple(sorted(n for n, kind in _KINDS.items() if f"{kind.__module__}.".startswith(f"{module}.")))
+
+
+def known_constraints() -> tuple[str, ...]:
+    """The names of all constraints defined in this process."""
+    return tuple(sorted(_KINDS))
+
+
+def _read_positions(kind: str, positions: object) -> tuple[int, ...]:
+    if not isinstance(positions, (list, tuple, set, frozenset, range)) or any(type(p) is not int for p in positions):
+        raise InputTypeError(f"{kind}(positions={positions!r:.80}): expected integers, the response's tokens from 0")
+    if not positions or min(positions) < 0:
+        raise InputError(f"{kind}(positions={positions!r:.80}): expected at least one, each of at least 0")
+    return tuple(sorted(set(positions)))

@@ -1,0 +1,210 @@
+"""Constraints that take tokens away, and whether several of them leave any."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Self
+
+import torch
+
+from torchrl_sglang_hidden.constraints.base import ConstraintStep, LogitConstraint
+from torchrl_sglang_hidden.errors import ConstraintError, InputError, InputTypeError, TokenIdError
+
+__all__ = ["ActionMask", "DisallowedTokens", "TokenConstraint", "check_constraints"]
+
+MAX_IDS = 2**22  # more than any vocabulary
+
+
+class TokenConstraint(LogitConstraint):
+    """A constraint that only takes tokens away: `ActionMask`, `DisallowedTokens`."""
+
+    @abstractmethod
+    def allowed(self, vocab_size: int) -> torch.Tensor:
+        """Bool ``[V]``, True where a token may be chosen."""
+
+    def apply(self, logits_V: torch.Tensor, step: ConstraintStep) -> torch.Tensor:
+        """See `LogitConstraint.apply`."""
+        return logits_V.masked_fill(~self.allowed(len(logits_V)).to(logits_V.device), -math.inf)
+
+
+@dataclass(frozen=True)
+class ActionMask(TokenConstraint, name="action_mask"):
+    """Only these tokens may be chosen.
+
+    Where the model's end-of-sequence token is not among them, a response ends at ``max_new_tokens`` or a stop string.
+
+    Args:
+        valid_token_ids: their ids, in any order; a list, a set, a range, an integer tensor.
+
+    Raises:
+        ConstraintError: no ids at all.
+        TokenIdError: a negative id.
+        InputTypeError: something that is no integer.
+    """
+
+    valid_token_ids: Sequence[int]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ids = _read_ids("ActionMask(valid_token_ids=…)", self.valid_token_ids)
+        if not ids:
+            raise ConstraintError("ActionMask(valid_token_ids=()): 0 tokens are allowed; give at least 1")
+        object.__setattr__(self, "valid_token_ids", ids)
+
+    @classmethod
+    def from_mask(
+        cls, mask_V: torch.Tensor, *, first_tokens: int | None = None, positions: tuple[int, ...] | None = None
+    ) -> Self:
+        """From a bool tensor ``[V]``, True where a token may be chosen."""
+        return cls(_where(mask_V), first_tokens=first_tokens, positions=positions)
+
+    def allowed(self, vocab_size: int) -> torch.Tensor:
+        """See `TokenConstraint.allowed`."""
+        return _marked(self.valid_token_ids, vocab_size)
+
+    def check(self, vocab_size: int) -> None:
+        """See `LogitConstraint.check`."""
+        _check_ids("ActionMask", self.valid_token_ids, vocab_size)
+
+    def fields(self) -> dict[str, Any]:
+        """See `LogitConstraint.fields`; ids as runs, such as ``"3-7,9"``."""
+        return {**super().fields(), "valid_token_ids": _to_runs(self.valid_token_ids)}
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> Self:
+        """See `LogitConstraint.from_fields`."""
+        return super().from_fields({**fields, "valid_token_ids": _from_runs(fields["valid_token_ids"])})
+
+
+@dataclass(frozen=True)
+class DisallowedTokens(TokenConstraint, name="disallowed_tokens"):
+    """These tokens are never chosen.
+
+    Args:
+        ids: their ids, in any order; a list, a set, a range, an integer tensor. None at all denies nothing.
+
+    Raises:
+        TokenIdError: a negative id.
+        InputTypeError: something that is no integer.
+    """
+
+    ids: Sequence[int]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "ids", _read_ids("DisallowedTokens(ids=…)", self.ids))
+
+    def allowed(self, vocab_size: int) -> torch.Tensor:
+        """See `TokenConstraint.allowed`."""
+        return ~_marked(self.ids, vocab_size)
+
+    def check(self, vocab_size: int) -> None:
+        """See `LogitConstraint.check`."""
+        _check_ids("DisallowedTokens", self.ids, vocab_size)
+        if len(self.ids) == vocab_size:
+            raise ConstraintError(f"DisallowedTokens: all {vocab_size} tokens of the vocabulary are denied; leave some")
+
+    def fields(self) -> dict[str, Any]:
+        """See `LogitConstraint.fields`; ids as runs, such as ``"3-7,9"``."""
+        return {**super().fields(), "ids": _to_runs(self.ids)}
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> Self:
+        """See `LogitConstraint.from_fields`."""
+        return super().from_fields({**fields, "ids": _from_runs(fields["ids"])})
+
+
+def check_constraints(constraints: Sequence[LogitConstraint], vocab_size: int, max_new_tokens: int) -> None:
+    """Holds the constraints of one request against the model and against one another.
+
+    Raises:
+        TokenIdError: an id that the model does not have.
+        ConstraintError: the masks leave nothing to choose for some token of the response.
+    """
+    for constraint in constraints:
+        constraint.check(vocab_size)
+    masks = [constraint for constraint in constraints if isinstance(constraint, TokenConstraint)]
+    if len(masks) < 2:
+        return
+    # Between these places the same masks act.
+    places = {0}
+    for mask in masks:
+        places |= {mask.first_tokens or 0, *(p + after for p in mask.positions or () for after in (0, 1))}
+    checked = set()
+    for place in sorted(places):
+        acting = tuple(i for i, mask in enumerate(masks) if mask.acts_on(place))
+        if place >= max(max_new_tokens, 1) or len(acting) < 2 or acting in checked:
+            continue
+        checked.add(acting)
+        left = masks[acting[0]].allowed(vocab_size)
+        for i in acting[1:]:
+            left &= masks[i].allowed(vocab_size)
+        if not left.any():
+            names = " and ".join(type(masks[i]).__name__ for i in acting)
+            raise ConstraintError(
+                f"{names} together leave 0 of {vocab_size} tokens for token {place} of the response; allow one that is "
+                "not denied"
+            )
+
+
+def _read_ids(what: str, ids: object) -> tuple[int, ...]:
+    if isinstance(ids, torch.Tensor):
+        if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+            raise InputTypeError(f"{what}: a tensor of {ids.dtype}; expected token ids, or ActionMask.from_mask")
+        ids = ids.flatten().tolist()
+    if isinstance(ids, (str, bytes, Mapping)) or not isinstance(ids, Iterable):
+        raise InputTypeError(f"{what}: {ids!r:.80} is a {type(ids).__name__}; expected token ids")
+    read = list(ids)
+    wrong = next((one for one in read if type(one) is not int), None)
+    if wrong is not None:
+        raise InputTypeError(f"{what}: {wrong!r:.80} is a {type(wrong).__name__}; token ids are integers")
+    if read and min(read) < 0:
+        raise TokenIdError(f"{what}: {min(read)} is negative; token ids are at least 0")
+    return tuple(sorted(set(read)))
+
+
+def _where(mask_V: object) -> list[int]:
+    if not isinstance(mask_V, torch.Tensor) or mask_V.dtype != torch.bool or mask_V.ndim != 1:
+        raise InputTypeError(f"ActionMask.from_mask({mask_V!r:.80}): expected a bool tensor [V]")
+    ids: list[int] = mask_V.nonzero().flatten().tolist()
+    return ids
+
+
+def _check_ids(kind: str, ids: Sequence[int], vocab_size: int) -> None:
+    if ids and ids[-1] >= vocab_size:
+        raise TokenIdError(
+            f"{kind}: id {ids[-1]} is outside the vocabulary of {vocab_size}; ids are 0..{vocab_size - 1}. Was it made "
+            "by another model's tokenizer?"
+        )
+
+
+def _marked(ids: Sequence[int], vocab_size: int) -> torch.Tensor:
+    marked_V = torch.zeros(vocab_size, dtype=torch.bool)
+    marked_V[torch.tensor(ids, dtype=torch.int64)] = True
+    return marked_V
+
+
+def _to_runs(ids: Sequence[int]) -> str:
+    """Sorted ids as runs: ``"3-7,9"``."""
+    if not ids:
+        return ""
+    breaks = [0, *(i for i, (a, b) in enumerate(pairwise(ids), 1) if b != a + 1), len(ids)]
+    runs = [(ids[start], ids[stop - 1]) for start, stop in pairwise(breaks)]
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def _from_runs(text: object) -> list[int]:
+    if not isinstance(text, str):
+        raise InputTypeError(f"{text!r:.80}: expected token ids as runs, such as '3-7,9'")
+    ids: list[int] = []
+    for run in text.split(",") if text else ():
+        first, _, last = run.partition("-")
+        # The text may come from the network: a few letters must not become a list that fills the memory.
+        if int(last or first) - int(first) + len(ids) >= MAX_IDS:
+            raise InputError(f"{text!r:.80}: more than {MAX_IDS} token ids")
+        ids += range(int(first), int(last or first) + 1)
+    return ids

@@ -1,0 +1,140 @@
+"""A temperature that is a function of the token's place in its response."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, Self, TypeAlias
+
+import torch
+
+from torchrl_sglang_hidden.constraints.base import ConstraintStep, LogitConstraint
+from torchrl_sglang_hidden.errors import InputError, InputTypeError
+
+__all__ = ["ExponentialSchedule", "LinearSchedule", "TemperatureScale"]
+
+# Far enough for any schedule, and near enough that float32 logits stay finite.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-2, 1e2
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSchedule:
+    """From ``start`` at the first token to ``end`` at token ``steps``, in equal differences; then ``end``.
+
+    Args:
+        start: temperature of token 0.
+        end: temperature of token ``steps - 1`` and of those behind it.
+        steps: tokens that it takes, at least 2; None for ``max_new_tokens`` of the request.
+    """
+
+    start: float
+    end: float
+    steps: int | None = None
+
+    def at(self, progress: float) -> float:
+        """The temperature at a place between 0 and 1."""
+        return self.start + (self.end - self.start) * progress
+
+
+@dataclass(frozen=True, slots=True)
+class ExponentialSchedule:
+    """As `LinearSchedule`, in equal ratios."""
+
+    start: float
+    end: float
+    steps: int | None = None
+
+    def at(self, progress: float) -> float:
+        """The temperature at a place between 0 and 1."""
+        return float(self.start * (self.end / self.start) ** progress)
+
+
+Schedule: TypeAlias = float | tuple[float, ...] | LinearSchedule | ExponentialSchedule
+_CURVES: dict[str, type[LinearSchedule | ExponentialSchedule]] = {
+    "linear": LinearSchedule,
+    "exponential": ExponentialSchedule,
+}
+
+
+@dataclass(frozen=True)
+class TemperatureScale(LogitConstraint, name="temperature_scale"):
+    """A temperature that changes as the response grows: the logits of token t are divided by it.
+
+    The request's own ``temperature`` divides them too: leave that at 1 for this one alone. At ``temperature=0`` the
+    best token stays the best, and only the log-probs change.
+
+    Args:
+        schedule: a number, the same for all tokens; a list of them, one per token, of which the last goes on; a
+            `LinearSchedule` or an `ExponentialSchedule`. Each temperature is in [0.01, 100].
+
+    Raises:
+        InputError: a temperature outside that, NaN, an empty list, or fewer than 2 steps.
+        InputTypeError: something else.
+    """
+
+    schedule: Schedule
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        schedule = self.schedule
+        if isinstance(schedule, (LinearSchedule, ExponentialSchedule)):
+            steps = schedule.steps
+            if steps is not None and type(steps) is not int:
+                raise InputTypeError(f"TemperatureScale({schedule}): steps is an integer of at least 2, or None")
+            if steps is not None and steps < 2:
+                raise InputError(f"TemperatureScale({schedule}): expected steps of at least 2, or None")
+            start, end = _read_temperature(schedule.start), _read_temperature(schedule.end)
+            object.__setattr__(self, "schedule", type(schedule)(start, end, steps))
+        elif isinstance(schedule, (list, tuple)):
+            if not schedule:
+                raise InputError("TemperatureScale([]): 0 temperatures; give at least 1")
+            object.__setattr__(self, "schedule", tuple(_read_temperature(one) for one in schedule))
+        else:
+            object.__setattr__(self, "schedule", _read_temperature(schedule))
+
+    def at(self, index: int, max_new_tokens: int) -> float:
+        """The temperature of the response's token ``index``, of at most ``max_new_tokens``."""
+        schedule = self.schedule
+        if isinstance(schedule, float):
+            return schedule
+        if isinstance(schedule, tuple):
+            return schedule[min(index, len(schedule) - 1)]
+        last = (max_new_tokens if schedule.steps is None else schedule.steps) - 1
+        return schedule.at(min(index / last, 1.0) if last > 0 else 0.0)
+
+    def apply(self, logits_V: torch.Tensor, step: ConstraintStep) -> torch.Tensor:
+        """See `LogitConstraint.apply`."""
+        return logits_V / self.at(step.index, step.max_new_tokens)
+
+    def fields(self) -> dict[str, Any]:
+        """See `LogitConstraint.fields`."""
+        schedule: Any = self.schedule
+        for name, kind in _CURVES.items():
+            if isinstance(schedule, kind):
+                schedule = {name: [schedule.start, schedule.end, schedule.steps]}
+                break
+        return {**super().fields(), "schedule": schedule}
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> Self:
+        """See `LogitConstraint.from_fields`."""
+        schedule = fields["schedule"]
+        if isinstance(schedule, dict):
+            ((name, values),) = schedule.items()
+            schedule = _CURVES[name](*values)
+        return super().from_fields({**fields, "schedule": schedule})
+
+
+def _read_temperature(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise InputTypeError(
+            f"TemperatureScale: {value!r:.80} is no temperature; expected a number, a list, or a schedule"
+        )
+    number = float(value)
+    if not MIN_TEMPERATURE <= number <= MAX_TEMPERATURE:
+        raise InputError(
+            f"TemperatureScale: temperature {number}; expected one in [{MIN_TEMPERATURE}, {MAX_TEMPERATURE:g}]. For "
+            "the best token alone use temperature=0"
+        )
+    return number
