@@ -82,8 +82,10 @@ class LogitConstraint(ABC):
 
     def __post_init__(self) -> None:
         kind = type(self).__name__
-        if not hasattr(self, "name"):
-            raise InputTypeError(f"{kind} has no name; define it as class {kind}(LogitConstraint, name='…')")
+        # With an inherited name the server would build the parent instead.
+        if "name" not in vars(type(self)):
+            parent = type(self).__bases__[0].__name__
+            raise InputTypeError(f"{kind} has no name; define it as class {kind}({parent}, name='…')")
         if self.first_tokens is not None:
             if type(self.first_tokens) is not int:
                 raise InputTypeError(f"{kind}(first_tokens={self.first_tokens!r}): expected an integer, or None")
@@ -125,15 +127,14 @@ class LogitConstraint(ABC):
     # --- as text -----------------------------------------------------------------------------------------------------
 
     def fields(self) -> dict[str, Any]:
-        """Its fields as JSON carries them, without those that are None."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: value for name, value in values.items() if value is not None}
+        """Its fields as JSON carries them, without those that are None by default."""
+        values = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)]
+        return {field.name: value for field, value in values if value is not None or field.default is not None}
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> Self:
         """Reads what `fields` wrote."""
-        values: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in fields.items()}
-        return cls(**values)
+        return cls(**{name: _as_tuples(value) for name, value in fields.items()})
 
     def to_str(self) -> str:
         """As text: ``name:{json}``, for logs, configurations and the way to the server."""
@@ -180,6 +181,10 @@ def constraints_of(module: str) -> tuple[str, ...]:
 def known_constraints() -> tuple[str, ...]:
     """The names of all constraints defined in this process."""
     return tuple(sorted(_KINDS))
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
 def _read_positions(kind: str, positions: object) -> tuple[int, ...]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Self
 
 import torch
@@ -17,6 +17,9 @@ from torchrl_sglang_hidden.errors import ConstraintError, InputError, InputTypeE
 __all__ = ["ActionMask", "DisallowedTokens", "TokenConstraint", "check_constraints"]
 
 MAX_IDS = 2**22  # more than any vocabulary
+# Runs of ids are read by people, unless there are so many that bits are fewer letters.
+MIN_RUN_BITS = 32
+_BITS = "base64:"
 
 
 class TokenConstraint(LogitConstraint):
@@ -71,13 +74,13 @@ class ActionMask(TokenConstraint, name="action_mask"):
         _check_ids("ActionMask", self.valid_token_ids, vocab_size)
 
     def fields(self) -> dict[str, Any]:
-        """See `LogitConstraint.fields`; ids as runs, such as ``"3-7,9"``."""
-        return {**super().fields(), "valid_token_ids": _to_runs(self.valid_token_ids)}
+        """See `LogitConstraint.fields`; ids as runs, such as ``"3-7,9"``, or as bits."""
+        return {**super().fields(), "valid_token_ids": _to_text(self.valid_token_ids)}
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> Self:
         """See `LogitConstraint.from_fields`."""
-        return super().from_fields({**fields, "valid_token_ids": _from_runs(fields["valid_token_ids"])})
+        return super().from_fields({**fields, "valid_token_ids": _from_text(fields["valid_token_ids"])})
 
 
 @dataclass(frozen=True)
@@ -109,13 +112,13 @@ class DisallowedTokens(TokenConstraint, name="disallowed_tokens"):
             raise ConstraintError(f"DisallowedTokens: all {vocab_size} tokens of the vocabulary are denied; leave some")
 
     def fields(self) -> dict[str, Any]:
-        """See `LogitConstraint.fields`; ids as runs, such as ``"3-7,9"``."""
-        return {**super().fields(), "ids": _to_runs(self.ids)}
+        """See `LogitConstraint.fields`; ids as runs, such as ``"3-7,9"``, or as bits."""
+        return {**super().fields(), "ids": _to_text(self.ids)}
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> Self:
         """See `LogitConstraint.from_fields`."""
-        return super().from_fields({**fields, "ids": _from_runs(fields["ids"])})
+        return super().from_fields({**fields, "ids": _from_text(fields["ids"])})
 
 
 def check_constraints(constraints: Sequence[LogitConstraint], vocab_size: int, max_new_tokens: int) -> None:
@@ -142,7 +145,7 @@ def check_constraints(constraints: Sequence[LogitConstraint], vocab_size: int, m
         checked.add(acting)
         left = masks[acting[0]].allowed(vocab_size)
         for i in acting[1:]:
-            left &= masks[i].allowed(vocab_size)
+            left = left & masks[i].allowed(vocab_size)  # not in place: it may be a tensor that the mask keeps
         if not left.any():
             names = " and ".join(type(masks[i]).__name__ for i in acting)
             raise ConstraintError(
@@ -155,13 +158,13 @@ def _read_ids(what: str, ids: object) -> tuple[int, ...]:
     if isinstance(ids, torch.Tensor):
         if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
             raise InputTypeError(f"{what}: a tensor of {ids.dtype}; expected token ids, or ActionMask.from_mask")
-        ids = ids.flatten().tolist()
+        ids = ids.flatten().unique().tolist()
     if isinstance(ids, (str, bytes, Mapping)) or not isinstance(ids, Iterable):
         raise InputTypeError(f"{what}: {ids!r:.80} is a {type(ids).__name__}; expected token ids")
     read = list(ids)
-    wrong = next((one for one in read if type(one) is not int), None)
-    if wrong is not None:
-        raise InputTypeError(f"{what}: {wrong!r:.80} is a {type(wrong).__name__}; token ids are integers")
+    wrong = [one for one in read if type(one) is not int]
+    if wrong:
+        raise InputTypeError(f"{what}: {wrong[0]!r:.80} is a {type(wrong[0]).__name__}; token ids are integers")
     if read and min(read) < 0:
         raise TokenIdError(f"{what}: {min(read)} is negative; token ids are at least 0")
     return tuple(sorted(set(read)))
@@ -188,23 +191,35 @@ def _marked(ids: Sequence[int], vocab_size: int) -> torch.Tensor:
     return marked_V
 
 
-def _to_runs(ids: Sequence[int]) -> str:
-    """Sorted ids as runs: ``"3-7,9"``."""
+def _to_text(ids: Sequence[int]) -> str:
+    """Sorted ids as runs, ``"3-7,9"``; as bits where those are shorter, ``"base64:…"``, the first id in the lowest."""
     if not ids:
         return ""
-    breaks = [0, *(i for i, (a, b) in enumerate(pairwise(ids), 1) if b != a + 1), len(ids)]
-    runs = [(ids[start], ids[stop - 1]) for start, stop in pairwise(breaks)]
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    ids_N = torch.tensor(ids)
+    starts_N = torch.cat([torch.tensor([True]), ids_N.diff() != 1])
+    firsts, lasts = ids_N[starts_N].tolist(), ids_N[starts_N.roll(-1)].tolist()
+    if len(firsts) > ids[-1] // MIN_RUN_BITS + 8:
+        bits_N8 = _marked(ids, ids[-1] // 8 * 8 + 8).view(-1, 8)
+        packed = (bits_N8.to(torch.uint8) << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+        return _BITS + base64.b64encode(packed.numpy().tobytes()).decode("ascii")
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(firsts, lasts, strict=True))
 
 
-def _from_runs(text: object) -> list[int]:
+def _from_text(text: object) -> torch.Tensor | list[int]:
     if not isinstance(text, str):
-        raise InputTypeError(f"{text!r:.80}: expected token ids as runs, such as '3-7,9'")
+        raise InputTypeError(f"{text!r:.80}: expected token ids as runs, such as '3-7,9', or 'base64:…'")
+    if text.startswith(_BITS):
+        data = base64.b64decode(text.removeprefix(_BITS), validate=True)
+        packed_N = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+        return ((packed_N[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten().nonzero().flatten()
     ids: list[int] = []
     for run in text.split(",") if text else ():
-        first, _, last = run.partition("-")
+        first, dash, last = run.partition("-")
+        start, stop = int(first), int(last if dash else first) + 1
+        if stop <= start:
+            raise InputError(f"{text!r:.80}: {run!r} ends before it begins")
         # The text may come from the network: a few letters must not become a list that fills the memory.
-        if int(last or first) - int(first) + len(ids) >= MAX_IDS:
+        if stop - start + len(ids) > MAX_IDS:
             raise InputError(f"{text!r:.80}: more than {MAX_IDS} token ids")
-        ids += range(int(first), int(last or first) + 1)
+        ids += range(start, stop)
     return ids
