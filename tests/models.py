@@ -17,6 +17,8 @@ from transformers import (
     AutoTokenizer,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
@@ -36,6 +38,10 @@ SLIDING_WINDOW = 16
 # A Gemma norms what its layers add. At 1 their sum stays below the scaled embeddings, and with a tied head the
 # best next token is then always the last one.
 GEMMA_POST_NORM = 4.0
+# Of logits up to 15: the largest end up well below.
+GEMMA_SOFTCAP = 6.0
+# Not a multiple of 64, up to which SGLang pads its head.
+ODD_VOCAB_LESS = 40
 
 SHAPE = {
     "hidden_size": 64,
@@ -67,11 +73,11 @@ def save_random_qwen3(directory: Path, tokenizer_dir: str) -> Path:
 
 
 def save_random_qwen3_moe(directory: Path, tokenizer_dir: str) -> Path:
-    """A Qwen3-MoE of four layers and D=64: eight experts, two for each token, none dense."""
+    """A Qwen3-MoE of four layers and D=64: eight experts, two for each token, none dense; and an odd vocabulary."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     config = Qwen3MoeConfig(
         **SHAPE,
-        **_token_ids(tokenizer),
+        **{**_token_ids(tokenizer), "vocab_size": len(tokenizer) - ODD_VOCAB_LESS},
         num_hidden_layers=4,
         tie_word_embeddings=False,
         moe_intermediate_size=64,
@@ -83,7 +89,10 @@ def save_random_qwen3_moe(directory: Path, tokenizer_dir: str) -> Path:
 
 
 def save_random_gemma3(directory: Path, tokenizer_dir: str) -> Path:
-    """A Gemma 3, text only, of six layers and D=64: every third one attends to all, the others to `SLIDING_WINDOW`."""
+    """A Gemma 3, text only, of six layers and D=64: every third one attends to all, the others to `SLIDING_WINDOW`.
+
+    Its head is its embeddings, and its logits are softcapped.
+    """
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     config = Gemma3TextConfig(
         **SHAPE,
@@ -92,8 +101,26 @@ def save_random_gemma3(directory: Path, tokenizer_dir: str) -> Path:
         layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
         sliding_window=SLIDING_WINDOW,
         query_pre_attn_scalar=16,
+        final_logit_softcapping=GEMMA_SOFTCAP,
     )
     return _save(Gemma3ForCausalLM, config, tokenizer, directory)
+
+
+def save_random_granite(directory: Path, tokenizer_dir: str) -> Path:
+    """A Granite of three layers and D=64: its head is its embeddings, and its logits are divided by a number."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    shape = {name: value for name, value in SHAPE.items() if name != "head_dim"}
+    config = GraniteConfig(
+        **shape,
+        **_token_ids(tokenizer),
+        num_hidden_layers=3,
+        tie_word_embeddings=True,
+        embedding_multiplier=2.0,
+        residual_multiplier=0.7,
+        attention_multiplier=0.3,
+        logits_scaling=3.0,
+    )
+    return _save(GraniteForCausalLM, config, tokenizer, directory)
 
 
 def save_random_lora(directory: Path, model_dir: str, seed: int = 1) -> Path:

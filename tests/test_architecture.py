@@ -1,7 +1,9 @@
 """The order of the house, read from the imports of every module, those inside functions too.
 
-    _version, errors → spans, constraints → specs → pooling, sampling, shared, places → channel → wire → answers
-      → server, prompts → engines, assemble → distributions, options → calls → policy
+    _version, errors → spans, constraints → specs → pooling, heads, logits, sampling, shared, places,
+      actions, outputs → blocks
+      → channel → wire → checks, answers
+      → server, prompts → engines, assemble → distributions, options → calls, configured → candidates → policy
       → transforms, recording, weight_sync → demo → cli → __main__, __init__
 
 A room imports rooms before it, or itself.
@@ -25,14 +27,16 @@ ORDER: list[set[str]] = [
     {"errors"},
     {"spans", "constraints"},
     {"specs"},
-    {"pooling", "sampling", "shared", "places"},
+    {"pooling", "heads", "logits", "sampling", "shared", "places", "actions", "outputs"},
+    {"blocks"},
     {"channel"},
     {"wire"},
-    {"answers"},
+    {"checks", "answers"},
     {"server", "prompts"},
     {"engines", "assemble"},
     {"distributions", "options"},
-    {"calls"},
+    {"calls", "configured"},
+    {"candidates"},
     {"policy"},
     {"transforms", "recording", "weight_sync"},
     {"demo"},
@@ -46,7 +50,11 @@ FORBIDDEN: dict[str, set[str]] = {
     "spans": {"sglang", "tensordict", "torchrl", "transformers", "httpx", "torch"},
     "constraints": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
     "specs": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
+    "logits": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
+    "blocks": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
+    "checks": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
     "pooling": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
+    "heads": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
     "shared": {"sglang", "tensordict", "torchrl", "transformers", "httpx", "torch"},
     "sampling": {"sglang", "tensordict", "torchrl", "transformers", "httpx", "torch"},
     "channel": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
@@ -57,11 +65,16 @@ FORBIDDEN: dict[str, set[str]] = {
     "prompts": {"sglang", "httpx", *(f"{PACKAGE}.{room}" for room in ("wire", "channel", "sampling", "pooling"))},
     "assemble": {"sglang", "httpx", *(f"{PACKAGE}.{room}" for room in ("server", "engines", "wire", "channel"))},
     "places": {"sglang", "httpx"},
+    "actions": {"sglang", "httpx", "torchrl"},
+    "outputs": {"sglang", "httpx"},
     "calls": {"sglang", "httpx", *(f"{PACKAGE}.{room}" for room in ("wire", "channel", "pooling", "server"))},
+    "candidates": {"sglang", "httpx", *(f"{PACKAGE}.{room}" for room in ("wire", "channel", "pooling", "server"))},
     "policy": {"sglang", "httpx", *(f"{PACKAGE}.{room}" for room in ("wire", "channel", "pooling", "server"))},
 }
 # What reaches the engines by their front door.
-FRONT_DOORS = {room: {f"{PACKAGE}.engines"} for room in ("options", "calls", "policy", "weight_sync")}
+FRONT_DOORS = {
+    room: {f"{PACKAGE}.engines"} for room in ("options", "calls", "configured", "candidates", "policy", "weight_sync")
+}
 
 
 class Import(NamedTuple):

@@ -12,8 +12,16 @@ from typing import TYPE_CHECKING, Any
 from torchrl_sglang_hidden._version import __version__
 
 if TYPE_CHECKING:
-    from torchrl_sglang_hidden.assemble import HiddenStates as HiddenStates
-    from torchrl_sglang_hidden.assemble import TokenHiddenStates as TokenHiddenStates
+    from torchrl_sglang_hidden.candidates import CandidateActor as CandidateActor
+    from torchrl_sglang_hidden.constraints.base import ConstraintStep as ConstraintStep
+    from torchrl_sglang_hidden.constraints.base import LogitConstraint as LogitConstraint
+    from torchrl_sglang_hidden.constraints.base import known_constraints as known_constraints
+    from torchrl_sglang_hidden.constraints.masks import ActionMask as ActionMask
+    from torchrl_sglang_hidden.constraints.masks import DisallowedTokens as DisallowedTokens
+    from torchrl_sglang_hidden.constraints.masks import TokenConstraint as TokenConstraint
+    from torchrl_sglang_hidden.constraints.temperature import ExponentialSchedule as ExponentialSchedule
+    from torchrl_sglang_hidden.constraints.temperature import LinearSchedule as LinearSchedule
+    from torchrl_sglang_hidden.constraints.temperature import TemperatureScale as TemperatureScale
     from torchrl_sglang_hidden.demo.model import demo_model as demo_model
     from torchrl_sglang_hidden.engines.http import SGLangServer as SGLangServer
     from torchrl_sglang_hidden.engines.http import connect as connect
@@ -27,6 +35,7 @@ if TYPE_CHECKING:
     from torchrl_sglang_hidden.errors import AuthenticationError as AuthenticationError
     from torchrl_sglang_hidden.errors import BatchCancelledError as BatchCancelledError
     from torchrl_sglang_hidden.errors import CapabilityError as CapabilityError
+    from torchrl_sglang_hidden.errors import ConstraintError as ConstraintError
     from torchrl_sglang_hidden.errors import DemoModelError as DemoModelError
     from torchrl_sglang_hidden.errors import EngineError as EngineError
     from torchrl_sglang_hidden.errors import EngineTimeoutError as EngineTimeoutError
@@ -44,6 +53,10 @@ if TYPE_CHECKING:
     from torchrl_sglang_hidden.errors import TokenIdError as TokenIdError
     from torchrl_sglang_hidden.errors import UnknownOptionError as UnknownOptionError
     from torchrl_sglang_hidden.errors import WeightsError as WeightsError
+    from torchrl_sglang_hidden.heads import logits_from_hidden as logits_from_hidden
+    from torchrl_sglang_hidden.outputs import HiddenStates as HiddenStates
+    from torchrl_sglang_hidden.outputs import Logits as Logits
+    from torchrl_sglang_hidden.outputs import TokenHiddenStates as TokenHiddenStates
     from torchrl_sglang_hidden.policy import SGLangHiddenWrapper as SGLangHiddenWrapper
     from torchrl_sglang_hidden.spans import Between as Between
     from torchrl_sglang_hidden.spans import LastTokens as LastTokens
@@ -51,15 +64,19 @@ if TYPE_CHECKING:
     from torchrl_sglang_hidden.spans import TokenMask as TokenMask
     from torchrl_sglang_hidden.spans import Turn as Turn
     from torchrl_sglang_hidden.specs import HiddenSpec as HiddenSpec
+    from torchrl_sglang_hidden.specs import LogitsSpec as LogitsSpec
     from torchrl_sglang_hidden.weight_sync import SGLangHiddenWeightSyncScheme as SGLangHiddenWeightSyncScheme
 
 _ROOMS = {
     **dict.fromkeys(("AsyncStream", "Stream", "StreamChunk"), "engines.streams"),
+    "CandidateActor": "candidates",
     "Session": "engines.sessions",
     **dict.fromkeys(("Between", "LastTokens", "Role", "TokenMask", "Turn"), "spans"),
-    "HiddenSpec": "specs",
-    "HiddenStates": "assemble",
-    "TokenHiddenStates": "assemble",
+    **dict.fromkeys(("ConstraintStep", "LogitConstraint", "known_constraints"), "constraints.base"),
+    **dict.fromkeys(("ActionMask", "DisallowedTokens", "TokenConstraint"), "constraints.masks"),
+    **dict.fromkeys(("ExponentialSchedule", "LinearSchedule", "TemperatureScale"), "constraints.temperature"),
+    **dict.fromkeys(("HiddenSpec", "LogitsSpec"), "specs"),
+    **dict.fromkeys(("HiddenStates", "Logits", "TokenHiddenStates"), "outputs"),
     "SGLangHiddenWeightSyncScheme": "weight_sync",
     "SGLangHiddenWrapper": "policy",
     "SGLangOffline": "engines.offline",
@@ -67,13 +84,14 @@ _ROOMS = {
     "connect": "engines.http",
     "demo_model": "demo.model",
     "launch": "engines.launch",
+    "logits_from_hidden": "heads",
     **dict.fromkeys(
         (
-            "AlignmentError", "AuthenticationError", "BatchCancelledError", "CapabilityError", "DemoModelError",
-            "EngineError", "EngineTimeoutError", "EngineUnreachableError", "InputError", "InputTypeError",
-            "LaunchError", "MissingKeyError", "PromptLengthError", "ProtocolError", "RequestAbortedError",
-            "RequestRejectedError", "SGLangHiddenError", "SpanError", "TokenIdError", "UnknownOptionError",
-            "WeightsError",
+            "AlignmentError", "AuthenticationError", "BatchCancelledError", "CapabilityError", "ConstraintError",
+            "DemoModelError", "EngineError", "EngineTimeoutError", "EngineUnreachableError", "InputError",
+            "InputTypeError", "LaunchError", "MissingKeyError", "PromptLengthError", "ProtocolError",
+            "RequestAbortedError", "RequestRejectedError", "SGLangHiddenError", "SpanError", "TokenIdError",
+            "UnknownOptionError", "WeightsError",
         ),
         "errors",
     ),

@@ -179,6 +179,8 @@ def _counted(
             f"{name}: logits of shape {shape} for {num_tokens} {segment} tokens and {columns} columns; send it again, "
             "and report it if it stays"
         )
+    if (rows.token_ids_NC is None) is not (spec.top_k is None):
+        raise ProtocolError(f"{name}: the {segment} logits came {'without' if spec.top_k else 'with'} their token ids")
     return rows
 
 

@@ -8,104 +8,22 @@ Knows nothing of engines or payloads. The contract of shapes and sides is TorchR
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from tensordict import TensorClass, TensorDict, TensorDictBase, lazy_stack
+from tensordict import TensorDict, TensorDictBase, lazy_stack
 from tensordict.utils import NestedKey
 from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, LogProbs, Masks, Text, Tokens
 
+from torchrl_sglang_hidden.outputs import HiddenStates, Logits, OutputKeys, TokenHiddenStates
 from torchrl_sglang_hidden.prompts import Row
-from torchrl_sglang_hidden.specs import Completion, HiddenSpec, Pooled, Segment, TokenRows
+from torchrl_sglang_hidden.specs import Completion, HiddenSpec, LogitsSpec, Pooled, Segment, TokenLogits, TokenRows
 
-__all__ = ["HiddenStates", "OutputKeys", "TokenHiddenStates", "assemble", "assemble_scores"]
+__all__ = ["assemble", "assemble_scores"]
 
 # A log-prob that nobody measured is not 0, which would be probability 1.
 NOT_MEASURED = float("nan")
-
-
-class HiddenStates(TensorClass["nocast"]):  # type: ignore[misc,name-defined]
-    """Pooled hidden states, aligned with the tokens of the same row.
-
-    Args:
-        prompt (torch.Tensor | None): prompt positions ``0 … P-1``.
-        response (torch.Tensor | None): the states that produced the response tokens, positions ``P-1 … P+T-2``.
-        full (torch.Tensor | None): every position once: ``0 … P+T-2``; of a scored sequence ``0 … N-1``.
-        prompt_count (torch.Tensor | None): rows of the segment, P. Each was pooled for ``"mean"``; ``"last"`` took the
-            last of them.
-        response_count (torch.Tensor | None): likewise, T.
-        full_count (torch.Tensor | None): likewise, P+T-1, or N.
-        spans (TensorDict | None): the pooled spans by their names, read as ``("hidden_states", "spans", name)``.
-        span_counts (TensorDict | None): rows of each span, by the same names.
-
-    Shapes:
-        - prompt, response, full, and each span: ``[*batch, D]``, or ``[*batch, K, D]`` where `HiddenSpec.layers` is a
-          tuple; float32 unless `HiddenSpec.dtype` says otherwise. None for a segment that was not asked for.
-        - counts: int64 ``[*batch]``.
-
-    A row that said it wants no states (``"return_hidden_states"``) has NaN, and a count of 0.
-
-    The convention of ``response`` is that of Hugging Face ``generate(output_hidden_states=True)``, last position.
-    """
-
-    prompt: torch.Tensor | None = None
-    response: torch.Tensor | None = None
-    full: torch.Tensor | None = None
-    prompt_count: torch.Tensor | None = None
-    response_count: torch.Tensor | None = None
-    full_count: torch.Tensor | None = None
-    spans: TensorDict | None = None
-    span_counts: TensorDict | None = None
-
-
-class TokenHiddenStates(TensorClass["nocast"]):  # type: ignore[misc,name-defined]
-    """The hidden state of every token of a row, unpooled.
-
-    Args:
-        prompt (torch.Tensor | None): prompt positions ``0 … P-1``: one row for each token of ``tokens.prompt``.
-        response (torch.Tensor | None): row t produced response token t, positions ``P-1 … P+T-2``: one row for each
-            token of ``tokens.response``, and for its log-prob.
-        full (torch.Tensor | None): every position once, ``0 … P+T-2``: one row for each token of ``tokens.full`` but
-            the last, which was never read; of a scored sequence all N.
-
-    Shapes:
-        - ``[*batch, rows, D]``, or ``[*batch, rows, K, D]`` where `HiddenSpec.layers` is a tuple; in
-          `HiddenSpec.dtype`. Ragged, unless the output is padded: then the prompt's rows on the left, the response's on
-          the right, and those of ``full`` as in ``tokens.full``, with zeros beside them. The masks tell which rows are
-          real; in ``full`` those of tokens that another token follows. None for a segment that was not asked for.
-
-    A row that said it wants no states (``"return_hidden_states"``) has none; padded, it has NaN everywhere.
-    """
-
-    prompt: torch.Tensor | None = None
-    response: torch.Tensor | None = None
-    full: torch.Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class OutputKeys:
-    """Where each result is written; None leaves it out."""
-
-    text: NestedKey | None
-    tokens: NestedKey | None
-    masks: NestedKey | None
-    log_probs: NestedKey | None
-    history: NestedKey | None
-    hidden_states: NestedKey | None
-    token_hidden_states: NestedKey | None
-    weight_version: NestedKey | None
-    finish_reason: NestedKey | None
-    mixed_weights: NestedKey | None
-
-    def present(self) -> list[NestedKey]:
-        """The keys that are written."""
-        keys = (
-            self.text, self.masks, self.tokens, self.log_probs, self.history, self.hidden_states,
-            self.token_hidden_states, self.weight_version, self.finish_reason, self.mixed_weights,
-        )  # fmt: skip
-        return [key for key in keys if key is not None]
 
 
 def assemble(
@@ -116,6 +34,7 @@ def assemble(
     keys: OutputKeys,
     hidden: HiddenSpec | None,
     hidden_size: int,
+    logits: LogitsSpec | None,
     pad_id: int | None,
     device: torch.device | None,
 ) -> TensorDictBase:
@@ -128,6 +47,7 @@ def assemble(
         keys: where to write what.
         hidden: the spec that the completions' states answer.
         hidden_size: D.
+        logits: the spec that the completions' logits answer.
         pad_id: pads every ragged leaf with this id (log-probs with NaN, masks with False); None leaves them ragged.
         device: where the tensors go.
 
@@ -138,8 +58,9 @@ def assemble(
     prompt_width = max(len(row.prompt_ids) for row in rows)
     response_width = max(len(completion.response_ids) for completion in completions)
     widths = (prompt_width, response_width) if pad_id is not None else None
+    asked: dict[str, Any] = {"keys": keys, "hidden": hidden, "hidden_size": hidden_size, "logits": logits}
     out = [
-        _row(row, completion, keys=keys, hidden=hidden, hidden_size=hidden_size, widths=widths, pad_id=pad_id or 0)
+        _row(row, completion, widths=widths, pad_id=pad_id or 0, **asked)
         for row, completion in zip(rows, completions, strict=True)
     ]
     return _stack(out, batch_size, device)
@@ -153,12 +74,15 @@ def assemble_scores(
     keys: OutputKeys,
     hidden: HiddenSpec | None,
     hidden_size: int,
+    logits: LogitsSpec | None,
+    logits_only: bool = False,
     pad_id: int | None,
     device: torch.device | None,
 ) -> TensorDictBase:
     """Builds the output of scoring; arguments and result as for `assemble`, with ``full`` as the only segment.
 
-    Under ``pad_id`` sequences given as one padded tensor keep their places in it; others are padded on the left.
+    Under ``pad_id`` sequences given as one padded tensor keep their places in it; others are padded on the left. With
+    ``logits_only`` the logits of ``full`` are written as one plain tensor.
     """
     placements: list[tuple[bool, ...] | None] = [None] * len(rows)
     if pad_id is not None:
@@ -167,10 +91,9 @@ def assemble_scores(
             width = max(len(row.prompt_ids) for row in rows)
             lengths = [len(row.prompt_ids) for row in rows]
             placements = [(False,) * (width - length) + (True,) * length for length in lengths]
+    asked: dict[str, Any] = {"keys": keys, "hidden": hidden, "hidden_size": hidden_size, "logits": logits}
     out = [
-        _scored_row(
-            row, completion, keys=keys, hidden=hidden, hidden_size=hidden_size, placement=placement, pad_id=pad_id or 0
-        )
+        _scored_row(row, completion, placement=placement, pad_id=pad_id or 0, logits_only=logits_only, **asked)
         for row, completion, placement in zip(rows, completions, placements, strict=True)
     ]
     return _stack(out, batch_size, device)
@@ -192,6 +115,7 @@ def _row(
     keys: OutputKeys,
     hidden: HiddenSpec | None,
     hidden_size: int,
+    logits: LogitsSpec | None,
     widths: tuple[int, int] | None,
     pad_id: int,
 ) -> TensorDictBase:
@@ -199,6 +123,7 @@ def _row(
     left, right = 0, 0
     if widths is not None:
         left, right = widths[0] - len(row.prompt_ids), widths[1] - len(completion.response_ids)
+    pads = {"prompt": (left, 0), "response": (0, right), "full": (left, right)}
     prompt_P = _pad(torch.tensor(row.prompt_ids, dtype=torch.int64), left, 0, pad_id)
     response_T = _pad(torch.tensor(completion.response_ids, dtype=torch.int64), 0, right, pad_id)
     response_mask_T = _pad(torch.ones(len(completion.response_ids), dtype=torch.bool), 0, right, False)
@@ -232,7 +157,6 @@ def _row(
     if hidden is not None and hidden.tokens:
         num_prompt, num_read = len(row.prompt_ids), len(row.prompt_ids) + len(completion.response_ids) - 1
         places = {"prompt": (0, num_prompt), "response": (num_prompt - 1, num_read), "full": (0, num_read)}
-        pads = {"prompt": (left, 0), "response": (0, right), "full": (left, right)}
         values[keys.token_hidden_states] = _token_states(
             row,
             completion,
@@ -240,6 +164,10 @@ def _row(
             hidden_size,
             {segment: places[segment] for segment in hidden.segments},
             pad=(lambda field, rows_ND: _pad(rows_ND, *pads[field], 0)) if padded else None,
+        )
+    if logits is not None:
+        values[keys.logits] = _logits(
+            completion, logits.segments, pad=lambda field, rows_NC: _pad(rows_NC, *pads[field], 0)
         )
     if row.history is not None:
         values[keys.history] = _chat_history(row.history, completion.text)
@@ -253,6 +181,8 @@ def _scored_row(
     keys: OutputKeys,
     hidden: HiddenSpec | None,
     hidden_size: int,
+    logits: LogitsSpec | None,
+    logits_only: bool,
     placement: tuple[bool, ...] | None,
     pad_id: int,
 ) -> TensorDictBase:
@@ -288,6 +218,11 @@ def _scored_row(
             {"full": (0, len(row.prompt_ids))},
             pad=(lambda field, rows_ND: placed(rows_ND, 0)) if padded else None,
         )
+    if logits is not None:
+        # All of a given sequence is its prompt.
+        given = _logits(completion, ("prompt",), pad=lambda field, rows_NC: placed(rows_NC, 0))
+        scored = Logits(full=given.prompt, full_token_ids=given.prompt_token_ids, batch_size=())
+        values[keys.logits] = scored.full if logits_only else scored
     if row.history is not None:
         values[keys.history] = ChatHistory(full=row.history, batch_size=())
     return _tensordict(values)
@@ -352,6 +287,40 @@ def _token_states(
             rows_ND = rows.rows_ND[start - rows.first : stop - rows.first].to(spec.dtype, copy=True)
             fields[field] = rows_ND if pad is None else pad(field, rows_ND)
     return TokenHiddenStates(**fields, batch_size=())
+
+
+def _logits(
+    completion: Completion, segments: Sequence[Segment], *, pad: Callable[[str, torch.Tensor], torch.Tensor]
+) -> Logits:
+    """The logits of one row's tokens; ``pad`` pads the rows of a field."""
+    parts: dict[str, TokenLogits] = {}
+    if set(segments) != {"response"}:
+        parts["prompt"] = _after_nothing(cast("TokenLogits", completion.prompt_logits))
+    if set(segments) != {"prompt"}:
+        parts["response"] = cast("TokenLogits", completion.logits)
+    if "full" in segments:
+        parts["full"] = _joined(parts["prompt"], parts["response"])
+    fields: dict[str, torch.Tensor] = {}
+    for segment in segments:
+        fields[segment] = pad(segment, parts[segment].values_NC)
+        ids_NC = parts[segment].token_ids_NC
+        if ids_NC is not None:
+            fields["token_ids" if segment == "response" else f"{segment}_token_ids"] = pad(segment, ids_NC)
+    return Logits(**fields, batch_size=())
+
+
+def _after_nothing(logits: TokenLogits) -> TokenLogits:
+    """The rows of the prompt's tokens, with one of zeros for the first, which nothing is before."""
+    columns = torch.arange(logits.values_NC.shape[1])[None]
+    zeros = TokenLogits(
+        torch.zeros(columns.shape, dtype=logits.values_NC.dtype), None if logits.token_ids_NC is None else columns
+    )
+    return _joined(zeros, logits)
+
+
+def _joined(before: TokenLogits, behind: TokenLogits) -> TokenLogits:
+    ids = [part.token_ids_NC for part in (before, behind) if part.token_ids_NC is not None]
+    return TokenLogits(torch.cat([before.values_NC, behind.values_NC]), torch.cat(ids) if ids else None)
 
 
 def _chat_history(prompt: History, text: str) -> ChatHistory:

@@ -65,7 +65,7 @@ def pack_tensor(tensor: torch.Tensor, way: Way, share: Share | None = None) -> d
 
 
 def unpack_tensor(fields: Mapping[str, Any]) -> torch.Tensor:
-    """Reads what `pack_tensor` wrote; raises as `unpack_bytes`, and ValueError for bytes of another shape."""
+    """Reads what `pack_tensor` wrote; raises as `unpack_bytes`, and RuntimeError for another shape."""
     shape = tuple(int(size) for size in fields["shape"])
     return as_tensor(unpack_bytes(fields), DTYPES[fields["dtype"]], shape)
 

@@ -6,24 +6,27 @@ Knows nothing of wire formats or padding.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase, is_non_tensor, is_tensor_collection
+from tensordict import LazyStackedTensorDict, TensorDictBase, is_non_tensor, is_tensor_collection
 from tensordict.utils import NestedKey
 from transformers import PreTrainedTokenizerBase
 
+from torchrl_sglang_hidden.actions import native_processor, option_constraints, read_options, responses_of
+from torchrl_sglang_hidden.constraints import LogitConstraint
 from torchrl_sglang_hidden.errors import AlignmentError, InputError, SpanError
-from torchrl_sglang_hidden.options import of_given, read_hidden, read_num_samples
+from torchrl_sglang_hidden.options import logits_of_given, of_given, only_logits, read_hidden, read_num_samples
 from torchrl_sglang_hidden.places import decode_all
 from torchrl_sglang_hidden.prompts import InputMode, Row
 from torchrl_sglang_hidden.sampling import NOT_OF_SAMPLING, override, standardize, to_sglang
 from torchrl_sglang_hidden.spans import Between, find_between
-from torchrl_sglang_hidden.specs import Completion, HiddenSpec, Request
+from torchrl_sglang_hidden.specs import Completion, HiddenSpec, LogitsSpec, Request
 
-__all__ = ["Call", "check_responses", "read_call", "read_target", "to_requests"]
+__all__ = ["Call", "check_responses", "read_call", "read_target", "to_requests", "write"]
 
 # The engine must sample one token, which is dropped.
 SCORING = {"max_new_tokens": 1, "temperature": 0.0}
@@ -39,6 +42,10 @@ class Call:
         sampling: SGLang's sampling parameters.
         lora: the name of a LoRA adapter, or None.
         priority: in the server's queue, or None.
+        logits: the logits that come back, or None. Of a given sequence: those of its tokens.
+        logits_only: whether these come back without log-probs and states, as one tensor.
+        constraints: those of the wrapper, then those of the call. The row's own come behind them.
+        processor: SGLang's own, in their place and in that of the rows' masks; or None.
     """
 
     generate: bool
@@ -46,6 +53,15 @@ class Call:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     lora: str | None = None
     priority: int | None = None
+    logits: LogitsSpec | None = None
+    logits_only: bool = False
+    constraints: tuple[LogitConstraint, ...] = ()
+    processor: str | None = None
+
+    @property
+    def reads_masks(self) -> bool:
+        """Whether the rows' action masks have tokens to act on, and nothing stands in their place."""
+        return self.processor is None and self.sampling.get("max_new_tokens") != 0
 
 
 def read_call(
@@ -53,9 +69,14 @@ def read_call(
     given: Mapping[str, Any],
     *,
     hidden: HiddenSpec | None,
+    logits: LogitsSpec | None,
+    logits_only: bool,
+    constraints: tuple[LogitConstraint, ...],
+    action_mask_key: NestedKey | None,
     generate: bool,
     input_mode: InputMode,
     num_samples: int | None,
+    vocab_size: int,
 ) -> Call:
     """Reads the options of one call.
 
@@ -63,46 +84,81 @@ def read_call(
         defaults: the wrapper's options, standardised.
         given: those of the call, as the user wrote them.
         hidden: the wrapper's.
+        logits: likewise.
+        logits_only: of the call.
+        constraints: the wrapper's.
+        action_mask_key: likewise.
         generate: likewise.
         input_mode: likewise.
         num_samples: likewise.
+        vocab_size: the engine's.
 
     Raises:
         InputError: options that cannot be served, or contradict what the wrapper is.
+        ConstraintError: an action mask that allows nothing.
     """
     named = standardize(given)
+    if generate and logits_only:
+        raise InputError(
+            "logits_only=True with generate=True: it is of given sequences; use get_new_version(generate=False), or "
+            "logits=LogitsSpec(…) for those of what is sampled"
+        )
     if not generate and named.keys() - NOT_OF_SAMPLING:
         names = ", ".join(sorted(named.keys() - NOT_OF_SAMPLING))
         raise InputError(f"generate=False scores and samples nothing; leave {names} out of the call")
-    options = override(defaults, given)
+    options = override(defaults, read_options(given, vocab_size))
     if "return_hidden_states" in named:
         hidden = read_hidden(hidden, named["return_hidden_states"], input_mode)
     lora, priority = options.get("lora_path"), options.get("priority")
+    constraints = (*constraints, *option_constraints(options))
+    processor = native_processor(options)
     if not generate:
-        return Call(False, of_given(hidden), SCORING, lora, priority)
+        if processor is not None:
+            raise InputError(
+                f"generate=False with custom_logit_processor={processor!r:.60}: SGLang's own acts on tokens that are "
+                "sampled; give a LogitConstraint, or generate_kwargs without it"
+            )
+        if logits_only:
+            return Call(False, None, SCORING, lora, priority, only_logits(logits), True, constraints)
+        return Call(False, of_given(hidden), SCORING, lora, priority, logits_of_given(logits), constraints=constraints)
     if read_num_samples(num_samples, options) != num_samples:
         raise InputError(
             f"num_return_sequences={options['num_return_sequences']} in a call, and no num_samples in the wrapper, "
             "whose output would have another shape; use get_new_version(num_samples=…)"
         )
     if options.get("max_new_tokens") == 0:
-        _check_reading(hidden, num_samples)
-    return Call(True, hidden, to_sglang(options), lora, priority)
+        _check_reading(hidden, logits, num_samples)
+        # Nothing is chosen, so that nothing constrains it.
+        return Call(True, hidden, to_sglang(options), lora, priority, logits)
+    left_out = [type(constraint).__name__ for constraint in constraints]
+    left_out += [f"the masks at {action_mask_key!r}"] if action_mask_key is not None else []
+    if processor is not None and left_out:
+        constraints = ()
+        warnings.warn(
+            f"custom_logit_processor is SGLang's own, and is used alone; left out: {', '.join(left_out)}", stacklevel=3
+        )
+    sampling = to_sglang(options)
+    return Call(True, hidden, sampling, lora, priority, logits, constraints=constraints, processor=processor)
 
 
-def _check_reading(hidden: HiddenSpec | None, num_samples: int | None) -> None:
+def _check_reading(hidden: HiddenSpec | None, logits: LogitsSpec | None, num_samples: int | None) -> None:
     """Refuses a call that generates nothing and wants what only a response has, or nothing at all."""
     if num_samples is not None:
         raise InputError(
             f"max_new_tokens=0 with num_samples={num_samples}: a prompt that is only read has no samples; leave one of "
             "the two out"
         )
-    if hidden is None:
+    if hidden is None and logits is None:
         raise InputError(
-            "max_new_tokens=0 without hidden states: there is nothing to compute; pass hidden=HiddenSpec(('prompt',)), "
-            "or raise max_new_tokens"
+            "max_new_tokens=0 without hidden states or logits: there is nothing to compute; pass "
+            "hidden=HiddenSpec(('prompt',)), or raise max_new_tokens"
         )
-    if hidden.needs_response:
+    if logits is not None and logits.of_response:
+        raise InputError(
+            f"max_new_tokens=0 with LogitsSpec(segments={logits.segments}): a prompt that is only read has no "
+            "response, and no 'full'; ask for segments=('prompt',), or raise max_new_tokens"
+        )
+    if hidden is not None and hidden.needs_response:
         raise InputError(
             f"max_new_tokens=0 with segments={hidden.segments} and spans={dict(hidden.spans)}: a prompt that is only "
             "read has no response, and no 'full'; ask for segments=('prompt',) and spans of the prompt, or raise "
@@ -114,11 +170,13 @@ def to_requests(rows: Sequence[Row], call: Call, *, return_log_probs: bool) -> l
     """The requests that rows become, one each.
 
     Raises:
-        InputError: a row wants states, and the call returns none.
+        InputError: a row wants states, and the call returns none; or nothing says which tokens constraints act on.
     """
     requests = []
     for index, row in enumerate(rows):
-        if row.wants_states and call.hidden is None:
+        constraints = (*call.constraints, *(() if row.action_mask is None else (row.action_mask,)))
+        responses = _responses(index, row) if constraints and not call.generate else ()
+        if row.wants_states and call.hidden is None and not call.logits_only:
             raise InputError(
                 f"row {index}: 'return_hidden_states' is True, and this call returns no hidden states; pass "
                 "hidden=True to the wrapper, or leave the key out"
@@ -129,13 +187,28 @@ def to_requests(rows: Sequence[Row], call: Call, *, return_log_probs: bool) -> l
                 sampling=call.sampling,
                 return_log_probs=return_log_probs and call.generate,
                 hidden=None if row.wants_states is False else call.hidden,
-                score_prompt=return_log_probs and not call.generate,
+                score_prompt=return_log_probs and not call.generate and not call.logits_only,
                 spans=row.spans,
                 lora=call.lora,
                 priority=call.priority,
+                logits=call.logits,
+                constraints=constraints if call.generate or responses else (),
+                responses=responses,
+                processor=call.processor,
             )
         )
     return requests
+
+
+def _responses(index: int, row: Row) -> tuple[tuple[int, int], ...]:
+    """The parts of a given sequence that constraints act on as if they were being sampled."""
+    if row.assistant_mask is None:
+        raise InputError(
+            f"row {index}: nothing says which tokens of a given sequence the constraints act on; score in history mode "
+            "or give 'all_assistant_mask' under masks_key in tokens mode, or leave the constraints out: "
+            "get_new_version(constraints=(), action_mask_key=None)"
+        )
+    return responses_of(row.assistant_mask)
 
 
 def check_responses(
@@ -204,6 +277,43 @@ def read_target(
             "both the same"
         )
     return target
+
+
+def write(
+    target: TensorDictBase,
+    out: TensorDictBase,
+    keys: Sequence[NestedKey],
+    owned: Sequence[NestedKey],
+    layout: torch.layout | None,
+) -> TensorDictBase:
+    """Writes an output into a target of its batch size.
+
+    Args:
+        target: what `read_target` gave.
+        out: the output.
+        keys: those to write.
+        owned: those that a call of this wrapper may write. What a turn before left there would pass for this one's.
+        layout: of the nested tensor that a ragged leaf becomes where the target holds no ragged stacks.
+    """
+    # set, not update: update would merge into a TensorClass of the previous step and keep its stale fields.
+    for key in keys:
+        _write(target, out, key, layout)
+    for key in owned:
+        if key not in keys and target.get(key, None) is not None:
+            target.del_(key)
+    return target
+
+
+def _write(target: TensorDictBase, out: TensorDictBase, key: NestedKey, layout: torch.layout | None) -> None:
+    try:
+        value = out.get(key)
+    except RuntimeError:  # rows of several lengths
+        if isinstance(target, LazyStackedTensorDict) and target.stack_dim == 0:
+            for row, found in zip(target.tensordicts, out.unbind(0), strict=True):
+                _write(row, found, key, layout)
+            return
+        value = out.get(key, as_nested_tensor=True, layout=layout or torch.jagged)
+    target.set(key, value)
 
 
 def _check_room(target: TensorDictBase, keys: Sequence[NestedKey]) -> None:

@@ -333,15 +333,14 @@ def unpack_answer(answer: object, row: str, hidden_size: int, *, shared: bool = 
         raise ProtocolError(f"{row}: expected one {CHANNEL} answer in meta_info, got {answer!r:.80}; {FALLBACK_REMEDY}")
     fields = answer[0]
     check_protocol(fields.get("protocol"), f"{row}: the server half")
-    blocks = (fields, *map(fields.get, _BLOCKS))
-    sent = [block for block in blocks if isinstance(block, dict) and "shared" in block]
+    sent = [block for block in map(fields.get, _BLOCKS) if isinstance(block, dict) and "shared" in block]
     if not shared and sent:
         raise ProtocolError(
             f"{row}: the server half put the states into shared memory ({sent[0]['shared']!r:.80}), unasked; install "
             "the same version of torchrl_sglang_hidden on both sides"
         )
     try:
-        data = unpack_bytes(fields)
+        data = unpack_bytes({name: fields[name] for name in ("data", "crc32")})  # vectors are never shared
         places = [(str(kind), str(name), int(count), filled is True) for kind, name, count, filled in fields["places"]]
         num_vectors = sum(1 for *_, filled in places if filled)
         vectors = iter(as_tensor(data, torch.float32, (num_vectors, -1, hidden_size)) if num_vectors else ())
@@ -384,12 +383,18 @@ def _unpack_found(fields: Mapping[str, Any]) -> FoundLogits:
     found = {}
     for name in ("logits", "prompt_logits"):
         if name in fields:
+            values = unpack_tensor(fields[name])
             ids = unpack_tensor(fields[f"{name}_ids"]).long() if f"{name}_ids" in fields else None
-            found[name] = TokenLogits(unpack_tensor(fields[name]), ids)
+            if values.ndim != 2 or (ids is not None and ids.shape != values.shape):
+                raise ValueError(f"{name} of shape {tuple(values.shape)}, ids of {None if ids is None else ids.shape}")
+            found[name] = TokenLogits(values, ids)
+    log_probs_N = unpack_tensor(fields["log_probs"]) if "log_probs" in fields else None
+    if log_probs_N is not None and log_probs_N.ndim != 1:
+        raise ValueError(f"log-probs of shape {tuple(log_probs_N.shape)}, expected [N]")
     return FoundLogits(
         response=found.get("logits"),
         given=found.get("prompt_logits"),
-        log_probs_N=unpack_tensor(fields["log_probs"]) if "log_probs" in fields else None,
+        log_probs_N=log_probs_N,
         constrained=int(fields["constrained"]),
         fault=str(fields["fault"]),
     )

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, TypeAlias
 
+import torch
 from tensordict import TensorDict, TensorDictBase, lazy_stack
 from tensordict.utils import NestedKey, unravel_key
+from torch.nn.utils.rnn import pad_sequence
+from torchrl.modules import LLMMaskedCategorical
 
-from torchrl_sglang_hidden.assemble import OutputKeys
 from torchrl_sglang_hidden.errors import CapabilityError, InputError
+from torchrl_sglang_hidden.outputs import OutputKeys
 from torchrl_sglang_hidden.prompts import InputMode
 
 __all__ = ["Distributions"]
+
+Side: TypeAlias = Literal["left", "right"]
 
 
 class Distributions:
@@ -24,6 +30,8 @@ class Distributions:
     return_log_probs: bool
     log_probs_key: NestedKey | None
     masks_key: NestedKey | None
+    tokens_key: NestedKey | None
+    logits_key: NestedKey | None
     _keys: OutputKeys
     __call__: Callable[..., TensorDictBase]
 
@@ -68,19 +76,205 @@ class Distributions:
             )
         return TensorDict(response=scored.get(self.log_probs_key).full[mask_N])
 
-    def get_dist(self, tensordict: TensorDictBase, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raises `CapabilityError`: a distribution over tokens needs logits, which this version does not return."""
-        raise self._no_distribution("get_dist")
+    # --- over every token ------------------------------------------------------------------------------------------
 
-    # torchrl's losses ask for these, through _get_sft_dist, _get_rlhf_dist and _get_generic_dist.
-    _get_dist_with_prompt_mask = _get_dist_with_assistant_mask = get_dist
-    _get_dist_with_attention_mask = _get_dist_with_custom_mask = get_dist
+    def get_dist(
+        self,
+        tensordict: TensorDictBase,
+        tensordict_out: None = None,
+        logits_key: NestedKey | None = None,
+        mask_key: NestedKey | None = None,
+        as_padded_tensor: bool | None = None,
+        as_nested_tensor: bool | None = None,
+        padding_value: float | None = None,
+        padding_side: Side = "left",
+        layout: None = None,
+    ) -> LLMMaskedCategorical:
+        """The distribution that each token of given sequences is drawn from, as TorchRL's losses ask for it.
+
+        From the logits of the engine, so that no gradient flows through it. Where the wrapper has
+        ``LogitsSpec(token_ids=…)`` it is over these C tokens: ``log_prob`` takes places in ``token_ids``, 0 … C-1, and
+        an id elsewhere. Under constraints it is the constrained distribution, as the log-probs are.
+
+        Args:
+            tensordict: what `forward` reads with ``generate=False``; not written to.
+            tensordict_out: None, as for every argument here that TorchRL's own does not use.
+            logits_key: None; it is the wrapper's.
+            mask_key: a bool mask over the tokens, of the output or of the input; by default those that are no padding.
+            as_padded_tensor: None or True, the only form that torch has a distribution of.
+            as_nested_tensor: None or False.
+            padding_value: of the logits beside shorter rows; by default 0.
+            padding_side: ``"left"`` or ``"right"``.
+            layout: None.
+
+        Returns:
+            Over ``[*batch, N, V]``: ``log_prob`` takes ids ``[*batch, N]`` and is 0 where the mask is False, and at a
+            sequence's first token a uniform distribution's.
+
+        Raises:
+            CapabilityError: the wrapper generates.
+            InputError: an argument that cannot be served.
+        """
+        unused = {"tensordict_out": tensordict_out, "layout": layout}
+        given = [name for name, value in unused.items() if value is not None]
+        if given or as_padded_tensor is False or as_nested_tensor:
+            named = {**unused, "as_padded_tensor": as_padded_tensor, "as_nested_tensor": as_nested_tensor}
+            raise InputError(
+                f"get_dist with {', '.join(f'{name}={value!r:.40}' for name, value in named.items())}: the "
+                "distribution is over padded logits and writes nothing; leave these out"
+            )
+        return self._masked(
+            "get_dist",
+            tensordict,
+            lambda scored, given: self._mask(scored, given, mask_key or self._key_of("all_attention_mask")),
+            padding_side,
+            logits_key=logits_key,
+            padding_value=padding_value or 0.0,
+        )
+
+    def _get_dist_with_prompt_mask(
+        self,
+        tensordict: TensorDictBase,
+        tokens_key: NestedKey | None = None,
+        logits_key: NestedKey | None = None,
+        assistant_mask_key: NestedKey | None = None,
+        attention_mask_key: NestedKey | None = None,
+        padding_side: Side = "left",
+    ) -> LLMMaskedCategorical:
+        """`get_dist` over the tokens behind those at ``tokens.prompt``; without these, over the assistant's."""
+        prompt_key = tokens_key or unravel_key((self.tokens_key, "prompt"))
+        attention_key = attention_mask_key or self._key_of("all_attention_mask")
+        assistant_key = assistant_mask_key or self._key_of("all_assistant_mask")
+
+        def mask_of(scored: TensorDictBase, given: TensorDictBase) -> torch.Tensor:
+            prompt_P = given.get(prompt_key, None)
+            if prompt_P is None:
+                return self._mask(scored, given, assistant_key)
+            # Padded prompts too: their pads need not stand where the scored sequence has its own.
+            given_N = given.get(attention_key, None)
+            num_prompt = len(prompt_P) if given_N is None else int(given_N[: len(prompt_P)].sum())
+            real_N = self._mask(scored, given, attention_key)
+            return real_N & (real_N.cumsum(0) > num_prompt)
+
+        return self._masked("_get_sft_dist", tensordict, mask_of, padding_side, logits_key=logits_key)
+
+    def _get_dist_with_assistant_mask(
+        self,
+        tensordict: TensorDictBase,
+        assistant_mask_key: NestedKey | None = None,
+        logits_key: NestedKey | None = None,
+        padding_side: Side = "left",
+    ) -> LLMMaskedCategorical:
+        """`get_dist` over the assistant's tokens. Writes the ids that were scored to ``tokens.full``, as TorchRL's."""
+        key = assistant_mask_key or self._key_of("all_assistant_mask")
+        return self._masked(
+            "_get_rlhf_dist",
+            tensordict,
+            lambda scored, given: self._mask(scored, given, key),
+            padding_side,
+            logits_key=logits_key,
+            writes_tokens=True,
+        )
+
+    def _get_dist_with_attention_mask(
+        self,
+        tensordict: TensorDictBase,
+        attention_mask_key: NestedKey | None = None,
+        logits_key: NestedKey | None = None,
+        padding_side: Side = "left",
+    ) -> LLMMaskedCategorical:
+        """`get_dist` over all tokens."""
+        return self.get_dist(tensordict, None, logits_key, attention_mask_key, padding_side=padding_side)
+
+    def _get_dist_with_custom_mask(
+        self,
+        tensordict: TensorDictBase,
+        mask: torch.Tensor,
+        logits_key: NestedKey | None = None,
+        padding_side: Side = "left",
+    ) -> LLMMaskedCategorical:
+        """`get_dist` over the tokens that a mask ``[*batch, N]`` names, N the longest row's."""
+        dist = self.get_dist(tensordict, None, logits_key, padding_side=padding_side)
+        if mask.dtype != torch.bool or mask.shape != dist.batch_shape:
+            raise InputError(
+                f"a mask of {mask.dtype} and shape {tuple(mask.shape)}, and logits of {tuple(dist.batch_shape)} "
+                "tokens; give bool, one for each"
+            )
+        return LLMMaskedCategorical(dist.logits, mask)
+
+    # torchrl's losses ask for these.
+    _get_sft_dist = _get_dist_with_prompt_mask
+    _get_rlhf_dist = _get_dist_with_assistant_mask
+    _get_generic_dist = _get_dist_with_attention_mask
+
+    def _masked(
+        self,
+        name: str,
+        tensordict: TensorDictBase,
+        mask_of: Callable[[TensorDictBase, TensorDictBase], torch.Tensor],
+        padding_side: Side,
+        *,
+        logits_key: NestedKey | None,
+        padding_value: float = 0.0,
+        writes_tokens: bool = False,
+    ) -> LLMMaskedCategorical:
+        """The distribution over padded rows; ``mask_of`` makes the mask of a scored row and the row it was given as."""
+        if self.generate:
+            raise CapabilityError(
+                f"{name} with generate=True: this wrapper samples; get_new_version(generate=False) has the "
+                "distributions of given sequences"
+            )
+        if None in (self.logits_key, self._keys.masks, self._keys.tokens):
+            raise InputError(
+                f"{name} with logits_key={self.logits_key!r}, masks_key={self.masks_key!r}, "
+                f"tokens_key={self.tokens_key!r}: it needs all three; give them to get_new_version"
+            )
+        if logits_key not in (None, self.logits_key):
+            raise InputError(
+                f"{name} with logits_key={logits_key!r}: the wrapper's is {self.logits_key!r}; leave it out"
+            )
+        scored = self(tensordict, tensordict_out=_empty(tensordict.batch_size), logits_only=True)
+        rows = list(zip(_flat(scored), _flat(tensordict), strict=True))
+        logits = [row.get(self.logits_key).float() for row, _ in rows]
+        masks = [mask_of(row, given) for row, given in rows]
+        for index, (mask_N, logits_NV) in enumerate(zip(masks, logits, strict=True)):
+            if len(mask_N) != len(logits_NV):
+                raise InputError(
+                    f"{name}, row {index}: a mask of {len(mask_N)} tokens, and {len(logits_NV)} are scored; give both "
+                    "the same"
+                )
+        pad = functools.partial(pad_sequence, batch_first=True, padding_side=padding_side)
+        logits_RNV, mask_RN = pad(logits, padding_value=padding_value), pad(masks, padding_value=False)
+        if writes_tokens:
+            tensordict.update(scored, keys_to_update=[unravel_key((self.tokens_key, "full"))])
+        shape = (*tensordict.batch_size, -1)
+        return LLMMaskedCategorical(logits_RNV.reshape(*shape, logits_RNV.shape[-1]), mask_RN.reshape(shape))
+
+    def _mask(self, scored: TensorDictBase, given: TensorDictBase, key: NestedKey) -> torch.Tensor:
+        """A mask of the output, or else of the input."""
+        found = scored.get(key, None)
+        mask_N = given.get(key, None) if found is None else found
+        if mask_N is None:
+            raise InputError(
+                f"there is no mask at {key!r}, with input_mode={self.input_mode!r}: history mode takes the assistant's "
+                "from its messages, tokens mode from the TensorDict"
+            )
+        if not isinstance(mask_N, torch.Tensor) or mask_N.dtype != torch.bool or mask_N.ndim != 1:
+            raise InputError(f"{key!r} is no mask over the tokens of a row; expected bool [N]")
+        return mask_N
+
+    def _key_of(self, mask: str) -> NestedKey:
+        key: NestedKey = unravel_key((self.masks_key, mask))
+        return key
 
     class _NoKeys(list[NestedKey]):
         """Adds nothing to a sequence's keys. A loss that has this wrapper itself as its actor asks for the first."""
 
         def __getitem__(self, index: Any) -> NoReturn:
-            raise Distributions._no_distribution("a loss with this wrapper as its actor")
+            raise CapabilityError(
+                "a loss with this wrapper as its actor: it writes no action, its action is tokens; torchrl's losses of "
+                "language models take it, others a head over its states or logits"
+            )
 
     def _no_keys(self) -> list[NestedKey]:
         """None. A sequence joins its modules' keys, and losses take those for the action's, which tokens are not."""
@@ -88,9 +282,14 @@ class Distributions:
 
     dist_params_keys = dist_sample_keys = log_prob_keys = property(_no_keys)
 
-    @staticmethod
-    def _no_distribution(what: str) -> CapabilityError:
-        return CapabilityError(
-            f"{what} needs the logits of every token, which this version does not return; for log-probs use log_prob "
-            "of get_new_version(generate=False), for a loss torchrl's TransformersWrapper of the same weights as actor"
-        )
+
+def _empty(batch_size: torch.Size) -> TensorDictBase:
+    """A target that holds rows of different lengths."""
+    if not batch_size or 0 in batch_size:
+        return TensorDict(batch_size=batch_size)
+    return lazy_stack([_empty(batch_size[1:]) for _ in range(batch_size[0])])
+
+
+def _flat(tensordict: TensorDictBase) -> list[TensorDictBase]:
+    """The rows in row-major order."""
+    return [row for part in tensordict.unbind(0) for row in _flat(part)] if tensordict.ndim else [tensordict]

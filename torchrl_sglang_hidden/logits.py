@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
@@ -19,6 +20,9 @@ from torchrl_sglang_hidden.constraints import ConstraintStep, LogitConstraint, T
 from torchrl_sglang_hidden.specs import LogitsSpec, TokenLogits
 
 __all__ = ["Choosing", "FoundLogits", "RequestLogits", "WantedLogits", "constrain", "cut"]
+
+
+Kind = TypeVar("Kind", bound=LogitConstraint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +44,14 @@ class WantedLogits:
     responses: tuple[tuple[int, int], ...] = ()
 
     @property
+    def constrains(self) -> bool:
+        """Whether constraints act on the tokens that are sampled: of a scored prompt they act on its responses."""
+        return bool(self.constraints) and not self.scored
+
+    @property
     def chooses(self) -> bool:
         """Whether anything is wanted of the tokens that are sampled."""
-        return bool(self.constraints) or (self.spec is not None and self.spec.of_response)
+        return self.constrains or (self.spec is not None and self.spec.of_response)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +82,14 @@ class Choosing:
         index: of the token in its response, from 0.
         max_new_tokens: most tokens of that response.
         response_ids: makes int64 ``[index]``, the ids before it, on the logits' device.
+        start: where that response starts in the request's ids; None for behind them.
     """
 
     one: RequestLogits
     index: int
     max_new_tokens: int
     response_ids: Callable[[], torch.Tensor] = field(repr=False)
+    start: int | None = None
 
 
 class RequestLogits:
@@ -167,10 +178,10 @@ class RequestLogits:
 
     def apply_own(self, logits_V: torch.Tensor, step: Choosing) -> torch.Tensor:
         """The user's own constraints, which may be anybody's code."""
-        acting = [constraint for constraint in self._own if constraint.acts_on(step.index)]
+        acting = self._acting(self._own, step.index)
         if not acting:
             return logits_V
-        at = ConstraintStep(step.index, step.max_new_tokens, self.prompt_ids, step.response_ids())
+        at = ConstraintStep(step.index, step.max_new_tokens, self.prompt_ids[: step.start], step.response_ids())
         for constraint in acting:
             with self._guarded(constraint, step.index):
                 changed_V = constraint.apply(logits_V.clone(), at)
@@ -178,6 +189,15 @@ class RequestLogits:
                     raise TypeError(f"expected logits of shape {tuple(logits_V.shape)}, got {changed_V!r:.80}")
                 logits_V = changed_V.to(logits_V)
         return logits_V
+
+    def _acting(self, constraints: Sequence[Kind], index: int) -> list[Kind]:
+        """Those that act on a token: `acts_on` may be anybody's code too."""
+        acting: list[Kind] = []
+        for one in constraints:
+            with self._guarded(one, index):
+                if one.acts_on(index):
+                    acting.append(one)
+        return acting
 
     @contextmanager
     def _guarded(self, constraint: LogitConstraint, index: int) -> Iterator[None]:
@@ -188,20 +208,25 @@ class RequestLogits:
 
     def temperature(self, step: Choosing) -> float:
         """What the logits of a token are divided by."""
-        return math.prod(c.at(step.index, step.max_new_tokens) for c in self._temperatures if c.acts_on(step.index))
+        product = 1.0
+        for one in self._acting(self._temperatures, step.index):
+            with self._guarded(one, step.index):
+                product *= float(one.at(step.index, step.max_new_tokens))
+        return product
 
     def mask(self, index: int, vocab_size: int, device: torch.device) -> torch.Tensor | None:
         """What all masks allow for a token, bool ``[V]``; None for everything."""
-        acting = tuple(i for i, mask in enumerate(self._masks) if mask.acts_on(index))
+        acting = self._acting(self._masks, index)
         if not acting:
             return None
-        if acting not in self._combined:
+        key = tuple(map(id, acting))
+        if key not in self._combined:
             allowed_V = torch.ones(vocab_size, dtype=torch.bool)
-            for i in acting:
-                with self._guarded(self._masks[i], index):
-                    allowed_V &= self._masks[i].allowed(vocab_size)
-            self._combined[acting] = allowed_V.to(device)
-        return self._combined[acting]
+            for one in acting:
+                with self._guarded(one, index):
+                    allowed_V &= one.allowed(vocab_size)
+            self._combined[key] = allowed_V.to(device)
+        return self._combined[key]
 
     # --- the end -----------------------------------------------------------------------------------------------------
 

@@ -13,13 +13,13 @@ from tensordict.utils import NestedKey, unravel_key
 from torchrl.data.llm.history import _CHAT_TEMPLATES as CHAT_TEMPLATES
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from torchrl_sglang_hidden.assemble import OutputKeys
 from torchrl_sglang_hidden.engines import BatchingEngine, Engine, check_batching
-from torchrl_sglang_hidden.errors import InputError, InputTypeError
+from torchrl_sglang_hidden.errors import InputError, InputTypeError, TokenIdError
+from torchrl_sglang_hidden.outputs import OutputKeys
 from torchrl_sglang_hidden.prompts import INPUT_MODES
 from torchrl_sglang_hidden.sampling import standardize
 from torchrl_sglang_hidden.spans import Between, LastTokens, Role, TokenMask, Turn
-from torchrl_sglang_hidden.specs import HiddenSpec
+from torchrl_sglang_hidden.specs import HiddenSpec, LogitsSpec
 
 __all__ = [
     "changed_config",
@@ -27,10 +27,13 @@ __all__ = [
     "check_chat_template",
     "default_key",
     "in_keys",
+    "logits_of_given",
     "make_batcher",
     "of_given",
+    "only_logits",
     "out_keys",
     "read_hidden",
+    "read_logits",
     "read_num_samples",
     "read_tokenizer",
 ]
@@ -61,18 +64,19 @@ def check_arguments(input_mode: object, generate: object, pad_model_input: objec
         raise InputError(f"inplace={inplace!r}: expected True, False or 'empty'")
 
 
-def in_keys(input_key: NestedKey, hidden: HiddenSpec | None) -> list[NestedKey]:
-    """The keys that must be there: the prompt's, and those of the spans' masks."""
+def in_keys(input_key: NestedKey, hidden: HiddenSpec | None, action_mask_key: NestedKey | None) -> list[NestedKey]:
+    """The keys that must be there: the prompt's, those of the spans' masks, and the action mask's."""
     masks = [span.key for span in hidden.spans.values() if isinstance(span, TokenMask)] if hidden is not None else []
-    return list(dict.fromkeys([input_key, *masks]))
+    actions = [] if action_mask_key is None else [action_mask_key]
+    return list(dict.fromkeys([input_key, *masks, *actions]))
 
 
-def out_keys(keys: OutputKeys, hidden: HiddenSpec | None, generate: bool) -> list[NestedKey]:
-    """The keys that are written, each once, with the states by leaf."""
+def out_keys(keys: OutputKeys, hidden: HiddenSpec | None, logits: LogitsSpec | None, generate: bool) -> list[NestedKey]:
+    """The keys that are written, each once, with the states and logits by leaf."""
     states = (keys.hidden_states, keys.token_hidden_states)
-    if not generate and keys.log_probs is None and states == (None, None):
+    if not generate and (keys.log_probs, *states, keys.logits) == (None,) * 4:
         raise InputError(
-            "generate=False with neither log-probs nor hidden states: there is nothing to compute; leave "
+            "generate=False with neither log-probs, hidden states nor logits: there is nothing to compute; leave "
             "return_log_probs out, or pass hidden=True"
         )
     written = keys.present()
@@ -84,15 +88,19 @@ def out_keys(keys: OutputKeys, hidden: HiddenSpec | None, generate: bool) -> lis
         inside = next((other for other in paths if other != path and other[: len(path)] == path), None)
         if inside is not None:
             raise InputError(f"{inside!r} is inside {path!r}, the key of another output; give each a place of its own")
-    if hidden is None:
-        return written
     # A module that reads ("hidden_states", "prompt") is fed by this one only if it says so.
-    segments = hidden.segments if generate else ("full",)
-    pooled: list[NestedKey] = [f"{segment}{suffix}" for segment in segments for suffix in ("", "_count")]
-    pooled += [(suffix, name) for name in hidden.spans for suffix in ("spans", "span_counts")]
-    leaves = {keys.hidden_states: pooled, keys.token_hidden_states: list(segments)}
-    return [key for key in written if key not in states] + [
-        unravel_key((key, leaf)) for key in states if key is not None for leaf in leaves[key]
+    leaves: dict[NestedKey | None, list[NestedKey]] = {}
+    if hidden is not None:
+        segments = hidden.segments if generate else ("full",)
+        pooled: list[NestedKey] = [f"{segment}{suffix}" for segment in segments for suffix in ("", "_count")]
+        pooled += [(suffix, name) for name in hidden.spans for suffix in ("spans", "span_counts")]
+        leaves |= {keys.hidden_states: pooled, keys.token_hidden_states: list(segments)}
+    if logits is not None:
+        fields = logits.segments if generate else ("full",)
+        ids = {"prompt": "prompt_token_ids", "response": "token_ids", "full": "full_token_ids"}
+        leaves[keys.logits] = [*fields, *(ids[name] for name in fields if logits.top_k is not None)]
+    return [key for key in written if key not in leaves] + [
+        unravel_key((key, leaf)) for key, found in leaves.items() if key is not None for leaf in found
     ]
 
 
@@ -158,6 +166,34 @@ def of_given(spec: HiddenSpec | None) -> HiddenSpec | None:
         if not (isinstance(span, (LastTokens, Between)) and span.segment == "response")
     }
     return replace(spec, segments=("prompt",), spans=spans)
+
+
+def read_logits(logits: LogitsSpec | None, vocab_size: int) -> LogitsSpec | None:
+    """The logits that are returned, held against the model."""
+    if logits is None:
+        return None
+    if not isinstance(logits, LogitsSpec):
+        raise InputTypeError(f"logits={logits!r}: expected a LogitsSpec, such as LogitsSpec(top_k=8), or None")
+    if logits.top_k is not None and logits.top_k > vocab_size:
+        raise InputError(f"LogitsSpec(top_k={logits.top_k}): the model has {vocab_size} tokens; ask for at most these")
+    if logits.token_ids is not None and max(logits.token_ids) >= vocab_size:
+        raise TokenIdError(
+            f"LogitsSpec(token_ids={logits.token_ids!r:.80}): id {max(logits.token_ids)} is outside the vocabulary of "
+            f"{vocab_size}; ids are 0..{vocab_size - 1}"
+        )
+    return logits
+
+
+def logits_of_given(logits: LogitsSpec | None) -> LogitsSpec | None:
+    """What is asked of a given sequence that is scored: the logits of all its tokens."""
+    return None if logits is None else replace(logits, segments=("prompt",))
+
+
+def only_logits(logits: LogitsSpec | None) -> LogitsSpec:
+    """What ``logits_only`` asks for: all columns or the wrapper's own, and those whose softmax has the log-probs."""
+    own = LogitsSpec(full=True) if logits is None or logits.token_ids is None else logits
+    dtype = torch.float32 if logits is None else logits.dtype
+    return replace(own, stage="processed", segments=("prompt",), dtype=dtype)
 
 
 def changed_config(

@@ -5,7 +5,7 @@ Knows nothing of wire formats or padding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -15,13 +15,22 @@ from tensordict.utils import NestedKey, unravel_key
 from torchrl.modules.llm.policies import LLMWrapperBase
 from transformers import PreTrainedTokenizerBase
 
-from torchrl_sglang_hidden.assemble import OutputKeys, assemble, assemble_scores
-from torchrl_sglang_hidden.calls import check_responses, read_call, read_target, to_requests
+from torchrl_sglang_hidden.actions import (
+    ActionMaskReader,
+    option_constraints,
+    read_action_ids,
+    read_constraints,
+    read_options,
+)
+from torchrl_sglang_hidden.assemble import assemble, assemble_scores
+from torchrl_sglang_hidden.calls import check_responses, read_call, read_target, to_requests, write
+from torchrl_sglang_hidden.candidates import CandidateScoring
+from torchrl_sglang_hidden.configured import Configured
+from torchrl_sglang_hidden.constraints import LogitConstraint
 from torchrl_sglang_hidden.distributions import Distributions
 from torchrl_sglang_hidden.engines import Engine, as_engine, generate_samples
 from torchrl_sglang_hidden.errors import InputError
 from torchrl_sglang_hidden.options import (
-    changed_config,
     check_arguments,
     check_chat_template,
     default_key,
@@ -30,18 +39,20 @@ from torchrl_sglang_hidden.options import (
     of_given,
     out_keys,
     read_hidden,
+    read_logits,
     read_num_samples,
     read_tokenizer,
 )
+from torchrl_sglang_hidden.outputs import OutputKeys
 from torchrl_sglang_hidden.prompts import InputMode, PromptReader
 from torchrl_sglang_hidden.sampling import standardize
-from torchrl_sglang_hidden.specs import HiddenSpec
+from torchrl_sglang_hidden.specs import HiddenSpec, LogitsSpec
 
 __all__ = ["SGLangHiddenWrapper"]
 
 
-class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
-    """A TorchRL LLM policy over SGLang that also returns hidden states: pooled, of spans, of every token.
+class SGLangHiddenWrapper(CandidateScoring, Configured, Distributions, LLMWrapperBase):  # type: ignore[misc]
+    """A TorchRL LLM policy over SGLang that also returns hidden states and logits, and chooses among given tokens.
 
     A drop-in for torchrl's ``SGLangWrapper``: it reads a prompt from the TensorDict, generates, and writes TorchRL's
     own TensorClasses, beside `HiddenStates` and `TokenHiddenStates`. The token ids that the engine gets are the ids in
@@ -68,7 +79,10 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
             `torchrl_sglang_hidden.sampling.standardize`. Options passed to a call override these. ``max_new_tokens=0``
             reads the prompt and generates nothing: T is 0, and ``hidden`` asks for nothing of a response. Beside
             sampling: ``lora_path``, the name of a LoRA adapter that the server has loaded; ``priority``, where the
-            server schedules by it; ``return_hidden_states``, see ``hidden``.
+            server schedules by it; ``return_hidden_states``, see ``hidden``. Constraints: ``action_mask``, an
+            `ActionMask`, ids, or bool ``[V]``; ``disallowed_tokens``, a `DisallowedTokens` or ids;
+            ``custom_logit_processor``, a `LogitConstraint`, its text, or a list of them. SGLang's own string there is
+            used alone, with a warning that says what it leaves out.
         tokenizer_kwargs: passed to the tokenizer when text is turned into ids. Padding it adds is taken off again.
         pad_output: pad the ragged leaves to one width: prompts on the left, responses on the right, ids with the
             tokenizer's pad (or EOS) id, log-probs with NaN, masks with False. False leaves them ragged.
@@ -106,6 +120,13 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
             mask from the TensorDict, `Turn` and `Role` find the words of messages in history mode.
         hidden_states_key: where `HiddenStates` is written.
         token_hidden_states_key: where `TokenHiddenStates` is written, with ``HiddenSpec(tokens=True)``.
+        logits: which logits are returned: a `LogitsSpec`, or None.
+        logits_key: where `Logits` is written.
+        constraints: on every token that is sampled: a `LogitConstraint` or several. Those of the wrapper, of the call
+            and of the row act together: a token is left where all masks leave it.
+        action_mask_key: where each row says which tokens it allows: a bool mask ``[V]``; bool ``[A]`` over
+            ``action_token_ids``; or token ids, as a ragged integer tensor or a list.
+        action_token_ids: the A ids that the columns of these masks stand for.
 
     Outputs (B rows, P prompt tokens, T response tokens, D hidden size):
         - text: ``prompt``, ``response``, ``full``, one string per row. The response without special tokens and matched
@@ -117,6 +138,7 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         - history (history mode): ``prompt``, ``response``, ``full``, the last usable as the next prompt.
         - hidden_states: see `HiddenStates`; not there with ``pooling=None``.
         - token_hidden_states: see `TokenHiddenStates`.
+        - logits: see `Logits`.
         - weight_version, finish_reason (``"stop"`` or ``"length"``): one string per row.
         - mixed_weights: bool ``[*batch]``, True where an update of the weights came in the middle of the response: its
           first tokens are of an older version than ``weight_version``; with ``num_samples`` also where the prompt's
@@ -128,7 +150,9 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         - masks: ``all_assistant_mask`` in history mode from the chat template (those that say ``{% generation %}`` mark
           the end-of-turn token too), in tokens mode as it was given under ``masks_key``; else None.
         - log_probs: float32 [N], each token given those before it, without temperature; 0 for the first, as in TorchRL.
-        - hidden_states: all N positions, and the spans but those of a response. token_hidden_states: all N.
+          Constraints act on the tokens in ``all_assistant_mask`` as if these were being sampled, each run of them
+          from its first token; a token that they take away has -inf, and ``max_new_tokens`` is the length of the run.
+        - hidden_states: all N positions, and the spans but those of a response. token_hidden_states: all N. logits: N.
         - weight_version. No ``finish_reason``, no ``mixed_weights``.
         In place, these replace what stood under their keys, the prompts and responses of a generation too, as in
         TorchRL; ``inplace=False`` or keys of its own keep both.
@@ -137,6 +161,7 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         InputError: an argument, prompt or key that cannot be served, before anything is sent.
         EngineError: the engine could not be reached, refused or aborted.
         SpanError: a span has no tokens in a row. One of a prompt raises before anything is sent.
+        ConstraintError: the constraints of a row leave no token; by themselves before anything is sent.
         AlignmentError: the engine returned another number of states than of tokens.
 
     In every case of an error the input TensorDict is as it was.
@@ -185,15 +210,28 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         hidden: HiddenSpec | bool | None = True,
         hidden_states_key: NestedKey | None = "hidden_states",
         token_hidden_states_key: NestedKey | None = "token_hidden_states",
+        logits: LogitsSpec | None = None,
+        logits_key: NestedKey | None = "logits",
+        constraints: LogitConstraint | Sequence[LogitConstraint] = (),
+        action_mask_key: NestedKey | None = None,
+        action_token_ids: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         check_arguments(input_mode, generate, pad_model_input, layout, inplace)
         check_chat_template(chat_template, chat_template_name)
         if prefer_tokens and tokens_key is None:
             raise InputError("prefer_tokens=True reads the tokens at tokens_key, which is None; give it a key")
-        self.generate_kwargs = standardize(generate_kwargs)
-        self.hidden = read_hidden(hidden, self.generate_kwargs.get("return_hidden_states"), input_mode)
+        options = standardize(generate_kwargs)
+        self.hidden = read_hidden(hidden, options.get("return_hidden_states"), input_mode)
         self.model: Engine = as_engine(model)
+        vocab_size = self.model.info.vocab_size
+        self.generate_kwargs = read_options(options, vocab_size)
+        self.logits, self.logits_key = read_logits(logits, vocab_size), logits_key
+        self.constraints = read_constraints("constraints", constraints)
+        for constraint in (*self.constraints, *option_constraints(self.generate_kwargs)):
+            constraint.check(vocab_size)
+        self.action_mask_key = action_mask_key
+        self.action_token_ids = read_action_ids(action_token_ids, action_mask_key, vocab_size)
         self.tokenizer = read_tokenizer(tokenizer, self.model.info.tokenizer_path, self.model.info.vocab_size)
         self.input_mode = input_mode
         self.input_key: NestedKey = default_key(input_mode, generate) if input_key is None else input_key
@@ -202,8 +240,7 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         self.tokenizer_kwargs = dict(tokenizer_kwargs or {})
         self.pad_output = pad_output
         self.pad_model_input = pad_model_input
-        # As given: the defaults of these depend on other arguments, which `get_new_version` may change.
-        self._given: dict[str, Any] = {
+        self._given = {
             "inplace": inplace,
             "layout": layout,
             "num_samples": num_samples,
@@ -230,9 +267,9 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         self.hidden_states_key, self.token_hidden_states_key = hidden_states_key, token_hidden_states_key
         self.prefer_tokens = prefer_tokens
         self._states = self.hidden if generate else of_given(self.hidden)
-        self._keys = self._output_keys(self._states)
-        self.in_keys = in_keys(self.input_key, self._states)
-        self.out_keys = out_keys(self._keys, self._states, generate)
+        self._keys = self._output_keys(self._states, self.logits)
+        self.in_keys = in_keys(self.input_key, self._states, action_mask_key)
+        self.out_keys = out_keys(self._keys, self._states, self.logits, generate)
         self._batcher = make_batcher(self.model, batching, min_batch_size, max_batch_size, batching_timeout)
         # What the base class reads.
         self._min_batch_size = None if self._batcher is None else self._batcher.min_batch_size
@@ -250,19 +287,22 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         return next(token_id for token_id in ids if token_id is not None)
 
-    def _output_keys(self, states: HiddenSpec | None) -> OutputKeys:
-        """Where the outputs go of a call that returns these states."""
+    def _output_keys(
+        self, states: HiddenSpec | None, logits: LogitsSpec | None, logits_only: bool = False
+    ) -> OutputKeys:
+        """Where the outputs go of a call that returns these states and logits."""
         return OutputKeys(
             text=self.text_key,
             tokens=self.tokens_key,
             masks=self.masks_key,
-            log_probs=self.log_probs_key if self.return_log_probs else None,
+            log_probs=self.log_probs_key if self.return_log_probs and not logits_only else None,
             history=self.history_key if self.input_mode == "history" else None,
             hidden_states=self.hidden_states_key if states is not None and states.pooling is not None else None,
             token_hidden_states=self.token_hidden_states_key if states is not None and states.tokens else None,
             weight_version="weight_version",
             finish_reason="finish_reason" if self.generate else None,
             mixed_weights="mixed_weights" if self.generate else None,
+            logits=self.logits_key if logits is not None else None,
         )
 
     @property
@@ -286,6 +326,12 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
             prefer_tokens=unravel_key((self.tokens_key, "prompt")) if self.prefer_tokens else None,
         )
 
+    def _mask_reader(self) -> ActionMaskReader | None:
+        """Reads the rows' action masks of one call."""
+        if self.action_mask_key is None:
+            return None
+        return ActionMaskReader(self.action_mask_key, self.model.info.vocab_size, self.action_token_ids)
+
     def forward(
         self,
         tensordict: TensorDictBase,
@@ -301,27 +347,36 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
 
         Keyword Args:
             tensordict_out: written to instead, and returned.
-            logits_only: False; this version returns no logits.
+            logits_only: with ``generate=False``, as in TorchRL: at ``logits_key`` one tensor ``[*batch, N, V]``, or
+                the columns of ``LogitsSpec(token_ids=…)``, whose log-softmax has the log-probs; neither log-probs nor
+                hidden states. Row n is what token n is drawn from, the first is zeros.
             **generate_kwargs: override those of the constructor in this call. With ``generate=False`` only
-                ``return_hidden_states``, ``lora_path`` and ``priority``.
+                ``return_hidden_states``, ``lora_path``, ``priority``, and constraints of this package.
 
         Returns:
             See the class.
         """
-        if logits_only:
-            raise InputError("logits_only=True: this version returns no logits; leave it out")
         call = read_call(
             self.generate_kwargs,
             generate_kwargs,
             hidden=self.hidden,
+            logits=self.logits,
+            logits_only=logits_only,
+            constraints=self.constraints,
+            action_mask_key=self.action_mask_key,
             generate=self.generate,
             input_mode=self.input_mode,
             num_samples=self.num_samples,
+            vocab_size=self.model.info.vocab_size,
         )
-        keys = self._output_keys(call.hidden)
-        if call.hidden != self._states:
-            out_keys(keys, call.hidden, self.generate)  # refuses keys that clash
-        rows = replace(self._reader, spans={} if call.hidden is None else call.hidden.spans).read(tensordict)
+        keys = self._output_keys(call.hidden, call.logits, logits_only)
+        if logits_only or call.hidden != self._states:
+            out_keys(keys, call.hidden, call.logits, self.generate)  # refuses keys that clash
+        rows = replace(
+            self._reader,
+            spans={} if call.hidden is None else call.hidden.spans,
+            action_masks=self._mask_reader() if call.reads_masks else None,
+        ).read(tensordict)
         requests = to_requests(rows, call, return_log_probs=self.return_log_probs)
         samples = self.num_samples if self.generate else None
         batch_size = tensordict.batch_size if samples is None else torch.Size((*tensordict.batch_size, samples))
@@ -331,6 +386,7 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
             "keys": keys,
             "hidden": call.hidden,
             "hidden_size": self.model.info.hidden_size,
+            "logits": call.logits,
             "pad_id": self.padding_value if self.pad_output else None,
             "device": self._device or tensordict.device,
         }
@@ -343,75 +399,5 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
             check_responses(completions, call.hidden, self.tokenizer, num_samples=samples or 1)
             out = assemble([row for row in rows for _ in range(samples or 1)], completions, **layout)
         else:
-            out = assemble_scores(rows, completions, **layout)
-        if target is None:
-            return out
-        # set, not update: update would merge into a TensorClass of the previous step and keep its stale fields.
-        for key in keys.present():
-            target.set(key, out.get(key))
-        # Of a call that was told to leave states out: those of the turn before would pass for its own.
-        for key in self._keys.present():
-            if key not in keys.present() and target.get(key, None) is not None:
-                target.del_(key)
-        return target
-
-    def cleanup_batching(self, *, flush: bool = False) -> None:
-        """Empties the queue of callers that wait for a batch to fill, and returns at once.
-
-        Args:
-            flush: True has them sent now; False ends them with a ``concurrent.futures.CancelledError``.
-        """
-        # The base class calls this from __del__, on objects that were never finished too.
-        batcher = self.__dict__.get("_batcher")
-        if batcher is not None:
-            batcher.cleanup(flush=flush)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """All but the collector, which a copy does not belong to: torchrl holds it by a weak reference."""
-        return {**self.__dict__, "_collector": None}
-
-    def __del__(self) -> None:
-        """Nothing to end: a call that waits holds its policy. The base class would end those of a shallow copy's."""
-
-    def get_batching_state(self) -> dict[str, Any]:
-        """The queue of callers: see `BatchingEngine.state`."""
-        return {"batching_enabled": False} if self._batcher is None else self._batcher.state()
-
-    # --- configuration ---------------------------------------------------------------------------------------------
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """Every constructor argument but the model, as it is in force."""
-        return {
-            "tokenizer": self.tokenizer,
-            "input_mode": self.input_mode,
-            "input_key": self.input_key,
-            "attention_mask_key": self.attention_mask_key,
-            "generate": self.generate,
-            "generate_kwargs": dict(self.generate_kwargs),
-            "tokenizer_kwargs": dict(self.tokenizer_kwargs),
-            "pad_output": self.pad_output,
-            "pad_model_input": self.pad_model_input,
-            "device": self._device,
-            **self._given,
-            "chat_template_name": self.chat_template_name,
-            "chat_template": self.chat_template,
-            "prefer_tokens": self.prefer_tokens,
-            "return_log_probs": self.return_log_probs,
-            "history_key": self.history_key,
-            "text_key": self.text_key,
-            "tokens_key": self.tokens_key,
-            "masks_key": self.masks_key,
-            "log_probs_key": self.log_probs_key,
-            "hidden": self.hidden,
-            "hidden_states_key": self.hidden_states_key,
-            "token_hidden_states_key": self.token_hidden_states_key,
-        }
-
-    def get_new_version(self, **changes: Any) -> SGLangHiddenWrapper:
-        """A wrapper of the same engine with some constructor arguments changed; the others are kept, all of them."""
-        own_key = default_key(self.input_mode, self.generate)
-        config = changed_config(
-            self.config, changes, default_input_key=self.input_key == own_key, batched=self._batcher is not None
-        )
-        return type(self)(config.pop("model", self.model), **config)
+            out = assemble_scores(rows, completions, logits_only=logits_only, **layout)
+        return out if target is None else write(target, out, keys.present(), self._keys.present(), self.layout)

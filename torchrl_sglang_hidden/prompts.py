@@ -18,7 +18,16 @@ from torchrl.data.llm import History
 from torchrl.data.llm.history import _CHAT_TEMPLATES as CHAT_TEMPLATES
 from transformers import PreTrainedTokenizerBase
 
-from torchrl_sglang_hidden.errors import InputError, InputTypeError, MissingKeyError, PromptLengthError, SpanError
+from torchrl_sglang_hidden.actions import ActionMaskReader
+from torchrl_sglang_hidden.constraints import ActionMask
+from torchrl_sglang_hidden.errors import (
+    ConstraintError,
+    InputError,
+    InputTypeError,
+    MissingKeyError,
+    PromptLengthError,
+    SpanError,
+)
 from torchrl_sglang_hidden.places import Chat, decode_all, last_tokens, spoken_tokens, tokens_at
 from torchrl_sglang_hidden.spans import (
     Between,
@@ -56,6 +65,7 @@ class Row:
             given as a tensor.
         wants_states: what the row says at ``"return_hidden_states"``; None when it says nothing.
         spans: the spans, those of the prompt as positions; none where the row wants no states.
+        action_mask: the tokens that the row allows, or None.
     """
 
     prompt_ids: tuple[int, ...]
@@ -65,6 +75,7 @@ class Row:
     placement: tuple[bool, ...] | None = None
     wants_states: bool | None = None
     spans: Mapping[str, ResolvedSpan] = field(default_factory=dict)
+    action_mask: ActionMask | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +87,7 @@ class PromptReader:
         padding_value: the id that pads a ``Tokens`` that says it is padded.
         prefer_tokens: where the ids are that history mode prefers to its own, or None.
         spans: the spans to find in each prompt. Those of a response stay as they are.
+        action_masks: reads each row's action mask; None reads none.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -90,6 +102,7 @@ class PromptReader:
     padding_value: int
     prefer_tokens: NestedKey | None = None
     spans: Mapping[str, Span] = field(default_factory=dict)
+    action_masks: ActionMaskReader | None = None
 
     def read(self, tensordict: TensorDictBase) -> list[Row]:
         """The prompts in row-major order of the batch.
@@ -100,6 +113,7 @@ class PromptReader:
             InputTypeError: what is there is not what the input mode reads.
             SpanError: a span has no tokens in a row's prompt, or wants more than it has.
             InputError: a mask of another length, or a place in the prompt that cannot be known.
+            ConstraintError: an action mask that allows nothing.
         """
         if not is_tensor_collection(tensordict):
             raise InputTypeError(f"{tensordict!r:.80} is a {type(tensordict).__name__}; the policy reads a TensorDict")
@@ -133,6 +147,8 @@ class PromptReader:
             found = self._read_text(name, value)
         else:
             found = self._read_tokens(name, row, value)
+        if self.action_masks is not None:
+            found = replace(found, action_mask=_read_action_mask(index, row, self.action_masks))
         wants_states = _read_flag(index, row)
         # Ids that no tokenizer has are the engine's to refuse.
         readable = found.prompt_ids and all(0 <= token_id < 2**31 for token_id in found.prompt_ids)
@@ -341,6 +357,20 @@ def _read_flag(index: int, row: TensorDictBase) -> bool | None:
     if flag is not None and not isinstance(flag, bool):
         raise InputTypeError(f"row {index}, {WANTS_STATES_KEY!r}: {flag!r:.80}; expected one bool per row")
     return flag
+
+
+def _read_action_mask(index: int, row: TensorDictBase, masks: ActionMaskReader) -> ActionMask:
+    name = f"row {index}, {masks.key!r}:"
+    try:
+        value = row.get(masks.key, None)
+    except ValueError as error:  # a tensor where the key's path has a container
+        raise InputTypeError(f"{name} cannot be read: {error}; action_mask_key reads a mask there") from error
+    if value is None:
+        raise MissingKeyError(f"{name} not there, and action_mask_key reads it; the row has {_keys_of(row)}")
+    try:
+        return masks.read(value.tolist() if is_non_tensor(value) else value)
+    except (InputError, ConstraintError) as error:
+        raise type(error)(f"{name} {error}") from error
 
 
 def _keys_of(row: TensorDictBase) -> list[str]:

@@ -28,8 +28,10 @@ _ALIASES = {
 
 
 MAX_LOGIT_BIAS = 1e9
-# Options of a request that have nothing to do with how its tokens are sampled.
-NOT_OF_SAMPLING = frozenset({"lora_path", "priority", "return_hidden_states"})
+# Options of a request that are no sampling parameters of SGLang. Those of constraints are read in `actions`.
+NOT_OF_SAMPLING = frozenset(
+    {"lora_path", "priority", "return_hidden_states", "action_mask", "disallowed_tokens", "custom_logit_processor"}
+)
 _GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag")
 # One of these in a call replaces all of its group in the defaults.
 _GROUPS = (_GRAMMARS, ("do_sample", "temperature"))
@@ -62,6 +64,7 @@ def _is_bias(value: Any) -> bool:
 _FLAG = _Rule((bool,), lambda x: True, "True or False")
 _TEXTS = _Rule((str, list, tuple), _texts, "a non-empty string or a list of them")
 _TEXT = _Rule((str,), bool, "a non-empty string")
+_OF_CONSTRAINTS = _Rule((object,), lambda x: True, "a constraint or token ids")
 
 _RULES: dict[str, _Rule] = {
     "max_new_tokens": _Rule((int,), lambda x: x >= 0, "an integer of at least 0 (0 reads the prompt only)"),
@@ -93,6 +96,7 @@ _RULES: dict[str, _Rule] = {
     "no_stop_trim": _FLAG,
     "return_hidden_states": _FLAG, "lora_path": _TEXT,
     "json_schema": _TEXT, "regex": _TEXT, "ebnf": _TEXT, "structural_tag": _TEXT,
+    "action_mask": _OF_CONSTRAINTS, "disallowed_tokens": _OF_CONSTRAINTS, "custom_logit_processor": _OF_CONSTRAINTS,
 }  # fmt: skip
 
 
@@ -114,7 +118,7 @@ def standardize(options: Mapping[str, Any] | None) -> dict[str, Any]:
         options: TorchRL's standard names (``max_new_tokens``, ``temperature``, ``stop_sequences``, ``do_sample`` …),
             Hugging Face's or vLLM's (``max_tokens``, ``stop_strings``, ``eos_token_id``, ``seed`` …), and every
             sampling parameter of SGLang by its own name; beside these, of SGLang's requests, ``return_hidden_states``,
-            ``lora_path`` and ``priority``.
+            ``lora_path``, ``priority`` and ``custom_logit_processor``; and ``action_mask``, ``disallowed_tokens``.
 
     Returns:
         A new dict by standard names.

@@ -225,6 +225,10 @@ class LogitsSpec:
             return len(self.token_ids)
         return vocab_size if self.top_k is None else self.top_k
 
+    def fits(self, vocab_size: int) -> bool:
+        """Whether a model of V tokens has these columns."""
+        return max((self.num_columns(vocab_size) - 1, *(self.token_ids or ()))) < vocab_size
+
     @property
     def of_response(self) -> bool:
         """Whether the response's are wanted."""

@@ -168,7 +168,8 @@ def to_payload(requests: Sequence[Request], info: EngineInfo, *, binary: bool) -
                 continue
             one = one or Wanted(segments=(), pooling=None)
             way = "binary" if binary else _way(shares(request), info)
-            params["custom_params"] = {CHANNEL: pack_options(one, way, logits)}
+            # Beside what a processor of SGLang's own reads there.
+            params["custom_params"] = {**(params.get("custom_params") or {}), CHANNEL: pack_options(one, way, logits)}
     elif any(one is not None for one in wanted):
         payload["return_hidden_states"] = [one is not None for one in wanted]
         # Stock SGLang leaves out the rows of a prefix-cache hit. A salt of its own keeps a request from hitting.

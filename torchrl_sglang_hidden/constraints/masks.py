@@ -158,7 +158,7 @@ def _read_ids(what: str, ids: object) -> tuple[int, ...]:
     if isinstance(ids, torch.Tensor):
         if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
             raise InputTypeError(f"{what}: a tensor of {ids.dtype}; expected token ids, or ActionMask.from_mask")
-        ids = ids.flatten().unique().tolist()
+        ids = ids.flatten().tolist()
     if isinstance(ids, (str, bytes, Mapping)) or not isinstance(ids, Iterable):
         raise InputTypeError(f"{what}: {ids!r:.80} is a {type(ids).__name__}; expected token ids")
     read = list(ids)

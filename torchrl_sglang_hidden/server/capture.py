@@ -289,7 +289,9 @@ class Capture:
         for row, req in enumerate(batch.reqs):
             length = batch.extend_lens[row] if mode in _PREFILL_MODES else 1
             one = self.opened.get(req)
-            if one is not None:
+            spec = None if one is None else one.logits.wanted.spec
+            # Columns that the model does not have would end the scheduler; no client of this package asks for them.
+            if one is not None and (spec is None or spec.fits(vocab_size)):
                 # Overlap scheduling lets the request's own ids lag by one; the lengths are those of the step.
                 stop = batch.prefix_lens[row] + length if mode in _PREFILL_MODES else int(batch.seq_lens_cpu[row])
                 index, wanted = stop - len(one.logits.prompt_ids), one.logits.wanted

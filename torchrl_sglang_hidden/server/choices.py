@@ -100,7 +100,8 @@ class HostLogits:
         for piece in self.given:
             one = piece.given.logits
             if piece.alive_N is not None and not piece.alive_N.all():
-                one.fail(_nothing_left(f"token {piece.first + int((~piece.alive_N).nonzero()[0])} of the sequence"))
+                place = piece.first + int((~piece.alive_N).nonzero()[0])
+                one.fail(_nothing_left(f"token {place} of the sequence", one))
             one.add_given(piece.first, piece.rows, piece.log_probs_N, piece.count)
         rows = {place: cut.rows for cut in self.cuts for place in cut.places}
         places = {place: n for cut in self.cuts for n, place in enumerate(cut.places)}
@@ -108,10 +109,10 @@ class HostLogits:
             row = choice.row
             if row >= len(batch.reqs) or batch.reqs[row] is not self.step.reqs[row] or commits[row] is None:
                 continue
-            if row not in self.alive and choice.logits.wanted.constraints:
+            if row not in self.alive and choice.logits.wanted.constrains:
                 continue  # a sampler that none of this went through: the count will tell
             if not self.alive.get(row, True):
-                choice.logits.fail(_nothing_left(f"token {choice.index} of the response"))
+                choice.logits.fail(_nothing_left(f"token {choice.index} of the response", choice.logits))
             found = rows.get(row)
             if commits[row].output_index == choice.index:
                 choice.logits.add(choice.index, None if found is None else _row_of(found, places[row]))
@@ -190,7 +191,7 @@ class StepChoices:
 
         Rows of requests without constraints are not written to.
         """
-        acting = [choice for choice in self.choices if choice.logits.wanted.constraints]
+        acting = [choice for choice in self.choices if choice.logits.wanted.constrains]
         if acting:
             rows_R = torch.tensor([choice.row for choice in acting], device=logits_BV.device)
             steps = [self._choosing(choice) for choice in acting]
@@ -258,7 +259,7 @@ def _given_rows(given: Given, first: int, logits_NV: torch.Tensor) -> GivenRows:
     inside = [(n, place) for n in range(len(logits_NV)) if (place := one.place_of(first + n)) is not None]
     if inside and one.wanted.constraints:
         steps = [
-            Choosing(one, first + n - start, stop - start, _ids_between(ids, start, first + n, logits_NV.device))
+            Choosing(one, first + n - start, stop - start, _ids_between(ids, start, first + n, logits_NV.device), start)
             for n, (start, stop) in inside
         ]
         rows_R = torch.tensor([n for n, _ in inside], device=logits_NV.device)
@@ -285,8 +286,10 @@ def _row_of(rows: TokenLogits, place: int) -> TokenLogits:
     return TokenLogits(rows.values_NC[only].clone(), None if ids is None else ids[only].clone())
 
 
-def _nothing_left(what: str) -> str:
+def _nothing_left(what: str, one: RequestLogits) -> str:
+    names = ", ".join(dict.fromkeys(constraint.name for constraint in one.wanted.constraints))
     return (
-        f"{what}: 0 tokens are left to choose from by the constraints together with what SGLang applies before them (a "
+        f"{what}: 0 tokens are left to choose from by the constraints ({names}; one that gives NaN or infinity leaves "
+        "nothing) together with what SGLang applies before them (a "
         "grammar, min_new_tokens, logit_bias, a processor); loosen one of them"
     )

@@ -336,8 +336,8 @@ def register() -> None:
     for module in filter(None, os.environ.get(CONSTRAINTS_ENV, "").split(",")):
         try:
             importlib.import_module(module)
-        except ImportError:
-            # The rest still works, and clients are told which constraints there are.
+        except Exception:
+            # It is anybody's code. The rest still works, and clients are told which constraints there are.
             logger.exception("torchrl_sglang_hidden: the constraints of %s cannot be imported", module)
     for kind, hooks in ((HookType.BEFORE, _BEFORE), (HookType.AFTER, _AFTER), (HookType.AROUND, _AROUND)):
         for target, hook in hooks.items():

@@ -1,0 +1,387 @@
+"""Candidate continuations of a prompt: their log-probs, and an actor that chooses among them.
+
+Knows nothing of wire formats. A candidate's tokens go behind the prompt's, token by token: nothing is tokenized across
+the place where they meet.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import InteractionType, TensorDictModuleBase
+from tensordict.utils import NestedKey
+from torchrl.data import TensorSpec
+from torchrl.modules import MaskedCategorical, ProbabilisticActor
+from transformers import PreTrainedTokenizerBase
+
+from torchrl_sglang_hidden.actions import ActionMaskReader
+from torchrl_sglang_hidden.calls import SCORING, Call, read_call
+from torchrl_sglang_hidden.constraints import LogitConstraint, check_constraints
+from torchrl_sglang_hidden.engines import Engine
+from torchrl_sglang_hidden.errors import (
+    ConstraintError,
+    InputError,
+    InputTypeError,
+    MissingKeyError,
+    PromptLengthError,
+    TokenIdError,
+)
+from torchrl_sglang_hidden.prompts import InputMode, PromptReader, Row
+from torchrl_sglang_hidden.specs import EngineInfo, Request
+
+__all__ = ["CandidateActor", "CandidateScoring", "Candidates", "Reduction"]
+
+Candidate: TypeAlias = str | Sequence[int] | torch.Tensor
+Candidates: TypeAlias = Sequence[Candidate] | Sequence[Sequence[Candidate]]
+Reduction = Literal["sum", "mean", "first"]
+REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
+
+Ids: TypeAlias = tuple[int, ...]
+
+
+class CandidateScoring:
+    """Scores candidates: part of `SGLangHiddenWrapper`."""
+
+    # What the policy is, for this part of it.
+    generate: bool
+    input_mode: InputMode
+    input_key: NestedKey
+    action_mask_key: NestedKey | None
+    generate_kwargs: dict[str, Any]
+    constraints: tuple[LogitConstraint, ...]
+    model: Engine
+    tokenizer: PreTrainedTokenizerBase
+    _device: torch.device | None
+    _mask_reader: Callable[[], ActionMaskReader | None]
+    if TYPE_CHECKING:
+
+        @property
+        def _engine(self) -> Engine: ...
+
+        @property
+        def _reader(self) -> PromptReader: ...
+
+    def score(
+        self,
+        tensordict: TensorDictBase,
+        candidates: Candidates,
+        *,
+        reduction: Reduction = "sum",
+        mask: torch.Tensor | None = None,
+    ) -> TensorDict:
+        """The log-probs of candidate continuations of each prompt: logits over A actions, ready for a distribution.
+
+        Each prompt is computed once: it goes ahead, and its candidates find it in the server's prefix cache.
+
+        Args:
+            tensordict: prompts, as for generation, of any batch size; not written to.
+            candidates: A strings or lists of token ids, the same for all rows; or such a list for each row, in
+                row-major order of the batch, of any lengths. A string is tokenized by itself, without special tokens,
+                and its ids are put behind the prompt's: begin it as it goes on there, such as with a space. Where one
+                candidate is the beginning of another, end both with the end-of-sequence token, or the shorter wins.
+
+        Keyword Args:
+            reduction: ``"sum"``, the log-prob of the whole candidate; ``"mean"``, of a token of it on average;
+                ``"first"``, of its first token, and no more than that is computed.
+            mask: bool ``[*batch, A]``, True at the candidates to score, such as an environment's ``action_mask``.
+
+        Returns:
+            A TensorDict of the batch's size:
+
+            - logits: float32 ``[*batch, A]``, the log-probs, ``-inf`` where ``mask`` is False. Of the model's own
+              distribution, without temperature or penalties; under the wrapper's constraints and its rows'
+              ``action_mask_key``, which act on a candidate's tokens as if they were being sampled.
+            - mask: bool ``[*batch, A]``, False where ``mask`` was, where a row has fewer candidates than others, and
+              where a constraint takes one of the tokens away.
+            - num_tokens: int64 ``[*batch, A]``, each candidate's tokens, 0 where there is none.
+
+        Raises:
+            InputError: candidates, a mask or prompts that cannot be served, before anything is sent; or a wrapper with
+                ``generate=False``.
+            ConstraintError: a row without a candidate that it may choose; by ``mask`` before anything is sent.
+            EngineError: the engine could not be reached, refused or aborted.
+
+        Example:
+            >>> scores = policy.score(td, [" yes", " no"])
+            >>> action = MaskedCategorical(logits=scores["logits"], mask=scores["mask"]).sample()
+        """
+        if not self.generate:
+            raise InputError(
+                "score with generate=False: this wrapper reads whole sequences, and candidates follow prompts; use "
+                "get_new_version(generate=True)"
+            )
+        if reduction not in REDUCTIONS:
+            raise InputError(f"reduction={reduction!r}: expected one of {REDUCTIONS}")
+        # As for a given sequence: nothing is sampled.
+        call = read_call(
+            self.generate_kwargs,
+            {},
+            hidden=None,
+            logits=None,
+            logits_only=False,
+            constraints=self.constraints,
+            action_mask_key=self.action_mask_key,
+            generate=False,
+            input_mode=self.input_mode,
+            num_samples=None,
+            vocab_size=self.model.info.vocab_size,
+        )
+        prompts = replace(self._reader, action_masks=self._mask_reader()).read(tensordict)
+        rows = _read_candidates(candidates, len(prompts), self.tokenizer)
+        wanted_RA = _read_mask(mask, rows, tensordict.batch_size)
+        requests = [_request(prompt, call) for prompt in prompts]
+        _check(rows, requests, self.model.info)
+        logits_RA = self._score(requests, rows, wanted_RA, reduction)
+        # A NaN stays, for the distribution to refuse.
+        mask_RA = wanted_RA & ~logits_RA.isneginf()
+        for row, any_left in enumerate(mask_RA.any(-1).tolist()):
+            if not any_left:
+                raise ConstraintError(
+                    f"row {row}: the constraints take away all of its {int(wanted_RA[row].sum())} candidates; allow "
+                    "the tokens of one"
+                )
+        found = {
+            "logits": logits_RA,
+            "mask": mask_RA,
+            "num_tokens": _padded([[len(ids) for ids in row] for row in rows]),
+        }
+        return TensorDict(
+            {name: value.reshape(*tensordict.batch_size, -1) for name, value in found.items()},
+            batch_size=tensordict.batch_size,
+        ).to(self._device or tensordict.device or "cpu")
+
+    def _score(
+        self,
+        requests: Sequence[Request],
+        rows: Sequence[Sequence[Ids]],
+        wanted_RA: torch.Tensor,
+        reduction: Reduction,
+    ) -> torch.Tensor:
+        places = [(int(row), int(place)) for row, place in wanted_RA.nonzero()]
+        ids = [rows[row][place][:1] if reduction == "first" else rows[row][place] for row, place in places]
+        scored = [_scored(requests[row], one) for (row, _), one in zip(places, ids, strict=True)]
+        if len(places) > len(requests):
+            # SGLang computes a prompt again for each of several requests that arrive together. Past the queue, which
+            # would wait twice.
+            self.model.generate(requests)
+        logits_RA = torch.full(wanted_RA.shape, -math.inf)
+        for (row, place), completion in zip(places, self._engine.generate(scored), strict=True):
+            log_probs_C = cast("torch.Tensor", completion.prompt_log_probs_P)
+            logits_RA[row, place] = log_probs_C.mean() if reduction == "mean" else log_probs_C.sum()
+        return logits_RA
+
+
+def _request(prompt: Row, call: Call) -> Request:
+    """One token of the prompt, with the constraints: what a server lacks for them is said before its candidates go."""
+    return Request(
+        prompt.prompt_ids,
+        sampling=SCORING,
+        return_log_probs=False,
+        lora=call.lora,
+        priority=call.priority,
+        constraints=(*call.constraints, *(() if prompt.action_mask is None else (prompt.action_mask,))),
+    )
+
+
+def _scored(request: Request, ids: Ids) -> Request:
+    start, stop = len(request.prompt_ids), len(request.prompt_ids) + len(ids)
+    return replace(
+        request,
+        prompt_ids=request.prompt_ids + ids,
+        score_prompt=True,
+        score_from=start,
+        responses=((start, stop),) if request.constraints else (),
+    )
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _read_candidates(candidates: Any, num_rows: int, tokenizer: PreTrainedTokenizerBase) -> list[list[Ids]]:
+    """The ids of every row's candidates."""
+    if isinstance(candidates, (str, Mapping)) or not isinstance(candidates, Sequence):
+        raise InputTypeError(
+            f"candidates: a {type(candidates).__name__}; expected a list of strings or of id lists, for all rows, or "
+            "one for each"
+        )
+    if all(_is_candidate(one) for one in candidates):
+        return [_read_row("", candidates, tokenizer)] * num_rows
+    if len(candidates) != num_rows:
+        raise InputError(
+            f"{len(candidates)} lists of candidates for a batch of {num_rows} rows; give one for each row, or one list "
+            "for all"
+        )
+    return [_read_row(f"row {row}, ", one, tokenizer) for row, one in enumerate(candidates)]
+
+
+def _is_candidate(value: Any) -> bool:
+    if isinstance(value, str):
+        return True
+    if isinstance(value, torch.Tensor):
+        return value.ndim == 1
+    return isinstance(value, Sequence) and all(isinstance(one, int) for one in value)
+
+
+def _read_row(name: str, candidates: Any, tokenizer: PreTrainedTokenizerBase) -> list[Ids]:
+    if isinstance(candidates, (str, torch.Tensor)) or not isinstance(candidates, Sequence):
+        raise InputTypeError(f"{name}candidates: {candidates!r:.80}; expected a list of strings or of id lists")
+    if not candidates:
+        raise InputError(f"{name}candidates: an empty list; give at least 1")
+    return [_read_one(f"{name}candidate {place}", one, tokenizer) for place, one in enumerate(candidates)]
+
+
+def _read_one(name: str, candidate: Any, tokenizer: PreTrainedTokenizerBase) -> Ids:
+    if isinstance(candidate, str):
+        ids = tokenizer(candidate, add_special_tokens=False)["input_ids"]
+    elif isinstance(candidate, torch.Tensor):
+        ids = candidate.tolist()
+    else:
+        ids = candidate
+    if not isinstance(ids, Sequence) or any(type(token_id) is not int for token_id in ids):
+        raise InputTypeError(f"{name}, {candidate!r:.80}: expected a string, or token ids, which are integers")
+    if not ids:
+        raise InputError(f"{name}, {candidate!r:.80}: 0 tokens, and nothing to score; give at least 1")
+    return tuple(ids)
+
+
+def _padded(values_RA: Sequence[Sequence[int]]) -> torch.Tensor:
+    width = max(map(len, values_RA))
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in values_RA])
+
+
+def _read_mask(mask: Any, rows: Sequence[Sequence[Ids]], batch_size: torch.Size) -> torch.Tensor:
+    """Bool ``[R, A]``, True at the candidates that are there and wanted."""
+    there_RA = _padded([[1] * len(row) for row in rows]).bool()
+    if mask is None:
+        return there_RA
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+        is_a = f"tensor of {mask.dtype}" if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise InputTypeError(f"mask: a {is_a}; expected a tensor of torch.bool")
+    expected = (*batch_size, there_RA.shape[1])
+    if mask.shape != expected:
+        raise InputError(
+            f"mask: shape {tuple(mask.shape)}; expected {expected}, the batch and its {expected[-1]} candidates"
+        )
+    wanted_RA = there_RA & mask.reshape(there_RA.shape).cpu()
+    for row, any_wanted in enumerate(wanted_RA.any(-1).tolist()):
+        if not any_wanted:
+            raise ConstraintError(f"row {row}: the mask leaves 0 of {len(rows[row])} candidates; leave at least 1")
+    return wanted_RA
+
+
+def _check(rows: Sequence[Sequence[Ids]], requests: Sequence[Request], info: EngineInfo) -> None:
+    """Refuses here what the engine's own check would name by another row: it sees one row for each candidate."""
+    for row, (request, candidates) in enumerate(zip(requests, rows, strict=True)):
+        num_prompt = len(request.prompt_ids)
+        if not num_prompt:
+            raise PromptLengthError(f"row {row}: the prompt has 0 tokens; SGLang needs at least 1")
+        try:
+            check_constraints(request.constraints, info.vocab_size, max(map(len, candidates)))
+        except (TokenIdError, ConstraintError) as error:
+            raise type(error)(f"row {row}: {error}") from error
+        for place, ids in enumerate(candidates):
+            name = f"row {row}, candidate {place}:"
+            for extreme in (min(ids), max(ids)):
+                if not 0 <= extreme < info.vocab_size:
+                    raise TokenIdError(
+                        f"{name} token id {extreme} is outside the vocabulary of {info.vocab_size}; ids are "
+                        f"0..{info.vocab_size - 1}. Was it made by another model's tokenizer?"
+                    )
+            if num_prompt + len(ids) > info.max_prompt_tokens:
+                raise PromptLengthError(
+                    f"{name} {num_prompt} prompt tokens and {len(ids)} of the candidate are {num_prompt + len(ids)}, "
+                    f"over the engine's limit of {info.max_prompt_tokens} (context length {info.context_length}); "
+                    "shorten one of them, or start the server with a larger context or KV cache"
+                )
+
+
+# --- choosing --------------------------------------------------------------------------------------------------------
+
+
+class _CandidateLogits(TensorDictModuleBase):  # type: ignore[misc]
+    def __init__(
+        self,
+        policy: CandidateScoring,
+        candidates: Candidates,
+        reduction: Reduction,
+        mask_key: NestedKey | None,
+        out_keys: tuple[NestedKey, NestedKey],
+    ) -> None:
+        super().__init__()
+        self.policy, self.candidates, self.reduction, self.mask_key = policy, candidates, reduction, mask_key
+        keys = (policy.input_key, policy.action_mask_key, mask_key)
+        self.in_keys = list(dict.fromkeys(key for key in keys if key is not None))
+        self.out_keys = list(out_keys)
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        mask = None
+        if self.mask_key is not None:
+            mask = tensordict.get(self.mask_key, None)
+            if mask is None:
+                raise MissingKeyError(f"the TensorDict has no {self.mask_key!r}, which the actor reads its mask from")
+        scores = self.policy.score(tensordict, self.candidates, reduction=self.reduction, mask=mask)
+        for key, name in zip(self.out_keys, ("logits", "mask"), strict=True):
+            tensordict.set(key, scores[name])
+        return tensordict
+
+
+class CandidateActor(ProbabilisticActor):  # type: ignore[misc]
+    """A TorchRL actor whose actions are candidate texts: the language model's log-probs of them are its logits.
+
+    It reads an observation as the wrapper reads its prompt, and chooses through torchrl's ``MaskedCategorical``. The
+    parameters are the server's: ``get_dist`` asks it again, and no gradient reaches them.
+
+    Args:
+        policy: an `SGLangHiddenWrapper` that generates.
+        candidates: see `SGLangHiddenWrapper.score`: a list of A for every row, where action a is candidate a.
+
+    Keyword Args:
+        reduction: likewise.
+        action_mask_key: where the environment says which of the A candidates it allows now, bool ``[*batch, A]``. The
+            others are not scored. None allows all.
+        logits_key: where the candidates' log-probs are written, float32 ``[*batch, A]``.
+        logits_mask_key: where it is written which of them may be chosen, bool ``[*batch, A]``.
+        action_key: where the action is written, int64 ``[*batch]``, an index into the candidates; its log-prob beside
+            it where tensordict puts it, ``"action_log_prob"`` or ``"sample_log_prob"``.
+        default_interaction_type: what to do outside ``set_exploration_type``: sample, unless told otherwise.
+            Deterministic is the most likely candidate.
+        return_log_prob: whether the action's log-prob is written.
+        spec: the action's spec, such as ``env.action_spec``.
+
+    Raises:
+        InputError: what `SGLangHiddenWrapper.score` refuses, when it is called.
+        MissingKeyError: the mask is not there.
+
+    Example:
+        >>> actor = CandidateActor(policy, ["go north", "go south", "wait"], action_mask_key="action_mask")
+        >>> rollout = env.rollout(100, actor)  # env writes the prompt that policy reads, and takes an action 0, 1 or 2
+    """
+
+    def __init__(
+        self,
+        policy: CandidateScoring,
+        candidates: Candidates,
+        *,
+        reduction: Reduction = "sum",
+        action_mask_key: NestedKey | None = None,
+        logits_key: NestedKey = "logits",
+        logits_mask_key: NestedKey = "logits_mask",
+        action_key: NestedKey = "action",
+        default_interaction_type: InteractionType = InteractionType.RANDOM,
+        return_log_prob: bool = True,
+        spec: TensorSpec | None = None,
+    ) -> None:
+        super().__init__(
+            _CandidateLogits(policy, candidates, reduction, action_mask_key, (logits_key, logits_mask_key)),
+            in_keys={"logits": logits_key, "mask": logits_mask_key},
+            out_keys=[action_key],
+            spec=spec,
+            distribution_class=MaskedCategorical,
+            default_interaction_type=default_interaction_type,
+            return_log_prob=return_log_prob,
+        )
