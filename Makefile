@@ -5,9 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CODE := torchrl_sglang_hidden tests benchmarks
+# By files, so that the fixtures of a file are made once.
+FAST := $(BIN)/python -m pytest -m "not engine" -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fast check format clean
+.PHONY: help install demo test fast lint check format clean
 
 help: ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -25,16 +27,18 @@ demo: $(INSTALLED) ## a real model in a real SGLang server, driven by a TorchRL 
 	$(BIN)/torchrl-sglang-hidden demo
 
 test: $(INSTALLED) ## every test, those with a real server included
-	$(BIN)/python -m pytest
+	$(FAST)
+	$(BIN)/python -m pytest -m engine
 
 fast: $(INSTALLED) ## the tests that need no server
-	$(BIN)/python -m pytest -m "not engine"
+	$(FAST)
 
-check: $(INSTALLED) ## ruff, format, mypy --strict and the fast tests: green on every commit
+lint: $(INSTALLED) ## ruff, format, mypy --strict
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not engine"
+
+check: lint fast ## both of these: green on every commit
 
 format: $(INSTALLED) ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix $(CODE)

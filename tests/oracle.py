@@ -77,6 +77,13 @@ def _recorded(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[dict[in
             handle.remove()
 
 
+def head(model: PreTrainedModel, states_ND: torch.Tensor) -> torch.Tensor:
+    """The logits ``[N, V]`` of states after the final norm, scaled and softcapped where the model does that."""
+    logits_NV = model.get_output_embeddings()(states_ND) / getattr(model.config, "logits_scaling", 1.0)
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return logits_NV if cap is None else cap * torch.tanh(logits_NV / cap)
+
+
 @torch.inference_mode()
 def teacher_force(
     model_dir: str,
@@ -93,7 +100,7 @@ def teacher_force(
     fed = torch.tensor([[*prompt_ids, *response_ids[:-1]]])
     with _recorded(model, layers) as layer_states:
         states_SD = model.get_decoder()(fed, use_cache=False).last_hidden_state[0]
-    logits_TV = model.get_output_embeddings()(states_SD[len(prompt_ids) - 1 :])
+    logits_TV = head(model, states_SD[len(prompt_ids) - 1 :])
     log_probs_TV = torch.log_softmax(logits_TV / temperature, dim=-1)
     best_two_T2 = logits_TV.topk(2, dim=-1).values
     return Truth(

@@ -16,14 +16,9 @@ from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, LogProbs, Masks, Text, Tokens
 
 from torchrl_sglang_hidden import LastTokens
-from torchrl_sglang_hidden.assemble import (
-    HiddenStates,
-    OutputKeys,
-    Row,
-    TokenHiddenStates,
-    assemble,
-    assemble_scores,
-)
+from torchrl_sglang_hidden.assemble import assemble, assemble_scores
+from torchrl_sglang_hidden.outputs import HiddenStates, OutputKeys, TokenHiddenStates
+from torchrl_sglang_hidden.prompts import Row
 from torchrl_sglang_hidden.specs import SEGMENTS, Completion, HiddenSpec, Pooled, Segment, TokenRows, rows_expected
 
 ALL = HiddenSpec(SEGMENTS)
@@ -92,6 +87,7 @@ def assembled(
         keys=OutputKeys(**{**NAMES, **keys}),
         hidden=spec,
         hidden_size=HIDDEN_SIZE,
+        logits=None,
         pad_id=PAD_ID if padded else None,
         device=device,
     )
@@ -251,6 +247,7 @@ def test_no_log_probs_no_key() -> None:
         keys=OutputKeys(**NAMES),
         hidden=None,
         hidden_size=HIDDEN_SIZE,
+        logits=None,
         pad_id=None,
         device=None,
     )
@@ -267,6 +264,7 @@ def test_a_chat_grows_by_the_response() -> None:
         keys=OutputKeys(**NAMES),
         hidden=ALL,
         hidden_size=HIDDEN_SIZE,
+        logits=None,
         pad_id=None,
         device=None,
     )["history"]
@@ -356,6 +354,7 @@ def test_the_fields_of_tokens_do_not_share_memory() -> None:
         keys=OutputKeys(**NAMES),
         hidden=EVERYTHING,
         hidden_size=HIDDEN_SIZE,
+        logits=None,
         pad_id=None,
         device=None,
     )
@@ -423,6 +422,7 @@ def test_no_response_is_no_tokens(padded: bool) -> None:
         keys=OutputKeys(**NAMES),
         hidden=spec,
         hidden_size=HIDDEN_SIZE,
+        logits=None,
         pad_id=PAD_ID if padded else None,
         device=None,
     )
@@ -452,6 +452,7 @@ def test_a_scored_sequence_has_a_state_for_every_token(padded: bool) -> None:
         keys=OutputKeys(**{**NAMES, "finish_reason": None, "mixed_weights": None}),
         hidden=spec,
         hidden_size=HIDDEN_SIZE,
+        logits=None,
         pad_id=PAD_ID if padded else None,
         device=None,
     )

@@ -110,22 +110,26 @@ def test_cores_that_the_user_chose_stay(monkeypatch: pytest.MonkeyPatch) -> None
     assert os.environ[BIND_ENV] == "0-1|2-3"
 
 
-def test_pinning_is_ignored_where_it_would_be_refused() -> None:
-    found = run(
-        "import json, torch\nfrom torchrl_sglang_hidden.server.cpu import ignore_pinning\n"
-        "ignore_pinning(); ignore_pinning(); pinned = dict(pin_memory=True)\n"
+@pytest.fixture(scope="module")
+def with_torch() -> Any:
+    """What a process finds that has imported torch, which takes seconds: one for several tests."""
+    return run(
+        "import json, sys\nfrom torchrl_sglang_hidden.server.cpu import has_accelerator, ignore_pinning\n"
+        "has_accelerator()\nimport torchrl_sglang_hidden.server.__main__\nsglang_loaded = 'sglang' in sys.modules\n"
+        "import torch\nignore_pinning(); ignore_pinning(); pinned = dict(pin_memory=True)\n"
         "made = [torch.tensor([0], **pinned), torch.empty(1, **pinned), torch.zeros(1, **pinned),\n"
         "    torch.ones(1, **pinned), torch.full((1,), 2, **pinned), torch.arange(1, **pinned)]\n"
-        "print(json.dumps([made[4].tolist(), made[0].pin_memory() is made[0], torch.zeros(2).tolist()]))"
+        "found = [made[4].tolist(), made[0].pin_memory() is made[0], torch.zeros(2).tolist()]\n"
+        "print(json.dumps(dict(sglang_loaded=sglang_loaded, pinned=found)))"
     )
-    assert found == [[2], True, [0.0, 0.0]]
 
 
-def test_importing_this_packages_half_imports_no_sglang() -> None:
-    assert run(
-        "import json, sys\nfrom torchrl_sglang_hidden.server.cpu import has_accelerator\nhas_accelerator()\n"
-        "import torchrl_sglang_hidden.server.__main__\nprint(json.dumps('sglang' not in sys.modules))"
-    )
+def test_pinning_is_ignored_where_it_would_be_refused(with_torch: Any) -> None:
+    assert with_torch["pinned"] == [[2], True, [0.0, 0.0]]
+
+
+def test_importing_this_packages_half_imports_no_sglang(with_torch: Any) -> None:
+    assert with_torch["sglang_loaded"] is False
 
 
 def test_the_standin_is_no_part_of_the_packages_import_tree() -> None:

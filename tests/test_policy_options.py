@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from torchrl_sglang_hidden import SGLangHiddenWrapper, SGLangServer
+from torchrl_sglang_hidden import DisallowedTokens, LogitsSpec, SGLangHiddenWrapper, SGLangServer
 from torchrl_sglang_hidden.errors import (
     InputError,
     InputTypeError,
@@ -138,7 +138,9 @@ FULL_CONFIG: dict[str, Any] = {
 "batching": True, "min_batch_size": 1,
     "max_batch_size": 8, "batching_timeout": 2.5,
     "text_key": None, "tokens_key": ("a", "b"), "masks_key": "m", "log_probs_key": None, "hidden": ALL,
-    "hidden_states_key": "s", "token_hidden_states_key": ("t", "s"),
+    "hidden_states_key": "s", "token_hidden_states_key": ("t", "s"), "logits": LogitsSpec(top_k=3, stage="processed"),
+    "logits_key": ("l", "g"), "constraints": (DisallowedTokens([7]),), "action_mask_key": ("my", "actions"),
+    "action_token_ids": (9, 8, 1),
 }  # fmt: skip
 
 
@@ -162,6 +164,8 @@ def test_a_new_version_loses_nothing() -> None:
         {"num_samples": None, "inplace": "empty"},
         {"generate": False},
         {"layout": None},
+        {"logits": None, "constraints": ()},
+        {"action_mask_key": "a", "action_token_ids": None},
     ],
 )
 def test_a_new_version_changes_only_what_is_said(changes: dict[str, Any]) -> None:
@@ -213,6 +217,7 @@ def test_concurrent_callers_share_a_request() -> None:
 def test_a_copy_and_a_pickle_lose_nothing() -> None:
     server = RecordingServer()
     options = {**FULL_CONFIG, "min_batch_size": 2, "input_mode": "text", "input_key": None}
+    options |= {"action_mask_key": None, "action_token_ids": None}
     try:
         policy = SGLangHiddenWrapper(SGLangServer(server.url), **options)
         policy.register_collector(server)

@@ -22,6 +22,7 @@ GOOD: dict[str, Any] = {
     "do_sample": True, "ignore_eos": True, "skip_special_tokens": False, "spaces_between_special_tokens": False,
     "no_stop_trim": True, "include_stop_str_in_output": True, "json_schema": "{}", "regex": "a", "ebnf": "root ::= a",
     "structural_tag": "{}", "return_hidden_states": True, "lora_path": "poet", "priority": -2,
+    "action_mask": [5], "disallowed_tokens": (5, 6), "custom_logit_processor": "disallowed_tokens:{}",
 }  # fmt: skip
 
 ALIASES = {
@@ -177,6 +178,7 @@ def test_two_grammars() -> None:
         ({"logit_bias": {5: 1}}, {"logit_bias": {"5": 1.0}}),
         ({"include_stop_str_in_output": True}, {"no_stop_trim": True}),
         ({"lora_path": "poet", "priority": 1, "return_hidden_states": False, "top_k": 3}, {"top_k": 3}),
+        ({"action_mask": [1], "disallowed_tokens": [2], "custom_logit_processor": "x", "top_k": 3}, {"top_k": 3}),
     ],
 )
 def test_what_sglang_gets(options: dict[str, Any], sglang: dict[str, Any]) -> None:
@@ -218,6 +220,11 @@ def test_any_combination_survives_json_and_a_second_pass(names: set[str], gramma
         ({"temperature": 0.7, "top_k": 5}, {"temperature": None}, {"top_k": 5}),
         ({"max_new_tokens": 9}, {"max_tokens": None}, {}),
         ({"top_k": 5}, {}, {"top_k": 5}),
+        (
+            {"action_mask": [1], "disallowed_tokens": [2]},
+            {"action_mask": [3]},
+            {"action_mask": [3], "disallowed_tokens": [2]},
+        ),
     ],
 )
 def test_a_call_overrides_the_defaults(defaults: Any, call: Any, result: Any) -> None:

@@ -24,7 +24,7 @@ from torchrl_sglang_hidden.places import decode_all
 from torchrl_sglang_hidden.prompts import InputMode, Row
 from torchrl_sglang_hidden.sampling import NOT_OF_SAMPLING, override, standardize, to_sglang
 from torchrl_sglang_hidden.spans import Between, find_between
-from torchrl_sglang_hidden.specs import Completion, HiddenSpec, LogitsSpec, Request
+from torchrl_sglang_hidden.specs import DEFAULT_NEW_TOKENS, Completion, HiddenSpec, LogitsSpec, Request
 
 __all__ = ["Call", "check_responses", "read_call", "read_target", "to_requests", "write"]
 
@@ -45,6 +45,7 @@ class Call:
         logits: the logits that come back, or None. Of a given sequence: those of its tokens.
         logits_only: whether these come back without log-probs and states, as one tensor.
         constraints: those of the wrapper, then those of the call. The row's own come behind them.
+        response_limit: ``max_new_tokens`` of what is sampled, or of what was.
         processor: SGLang's own, in their place and in that of the rows' masks; or None.
     """
 
@@ -56,6 +57,7 @@ class Call:
     logits: LogitsSpec | None = None
     logits_only: bool = False
     constraints: tuple[LogitConstraint, ...] = ()
+    response_limit: int = DEFAULT_NEW_TOKENS
     processor: str | None = None
 
     @property
@@ -118,9 +120,12 @@ def read_call(
                 f"generate=False with custom_logit_processor={processor!r:.60}: SGLang's own acts on tokens that are "
                 "sampled; give a LogitConstraint, or generate_kwargs without it"
             )
+        # A prompt that is only read was followed by nothing.
+        limit = options.get("max_new_tokens") or DEFAULT_NEW_TOKENS
         if logits_only:
-            return Call(False, None, SCORING, lora, priority, only_logits(logits), True, constraints)
-        return Call(False, of_given(hidden), SCORING, lora, priority, logits_of_given(logits), constraints=constraints)
+            return Call(False, None, SCORING, lora, priority, only_logits(logits), True, constraints, limit)
+        states, logits = of_given(hidden), logits_of_given(logits)
+        return Call(False, states, SCORING, lora, priority, logits, False, constraints, limit)
     if read_num_samples(num_samples, options) != num_samples:
         raise InputError(
             f"num_return_sequences={options['num_return_sequences']} in a call, and no num_samples in the wrapper, "
@@ -138,7 +143,8 @@ def read_call(
             f"custom_logit_processor is SGLang's own, and is used alone; left out: {', '.join(left_out)}", stacklevel=3
         )
     sampling = to_sglang(options)
-    return Call(True, hidden, sampling, lora, priority, logits, constraints=constraints, processor=processor)
+    limit = sampling.get("max_new_tokens", DEFAULT_NEW_TOKENS)
+    return Call(True, hidden, sampling, lora, priority, logits, False, constraints, limit, processor)
 
 
 def _check_reading(hidden: HiddenSpec | None, logits: LogitsSpec | None, num_samples: int | None) -> None:
@@ -194,6 +200,7 @@ def to_requests(rows: Sequence[Row], call: Call, *, return_log_probs: bool) -> l
                 logits=call.logits,
                 constraints=constraints if call.generate or responses else (),
                 responses=responses,
+                response_limit=call.response_limit,
                 processor=call.processor,
             )
         )

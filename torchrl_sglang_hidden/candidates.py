@@ -184,6 +184,7 @@ def _request(prompt: Row, call: Call) -> Request:
         return_log_probs=False,
         lora=call.lora,
         priority=call.priority,
+        response_limit=call.response_limit,
         constraints=(*call.constraints, *(() if prompt.action_mask is None else (prompt.action_mask,))),
     )
 

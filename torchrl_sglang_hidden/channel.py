@@ -192,6 +192,7 @@ def _pack_logits(logits: WantedLogits) -> dict[str, Any]:
         "given": logits.given,
         "scored": logits.scored,
         "responses": [place for part in logits.responses for place in part],
+        "response_limit": logits.response_limit,
     }
     if logits.spec is not None:
         spec = logits.spec
@@ -203,7 +204,7 @@ def _pack_logits(logits: WantedLogits) -> dict[str, Any]:
 def _unpack_logits(fields: Mapping[str, Any]) -> WantedLogits:
     spec = fields.get("spec")
     places = [int(place) for place in fields["responses"]]
-    if len(places) % 2 or any(a >= b for a, b in zip(places[::2], places[1::2], strict=True)):
+    if any(a >= b for a, b in zip(places[::2], places[1::2], strict=True)):
         raise ValueError(f"{places} are no parts of a prompt")
     given = fields["given"]
     if given is not None and int(given) < 1:
@@ -214,6 +215,7 @@ def _unpack_logits(fields: Mapping[str, Any]) -> WantedLogits:
         given=None if given is None else int(given),
         scored=fields["scored"] is True,
         responses=tuple(zip(places[::2], places[1::2], strict=True)),
+        response_limit=int(fields["response_limit"]),
     )
 
 

@@ -20,13 +20,11 @@ from torchrl_sglang_hidden.errors import (
 )
 from torchrl_sglang_hidden.shared import MAX_BYTES
 from torchrl_sglang_hidden.spans import Between, LastTokens, PromptSpan
-from torchrl_sglang_hidden.specs import EngineInfo, HiddenSpec, LogitsSpec, Request, canonical_layer
+from torchrl_sglang_hidden.specs import DEFAULT_NEW_TOKENS, EngineInfo, HiddenSpec, LogitsSpec, Request, canonical_layer
 from torchrl_sglang_hidden.wire import wanted_of
 
 __all__ = ["check_requests"]
 
-# SGLang's own default for max_new_tokens.
-DEFAULT_NEW_TOKENS = 128
 # Of one request's token states: as text they are copied by three processes and parsed as JSON, in a file by nobody.
 MAX_TEXT_BYTES = 256 * 2**20
 MAX_SHARED_BYTES = MAX_BYTES // 2

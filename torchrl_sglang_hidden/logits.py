@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 
 from torchrl_sglang_hidden.constraints import ConstraintStep, LogitConstraint, TemperatureScale, TokenConstraint
-from torchrl_sglang_hidden.specs import LogitsSpec, TokenLogits
+from torchrl_sglang_hidden.specs import DEFAULT_NEW_TOKENS, LogitsSpec, TokenLogits
 
 __all__ = ["Choosing", "FoundLogits", "RequestLogits", "WantedLogits", "constrain", "cut"]
 
@@ -35,6 +35,7 @@ class WantedLogits:
         given: the first prompt token whose row is wanted, at least 1; None for none.
         scored: whether the log-probs of the prompt's tokens from ``given`` on are wanted.
         responses: parts of the prompt that constraints act on as if they were being sampled.
+        response_limit: most tokens of each of those.
     """
 
     spec: LogitsSpec | None = None
@@ -42,6 +43,7 @@ class WantedLogits:
     given: int | None = None
     scored: bool = False
     responses: tuple[tuple[int, int], ...] = ()
+    response_limit: int = DEFAULT_NEW_TOKENS
 
     @property
     def constrains(self) -> bool:

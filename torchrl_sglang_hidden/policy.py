@@ -151,7 +151,7 @@ class SGLangHiddenWrapper(CandidateScoring, Configured, Distributions, LLMWrappe
           the end-of-turn token too), in tokens mode as it was given under ``masks_key``; else None.
         - log_probs: float32 [N], each token given those before it, without temperature; 0 for the first, as in TorchRL.
           Constraints act on the tokens in ``all_assistant_mask`` as if these were being sampled, each run of them
-          from its first token; a token that they take away has -inf, and ``max_new_tokens`` is the length of the run.
+          from its first token and with ``max_new_tokens`` of the options; a token that they take away has -inf.
         - hidden_states: all N positions, and the spans but those of a response. token_hidden_states: all N. logits: N.
         - weight_version. No ``finish_reason``, no ``mixed_weights``.
         In place, these replace what stood under their keys, the prompts and responses of a generation too, as in

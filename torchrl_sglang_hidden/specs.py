@@ -45,6 +45,10 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+# SGLang's own default for max_new_tokens.
+DEFAULT_NEW_TOKENS = 128
+
+
 def rows_expected(segment: Segment, num_prompt: int, num_response: int) -> int:
     """How many positions a segment has, for P prompt and T response tokens (see the module's table)."""
     return {"prompt": num_prompt, "response": num_response, "full": num_prompt + num_response - 1}[segment]
@@ -271,6 +275,7 @@ class Request:
         constraints: on the tokens that are sampled; in a prompt that is scored on those in ``responses``.
         responses: the parts of a scored prompt that constraints act on as if they were being sampled: each ``(start,
             stop)``, in order and apart, 1 ≤ start < stop ≤ P. A constraint counts tokens from each start.
+        response_limit: the ``max_new_tokens`` that those were sampled with, which a schedule may go by.
         processor: SGLang's own custom logit processor as its ``to_str`` writes it, or None.
         spans: the spans of ``hidden``, resolved for this prompt, under their names.
         lora: the name of a LoRA adapter that the server has loaded, or None.
@@ -289,6 +294,7 @@ class Request:
     logits: LogitsSpec | None = None
     constraints: tuple[LogitConstraint, ...] = ()
     responses: tuple[tuple[int, int], ...] = ()
+    response_limit: int = DEFAULT_NEW_TOKENS
     processor: str | None = None
 
     @property

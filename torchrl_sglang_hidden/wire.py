@@ -186,7 +186,7 @@ def logits_of(request: Request) -> WantedLogits | None:
     if spec is None and not request.constraints:
         return None
     given = 1 if spec is not None and spec.of_prompt else max(request.score_from, 1) if scored else None
-    return WantedLogits(spec, request.constraints, given, scored, request.responses)
+    return WantedLogits(spec, request.constraints, given, scored, request.responses, request.response_limit)
 
 
 def shares(request: Request) -> bool:

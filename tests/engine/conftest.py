@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import os
+import secrets
+import subprocess
+import sys
 from collections.abc import Iterator
 
+import own_constraints
 import pytest
 from checks import CHUNKED_PREFILL_SIZE
 from trainee import restore
 
-from torchrl_sglang_hidden import SGLangServer, connect, launch
+from torchrl_sglang_hidden import SGLangOffline, SGLangServer, connect, launch
+from torchrl_sglang_hidden.engines.launch import LaunchedServer
 
 # A running server for the `trainee` fixture, started with the arguments below, whose weights tests may change.
 TRAINEE_URL_ENV = "TORCHRL_SGLANG_HIDDEN_TRAINEE_URL"
+IN_PROCESS_TIMEOUT_S = 500
+# Seventeen responses that grow, or a storm of requests, do not fit: SGLang must take some back and compute them again.
+CRAMPED_TOKENS = 480
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +49,62 @@ def trainee(trainee_server: SGLangServer) -> Iterator[SGLangServer]:
     yield trainee_server
     if trainee_server.info.weight_version != before:
         restore(trainee_server)
+
+
+@pytest.fixture(scope="session")
+def cramped_key() -> str:
+    return secrets.token_hex(8)
+
+
+@pytest.fixture(scope="session")
+def cramped_qwen3(
+    qwen3_dir: str, cramped_key: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LaunchedServer]:
+    """The random Qwen3 on a server that wants `cramped_key`, and whose KV cache is too small for what it lets in."""
+    with launch(
+        qwen3_dir,
+        dtype="float32",
+        layers=(0, 1, 2, 3),
+        chunked_prefill_size=CHUNKED_PREFILL_SIZE,
+        enable_mixed_chunk=True,
+        api_key=cramped_key,
+        max_total_tokens=CRAMPED_TOKENS,
+        max_running_requests=24,
+        schedule_conservativeness=0.01,  # admit all rows at once, although they will not fit
+        sleep_on_idle=True,
+        log_file=tmp_path_factory.mktemp("cramped") / "server.log",
+    ) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def in_process(smol_dir: str) -> Iterator[SGLangOffline]:
+    """An engine in this process, for the classes named ``InProcess``: in the process that `in_process_log` starts."""
+    modules = (own_constraints.__name__,)
+    with SGLangOffline(
+        smol_dir, dtype="float32", chunked_prefill_size=CHUNKED_PREFILL_SIZE, constraint_modules=modules
+    ) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def in_process_log(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What pytest said of the classes named ``InProcess``, all of which passed.
+
+    `sglang.Engine` changes the process that it runs in for good, so its tests get one of their own. Those of all files
+    of this run share it: its start takes longer than they do.
+    """
+    files = sorted({str(item.path) for item in request.session.items if item.name == "test_in_process"})
+    command = [sys.executable, "-m", "pytest", "-vv", "-o", "python_classes=InProcess", "-p", "no:cacheprovider"]
+    log = tmp_path_factory.mktemp("in-process") / "log.txt"
+    with log.open("w") as output:
+        done = subprocess.run(
+            [*command, *(f"{file}::InProcess" for file in files)],
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            timeout=IN_PROCESS_TIMEOUT_S,
+            check=False,
+        )
+    assert done.returncode == 0, log.read_text()[-6000:]
+    return log.read_text()

@@ -1,4 +1,4 @@
-"""States in the presence of what a serving engine does behind one's back: each right, or refused with the reason.
+"""States, logits and constraints beside what a serving engine does behind one's back: each right, or refused.
 
 docs/engine_features.md lists these tests, one for each feature.
 """
@@ -9,16 +9,19 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import models
 import pytest
+import torch
 from checks import prompt_of, relative_error
+from choosing import SUM_ATOL, assert_choices, positioned
 from states import assert_completion
 
-from torchrl_sglang_hidden import HiddenSpec, LastTokens, launch
+from torchrl_sglang_hidden import ActionMask, HiddenSpec, LastTokens, LogitsSpec, launch
 from torchrl_sglang_hidden.channel import CHANNEL
 from torchrl_sglang_hidden.engines.launch import LaunchedServer
 from torchrl_sglang_hidden.specs import Completion, Request
@@ -54,6 +57,19 @@ def check_at_once(server: LaunchedServer, calls: list[list[Request]], model_dir:
     for requests, completions in zip(calls, answers, strict=True):
         for request, completion in zip(requests, completions, strict=True):
             assert_completion(request, completion, model_dir, NUM_LAYERS)
+
+
+def choices_of(seed: int, **fields: Any) -> list[Request]:
+    """Constraints at certain tokens, and logits of prompts and responses, on ragged prompts."""
+    requests = positioned(ragged(seed, 10), 7, own=False)
+    whole = [LogitsSpec(top_k=3, segments=("full",)), LogitsSpec(token_ids=(8, 3), segments=("full",))]
+    requests += [replace(request, logits=spec) for request in requests[1::2] for spec in whole]
+    return [replace(request, **fields) for request in requests]
+
+
+def check_choices(server: LaunchedServer, requests: list[Request], model_dir: str, *, overlap: bool = True) -> None:
+    for request, completion in zip(requests, server.generate(requests), strict=True):
+        assert_choices(request, completion, model_dir, overlap=overlap)
 
 
 def log_of(server: LaunchedServer) -> str:
@@ -117,6 +133,9 @@ def test_priorities(pressed: LaunchedServer, qwen3_dir: str) -> None:
     slow = [[request_of(prompt_of(40, 800 + index), 60, priority=0)] for index in range(6)]
     urgent = [[request_of(prompt_of(30, 900 + index), priority=10)] for index in range(4)]
     check_at_once(pressed, slow + urgent, qwen3_dir)
+    calls = [[replace(r, priority=0)] for r in positioned(ragged(9), 50, own=False)] + [choices_of(10, priority=10)]
+    with ThreadPoolExecutor(len(calls)) as pool:
+        list(pool.map(lambda requests: check_choices(pressed, requests, qwen3_dir), calls))
 
 
 def test_an_abort_leaves_nothing_and_nobody_else_is_touched(pressed: LaunchedServer, qwen3_dir: str) -> None:
@@ -148,6 +167,10 @@ def test_without_overlap_radix_cache_and_chunks(qwen3_dir: str, tmp_path: Path) 
     ) as server:
         for _ in range(2):
             check(server, [request_of(ids) for ids in ragged(2)], qwen3_dir)
+        choices = choices_of(2)
+        penalties = {"frequency_penalty": 0.8, "presence_penalty": 0.5}
+        choices += [replace(request, sampling={**request.sampling, **penalties}) for request in choices]
+        check_choices(server, choices, qwen3_dir, overlap=False)
 
 
 def test_pages_of_the_kv_cache(qwen3_dir: str, tmp_path: Path) -> None:
@@ -157,6 +180,8 @@ def test_pages_of_the_kv_cache(qwen3_dir: str, tmp_path: Path) -> None:
             check(server, [request_of(ids) for ids in ragged(3)], qwen3_dir)
         shared = prompt_of(90, 1100)
         check(server, [request_of(shared[: 50 + 7 * index] + prompt_of(9, index)) for index in range(5)], qwen3_dir)
+        for _ in range(2):
+            check_choices(server, choices_of(3), qwen3_dir)
 
 
 def test_data_parallel(qwen3_dir: str, tmp_path: Path) -> None:
@@ -167,6 +192,7 @@ def test_data_parallel(qwen3_dir: str, tmp_path: Path) -> None:
             calls = [[request_of(ids)] for ids in ragged(4, 8)] + [[request_of(ids) for ids in ragged(5)]]
             check_at_once(server, calls, qwen3_dir)
         assert min(status(server, part)["prefix_bytes"] for part in range(2)) > 0, "one of them did nothing"
+        check_choices(server, choices_of(4), qwen3_dir)
 
 
 def test_lora(qwen3_dir: str, tmp_path: Path) -> None:
@@ -190,6 +216,7 @@ def test_lora(qwen3_dir: str, tmp_path: Path) -> None:
             assert_completion(requests[2], short, merged_dir, NUM_LAYERS)
         apart = relative_error(adapted.hidden["prompt"].vector, plain.hidden["prompt"].vector)
         assert apart > 0.01, "the adapter changes nothing, so nothing was shown"
+        check_choices(server, choices_of(6, lora="mine"), merged_dir)
 
 
 def test_bfloat16(smol_dir: str, tmp_path: Path) -> None:
@@ -201,3 +228,12 @@ def test_bfloat16(smol_dir: str, tmp_path: Path) -> None:
         requests = [Request(tuple(ids), {"max_new_tokens": 6}, False, spec) for ids in ragged(6)]
         for request, completion in zip(requests, server.generate(requests), strict=True):
             assert_completion(request, completion, smol_dir, server.info.num_layers, rtol=0.05)
+        mask = ActionMask(range(100, 140))
+        spec, sampling = LogitsSpec(top_k=40, stage="processed"), {"max_new_tokens": 6, "temperature": 0.7}
+        chosen = [Request(tuple(ids), sampling, logits=spec, constraints=(mask,)) for ids in ragged(7)]
+        for completion in server.generate(chosen):
+            assert set(completion.response_ids) <= set(mask.valid_token_ids)
+            assert completion.logits is not None
+            log_probs_TC = completion.logits.values_NC.log_softmax(-1)
+            places_TC = completion.logits.token_ids_NC == torch.tensor(completion.response_ids)[:, None]
+            torch.testing.assert_close(log_probs_TC[places_TC], completion.log_probs_T, atol=SUM_ATOL, rtol=0)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import oracle
 import pytest
@@ -22,28 +21,15 @@ from checks import (
 )
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from torchrl_sglang_hidden import AuthenticationError, PromptLengthError, SGLangHiddenWrapper, connect, launch
+from torchrl_sglang_hidden import AuthenticationError, PromptLengthError, SGLangHiddenWrapper, connect
 from torchrl_sglang_hidden.engines.launch import LaunchedServer
 
 Policy = Callable[..., SGLangHiddenWrapper]
 
-API_KEY = secrets.token_hex(8)
-# Seventeen growing responses do not fit, so that SGLang must take some back and compute them again.
-KV_TOKENS = 480
 
-
-@pytest.fixture(scope="module")
-def qwen3(qwen3_dir: str) -> Iterator[LaunchedServer]:
-    with launch(
-        qwen3_dir,
-        dtype="float32",
-        chunked_prefill_size=CHUNKED_PREFILL_SIZE,
-        api_key=API_KEY,
-        max_total_tokens=KV_TOKENS,
-        schedule_conservativeness=0.01,  # admit all rows at once, although they will not fit
-        sleep_on_idle=True,
-    ) as engine:
-        yield engine
+@pytest.fixture
+def qwen3(cramped_qwen3: LaunchedServer) -> LaunchedServer:
+    return cramped_qwen3
 
 
 @pytest.fixture
@@ -102,7 +88,7 @@ def test_rows_that_the_server_took_back_and_computed_again(
 ) -> None:
     retractions = qwen3.log_path.read_text().count("Retract requests")
     prompts = [prompt_of(12, seed=50 + row) for row in range(17)]
-    assert len(prompts) * (12 + 40) > KV_TOKENS
+    assert len(prompts) * (12 + 40) > qwen3.info.max_prompt_tokens
     rows = assert_rows(qwen3_policy(max_new_tokens=40)(tokens_input(prompts)), qwen3_dir, SEGMENTS)
     assert [len(row.response_ids) for row in rows] == [40] * 17
     assert qwen3.log_path.read_text().count("Retract requests") > retractions, "nothing was taken back: tests nothing"
@@ -123,16 +109,22 @@ def test_longest_prompt_that_the_kv_cache_holds(qwen3: LaunchedServer, qwen3_pol
 
 @pytest.mark.parametrize("key", [None, "wrong-key"])
 def test_wrong_api_key(
-    qwen3: LaunchedServer, qwen3_policy: Policy, tokenizer: PreTrainedTokenizerBase, key: str | None
+    qwen3: LaunchedServer,
+    qwen3_policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    cramped_key: str,
+    key: str | None,
 ) -> None:
     with pytest.raises(AuthenticationError) as caught:
         make_policy(connect(qwen3.url, api_key=key), tokenizer)(tokens_input([[5, 6]]))
     assert qwen3.url in str(caught.value)
-    assert API_KEY not in str(caught.value)
+    assert cramped_key not in str(caught.value)
     assert len(qwen3_policy()(tokens_input([[5, 6]]))) == 1
 
 
-def test_right_api_key(qwen3: LaunchedServer, tokenizer: PreTrainedTokenizerBase, qwen3_dir: str) -> None:
-    client = connect(qwen3.url, api_key=API_KEY)
+def test_right_api_key(
+    qwen3: LaunchedServer, tokenizer: PreTrainedTokenizerBase, cramped_key: str, qwen3_dir: str
+) -> None:
+    client = connect(qwen3.url, api_key=cramped_key)
     assert_rows(make_policy(client, tokenizer)(tokens_input([[5, 6]])), qwen3_dir, SEGMENTS)
-    assert API_KEY not in repr(client)
+    assert cramped_key not in repr(client)

@@ -1,6 +1,7 @@
-"""Every segment, layer, pooling and span of small random models, on real servers, against Hugging Face.
+"""Every segment, layer, pooling and span of small random models, on real servers, against Hugging Face; and the logits.
 
-What a layer id means is the model's own matter: so the same questions are put to four architectures.
+What a layer id means, and what a head does, is the model's own matter: so the same questions are put to four
+architectures, with heads tied and not, a softcapped one, and one with a vocabulary that SGLang pads.
 """
 
 from __future__ import annotations
@@ -13,17 +14,21 @@ import models
 import pytest
 import torch
 from checks import prompt_of
+from choosing import assert_choices
 from states import assert_completion
 
 from torchrl_sglang_hidden import (
+    ActionMask,
+    DisallowedTokens,
     HiddenSpec,
     LastTokens,
+    LogitsSpec,
     TokenMask,
     launch,
 )
 from torchrl_sglang_hidden.engines.launch import LaunchedServer
 from torchrl_sglang_hidden.spans import PromptSpan
-from torchrl_sglang_hidden.specs import POOLINGS, SEGMENTS, Completion, Request
+from torchrl_sglang_hidden.specs import POOLINGS, SEGMENTS, STAGES, Completion, Request
 
 ARCHITECTURES = {
     "llama": (models.save_random_llama, 5),
@@ -128,6 +133,27 @@ def test_spans(served: Served, pooling: Any) -> None:
         spec = HiddenSpec(("prompt", "response"), pooling, layers=(0, -1), spans=asked)
         served.ask(spec, [ids], spans=resolved)
         served.ask(replace(spec, segments=()), [ids], spans=resolved)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_logits(served: Served, stage: Any) -> None:
+    """With all columns of the vocabulary and none of its padding, also where all but its end is denied."""
+    vocab_size = served.server.info.vocab_size
+    selections: list[dict[str, Any]] = [{"full": True}, {"top_k": 5}, {"token_ids": (vocab_size - 1, 0, 700)}]
+    constraints = [(), (ActionMask((5, vocab_size - 1, vocab_size - 2)),), (DisallowedTokens(range(vocab_size - 3)),)]
+    requests = [
+        Request(
+            tuple(ids),
+            {"max_new_tokens": 6, "temperature": (1.0, 0.7, 0.0)[index % 3]},
+            logits=LogitsSpec(**selection, stage=stage, segments=("full",)),
+            constraints=constraints[(index + row) % 3],
+        )
+        for row, ids in enumerate(prompts(6))
+        for index, selection in enumerate(selections)
+    ]
+    for _ in range(2):
+        for request, completion in zip(requests, served.server.generate(requests), strict=True):
+            assert_choices(request, completion, served.model_dir)
 
 
 def test_a_prompt_alone(served: Served) -> None:

@@ -23,12 +23,14 @@ from states import assert_completion
 from transformers import PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden import (
+    ActionMask,
     AlignmentError,
     Between,
     CapabilityError,
     HiddenSpec,
     InputError,
     LastTokens,
+    LogitsSpec,
     SGLangHiddenWrapper,
     SGLangServer,
     TokenMask,
@@ -170,3 +172,13 @@ def test_what_only_the_server_half_can_do_is_refused(stock: Stock) -> None:
         stock.engine.generate([Request(ids, hidden=HiddenSpec(spans={"x": marked}), spans={"x": marked})])
     with pytest.raises(InputError, match="30 layers"):
         stock.engine.generate([Request(ids, hidden=HiddenSpec(layers=30))])
+    for asked, fields in {
+        "logits": {"logits": LogitsSpec(top_k=1)},
+        "constraints": {"constraints": (ActionMask((5, 6)),)},
+    }.items():
+        with pytest.raises(
+            CapabilityError, match=f"row 0: {asked} are asked of a server without the server half.*launch"
+        ):
+            stock.engine.generate([Request(ids, {"max_new_tokens": 2}, **fields)])
+    [completion] = stock.engine.generate([Request(ids, {"max_new_tokens": 2, "ignore_eos": True})])
+    assert len(completion.response_ids) == 2

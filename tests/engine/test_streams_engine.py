@@ -1,24 +1,20 @@
 """The contract of ../test_streams.py on real engines, and what only they show: the numbers, stop strings, hanging up.
 
-In-process, the contract of ../test_sessions.py runs here too: both share the one engine of a process of its own.
+In-process, the contract of ../test_sessions.py runs here too.
 """
 
 from __future__ import annotations
 
 import asyncio
 import gc
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import torch
-from checks import CHUNKED_PREFILL_SIZE, LOG_PROB_ATOL, SEGMENTS, STATE_RTOL, prompt_of, relative_error
+from checks import LOG_PROB_ATOL, SEGMENTS, STATE_RTOL, prompt_of, relative_error
 from oracle import teacher_force
 from test_sessions import SessionContract
 from test_streams import StreamContract, assert_adds_up, collect
@@ -30,7 +26,6 @@ from torchrl_sglang_hidden.engines import Engine
 from torchrl_sglang_hidden.engines.streams import StreamChunk
 from torchrl_sglang_hidden.specs import Completion, Request
 
-TIMEOUT_S = 300
 # A request that goes on for minutes unless it is dropped, and how long that may take.
 ENDLESS = {"temperature": 0.0, "max_new_tokens": 4000, "min_new_tokens": 4000}
 DROPPED_WITHIN_S = 20
@@ -106,12 +101,11 @@ class TestServer(StreamContract, HangingUp):
 
 
 class InProcess(StreamContract, SessionContract, HangingUp):
-    """Collected by the process that `test_in_process` starts, and not by name in this one."""
+    """Collected by the process that `in_process_log` starts, and not by name in this one."""
 
-    @pytest.fixture(scope="class")
-    def engine(self, smol_dir: str) -> Iterator[SGLangOffline]:
-        with SGLangOffline(smol_dir, dtype="float32", chunked_prefill_size=CHUNKED_PREFILL_SIZE) as engine:
-            yield engine
+    @pytest.fixture
+    def engine(self, in_process: SGLangOffline) -> SGLangOffline:
+        return in_process
 
     @pytest.fixture
     def open_pools(self, engine: SGLangOffline) -> Callable[[], int]:
@@ -122,22 +116,9 @@ class InProcess(StreamContract, SessionContract, HangingUp):
         return ask
 
 
-def test_in_process(tmp_path: Path) -> None:
-    """`sglang.Engine` changes the process that it runs in for good, so its tests get one of their own."""
-    command = [sys.executable, "-m", "pytest", "-vv", "-o", "python_classes=InProcess"]
-    log = tmp_path / "log.txt"
-    with log.open("w") as output:
-        done = subprocess.run(
-            [*command, "-p", "no:cacheprovider", f"{__file__}::InProcess"],
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            timeout=TIMEOUT_S,
-            check=False,
-        )
-    assert done.returncode == 0, log.read_text()[-6000:]
-    assert "InProcess::test_of_a_stream[let go unread] PASSED" in log.read_text()
-    assert "InProcess::test_every_turn_goes_on_behind_all_before_it PASSED" in log.read_text()
+def test_in_process(in_process_log: str) -> None:
+    assert "InProcess::test_of_a_stream[let go unread] PASSED" in in_process_log
+    assert "InProcess::test_every_turn_goes_on_behind_all_before_it PASSED" in in_process_log
 
 
 def read(engine: Engine, one: Request) -> tuple[list[StreamChunk], Completion]:

@@ -8,8 +8,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import subprocess
 import sys
 import threading
@@ -38,14 +36,16 @@ from states import assert_completion as assert_equals_hugging_face
 from tensordict import TensorDict
 from torchrl.modules.llm import TransformersWrapper
 from torchrl.weight_update.llm import SGLangWeightSyncScheme
-from trainee import load_trainer, perturb
+from trainee import load_trainer, perturb, restore
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden import (
+    CapabilityError,
     EngineError,
     HiddenSpec,
     InputError,
     SGLangHiddenWeightSyncScheme,
+    SGLangOffline,
     SGLangServer,
     TokenMask,
     WeightsError,
@@ -58,7 +58,6 @@ from torchrl_sglang_hidden.specs import Completion, Request
 from torchrl_sglang_hidden.wire import to_payload
 
 ChatIds = Callable[[str], list[int]]
-OFFLINE_SCRIPT = Path(__file__).with_name("offline_weights_check.py")
 
 
 @pytest.fixture(scope="module")
@@ -571,25 +570,46 @@ def test_where_torchrls_own_scheme_stops(
 # --- in this process ------------------------------------------------------------------------------------------------
 
 
-def test_an_engine_in_process(trained_dir: str, smol_dir: str, chat_ids: ChatIds, tmp_path: Path) -> None:
-    """In a process of its own, as `sglang.Engine` changes the one that it runs in."""
-    job = {"model_dir": smol_dir, "trained_dir": trained_dir, "prompt": chat_ids(QUESTIONS[0])}
-    (tmp_path / "job.json").write_text(json.dumps(job))
-    done = subprocess.run(
-        [sys.executable, str(OFFLINE_SCRIPT), str(tmp_path / "job.json"), str(tmp_path / "found.json")],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(OFFLINE_SCRIPT.parent.parent), *sys.path])},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert [step["version"] for step in found["steps"]] == ["default", "1", "named", "named"]
-    for step, directory in zip(found["steps"], (smol_dir, trained_dir, smol_dir, smol_dir), strict=True):
-        truth = oracle.teacher_force(directory, job["prompt"], step["response_ids"])
-        torch.testing.assert_close(torch.tensor(step["log_probs"]), truth.log_probs_T, atol=LOG_PROB_ATOL, rtol=0)
-        assert relative_error(torch.tensor(step["prompt"]), truth.pooled("prompt", "mean")) < STATE_RTOL
-    assert found["refused"] == ["WeightsError", "CapabilityError", "InputError"]
-    assert found["across"]["mixed_weights"]
-    assert found["across"]["num_tokens"] == 60
+class InProcess:
+    """Collected by the process that `in_process_log` starts, and not by name in this one."""
+
+    def test_new_weights(
+        self, in_process: SGLangOffline, trainer: PreTrainedModel, trained_dir: str, smol_dir: str, chat_ids: ChatIds
+    ) -> None:
+        prompt = chat_ids(QUESTIONS[0])
+
+        def assert_serves(model_dir: str, version: str) -> None:
+            (completion,) = answers(in_process, [prompt])
+            assert completion.weight_version == version
+            assert_completion(completion, model_dir)
+
+        assert_serves(smol_dir, "default")
+        in_process.update_weights(trainer)
+        assert_serves(trained_dir, "1")
+        in_process.update_weights(smol_dir, version="named")
+        assert_serves(smol_dir, "named")
+        refused: list[tuple[Any, dict[str, Any], type[Exception]]] = [
+            ({"model.norm.weight": torch.zeros(576)}, {}, WeightsError),
+            (trainer, {"transport": "network"}, CapabilityError),
+            (trainer, {"version": "named"}, InputError),
+        ]
+        for weights, options, expected in refused:
+            with pytest.raises(expected) as caught:
+                in_process.update_weights(weights, **options)
+            assert type(caught.value) is expected
+        assert_serves(smol_dir, "named")
+
+        sampling = {"max_new_tokens": 60, "temperature": 0, "ignore_eos": True}
+        long = Request(tuple(prompt), sampling, hidden=HiddenSpec(segments=SEGMENTS))
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(in_process.generate, [long])
+            answers(in_process, [prompt])  # beside it, so that it has some tokens by now
+            in_process.update_weights(trainer, running="continue")
+            (across,) = running.result()
+        assert across.mixed_weights
+        assert len(across.response_ids) == 60
+        restore(in_process)
+
+
+def test_in_process(in_process_log: str) -> None:
+    assert "test_weights_engine.py::InProcess::test_new_weights PASSED" in in_process_log

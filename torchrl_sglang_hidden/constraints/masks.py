@@ -133,10 +133,8 @@ def check_constraints(constraints: Sequence[LogitConstraint], vocab_size: int, m
     masks = [constraint for constraint in constraints if isinstance(constraint, TokenConstraint)]
     if len(masks) < 2:
         return
-    # Between these places the same masks act.
-    places = {0}
-    for mask in masks:
-        places |= {mask.first_tokens or 0, *(p + after for p in mask.positions or () for after in (0, 1))}
+    # Elsewhere no mask begins to act, and what several leave some of them leave too.
+    places = {0, *(place for mask in masks for place in mask.positions or ())}
     checked = set()
     for place in sorted(places):
         acting = tuple(i for i, mask in enumerate(masks) if mask.acts_on(place))

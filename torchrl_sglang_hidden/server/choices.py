@@ -258,9 +258,10 @@ def _given_rows(given: Given, first: int, logits_NV: torch.Tensor) -> GivenRows:
     raw_NV = logits_NV
     inside = [(n, place) for n in range(len(logits_NV)) if (place := one.place_of(first + n)) is not None]
     if inside and one.wanted.constraints:
+        limit = one.wanted.response_limit
         steps = [
-            Choosing(one, first + n - start, stop - start, _ids_between(ids, start, first + n, logits_NV.device), start)
-            for n, (start, stop) in inside
+            Choosing(one, first + n - start, limit, _ids_between(ids, start, first + n, logits_NV.device), start)
+            for n, (start, _) in inside
         ]
         rows_R = torch.tensor([n for n, _ in inside], device=logits_NV.device)
         changed_RV, alive_N = constrain(logits_NV[rows_R], steps)
