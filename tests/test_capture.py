@@ -20,21 +20,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain import DTYPES, SUBSETS, Case, assert_pools, decode, wanted_of
 from recorder import HIDDEN_SIZE, of_layer
-from test_channel import GARBAGE, anything, custom_of, span_of
+from test_channel import CHOICES, GARBAGE, anything, custom_of, logits_of, span_of
 
-from torchrl_sglang_hidden import channel
+from torchrl_sglang_hidden import blocks
 from torchrl_sglang_hidden.channel import CHANNEL, pack_options, unpack_answer
-from torchrl_sglang_hidden.errors import SpanError
+from torchrl_sglang_hidden.constraints import ActionMask, ConstraintStep, DisallowedTokens, LogitConstraint
+from torchrl_sglang_hidden.errors import ConstraintError, SpanError
+from torchrl_sglang_hidden.logits import WantedLogits, cut
 from torchrl_sglang_hidden.pooling import BLOCK, Wanted
 from torchrl_sglang_hidden.server import plugin
 from torchrl_sglang_hidden.server.capture import Capture, HostRows, _Tokens
+from torchrl_sglang_hidden.server.choices import HostLogits, StepChoices
 from torchrl_sglang_hidden.server.sums import ENTRY_BYTES
 from torchrl_sglang_hidden.shared import MIN_BYTES, SharedFiles, fetch
 from torchrl_sglang_hidden.spans import Between, LastTokens, PromptSpan
-from torchrl_sglang_hidden.specs import POOLINGS, SEGMENTS
+from torchrl_sglang_hidden.specs import POOLINGS, SEGMENTS, LogitsSpec
 
 POISON = 1e4  # the value of rows that belong to nobody
 LAYERS = (-1, 0, 1, 2)
+VOCAB = 9
+HEAD_DV = torch.randn(HIDDEN_SIZE, VOCAB, generator=torch.Generator().manual_seed(0))
 TOKENIZER = SimpleNamespace(
     decode=lambda ids, *, skip_special_tokens, clean_up_tokenization_spaces: (
         decode(ids) if not (skip_special_tokens or clean_up_tokenization_spaces) else "?"
@@ -61,13 +66,21 @@ def capturing() -> Capture:
 class Req:
     """A request as the scheduler holds it."""
 
-    def __init__(self, prompt_ids: list[int], wanted: Wanted | None = None, custom: Any = None, way: Any = "binary"):
-        self.wanted = wanted
-        if wanted is not None:
-            custom = {CHANNEL: pack_options(wanted, way)}
+    def __init__(
+        self,
+        prompt_ids: list[int],
+        wanted: Wanted | None = None,
+        custom: Any = None,
+        way: Any = "binary",
+        logits: WantedLogits | None = None,
+    ) -> None:
+        self.wanted = Wanted((), None) if wanted is None and logits is not None else wanted
+        self.logits = logits
+        if self.wanted is not None:
+            custom = {CHANNEL: pack_options(self.wanted, way, logits)}
         self.origin_input_ids = prompt_ids
         self.output_ids: list[int] = []
-        self.sampling_params = SimpleNamespace(custom_params=custom)
+        self.sampling_params = SimpleNamespace(custom_params=custom, max_new_tokens=9)
         self.extra_key: str | None = None
         self.session: Any = None
         self.multimodal_inputs: Any = None
@@ -104,6 +117,7 @@ class Step:
             reqs=list(self.reqs),
             extend_lens=[stop - start for start, stop in self.spans] if extends else None,
             prefix_lens=[start for start, _ in self.spans] if extends else None,
+            seq_lens_cpu=torch.tensor([stop for _, stop in self.spans]),
         )
 
 
@@ -111,7 +125,7 @@ class Step:
 class Scheduler:
     capture: Capture = field(default_factory=capturing)
     dtype: torch.dtype = torch.float32
-    waiting: list[tuple[HostRows | None, Any, list[Any]]] = field(default_factory=list)
+    waiting: list[tuple[list[HostRows | HostLogits], Any, list[Any]]] = field(default_factory=list)
 
     def run(self, step: Step) -> None:
         self.launch(step)
@@ -121,25 +135,41 @@ class Scheduler:
         """Forward pass and copy. The device's buffers are overwritten at once, as a CUDA graph's are."""
         batch = step.batch()
         plan = self.capture.plan_step(batch)
+        choices = self.capture.plan_choices(batch, VOCAB)
         parts = [states_of([*req.ids, 0])[start:stop] for req, (start, stop) in zip(step.reqs, step.spans, strict=True)]
         parts.append(torch.full((step.padding, len(LAYERS), HIDDEN_SIZE), POISON))
         states = {
             layer: rows.to(self.dtype).clone() for layer, rows in zip(LAYERS, torch.cat(parts).unbind(1), strict=True)
         }
-        device = plan.gather(states) if plan is not None else None
+        devices = [plan.gather(states) if plan is not None else None]
+        if choices is not None:
+            devices.append(self.choose(step, choices, states[-1]))
         for state_ND in states.values():
             state_ND.fill_(POISON)
-        host = device.copy_to_host(torch.clone) if device is not None else None
+        hosts = [device.copy_to_host(torch.clone) for device in devices if device is not None]
         commits: list[Any] = []
         for req, commits_one in zip(step.reqs, step.commits, strict=True):
             commits.append(SimpleNamespace(output_index=len(req.output_ids)) if commits_one else None)
             if commits_one:
                 req.output_ids.append((len(req.ids) + req.ids[-1]) % 3)
-        self.waiting.append((host, batch, commits))
+        self.waiting.append((hosts, batch, commits))
+
+    def choose(self, step: Step, choices: StepChoices, last_ND: torch.Tensor) -> Any:
+        """What the head and the sampler see of a step."""
+        ends = torch.tensor([stop - start for start, stop in step.spans]).cumsum(0) - 1
+        ids = [i for req, (start, stop) in zip(step.reqs, step.spans, strict=True) for i in [*req.ids, 0][start:stop]]
+        choices.input_ids = torch.tensor(ids + [77] * step.padding)
+        choices.take_given(last_ND, head)
+        next_BV = head(last_ND[ends])
+        choices.take_raw(next_BV)
+        choices.constrain(next_BV, torch.ones(len(step.reqs), 1))
+        device = choices.rows()
+        next_BV.fill_(POISON)
+        return device
 
     def commit(self) -> None:
-        host, batch, commits = self.waiting.pop(0)
-        if host is not None:
+        hosts, batch, commits = self.waiting.pop(0)
+        for host in hosts:
             host.consume(batch, commits)
 
     def prefill(self, *reqs: Req, mode: str = "EXTEND") -> None:
@@ -168,7 +198,50 @@ class Scheduler:
             with pytest.raises(SpanError, match=rf"row 0, span '{missing[0]}'"):
                 unpack_answer(answer, "row 0", HIDDEN_SIZE)
         else:
-            assert_pools(case, unpack_answer(answer, "row 0", HIDDEN_SIZE))
+            found = unpack_answer(answer, "row 0", HIDDEN_SIZE)
+            assert_pools(case, found.pools)
+            if req.logits is None:
+                assert found.logits is None
+            else:
+                states_ND = states_of(req.ids[:-1], (-1,))[:, 0].to(self.dtype)
+                assert_logits(req, head(states_ND), found.logits)
+
+
+def head(states_ND: torch.Tensor) -> torch.Tensor:
+    return states_ND.float() @ HEAD_DV
+
+
+DENIED = 1
+
+
+def assert_logits(req: Req, raw_NV: torch.Tensor, found: Any) -> None:
+    """All that was wanted is there. Of constraints `DisallowedTokens` of one token is known here."""
+    wanted, num_prompt = req.logits, len(req.origin_input_ids)
+    assert wanted is not None
+    processed_NV = raw_NV.clone()
+    denied = range(num_prompt - 1, len(raw_NV)) if wanted.constrains else ()
+    if wanted.scored:
+        denied = [token - 1 for start, stop in wanted.responses for token in range(start, stop)]
+    if wanted.constraints:
+        processed_NV[list(denied), DENIED] = -torch.inf
+    assert found.constrained == (len(req.output_ids) if wanted.chooses else 0)
+    first = num_prompt if wanted.given is None else wanted.given
+    if wanted.scored and first < num_prompt:
+        ids = torch.tensor(req.origin_input_ids[first:])[:, None]
+        log_probs_N = processed_NV[first - 1 : num_prompt - 1].log_softmax(-1).gather(1, ids)[:, 0]
+        torch.testing.assert_close(found.log_probs_N, log_probs_N)
+    else:
+        assert found.log_probs_N is None
+    spec = wanted.spec
+    for rows, places, asked in (
+        (found.response, slice(num_prompt - 1, None), spec is not None and spec.of_response),
+        (found.given, slice(first - 1, num_prompt - 1), spec is not None and spec.of_prompt and first < num_prompt),
+    ):
+        assert (rows is not None) is asked
+        if rows is not None:
+            expected = cut((raw_NV if spec.stage == "raw" else processed_NV)[places], spec)
+            torch.testing.assert_close(rows.values_NC, expected.values_NC)
+            assert spec.top_k is None or torch.equal(rows.token_ids_NC, expected.token_ids_NC)
 
 
 def last(req: Req) -> tuple[int, int]:
@@ -179,8 +252,15 @@ def asking(*prompt_ids: int, pooling: Any = "mean", segments: Any = SEGMENTS, **
     return Req(list(prompt_ids), Wanted(segments, pooling, **more))
 
 
+DENY = (DisallowedTokens((DENIED,)),)
+
+
+def choosing(*prompt_ids: int, wanted: Wanted | None = None, **logits: Any) -> Req:
+    return Req(list(prompt_ids), wanted, logits=WantedLogits(**logits))
+
+
 def counts(answer: Any) -> dict[str, int]:
-    found = unpack_answer(answer, "row 0", HIDDEN_SIZE)
+    found = unpack_answer(answer, "row 0", HIDDEN_SIZE).pools
     return {segment: count for segment, (_, count) in found.segments.items()}
 
 
@@ -373,9 +453,9 @@ def test_rows_of_a_request_that_left_the_batch_are_dropped() -> None:
     scheduler, gone, stays = Scheduler(), asking(9, 8), asking(3, 2)
     scheduler.prefill(gone, stays)
     scheduler.launch(Step("DECODE", [gone, stays], [(2, 3), (2, 3)], [True, True]))
-    host, batch, commits = scheduler.waiting[0]
+    hosts, batch, commits = scheduler.waiting[0]
     batch.reqs[:] = [stays]
-    scheduler.waiting[0] = (host, batch, commits[1:])
+    scheduler.waiting[0] = (hosts, batch, commits[1:])
     scheduler.commit()
     for req in (stays, gone):
         found = counts(scheduler.finish(req))
@@ -422,7 +502,7 @@ def test_a_requests_rows_do_not_keep_the_whole_step() -> None:
 
 
 def test_many_rows_are_answered_through_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(channel, "fetch", lambda name: fetch(name, tmp_path))
+    monkeypatch.setattr(blocks, "fetch", lambda name: fetch(name, tmp_path))
     scheduler, wanted = Scheduler(), Wanted(("prompt",), None, tokens=True)
     scheduler.capture._shared = SharedFiles(tmp_path)
     reqs = [Req([7] * (MIN_BYTES // (4 * HIDDEN_SIZE)), wanted, way=way) for way in ("shared", "text", "binary")]
@@ -432,7 +512,7 @@ def test_many_rows_are_answered_through_shared_memory(tmp_path: Path, monkeypatc
     assert type(answers[1][0]["rows"]["data"]) is str
     assert type(answers[2][0]["rows"]["data"]) is bytes
     for answer in answers:
-        rows_NKD = unpack_answer(answer, "row 0", HIDDEN_SIZE).rows.rows_NKD
+        rows_NKD = unpack_answer(answer, "row 0", HIDDEN_SIZE).pools.rows.rows_NKD
         assert torch.equal(rows_NKD[:, 0], states_of(reqs[0].origin_input_ids)[:, 0])
 
 
@@ -456,8 +536,23 @@ def test_what_is_not_understood_is_not_answered(custom: Any) -> None:
         span_of("prompt", 10**30, 10**31),
         span_of("last", 10**30, True),
         span_of("between", "a" * 10_000, None, "end"),
+        logits_of(spec={**CHOICES["spec"], "top_k": VOCAB + 1}),
+        logits_of(spec={**CHOICES["spec"], "top_k": 10**30}),
+        logits_of(spec={**CHOICES["spec"], "top_k": None, "token_ids": [VOCAB]}),
+        logits_of(spec={**CHOICES["spec"], "top_k": None, "token_ids": [10**30]}),
+        logits_of(constraints=[f'action_mask:{{"valid_token_ids":"{VOCAB}"}}']),
+        logits_of(constraints=['disallowed_tokens:{"ids":"0-99999"}']),
+        logits_of(constraints=[f'disallowed_tokens:{{"ids":"0-{VOCAB - 1}"}}']),
+        logits_of(constraints=[f'disallowed_tokens:{{"ids":"{10**30}"}}']),
+        logits_of(given=10**30),
+        logits_of(given=3),
+        logits_of(responses=[-5, 2]),
+        logits_of(responses=[1, 10**30]),
+        logits_of(responses=[1, 3, 1, 3, 2, 9]),
+        logits_of(scored=True, responses=[]),
+        logits_of(scored=False),
     ],
-    ids=range(8),
+    ids=range(23),
 )
 def test_options_that_no_client_sends_harm_nobody(custom: Any) -> None:
     """They can be understood, and ask for what is not there."""
@@ -467,6 +562,19 @@ def test_options_that_no_client_sends_harm_nobody(custom: Any) -> None:
     scheduler.run(Step("MIXED", [req, good], [(2, 3), last(good)], [True, True]))
     scheduler.decode(req, good)
     scheduler.finish(req)
+    scheduler.assert_right(good)
+
+
+@pytest.mark.parametrize("asked", [{"top_k": VOCAB + 1}, {"token_ids": (0, VOCAB)}])
+@pytest.mark.parametrize("mode", ["EXTEND", "DECODE"])
+def test_columns_that_the_model_does_not_have_are_not_taken(asked: Any, mode: str) -> None:
+    """The count of rows then tells, and the constraints of the others are kept."""
+    scheduler, good = Scheduler(), choosing(9, 8, spec=LogitsSpec(full=True), constraints=DENY)
+    req = Req([5, 6, 7], logits=WantedLogits(LogitsSpec(**asked, segments=("full",)), given=1))
+    scheduler.prefill(req, good)
+    scheduler.decode(req, good)
+    found = unpack_answer(scheduler.finish(req), "row 0", HIDDEN_SIZE).logits
+    assert (found.response, found.given, found.constrained) == (None, None, 0)
     scheduler.assert_right(good)
 
 
@@ -487,6 +595,10 @@ def test_a_layer_that_this_server_does_not_take_costs_nobody_else_their_rows(
     custom=anything
     | st.fixed_dictionaries({}, optional=dict.fromkeys(["layers", "segments", "spans", "pooling"], anything)).map(
         lambda changes: custom_of(**changes)
+    )
+    | st.fixed_dictionaries({}, optional=dict.fromkeys(CHOICES, anything)).map(lambda changes: logits_of(**changes))
+    | st.fixed_dictionaries({}, optional=dict.fromkeys(CHOICES["spec"], anything)).map(
+        lambda changes: logits_of(spec={**CHOICES["spec"], **changes})
     )
     | st.lists(anything, max_size=4).flatmap(
         lambda values: st.sampled_from(["prompt", "last", "between"]).map(lambda kind: span_of(kind, *values))
@@ -763,14 +875,32 @@ prompts = st.builds(
 )
 
 
-@settings(max_examples=60)
+@st.composite
+def chosen_of(draw: st.DrawFn, num_prompt: int) -> WantedLogits:
+    """Anything that a client asks of the logits of a prompt of this length."""
+    columns = draw(st.sampled_from([None, {"full": True}, {"top_k": 2}, {"token_ids": (4, DENIED)}]))
+    stage = draw(st.sampled_from(["raw", "processed"]))
+    segments = draw(st.sampled_from([("response",), ("prompt",), ("full",)]))
+    spec = None if columns is None else LogitsSpec(**columns, stage=stage, segments=segments)
+    scored = num_prompt > 1 and draw(st.booleans())
+    responses = ()
+    if scored:
+        start = draw(st.integers(1, num_prompt - 1))
+        responses = ((start, draw(st.integers(start + 1, num_prompt))),)
+    given = 1 if spec is not None and spec.of_prompt else draw(st.integers(1, num_prompt - 1)) if scored else None
+    constraints = DENY if scored or spec is None or draw(st.booleans()) else ()
+    return WantedLogits(spec, constraints, given, scored, responses)
+
+
+@settings(max_examples=45)
 @given(data=st.data())
 def test_a_storm(data: st.DataObject) -> None:
     """Whatever the scheduler does, every request that asks comes back complete, and equal to plain torch."""
     world = World(data, data.draw(st.sampled_from([1, 16])))
     for _ in range(data.draw(st.integers(2, 5))):
         prompt = data.draw(prompts)
-        req = Req(prompt, data.draw(st.none() | wanted_of(len(prompt)) | st.just(Wanted(("prompt", "full")))))
+        wanted = data.draw(st.none() | wanted_of(len(prompt)) | st.just(Wanted(("prompt", "full"))))
+        req = Req(prompt, wanted, logits=data.draw(st.none() | chosen_of(len(prompt))))
         req.extra_key = data.draw(st.sampled_from([None, None, "lora"]))
         req.target = data.draw(st.integers(1, 4))
         world.queue.append(req)
@@ -795,3 +925,214 @@ def test_a_tokenizer_that_fails_is_a_fault_of_the_span() -> None:
     scheduler.prefill(req)
     with pytest.raises(SpanError, match=r"span 'thought': .*tokenizer cannot read .*piece id is out of range"):
         unpack_answer(scheduler.finish(req), "row 0", HIDDEN_SIZE)
+
+
+# --- logits and constraints -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ask(LogitConstraint, name="capture_ask"):
+    def apply(self, logits_V: torch.Tensor, step: ConstraintStep) -> torch.Tensor:
+        asked.append((step.index, step.max_new_tokens, list(step.prompt_ids), step.response_ids.tolist()))
+        return logits_V
+
+
+asked: list[tuple[int, int, list[int], list[int]]] = []
+FULL = LogitsSpec(full=True)
+BOTH = LogitsSpec(top_k=3, segments=("full",))
+
+
+def planned(capture: Capture, step: Step) -> tuple[list[Any], list[Any]]:
+    """Of each choice its row, input row and index; of each given run its row, offset, first and last."""
+    capture.plan_step(step.batch())
+    found = capture.plan_choices(step.batch(), VOCAB)
+    if found is None:
+        return [], []
+    assert (found.reqs, found.vocab_size) == (tuple(step.reqs), VOCAB)
+    assert found.num_rows == sum(stop - start for start, stop in step.spans)
+    assert all(choice.max_new_tokens == 9 for choice in found.choices)
+    return (
+        [(choice.row, choice.last, choice.index) for choice in found.choices],
+        [(given.row, given.offset, given.first, given.stop) for given in found.given],
+    )
+
+
+def test_what_a_prefill_chooses() -> None:
+    reqs = [Req([1, 1]), choosing(9, 8, 7, spec=FULL), asking(3, 2), choosing(5, 4, spec=BOTH, given=1)]
+    step = Step("EXTEND", reqs, [(0, len(req.ids)) for req in reqs], [True] * 4)
+    assert planned(capturing(), step) == ([(1, 4, 0), (3, 8, 0)], [(3, 7, 1, 2)])
+
+
+def test_what_a_decode_step_chooses() -> None:
+    capture, reqs = capturing(), [Req([1, 1]), choosing(9, 8, 7, spec=BOTH, given=1), choosing(4, constraints=DENY)]
+    for index in (1, 2, 5):
+        step = Step("DECODE", reqs, [(len(r.ids) + index - 1, len(r.ids) + index) for r in reqs], [True] * 3)
+        assert planned(capture, step) == ([(1, 1, index), (2, 2, index)], [])
+
+
+def test_the_middle_of_a_prompt_chooses_nothing() -> None:
+    capture = capturing()
+    req, other = choosing(*range(7), spec=BOTH, given=2), choosing(5, 4, constraints=DENY)
+    chunks = [(0, 1), (1, 4), (4, 6), (6, 7)]
+    found = [planned(capture, Step("EXTEND", [req], [chunk], [False])) for chunk in chunks]
+    assert found == [([], []), ([], [(0, -1, 2, 5)]), ([], [(0, -4, 5, 7)]), ([(0, 0, 0)], [])]
+    mixed = Step("MIXED", [choosing(8, 7, 6, spec=FULL), other], [(0, 2), (2, 3)], [False, True])
+    assert planned(capture, mixed) == ([(1, 2, 1)], [])
+
+
+def test_a_mixed_step_chooses_for_both() -> None:
+    late, early = choosing(9, 8, 7, spec=BOTH, given=1), choosing(5, 4, spec=FULL, constraints=DENY)
+    step = Step("MIXED", [early, late], [(4, 5), (0, 3)], [True, True])
+    assert planned(capturing(), step) == ([(0, 0, 3), (1, 3, 0)], [(1, 1, 1, 3)])
+
+
+def test_after_a_retraction_the_next_token_is_chosen() -> None:
+    capture, req = capturing(), choosing(9, 8, 7, spec=BOTH, constraints=DENY, given=1)
+    scheduler = Scheduler(capture)
+    scheduler.prefill(req)
+    scheduler.decode(req)
+    assert len(req.output_ids) == 2
+    capture.opened[req].restart()
+    assert planned(capture, Step("EXTEND", [req], [(0, 4)], [False])) == ([(0, 3, 1)], []), "as SGLang would"
+    assert planned(capture, Step("EXTEND", [req], [(0, 5)], [True])) == ([(0, 4, 2)], [])
+    scheduler.run(Step("EXTEND", [req], [(0, 5)], [True]))
+    scheduler.decode(req)
+    scheduler.assert_right(req)
+
+
+def test_a_chunk_that_never_ran_is_planned_again() -> None:
+    """The request went back into the queue behind it."""
+    capture, req = capturing(), choosing(9, 8, 7, 6, spec=BOTH, given=1)
+    Scheduler(capture).run(Step("EXTEND", [req], [(0, 2)], [False]))
+    assert planned(capture, Step("EXTEND", [req], [(2, 4)], [True]))[1] == [(0, -2, 3, 4)]
+    assert planned(capture, Step("EXTEND", [req], [(2, 4)], [True]))[1] == []
+    capture.opened[req].restart()
+    assert planned(capture, Step("EXTEND", [req], [(0, 4)], [True]))[1] == [(0, 0, 3, 4)]
+
+
+def test_nobody_who_asks_for_logits_plans_nothing() -> None:
+    capture = capturing()
+    assert planned(capture, Step("EXTEND", [asking(9, 8), Req([1])], [(0, 2), (0, 1)], [True] * 2)) == ([], [])
+    scored = choosing(9, 8, constraints=DENY, given=1, scored=True, responses=((1, 2),))
+    assert planned(capture, Step("EXTEND", [scored], [(0, 2)], [True])) == ([], [(0, 0, 1, 2)])
+    assert planned(capture, Step("TARGET_VERIFY", [choosing(9, spec=FULL)], [(0, 1)], [True])) == ([], [])
+
+
+def test_who_wants_logits_only_takes_no_rows() -> None:
+    req = choosing(9, 8, 7, spec=BOTH, given=1)
+    assert capturing().plan_step(Step("EXTEND", [req], [(0, 3)], [True]).batch()) is None
+
+
+def test_the_ids_before_are_those_of_the_response() -> None:
+    """Also where the host lags by one, as under overlap scheduling."""
+    asked.clear()
+    scheduler, req = Scheduler(), choosing(9, 8, 7, constraints=(Ask(),))
+    scheduler.prefill(req)
+    scheduler.decode(req)
+    step, last_id = Step("DECODE", [Req([1]), req], [(0, 1), last(req)], [True] * 2), req.output_ids[-1]
+    batch = step.batch()
+    lagging = req.output_ids.pop()
+    choices = scheduler.capture.plan_choices(batch, VOCAB)
+    assert [choice.before for choice in choices.choices] == [tuple(req.output_ids)]
+    req.output_ids.append(lagging)
+    scheduler.choose(step, choices, torch.zeros(2, HIDDEN_SIZE))
+    assert asked == [(index, 9, [9, 8, 7], req.output_ids[:index]) for index in range(3)]
+    assert asked[-1][-1][-1] == last_id
+
+
+def test_the_ids_before_are_not_copied_for_nobody() -> None:
+    scheduler, req = Scheduler(), choosing(9, 8, constraints=DENY)
+    scheduler.prefill(req)
+    (choice,) = scheduler.capture.plan_choices(Step("DECODE", [req], [last(req)], [True]).batch(), VOCAB).choices
+    assert choice.before == ()
+
+
+@pytest.mark.parametrize("cuts", [[6], [2, 6], [1, 2, 3, 4, 5, 6], [4, 6]])
+@pytest.mark.parametrize("spec", [None, FULL, BOTH, LogitsSpec(token_ids=(1, 4), segments=("prompt",))])
+@pytest.mark.parametrize("scored", [False, True])
+def test_logits_of_a_prompt_in_chunks(cuts: list[int], spec: Any, scored: bool) -> None:
+    given_from = 1 if spec is not None and spec.of_prompt else 3 if scored else None
+    more = {"scored": True, "responses": ((2, 4), (5, 6))} if scored else {}
+    wanted = Wanted(("prompt",), spans={"p": PromptSpan(((1, 3),))})
+    req = choosing(5, 4, 3, 6, 1, 7, wanted=wanted, spec=spec, constraints=DENY, given=given_from, **more)
+    scheduler = Scheduler()
+    for start, stop in zip([0, *cuts], cuts, strict=False):
+        scheduler.run(Step("EXTEND", [req], [(start, stop)], [stop == 6]))
+    for _ in range(3):
+        scheduler.decode(req, padding=2)
+    scheduler.assert_right(req)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "given_from", "limit"),
+    [
+        (None, None, 6),
+        (None, 1, 0),
+        (None, 4, 3),
+        (None, 6, 6),  # nothing is behind the last token
+        (Wanted(("response",)), 4, 3),
+        (Wanted(("prompt",), "last"), 4, 3),
+        (Wanted(("prompt",), "last"), 6, 5),
+        (Wanted((), spans={"p": PromptSpan(((1, 3),))}), 4, 1),
+        (Wanted((), spans={"p": PromptSpan(((4, 6),))}), 4, 3),
+        (Wanted(("prompt",)), 4, 0),
+    ],
+)
+def test_how_far_logits_let_a_request_hit_the_prefix_cache(wanted: Any, given_from: Any, limit: int) -> None:
+    """The row of token t is at the position before it; pools may need more."""
+    spec = LogitsSpec(full=True, segments=("prompt",)) if given_from == 1 else None
+    scored = given_from not in (None, 1)
+    capture = capturing()
+    req = choosing(
+        5, 4, 3, 6, 1, 7, wanted=wanted, spec=spec, constraints=DENY, given=given_from, scored=scored,
+        responses=((given_from, 6),) if scored and given_from < 6 else (),
+    )  # fmt: skip
+    one = capture.open(req)
+    assert capture.prefix_limit(one, 6) == limit
+    assert capture.prefix_limit(one, 0) == 0
+    assert one.reads_prompt is (one.pools.reads_prompt or given_from is not None)
+    scheduler = Scheduler(capture)
+    if limit < 6:
+        scheduler.run(Step("EXTEND", [req], [(limit, 6)], [True]))
+        scheduler.decode(req)
+        scheduler.assert_right(req)
+        return
+    assert planned(capture, Step("EXTEND", [req], [(5, 6)], [True]))[1] == []
+
+
+def test_a_kept_sum_is_no_use_where_logits_need_more() -> None:
+    capture = capturing()
+    computed(capture, 150)
+    for given_from, limit in ((140, 2 * BLOCK), (151, 150), (200, 150)):
+        req = Req(PROMPT, Wanted(("prompt",)), logits=WantedLogits(None, DENY, given_from, True, ((190, 200),)))
+        assert capture.prefix_limit(capture.open(req), 200) == limit
+
+
+def test_a_hit_that_went_too_far_leaves_the_count_of_logits_short() -> None:
+    scheduler, req = Scheduler(), choosing(5, 4, 3, 6, spec=BOTH, given=1)
+    scheduler.run(Step("EXTEND", [req], [(2, 4)], [True]))
+    found = unpack_answer(scheduler.finish(req), "row 0", HIDDEN_SIZE).logits
+    assert (found.given, found.response.values_NC.shape) == (None, (1, 3))
+
+
+def test_a_finished_request_answers_with_what_it_asked_for() -> None:
+    scheduler = Scheduler()
+    quiet, masked = asking(9, 8), choosing(9, 8, constraints=DENY)
+    scheduler.prefill(quiet, masked)
+    assert "constrained" not in scheduler.finish(quiet)[0]
+    (answer,) = scheduler.finish(masked)
+    assert (answer["constrained"], answer["fault"], answer["places"]) == (1, "", [])
+    assert answer.keys().isdisjoint({"logits", "prompt_logits", "log_probs", "rows"})
+
+
+def test_a_mask_that_leaves_nothing_is_a_fault_of_its_request_alone() -> None:
+    scheduler, bad, good = (
+        Scheduler(),
+        choosing(9, 8, constraints=(ActionMask((VOCAB,)),)),
+        choosing(7, constraints=DENY),
+    )
+    scheduler.prefill(bad, good)
+    scheduler.decode(bad, good)
+    with pytest.raises(ConstraintError, match=r"^row 0: action_mask failed at token 0 of the response: IndexError"):
+        unpack_answer(scheduler.finish(bad), "row 0", HIDDEN_SIZE)
+    scheduler.assert_right(good)

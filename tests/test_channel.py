@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import functools
 import json
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchrl_sglang_hidden import channel
+from torchrl_sglang_hidden import blocks, channel
+from torchrl_sglang_hidden.blocks import pack_tensor
 from torchrl_sglang_hidden.channel import (
     CHANNEL,
     PROTOCOL,
-    HiddenOptions,
+    Options,
     Status,
     Way,
     drop_shared,
@@ -28,11 +31,20 @@ from torchrl_sglang_hidden.channel import (
     unpack_answer,
     unpack_options,
 )
-from torchrl_sglang_hidden.errors import ProtocolError, SpanError
+from torchrl_sglang_hidden.constraints import (
+    ActionMask,
+    ConstraintStep,
+    DisallowedTokens,
+    LinearSchedule,
+    LogitConstraint,
+    TemperatureScale,
+)
+from torchrl_sglang_hidden.errors import ConstraintError, ProtocolError, SpanError
+from torchrl_sglang_hidden.logits import FoundLogits, WantedLogits
 from torchrl_sglang_hidden.pooling import Pools, Wanted, WantedRows
 from torchrl_sglang_hidden.shared import MIN_BYTES, SharedFiles, discard, fetch
 from torchrl_sglang_hidden.spans import Between, LastTokens, PromptSpan, intervals_of
-from torchrl_sglang_hidden.specs import POOLINGS, SEGMENTS
+from torchrl_sglang_hidden.specs import POOLINGS, SEGMENTS, STAGES, LogitsSpec, TokenLogits
 
 D = 8
 WAYS: tuple[Way, ...] = ("binary", "text", "shared")
@@ -47,8 +59,37 @@ resolved = (
     | st.builds(Between, markers, st.none() | markers, unclosed=st.sampled_from(["error", "end"]))
     | st.builds(Between, st.none(), markers, unclosed=st.sampled_from(["error", "end"]))
 )
+columns = st.one_of(
+    st.integers(1, 10**6).map(lambda k: {"top_k": k}),
+    st.lists(st.integers(0, 10**6), min_size=1, max_size=5, unique=True).map(lambda ids: {"token_ids": tuple(ids)}),
+    st.just({"full": True}),
+)
+specs = st.builds(
+    lambda asked, **more: LogitsSpec(**asked, **more),
+    columns,
+    stage=st.sampled_from(STAGES),
+    segments=st.permutations(SEGMENTS).flatmap(lambda all_: st.integers(1, 3).map(lambda size: tuple(all_[:size]))),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+constraints = st.one_of(
+    st.builds(ActionMask, st.lists(st.integers(0, 10**5), min_size=1, max_size=9)),
+    st.builds(lambda ids: DisallowedTokens(ids, first_tokens=3), st.lists(st.integers(0, 10**5), max_size=9)),
+    st.builds(TemperatureScale, st.floats(0.01, 100)),
+    st.just(TemperatureScale(LinearSchedule(2.0, 0.5), positions=(0, 4))),
+)
+chosen = st.builds(
+    WantedLogits,
+    spec=st.none() | specs,
+    constraints=st.lists(constraints, max_size=3).map(tuple),
+    given=st.none() | st.integers(1, 10**6),
+    scored=st.booleans(),
+    responses=st.lists(st.tuples(st.integers(0, 99), st.integers(1, 99)), max_size=3).map(
+        lambda parts: tuple((start, start + size) for start, size in parts)
+    ),
+    response_limit=st.integers(1, 10**6),
+)
 options = st.builds(
-    HiddenOptions,
+    Options,
     st.builds(
         Wanted,
         segments=st.permutations(SEGMENTS).flatmap(lambda all_: st.integers(0, 3).map(lambda size: tuple(all_[:size]))),
@@ -59,20 +100,31 @@ options = st.builds(
         row_dtype=st.sampled_from(DTYPES),
     ),
     st.sampled_from(WAYS),
+    chosen,
 )
 
 
 @given(asked=options)
-def test_options_round_trip(asked: HiddenOptions) -> None:
-    custom = {CHANNEL: pack_options(asked.wanted, asked.way)}
+def test_options_round_trip(asked: Options) -> None:
+    custom = {CHANNEL: pack_options(asked.wanted, asked.way, asked.logits)}
     assert all(isinstance(value, (str, int)) for value in custom[CHANNEL].values()), "SGLang carries scalars"
     assert unpack_options(json.loads(json.dumps(custom))) == asked
 
 
+@given(wanted=options.map(lambda asked: asked.wanted))
+def test_who_wants_no_logits_says_nothing_of_them(wanted: Wanted) -> None:
+    packed = pack_options(wanted, "text")
+    assert "logits" not in json.loads(packed["options"])
+    assert unpack_options({CHANNEL: packed}) == Options(wanted, "text", WantedLogits())
+
+
 SPANS = {"p": PromptSpan(((0, 2), (3, 4))), "r": LastTokens(2), "b": Between("|", None)}
 WANTED = Wanted(SEGMENTS, "mean", (0, -1), SPANS, tokens=True)
-GOOD = pack_options(WANTED, "text")
+CHOSEN = WantedLogits(LogitsSpec(top_k=2), (ActionMask((3,)), TemperatureScale(2.0)), 1, True, ((1, 2), (3, 5)))
+GOOD = pack_options(WANTED, "text", CHOSEN)
 FIELDS = json.loads(GOOD["options"])
+CHOICES = FIELDS["logits"]
+SPEC = CHOICES["spec"]
 
 
 def custom_of(**changes: Any) -> dict[str, Any]:
@@ -83,14 +135,48 @@ def span_of(*values: Any) -> dict[str, Any]:
     return custom_of(spans={"s": list(values)})
 
 
+def logits_of(**changes: Any) -> dict[str, Any]:
+    return custom_of(logits={**CHOICES, **changes})
+
+
+def without(fields: dict[str, Any], gone: str) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name != gone}
+
+
+@dataclass(frozen=True)
+class Bad(LogitConstraint, name="channel_bad"):
+    """Anybody's code."""
+
+    def __post_init__(self) -> None:
+        raise ArithmeticError("on its way in")
+
+    def apply(self, logits_V: torch.Tensor, step: ConstraintStep) -> torch.Tensor:
+        return logits_V
+
+
 INFINITY, DEEP = float("inf"), "[" * 100_000
 GARBAGE = [
     None, {}, [], "text", 7, {CHANNEL: None}, {CHANNEL: []}, {CHANNEL: "response"}, {CHANNEL: 3.5}, {"other": GOOD},
-    *({CHANNEL: {**GOOD, "protocol": value}} for value in (None, 0, 1, 3, "2", [2], {})),
+    *({CHANNEL: {**GOOD, "protocol": value}} for value in (None, 0, 1, 2, "3", [3], {})),
     *({CHANNEL: {**GOOD, "options": value}} for value in (None, 1, "", "{", "[]", "null", "7", '"a"', [1], {}, DEEP)),
     *({CHANNEL: {name: GOOD[name] for name in GOOD if name != gone}} for gone in GOOD),
     *({CHANNEL: {**GOOD, "options": json.dumps({n: FIELDS[n] for n in FIELDS if n != gone})}} for gone in FIELDS
-      if gone != "tokens"),
+      if gone not in ("tokens", "logits")),
+    *(custom_of(logits=value) for value in (None, [], 7, "spec", {}, *(without(CHOICES, n) for n in CHOICES
+                                                                       if n not in ("spec", "scored")))),
+    *(logits_of(spec=value) for value in (7, [], "full", {}, without(SPEC, "dtype"), without(SPEC, "top_k"),
+                                          {**SPEC, "more": 1})),
+    *(logits_of(spec={**SPEC, **value}) for value in (
+        {"top_k": 0}, {"top_k": "2"}, {"top_k": 2.0}, {"top_k": None}, {"full": True}, {"full": 1}, {"token_ids": [1]},
+        {"top_k": None, "token_ids": [-1]}, {"top_k": None, "token_ids": [1, 1]}, {"top_k": None, "token_ids": 7},
+        {"stage": "cooked"}, {"stage": ["raw"]}, {"segments": []}, {"segments": ["answer"]}, {"segments": [["full"]]},
+        {"dtype": "float16"}, {"dtype": "float64"}, {"dtype": "int32"}, {"dtype": None}, {"dtype": ["float32"]})),
+    *(logits_of(constraints=value) for value in (None, 7, "action_mask:{}", ["nobody:{}"], [None], [7], ["action_mask"],
+                                                 ['action_mask:{"valid_token_ids":""}'], ["channel_bad:{}"], [DEEP])),
+    *(logits_of(given=value) for value in (0, -1, "a", [1], INFINITY)),
+    *(logits_of(response_limit=value) for value in (None, "a", [1], INFINITY)),
+    *(logits_of(responses=value) for value in (None, 7, [1], [2, 1], [1, 1], [1, 2, 3], [1, 2, 4, 3], ["a", 2],
+                                               [[1, 2]], [1, INFINITY])),
     *(custom_of(segments=value) for value in (None, "prompt", ["answer"], ["prompt", "prompt"], 1, [["prompt"]])),
     *(custom_of(pooling=value) for value in ("max", 1, ["mean"], {})),
     *(custom_of(layers=value) for value in (None, 1, [None], ["a"], [[1]], [INFINITY], [], [1, 1])),
@@ -108,7 +194,7 @@ GARBAGE = [
 
 @pytest.mark.parametrize("custom", GARBAGE, ids=lambda custom: repr(custom)[:80])
 def test_options_that_are_not_understood(custom: Any) -> None:
-    assert unpack_options({CHANNEL: GOOD}) == HiddenOptions(WANTED, "text")
+    assert unpack_options({CHANNEL: GOOD}) == Options(WANTED, "text", CHOSEN)
     assert unpack_options(custom) is None
 
 
@@ -124,6 +210,10 @@ anything = st.recursive(
     | st.fixed_dictionaries({CHANNEL: anything})
     | st.fixed_dictionaries({CHANNEL: st.fixed_dictionaries({"protocol": st.just(PROTOCOL), "options": anything})})
     | st.fixed_dictionaries({}, optional=dict.fromkeys(FIELDS, anything)).map(lambda changes: custom_of(**changes))
+    | st.fixed_dictionaries({}, optional=dict.fromkeys(CHOICES, anything)).map(lambda changes: logits_of(**changes))
+    | st.fixed_dictionaries({}, optional=dict.fromkeys(SPEC, anything)).map(
+        lambda changes: logits_of(spec={**SPEC, **changes})
+    )
     | st.lists(anything, max_size=4).flatmap(
         lambda values: st.sampled_from(["prompt", "last", "between"]).map(lambda kind: span_of(kind, *values))
     )
@@ -132,14 +222,14 @@ def test_no_options_raise(custom: Any) -> None:
     """An exception in the scheduler ends the server."""
     found = unpack_options(custom)
     if found is not None:
-        assert unpack_options({CHANNEL: pack_options(found.wanted, found.way)}) == found
+        assert unpack_options({CHANNEL: pack_options(found.wanted, found.way, found.logits)}) == found
 
 
 # --- status -----------------------------------------------------------------------------------------------------------
 
 STATUS = Status(
     vocab_size=96, hidden_size=D, num_layers=4, context_length=64, layers=(0, -1), because="", normed=True, shared="",
-    open_pools=0, prefix_bytes=0,
+    open_pools=0, prefix_bytes=0, constraints=("action_mask",),
 )  # fmt: skip
 
 
@@ -150,7 +240,7 @@ def test_a_status_round_trip(layers: tuple[int, ...] | None) -> None:
     assert Status.unpack(json.loads(json.dumps(status.pack()))) == status
 
 
-@pytest.mark.parametrize("protocol", [None, 0, 1, 3, "2"])
+@pytest.mark.parametrize("protocol", [None, 0, 1, 2, 4, "3"])
 def test_a_status_of_another_protocol(protocol: Any) -> None:
     with pytest.raises(ProtocolError, match=rf"{protocol!r} and this client {PROTOCOL}; install the same version"):
         Status.unpack({**STATUS.pack(), "protocol": protocol})
@@ -180,8 +270,25 @@ def pools_of(num_layers: int = 2, num_rows: int | None = 5, dtype: torch.dtype =
     )
 
 
-def sent(pools: Pools, way: Way, share: Callable[[bytes], str | None] | None = None) -> list[Any]:
-    answer = [pack_answer(pools, way, share)]
+def found_logits(num_response: int = 3, num_given: int = 4, dtype: torch.dtype = torch.float32) -> FoundLogits:
+    """Some of them ``-inf``, which JSON does not have."""
+    response_NC = numbers(num_response, 2, seed=5, dtype=dtype)
+    response_NC[0, 0] = -INFINITY
+    return FoundLogits(
+        response=TokenLogits(response_NC, torch.arange(num_response * 2).reshape(num_response, 2) + 10**5),
+        given=TokenLogits(numbers(num_given, 3, seed=6, dtype=dtype), None),
+        log_probs_N=numbers(num_given, seed=7),
+        constrained=num_response,
+    )
+
+
+def sent(
+    pools: Pools,
+    way: Way,
+    share: Callable[[bytes], str | None] | None = None,
+    logits: FoundLogits | None = None,
+) -> list[Any]:
+    answer = [pack_answer(pools, way, share, logits)]
     return answer if way == "binary" else json.loads(json.dumps(answer))
 
 
@@ -202,6 +309,92 @@ def assert_same(found: Pools, expected: Pools) -> None:
         assert torch.equal(found.rows.rows_NKD, expected.rows.rows_NKD)
 
 
+def assert_same_logits(found: FoundLogits | None, expected: FoundLogits) -> None:
+    assert found is not None
+    assert (found.constrained, found.fault) == (expected.constrained, expected.fault)
+    pairs = [(found.log_probs_N, expected.log_probs_N)]
+    for ours, theirs in ((found.response, expected.response), (found.given, expected.given)):
+        assert (ours is None) is (theirs is None)
+        if ours is not None and theirs is not None:
+            pairs += [(ours.values_NC, theirs.values_NC), (ours.token_ids_NC, theirs.token_ids_NC)]
+    for one, other in pairs:
+        assert (one is None) is (other is None)
+        assert one is None or other is None or (torch.equal(one, other) and one.dtype == other.dtype)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gone", [None, "response", "given", "log_probs_N"])
+def test_logits_round_trip(way: Way, dtype: torch.dtype, gone: str | None) -> None:
+    logits = found_logits(dtype=dtype)
+    if gone is not None:
+        logits = dataclasses.replace(logits, **{gone: None})
+    found = unpack_answer(sent(pools_of(), way, lambda data: None, logits), "row 0", D)
+    assert_same(found.pools, pools_of())
+    assert_same_logits(found.logits, logits)
+
+
+def test_an_answer_without_logits_has_none() -> None:
+    (answer,) = sent(pools_of(), "text")
+    assert answer.keys() == {"protocol", "places", "faults", "data", "crc32", "rows"}
+    assert unpack_answer([answer], "row 0", D).logits is None
+    assert unpack_answer(sent(Pools({}, {}, {}, None), "text", None, FoundLogits()), "row 0", D).logits == FoundLogits()
+
+
+def test_many_logits_go_through_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the log-probs, one number for each token, do not."""
+    monkeypatch.setattr(blocks, "fetch", functools.partial(fetch, directory=tmp_path))
+    monkeypatch.setattr(channel, "discard", functools.partial(discard, directory=tmp_path))
+    files, logits = SharedFiles(tmp_path), found_logits(MIN_BYTES // 8, MIN_BYTES // 12 + 1)
+    logits = dataclasses.replace(logits, log_probs_N=numbers(MIN_BYTES // 4))
+    answer, dropped = (sent(pools_of(), "shared", files.share, logits) for _ in range(2))
+    names = {name for name, block in answer[0].items() if isinstance(block, dict) and "shared" in block}
+    assert names == {"logits", "logits_ids", "prompt_logits"}
+    with pytest.raises(ProtocolError, match=r"row 7: .* into shared memory .*, unasked"):
+        unpack_answer(answer, "row 7", D, shared=False)
+    assert len([*tmp_path.iterdir()]) == 1 + 2 * 3
+    assert_same_logits(unpack_answer(answer, "row 0", D).logits, logits)
+    drop_shared(dropped)
+    assert [path.name for path in tmp_path.iterdir()] == [files.sign]
+
+
+def test_constraints_that_could_not_be_kept() -> None:
+    logits = dataclasses.replace(found_logits(), fault="token 3 of the response: 0 tokens are left")
+    with pytest.raises(ConstraintError, match=r"^row 3: token 3 of the response: 0 tokens are left$"):
+        unpack_answer(sent(pools_of(), "text", None, logits), "row 3", D)
+
+
+SPOILED_LOGITS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "a count of words": lambda a: a.update(constrained="three"),
+    "a count of null": lambda a: a.update(constrained=None),
+    "an infinite count": lambda a: a.update(constrained=INFINITY),
+    "no fault": lambda a: a.pop("fault"),
+    "logits of null": lambda a: a.update(logits=None),
+    "logits without data": lambda a: a["logits"].pop("data"),
+    "cut logits": lambda a: a["logits"].update(data=cut(a["logits"]["data"])),
+    "a flipped bit": lambda a: a["prompt_logits"].update(data=flip(a["prompt_logits"]["data"])),
+    "a flipped bit of the ids": lambda a: a["logits_ids"].update(data=flip(a["logits_ids"]["data"])),
+    "logits of one axis": lambda a: a["logits"].update(shape=[6]),
+    "logits of three axes": lambda a: a["prompt_logits"].update(shape=[2, 2, 3]),
+    "more logits than data": lambda a: a["logits"].update(shape=[4, 2]),
+    "ids of another shape": lambda a: a["logits_ids"].update(shape=[2, 3]),
+    "ids of other logits": lambda a: a.update(prompt_logits_ids=a["logits_ids"]),
+    "logits of an unknown dtype": lambda a: a["logits"].update(dtype="int8"),
+    "log-probs of two axes": lambda a: a["log_probs"].update(shape=[2, 2]),
+    "log-probs of no axis": lambda a: a.update(log_probs={**pack_tensor(numbers(1), "text"), "shape": []}),
+    "log-probs that are none": lambda a: a.update(log_probs=[0.5]),
+}
+
+
+@pytest.mark.parametrize("case", SPOILED_LOGITS)
+def test_logits_that_did_not_come_whole(case: str) -> None:
+    answer = sent(pools_of(), "text", None, found_logits())
+    unpack_answer(answer, "row 5", D)
+    SPOILED_LOGITS[case](answer[0])
+    with pytest.raises(ProtocolError, match=r"(?s)^row 5: the states cannot be read \(.*was the answer cut short\?"):
+        unpack_answer(answer, "row 5", D)
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("num_layers", [1, 3])
 @pytest.mark.parametrize(
@@ -210,24 +403,24 @@ def assert_same(found: Pools, expected: Pools) -> None:
 def test_an_answer_round_trip(way: Way, num_layers: int, num_rows: int | None, dtype: torch.dtype) -> None:
     """A shared answer of few bytes goes as text."""
     pools = pools_of(num_layers, num_rows, dtype)
-    assert_same(unpack_answer(sent(pools, way, lambda data: None), "row 0", D), pools)
+    assert_same(unpack_answer(sent(pools, way, lambda data: None), "row 0", D).pools, pools)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_rows_go_through_shared_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(channel, "fetch", functools.partial(fetch, directory=tmp_path))
+    monkeypatch.setattr(blocks, "fetch", functools.partial(fetch, directory=tmp_path))
     files, pools = SharedFiles(tmp_path), pools_of(2, MIN_BYTES // (2 * D), dtype)
     answer = sent(pools, "shared", files.share)
     assert len(json.dumps(answer)) < 2000
     assert len([*tmp_path.iterdir()]) == 2
-    assert_same(unpack_answer(answer, "row 0", D), pools)
+    assert_same(unpack_answer(answer, "row 0", D).pools, pools)
     assert [path.name for path in tmp_path.iterdir()] == [files.sign]
 
 
 def test_a_shared_file_that_is_gone_or_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(channel, "fetch", functools.partial(fetch, directory=tmp_path))
+    monkeypatch.setattr(blocks, "fetch", functools.partial(fetch, directory=tmp_path))
     files, pools = SharedFiles(tmp_path), pools_of(2, MIN_BYTES // (2 * D))
     for spoil in (
         Path.unlink,
@@ -246,20 +439,20 @@ def test_a_shared_file_that_is_gone_or_another(tmp_path: Path, monkeypatch: pyte
 
 def test_shared_states_that_were_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server on another machine names no files of this one."""
-    monkeypatch.setattr(channel, "fetch", functools.partial(fetch, directory=tmp_path))
+    monkeypatch.setattr(blocks, "fetch", functools.partial(fetch, directory=tmp_path))
     files, pools = SharedFiles(tmp_path), pools_of(2, MIN_BYTES // (2 * D))
     answer = sent(pools, "shared", files.share)
     name = answer[0]["rows"]["shared"]
     with pytest.raises(ProtocolError, match=rf"^row 7: .*'{name}'.*unasked; install the same version"):
         unpack_answer(answer, "row 7", D, shared=False)
     assert {path.name for path in tmp_path.iterdir()} == {files.sign, name}
-    assert_same(unpack_answer(answer, "row 7", D, shared=True), pools)
-    assert_same(unpack_answer(sent(pools, "text"), "row 7", D, shared=False), pools)
+    assert_same(unpack_answer(answer, "row 7", D, shared=True).pools, pools)
+    assert_same(unpack_answer(sent(pools, "text"), "row 7", D, shared=False).pools, pools)
 
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_vectors_are_never_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool) -> None:
-    monkeypatch.setattr(channel, "fetch", functools.partial(fetch, directory=tmp_path))
+    monkeypatch.setattr(blocks, "fetch", functools.partial(fetch, directory=tmp_path))
     files, answer = SharedFiles(tmp_path), sent(pools_of(), "text")
     vectors = base64.b64decode(answer[0].pop("data"))
     name = files.share(vectors + bytes(MIN_BYTES))
@@ -287,7 +480,7 @@ def test_shared_states_that_are_not_wanted(tmp_path: Path, monkeypatch: pytest.M
     answer=anything
     | st.lists(anything, min_size=1)
     | anything.map(lambda rows: [{"rows": rows}])
-    | anything.map(lambda name: [{"rows": {"shared": name}}])
+    | anything.map(lambda name: [{"rows": {"shared": name}, "logits": {"shared": name}, "log_probs": name}])
 )
 def test_no_answer_is_too_bad_to_drop(answer: Any) -> None:
     drop_shared(answer)
@@ -303,7 +496,7 @@ def test_what_cannot_be_removed_is_no_error(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_what_is_read_can_be_written_to() -> None:
-    found = unpack_answer(sent(pools_of(), "binary"), "row 0", D)
+    found = unpack_answer(sent(pools_of(), "binary"), "row 0", D).pools
     found.segments["response"][0].add_(1)
     found.rows.rows_NKD.add_(1)
 
@@ -311,13 +504,13 @@ def test_what_is_read_can_be_written_to() -> None:
 def test_an_answer_without_any_rows() -> None:
     pools = Pools({"prompt": (None, 0), "response": (None, 2)}, {}, {}, None)
     for way in WAYS:
-        assert unpack_answer(sent(pools, way), "row 0", D) == pools
+        assert unpack_answer(sent(pools, way), "row 0", D).pools == pools
 
 
 def test_rows_that_are_no_block_of_memory() -> None:
     """Such as a transposed view."""
     rows_NKD = numbers(2, 5, D).transpose(0, 1)
-    found = unpack_answer(sent(Pools({}, {}, {}, WantedRows(0, rows_NKD)), "text"), "row 0", D)
+    found = unpack_answer(sent(Pools({}, {}, {}, WantedRows(0, rows_NKD)), "text"), "row 0", D).pools
     assert torch.equal(found.rows.rows_NKD, rows_NKD)
 
 
@@ -389,7 +582,7 @@ def test_an_answer_that_did_not_come_whole(case: str) -> None:
         unpack_answer(answer, "row 5", D)
 
 
-@pytest.mark.parametrize("protocol", [None, 1, 3, "2"])
+@pytest.mark.parametrize("protocol", [None, 1, 2, 4, "3"])
 def test_an_answer_of_another_protocol(protocol: Any) -> None:
     answer = sent(pools_of(), "text")
     answer[0]["protocol"] = protocol
@@ -406,14 +599,20 @@ def test_an_answer_of_another_form(answer: Any) -> None:
 @given(data=st.data())
 def test_no_answer_is_read_wrongly(data: st.DataObject) -> None:
     """Whatever a field is replaced with, the states are those that were sent, or an error of this package is raised."""
-    pools = pools_of()
-    answer = sent(pools, "text")
-    fields = data.draw(st.sampled_from([answer[0], answer[0]["rows"]]))
+    pools, logits = pools_of(), found_logits()
+    answer = sent(pools, "text", None, logits)
+    parts = [value for value in answer[0].values() if isinstance(value, dict) and "shape" in value]
+    fields = data.draw(st.sampled_from([answer[0], *parts]))
     fields[data.draw(st.sampled_from(sorted(fields)))] = data.draw(anything)
     try:
-        found = unpack_answer(answer, "row 5", D)
-    except (ProtocolError, SpanError):
+        read = unpack_answer(answer, "row 5", D)
+    except (ProtocolError, SpanError, ConstraintError):
         return
+    found = read.pools
+    for name in ("response", "given") if read.logits is not None else ():
+        ours, theirs = getattr(read.logits, name), getattr(logits, name)
+        assert ours is None or torch.equal(ours.values_NC.flatten(), theirs.values_NC.flatten())
+        assert ours is None or ours.token_ids_NC is None or torch.equal(ours.token_ids_NC, theirs.token_ids_NC)
     values = {name: value for name, (value, _) in {**found.segments, **found.spans}.items()}
     sent_values = [value for value, _ in (*pools.segments.values(), *pools.spans.values())]
     for value in values.values():

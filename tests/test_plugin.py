@@ -18,12 +18,15 @@ import pytest
 import torch
 from torch import nn
 
-from torchrl_sglang_hidden.channel import CHANNEL, LAYERS_ENV, PLUGIN_ENV, Status, pack_options
+from torchrl_sglang_hidden.channel import CHANNEL, CONSTRAINTS_ENV, LAYERS_ENV, PLUGIN_ENV, Status, pack_options
+from torchrl_sglang_hidden.constraints import DisallowedTokens, TemperatureScale, base, known_constraints
+from torchrl_sglang_hidden.logits import WantedLogits
 from torchrl_sglang_hidden.pooling import BLOCK, Wanted
 from torchrl_sglang_hidden.server import plugin
 from torchrl_sglang_hidden.server.capture import Capture
 from torchrl_sglang_hidden.shared import SharedFiles
 from torchrl_sglang_hidden.spans import PromptSpan
+from torchrl_sglang_hidden.specs import LogitsSpec
 
 
 class HookType(enum.Enum):
@@ -104,9 +107,10 @@ def test_sglang_finds_it() -> None:
 class Req:
     """SGLang's request, as much of it as is read."""
 
-    def __init__(self, wanted: Wanted | None = None, length: int = 200) -> None:
-        custom = {CHANNEL: pack_options(wanted, "text")} if wanted is not None else None
-        self.sampling_params = SimpleNamespace(custom_params=custom)
+    def __init__(self, wanted: Wanted | None = None, length: int = 200, logits: WantedLogits | None = None) -> None:
+        wanted = Wanted((), None) if wanted is None and logits is not None else wanted
+        custom = {CHANNEL: pack_options(wanted, "text", logits)} if wanted is not None else None
+        self.sampling_params = SimpleNamespace(custom_params=custom, max_new_tokens=9)
         self.origin_input_ids = list(range(length))
         self.output_ids: list[int] = []
         self.extra_key = None
@@ -389,7 +393,7 @@ def runner(is_draft_worker: bool = False, **args: Any) -> Any:
     sizes = {"chunked_prefill_size": 64, "max_prefill_tokens": None, "max_running_requests": 9}
     return SimpleNamespace(
         model=Model(),
-        model_config=SimpleNamespace(num_hidden_layers=4),
+        model_config=SimpleNamespace(num_hidden_layers=4, vocab_size=VOCAB),
         is_draft_worker=is_draft_worker,
         server_args=SimpleNamespace(**{**sizes, **args}),
     )
@@ -398,30 +402,198 @@ def runner(is_draft_worker: bool = False, **args: Any) -> Any:
 @pytest.fixture
 def auxiliary(monkeypatch: pytest.MonkeyPatch) -> None:
     """SGLang's list of auxiliary outputs; importing the real one takes seconds."""
-    for name in ("sglang", "sglang.srt", "sglang.srt.managers", "sglang.srt.managers.auxiliary_output"):
+    outputs, logits = "sglang.srt.managers.auxiliary_output", "sglang.srt.layers.logits_processor"
+    for name in ("sglang", "sglang.srt", "sglang.srt.managers", outputs, "sglang.srt.layers", logits):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    sys.modules[name].append_auxiliary_output = lambda given, more: [*(given or []), *([more] if more else [])]
+    sys.modules[outputs].append_auxiliary_output = lambda given, more: [*(given or []), *([more] if more else [])]
+    sys.modules[logits].LogitsMetadata = SimpleNamespace(from_forward_batch=lambda batch: ("metadata of", batch))
 
 
-def run_step(model_runner: Any, batch: Any, token_indices: Any = None) -> list[Any]:
+VOCAB, NUM_ROWS = 7, 5
+HEAD_DV = torch.randn(3, VOCAB + 2, generator=torch.Generator().manual_seed(0))
+
+
+class Processor:
+    """SGLang's logits processor, as much of it as is called: logits of the last positions alone."""
+
+    def __init__(self, batch: Any, parallel: bool = False) -> None:
+        self.batch, self.do_tensor_parallel_all_gather_dp_attn = batch, parallel
+        self.asked: list[int] = []
+
+    def _get_logits(self, rows_ND: torch.Tensor, lm_head: Any, metadata: Any, use_logits_buffer: bool) -> torch.Tensor:
+        assert (lm_head, metadata, use_logits_buffer) == ("head", ("metadata of", "a copy"), False)
+        self.asked.append(len(rows_ND))
+        return rows_ND @ HEAD_DV
+
+    def forward(self, ids: Any, states_ND: torch.Tensor, lm_head: Any, metadata: Any, *more: Any) -> torch.Tensor:
+        assert (ids, lm_head, metadata, more) == ("ids", "head", "a copy", ("more",))
+        ends = torch.tensor(self.batch.extend_lens).cumsum(0) - 1
+        return states_ND[ends] @ HEAD_DV
+
+
+def run_step(
+    model_runner: Any,
+    batch: Any,
+    token_indices: Any = None,
+    sampling_info: Any = None,
+    processor: Processor | None = None,
+    fails: bool = False,
+) -> list[Any]:
     """One forward step, hook by hook; what goes to the host with its results."""
-    forward_batch = SimpleNamespace()
+    sampling_info = sampling_info or sampling_of(batch)
+    forward_batch = SimpleNamespace(input_ids=torch.arange(NUM_ROWS), sampling_info=sampling_info)
     plugin.after_forward_batch(forward_batch, object, batch, model_runner)
-    x_ND = torch.arange(5.0)[:, None].expand(5, 3).clone()
-    output = SimpleNamespace(
-        hidden_states=model_runner.model(x_ND),
-        hidden_states_token_indices=token_indices,
-        auxiliary_device_output=None,
-    )
-    plugin.after_forward(output, model_runner, forward_batch)
-    plugin.after_sample(None, model_runner, output, forward_batch)
+    processor = processor or Processor(batch)
+
+    def forward(runner: Any, given: Any, *args: Any, **kwargs: Any) -> Any:
+        assert (runner, given, args, kwargs) == (model_runner, forward_batch, (1,), {"two": 2})
+        if fails:
+            raise RuntimeError("out of memory")
+        states_ND = model_runner.model(torch.arange(float(NUM_ROWS))[:, None].expand(NUM_ROWS, 3).clone())
+        # SGLang hands the model a copy of its batch.
+        original = type(processor).forward
+        logits_BV = plugin.around_logits(original, processor, "ids", states_ND, "head", "a copy", "more")
+        return SimpleNamespace(
+            hidden_states=states_ND,
+            hidden_states_token_indices=token_indices,
+            auxiliary_device_output=None,
+            next_token_logits=logits_BV,
+        )
+
+    def sample(runner: Any, logits_output: Any, given: Any) -> torch.Tensor:
+        assert (runner, given) == (model_runner, forward_batch)
+        logits_BV = logits_output.next_token_logits
+        logits_BV += 1  # a penalty
+        assert plugin.after_preprocess(logits_BV, None, logits_BV, sampling_info) is None
+        return logits_BV.argmax(-1)
+
+    output = plugin.around_forward(forward, model_runner, forward_batch, 1, two=2)
+    assert plugin._capture.running is None
+    token_ids = plugin.around_sample(sample, model_runner, output, forward_batch)
+    assert torch.equal(token_ids, output.next_token_logits.argmax(-1)), "those that SGLang sampled"
+    batch.logits_BV = output.next_token_logits
     return output.auxiliary_device_output or []
+
+
+def sampling_of(batch: Any) -> Any:
+    return SimpleNamespace(temperatures=torch.full((len(batch.reqs), 1), 2.0))
 
 
 def batch_of(*reqs: Req) -> Any:
     lengths = [len(req.origin_input_ids) for req in reqs]
     mode = SimpleNamespace(name="EXTEND")
     return SimpleNamespace(forward_mode=mode, reqs=list(reqs), extend_lens=lengths, prefix_lens=[0] * len(reqs))
+
+
+def stock_logits(batch: Any) -> torch.Tensor:
+    """What SGLang's sampler sees where nobody asks for anything."""
+    states_ND = Model()(torch.arange(float(NUM_ROWS))[:, None].expand(NUM_ROWS, 3))
+    return Processor(batch).forward("ids", states_ND, "head", "a copy", "more") + 1
+
+
+DENY = WantedLogits(constraints=(DisallowedTokens((2,)),))
+
+
+@pytest.mark.usefixtures("auxiliary", "capture")
+def test_requests_that_ask_for_nothing_keep_their_logits() -> None:
+    """Alone, beside one that wants states, and beside one that wants logits and constraints."""
+    quiet = batch_of(Req(None, 2), Req(None, 3))
+    assert run_step(runner(), quiet) == []
+    assert torch.equal(quiet.logits_BV, stock_logits(quiet))
+    states = batch_of(Req(None, 2), Req(Wanted(("response",)), 3))
+    assert len(run_step(runner(), states)) == 1
+    assert torch.equal(states.logits_BV, stock_logits(states))
+    masked = batch_of(Req(None, 2), Req(None, 2, DENY), Req(None, 1))
+    assert len(run_step(runner(), masked)) == 1
+    expected_BV = stock_logits(masked)
+    assert torch.equal(masked.logits_BV[[0, 2]], expected_BV[[0, 2]])
+    expected_BV[1, [2, VOCAB, VOCAB + 1]] = float("-inf")
+    assert torch.equal(masked.logits_BV[1], expected_BV[1])
+
+
+@pytest.mark.usefixtures("auxiliary", "capture")
+def test_what_an_earlier_step_chose_is_cleared() -> None:
+    """Without overlap scheduling SGLang keeps the sampling info from step to step."""
+    asked, quiet = batch_of(Req(None, 3, DENY), Req(None, 2)), batch_of(Req(None, 3), Req(None, 2))
+    sampling_info, model_runner = sampling_of(asked), runner()
+    run_step(model_runner, asked, sampling_info=sampling_info)
+    assert asked.logits_BV[0, 2] == float("-inf")
+    assert getattr(sampling_info, plugin._CHOICES) is not None
+    assert run_step(model_runner, quiet, sampling_info=sampling_info) == []
+    assert torch.equal(quiet.logits_BV, stock_logits(quiet))
+    assert getattr(sampling_info, plugin._CHOICES) is None
+
+
+@pytest.mark.usefixtures("auxiliary", "capture")
+def test_a_step_takes_logits_of_prompt_and_response() -> None:
+    logits = [WantedLogits(LogitsSpec(full=True, segments=("full",), stage=s), given=1) for s in ("raw", "processed")]
+    batch = batch_of(Req(Wanted(("response",)), 2, logits[0]), Req(None, 3, logits[1]))
+    processor = Processor(batch)
+    choices, rows = run_step(runner(), batch, processor=processor)
+    assert processor.asked == [1, 2]
+    raw_NV = Model()(torch.arange(float(NUM_ROWS))[:, None].expand(NUM_ROWS, 3)) @ HEAD_DV[:, :VOCAB]
+    assert [cut.places for cut in choices.cuts] == [(0,), (1,)]
+    torch.testing.assert_close(choices.cuts[0].rows.values_NC, raw_NV[1:2])
+    torch.testing.assert_close(choices.cuts[1].rows.values_NC, (raw_NV[4:] + 1) / 2)
+    torch.testing.assert_close(choices.given[0].rows.values_NC, raw_NV[:1])
+    torch.testing.assert_close(choices.given[1].rows.values_NC, raw_NV[2:4])
+    assert torch.equal(choices.step.input_ids, torch.arange(NUM_ROWS))
+    assert rows.sums_MD.shape == (1, 3)
+
+
+@pytest.mark.usefixtures("auxiliary", "capture")
+def test_a_head_that_is_a_collective_is_asked_for_nothing_more() -> None:
+    """Ranks that have no such rows would wait for ever. The count tells."""
+    batch = batch_of(Req(None, 5, WantedLogits(LogitsSpec(full=True, segments=("prompt",)), given=1)))
+    processor = Processor(batch, parallel=True)
+    (choices,) = run_step(runner(), batch, processor=processor)
+    assert (processor.asked, choices.given) == ([], ())
+
+
+@pytest.mark.usefixtures("auxiliary")
+def test_a_step_that_fails_leaves_nothing_for_the_next(capture: Capture) -> None:
+    batch = batch_of(Req(None, 5, WantedLogits(LogitsSpec(full=True, segments=("prompt",)), given=1)))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run_step(runner(), batch, fails=True)
+    assert capture.running is None
+
+
+@pytest.mark.usefixtures("auxiliary", "capture")
+def test_the_temperature_of_a_request_is_divided_by_once() -> None:
+    wanted = WantedLogits(LogitsSpec(full=True, stage="processed"), (TemperatureScale(4.0),))
+    batch = batch_of(Req(None, 5, wanted))
+    (choices,) = run_step(runner(), batch)
+    expected_1V = stock_logits(batch)[:, :VOCAB] / 4
+    torch.testing.assert_close(batch.logits_BV[:, :VOCAB], expected_1V)
+    torch.testing.assert_close(choices.cuts[0].rows.values_NC, expected_1V / 2)
+
+
+@pytest.mark.parametrize(
+    ("source", "known"),
+    [
+        ("", False),
+        ("import nothing_of_this_name", False),
+        ("this is no python", False),
+        ("raise RuntimeError('at import')", False),
+        ("class A(LogitConstraint, name='action_mask'): pass", False),
+        ("class A(LogitConstraint, name='plugin_mine'): pass", True),
+    ],
+)
+def test_constraints_of_the_users_own(
+    registered: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, known: bool
+) -> None:
+    """What they raise is logged. The server half is there all the same, and says which constraints it has."""
+    (tmp_path / "my_constraints.py").write_text(
+        f"from torchrl_sglang_hidden.constraints import LogitConstraint\n{source}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(base, "_KINDS", dict(base._KINDS))
+    monkeypatch.delitem(sys.modules, "my_constraints", raising=False)
+    monkeypatch.setenv(CONSTRAINTS_ENV, "my_constraints,,no.such.module")
+    plugin.register()
+    assert len(registered) >= 14
+    assert ("plugin_mine" in known_constraints()) is known
+    monkeypatch.delitem(sys.modules, "my_constraints", raising=False)
 
 
 @pytest.mark.usefixtures("auxiliary")
@@ -531,6 +703,7 @@ def test_a_server_says_what_it_is(served: Capture) -> None:
         shared=served.shared.sign,
         open_pools=2,
         prefix_bytes=served.sums.bytes,
+        constraints=known_constraints(),
     )
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ import torch
 from plain import Case, expected_count, token_places
 from recorder import (
     ALL_SEGMENTS,
+    WORDS,
     RecordingEngine,
     log_prob_of,
+    logits_V,
     make_info,
     of_layer,
     pooled_D,
@@ -27,8 +31,18 @@ from recorder import (
 from torchrl_sglang_hidden import AlignmentError, CapabilityError, HiddenSpec, ProtocolError, RequestAbortedError
 from torchrl_sglang_hidden import wire as wire_module
 from torchrl_sglang_hidden.answers import read_responses
-from torchrl_sglang_hidden.channel import CHANNEL, PROTOCOL, HiddenOptions, Status, pack_options, unpack_options
+from torchrl_sglang_hidden.channel import CHANNEL, PROTOCOL, Options, Status, pack_options, unpack_options
+from torchrl_sglang_hidden.checks import check_requests
+from torchrl_sglang_hidden.constraints import (
+    ActionMask,
+    ConstraintStep,
+    DisallowedTokens,
+    LinearSchedule,
+    LogitConstraint,
+    TemperatureScale,
+)
 from torchrl_sglang_hidden.errors import (
+    ConstraintError,
     InputError,
     InputTypeError,
     PromptLengthError,
@@ -36,11 +50,13 @@ from torchrl_sglang_hidden.errors import (
     SpanError,
     TokenIdError,
 )
+from torchrl_sglang_hidden.logits import WantedLogits
 from torchrl_sglang_hidden.pooling import Wanted
 from torchrl_sglang_hidden.shared import DIRECTORY, SharedFiles, is_shared
 from torchrl_sglang_hidden.spans import Between, LastTokens, PromptSpan, TokenMask
-from torchrl_sglang_hidden.specs import POOLINGS, Completion, Pooling, Request
-from torchrl_sglang_hidden.wire import ModelSizes, check_requests, read_info, to_payload, warm_up
+from torchrl_sglang_hidden.specs import POOLINGS, Completion, LogitsSpec, Pooling, Request
+from torchrl_sglang_hidden.wire import ModelSizes, read_info, to_payload, warm_up
+from torchrl_sglang_hidden.wire import logits_of as wanted_logits_of
 
 PROMPT = (9, 8, 7, 3)
 RESPONSE = response_of(PROMPT)
@@ -101,7 +117,7 @@ def assert_states(one: Completion, sent: Request, info: Any) -> None:
         assert one.token_rows is None
 
 
-def options_of(payload: dict[str, Any], row: int = 0) -> HiddenOptions:
+def options_of(payload: dict[str, Any], row: int = 0) -> Options:
     options = unpack_options(json.loads(json.dumps(payload["sampling_params"][row]["custom_params"])))
     assert options is not None
     return options
@@ -133,7 +149,7 @@ def test_everything_of_a_spec_reaches_the_server() -> None:
     spec = HiddenSpec(("full", "prompt"), "last", (-2, -1, 0), True, torch.bfloat16, spans=SPANS)
     payload = to_payload([request(spec, spans=RESOLVED)], make_info(), binary=False)
     wanted = Wanted(("full", "prompt"), "last", (2, -1, 0), RESOLVED, tokens=True, row_dtype=torch.bfloat16)
-    assert options_of(payload) == HiddenOptions(wanted, "text")
+    assert options_of(payload) == Options(wanted, "text")
 
 
 @pytest.mark.parametrize(
@@ -424,7 +440,7 @@ def count_of(place: int, count: Any) -> Callable[[dict[str, Any]], Any]:
 
 # The answer's places are the segments prompt, response, full, then the spans mask, tail.
 BAD_CHANNELS: dict[str, tuple[Callable[[dict[str, Any]], Any], type[SGLangHiddenError], str]] = {
-    "other protocol": (lambda a: a.update(protocol=1), ProtocolError, r"row 0 .*protocol 1 and this client 2; install"),
+    "other protocol": (lambda a: a.update(protocol=1), ProtocolError, r"row 0 .*protocol 1 and this client 3; install"),
     "no data": (lambda a: a.pop("data"), ProtocolError, r"row 0 .*cannot be read"),
     "cut base64": (lambda a: a.update(data=a["data"][:-3]), ProtocolError, r"cannot be read.*cut short"),
     "no places": (lambda a: a.update(places=None), ProtocolError, r"cannot be read"),
@@ -523,7 +539,7 @@ def test_a_row_of_another_form(row: Any) -> None:
 MODEL_INFO = {"model_path": "m", "tokenizer_path": "t", "weight_version": "default", "is_generation": True}
 STATUS = Status(
     vocab_size=96, hidden_size=8, num_layers=4, context_length=64, layers=(-1,), because="", normed=True, shared="",
-    open_pools=0, prefix_bytes=0,
+    open_pools=0, prefix_bytes=0, constraints=("action_mask",),
 ).pack()  # fmt: skip
 
 
@@ -656,7 +672,7 @@ def test_a_shorter_context_of_the_server_counts() -> None:
     assert (info.context_length, info.max_prompt_tokens) == (40, 39)
 
 
-@pytest.mark.parametrize("protocol", [0, 1, 3, "2"])
+@pytest.mark.parametrize("protocol", [0, 1, 2, 4, "3"])
 def test_another_protocol(protocol: Any) -> None:
     with pytest.raises(ProtocolError, match=rf"{re.escape(repr(protocol))}.*this client {PROTOCOL}; install the same"):
         read_info(MODEL_INFO, server_info({**STATUS, "protocol": protocol}), never)
@@ -901,3 +917,469 @@ def test_rows_behind_one_that_failed_leave_nothing_in_shared_memory(near: bool) 
         read_responses([request()] * 4, rows, make_info(shares_memory=near))
     assert (DIRECTORY / name).exists() is not near
     files.close()
+
+
+# --- logits and constraints -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Forbid(LogitConstraint, name="wire_forbid"):
+    """A user's own: takes the token away that the model likes best, or fails."""
+
+    fails: bool = False
+
+    def apply(self, logits_V: torch.Tensor, step: ConstraintStep) -> torch.Tensor:
+        if self.fails:
+            raise LookupError("no table")
+        logits_V[logits_V.argmax()] = -math.inf
+        return logits_V
+
+
+V = len(WORDS)
+FULL = LogitsSpec(full=True)
+TOP = LogitsSpec(top_k=3)
+PROMPTS = LogitsSpec(top_k=3, segments=("prompt",))
+EVERY = LogitsSpec(full=True, segments=("full",))
+MASKED = (ActionMask((6, 7, 8)), TemperatureScale(2.0))
+GIVEN = (9, 8, 7, 6, 8, 7)
+
+
+def asks(*constraints: LogitConstraint, spec: LogitsSpec | None = None, ids: Any = PROMPT, **fields: Any) -> Request:
+    sampling = fields.pop("sampling", {})
+    return Request(ids, sampling, logits=spec, constraints=constraints, **fields)
+
+
+def scores(*constraints: LogitConstraint, first: int = 0, spec: LogitsSpec | None = None, ids: Any = GIVEN) -> Request:
+    """A sequence that is scored; a constraint acts on all of it behind its first two tokens."""
+    responses = ((2, len(ids)),) if constraints and len(ids) > 2 else ((1, len(ids)),) if constraints else ()
+    return asks(
+        *constraints, spec=spec, ids=ids, score_prompt=True, score_from=first, responses=responses,
+        sampling={"max_new_tokens": 0}, return_log_probs=False,
+    )  # fmt: skip
+
+
+def model_rows(ids: Any) -> torch.Tensor:
+    """What the made-up head says of tokens 1, 2, …"""
+    return torch.stack([logits_V(ids[: place + 1]) for place in range(len(ids) - 1)])
+
+
+# What a request asks for, and what its payload says of logits; None for nothing.
+COMBINATIONS: list[tuple[Request, WantedLogits | None, bool, int | None]] = [
+    (asks(), None, True, None),
+    (asks(spec=FULL), WantedLogits(FULL), True, None),
+    (asks(*MASKED), WantedLogits(None, MASKED), True, None),
+    (asks(*MASKED, spec=EVERY), WantedLogits(EVERY, MASKED, 1), True, None),
+    (asks(spec=PROMPTS, sampling={"max_new_tokens": 0}), WantedLogits(PROMPTS, (), 1), True, None),
+    (scores(), None, True, 0),
+    (scores(first=4), None, True, 3),
+    (scores(spec=PROMPTS, first=4), WantedLogits(PROMPTS, (), 1), True, 3),
+    (scores(*MASKED), WantedLogits(None, MASKED, 1, True, ((2, 6),)), False, None),
+    (scores(*MASKED, first=1), WantedLogits(None, MASKED, 1, True, ((2, 6),)), False, None),
+    (scores(*MASKED, first=4), WantedLogits(None, MASKED, 4, True, ((2, 6),)), False, None),
+    (scores(*MASKED, first=4, spec=PROMPTS), WantedLogits(PROMPTS, MASKED, 1, True, ((2, 6),)), False, None),
+    (dataclasses.replace(asks(*MASKED, spec=TOP), return_log_probs=False), WantedLogits(TOP, MASKED), False, None),
+]
+
+
+@pytest.mark.parametrize(("one", "wanted", "log_probs", "start"), COMBINATIONS)
+@pytest.mark.parametrize("near", [False, True])
+def test_a_payload_of_logits_and_constraints(
+    one: Request, wanted: WantedLogits | None, log_probs: bool, start: int | None, near: bool
+) -> None:
+    """Under constraints the prompt's log-probs are the server half's, and SGLang is asked for none."""
+    check_requests([one], make_info())
+    payload = json.loads(json.dumps(to_payload([one, asks()], make_info(shares_memory=near), binary=False)))
+    assert wanted_logits_of(one) == wanted
+    assert payload["return_logprob"] == [log_probs, True]
+    assert payload.get("logprob_start_len") == (None if start is None else [start, -1])
+    assert "custom_params" not in payload["sampling_params"][1]
+    if wanted is None:
+        assert "custom_params" not in payload["sampling_params"][0]
+        return
+    options = options_of(payload)
+    assert (options.wanted, options.logits) == (Wanted((), None), wanted)
+    assert options.way == ("shared" if near and wanted.spec is not None else "text")
+
+
+def test_states_and_logits_in_one_payload() -> None:
+    one = dataclasses.replace(request(), logits=TOP, constraints=MASKED)
+    payload = to_payload([one], make_info(), binary=True)
+    options = unpack_options(payload["sampling_params"][0]["custom_params"])
+    assert (options.wanted, options.logits) == (Wanted(ALL_SEGMENTS), WantedLogits(TOP, MASKED))
+    assert options.way == "binary"
+
+
+def test_the_limit_of_a_scored_response_reaches_the_server() -> None:
+    one = dataclasses.replace(scores(*MASKED), response_limit=7)
+    assert options_of(to_payload([one], make_info(), binary=False)).logits.response_limit == 7
+
+
+def test_what_a_processor_of_sglangs_own_reads_stays() -> None:
+    one = asks(*MASKED, processor="{...}", sampling={"custom_params": {"theirs": 1}})
+    payload = to_payload([one], make_info(), binary=False)
+    assert payload["sampling_params"][0]["custom_params"].keys() == {"theirs", CHANNEL}
+    assert one.sampling["custom_params"] == {"theirs": 1}
+
+
+def test_sglangs_own_processors() -> None:
+    payload = to_payload([asks(processor="{...}"), asks()], make_info(), binary=False)
+    assert payload["custom_logit_processor"] == ["{...}", None]
+    assert "custom_logit_processor" not in to_payload([asks()], make_info(), binary=False)
+
+
+@pytest.mark.parametrize("binary", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("asked", [{"full": True}, {"top_k": 4}, {"token_ids": (7, 6)}])
+@pytest.mark.parametrize("stage", ["raw", "processed"])
+def test_logits_become_a_completion(binary: bool, dtype: torch.dtype, asked: Any, stage: Any) -> None:
+    spec = LogitsSpec(**asked, stage=stage, segments=("prompt", "response"), dtype=dtype)
+    sent = dataclasses.replace(request(temperature=0.5), logits=spec, constraints=(ActionMask((6, 7, 8)),))
+    (one,) = RecordingEngine(binary=binary).generate([sent])
+    assert set(one.response_ids) <= {6, 7, 8}
+    assert one.logits.values_NC.dtype == one.prompt_logits.values_NC.dtype == dtype
+    rows_NV = model_rows([*PROMPT, *one.response_ids])
+    num_given, num_response = len(PROMPT) - 1, len(one.response_ids)
+    raw_TV = rows_NV[num_given:]
+    for index, token in enumerate(RESPONSE):
+        raw_TV[index, token] = 20.0  # the recorder prefers it
+    masked_TV = raw_TV.masked_fill(~ActionMask((6, 7, 8)).allowed(V), -math.inf) / 0.5
+    for found, expected_NV, rows in (
+        (one.prompt_logits, rows_NV[:num_given], num_given),
+        (one.logits, raw_TV if stage == "raw" else masked_TV, num_response),
+    ):
+        assert found.values_NC.shape == (rows, spec.num_columns(V))
+        if spec.top_k is not None:
+            assert torch.equal(found.values_NC, expected_NV.topk(4).values.to(dtype))
+            assert torch.equal(found.token_ids_NC[:, 0], expected_NV.argmax(-1))
+        else:
+            columns = range(V) if spec.token_ids is None else spec.token_ids
+            assert torch.equal(found.values_NC, expected_NV[:, list(columns)].to(dtype))
+            assert found.token_ids_NC is None
+    if stage == "processed" and spec.full and dtype == torch.float32:
+        log_probs_TV = one.logits.values_NC.log_softmax(-1)
+        assert torch.allclose(log_probs_TV.gather(1, torch.tensor(one.response_ids)[:, None])[:, 0], one.log_probs_T)
+    assert_states(one, sent, make_info())
+
+
+@pytest.mark.parametrize("segments", [("response",), ("prompt",)])
+def test_segments_that_were_not_asked_for_are_not_there(segments: Any) -> None:
+    (one,) = RecordingEngine().generate([asks(spec=LogitsSpec(top_k=2, segments=segments))])
+    assert (one.logits is None, one.prompt_logits is None) == (segments == ("prompt",), segments == ("response",))
+
+
+@pytest.mark.parametrize(
+    "spec", [LogitsSpec(full=True, segments=("full",), dtype=torch.bfloat16), LogitsSpec(top_k=2, segments=("full",))]
+)
+def test_a_prompt_of_one_token_has_no_rows_before_it(spec: LogitsSpec) -> None:
+    (one,) = RecordingEngine().generate([asks(spec=spec, ids=(9,))])
+    assert (one.prompt_logits.values_NC.shape, one.prompt_logits.values_NC.dtype) == (
+        (0, spec.num_columns(V)),
+        spec.dtype,
+    )
+    ids_NC = one.prompt_logits.token_ids_NC
+    assert (ids_NC is None) if spec.full else ((ids_NC.shape, ids_NC.dtype) == ((0, 2), torch.int64))
+    assert len(one.logits.values_NC) == len(one.response_ids)
+
+
+@pytest.mark.parametrize("first", [0, 1, 2, 4, 5])
+@pytest.mark.parametrize("spec", [None, PROMPTS])
+def test_log_probs_of_a_given_sequence(first: int, spec: LogitsSpec | None) -> None:
+    """Stock ones, and those under constraints: of the tokens from ``score_from`` on, NaN for the very first."""
+    sent = [scores(*constraints, first=first, spec=spec) for constraints in ((), MASKED)]
+    stock, masked = RecordingEngine().generate(sent)
+    expected = [math.nan, *(log_prob_of(i) for i in GIVEN[1:])][first:]
+    torch.testing.assert_close(stock.prompt_log_probs_P, torch.tensor(expected), equal_nan=True)
+    rows_NV = model_rows(GIVEN)
+    rows_NV[1:] = rows_NV[1:].masked_fill(~ActionMask((6, 7, 8)).allowed(V), -math.inf) / 2  # tokens 2 …
+    found_N = rows_NV.log_softmax(-1)[range(len(GIVEN) - 1), list(GIVEN[1:])]
+    expected_N = torch.cat([torch.tensor([math.nan]), found_N])[first:]
+    torch.testing.assert_close(masked.prompt_log_probs_P, expected_N, equal_nan=True)
+    assert masked.prompt_log_probs_P.dtype == stock.prompt_log_probs_P.dtype == torch.float32
+    assert (masked.response_ids, masked.log_probs_T, masked.logits) == ((), None, None)
+    assert (masked.prompt_logits is None) is (spec is None)
+
+
+def test_a_token_that_the_constraints_take_away() -> None:
+    (one,) = RecordingEngine().generate([scores(ActionMask((6, 8)))])
+    assert (one.prompt_log_probs_P == -math.inf).tolist() == [False, False, True, False, False, True]
+
+
+@pytest.mark.parametrize("constraints", [(), MASKED])
+def test_a_sequence_of_one_token_has_no_log_prob(constraints: Any) -> None:
+    one = Request((9,), {"max_new_tokens": 0}, False, score_prompt=True, constraints=constraints, responses=())
+    payload = to_payload([one], make_info(), binary=False)
+    (found,) = read_responses([one], RecordingEngine().answer(payload), make_info())
+    assert (found.prompt_log_probs_P.shape, found.prompt_log_probs_P.isnan().all().item()) == ((1,), True)
+
+
+# What is done to a good answer under constraints, with logits of all tokens; and what is said of it.
+BAD_LOGITS: dict[str, tuple[Callable[[dict[str, Any]], Any], type[SGLangHiddenError], str]] = {
+    "a fault": (
+        lambda a: a.update(fault="token 2 of the response: 0 tokens are left"),
+        ConstraintError,
+        r"row 0 \(request recorded-0\): token 2 of the response: 0 tokens are left",
+    ),
+    "too few constrained": (
+        lambda a: a.update(constrained=a["constrained"] - 1),
+        AlignmentError,
+        r"row 0 .*: the constraints were applied to 4 of 5 response tokens; .*leave --sampling-backend at its default",
+    ),
+    "too many constrained": (lambda a: a.update(constrained=9), AlignmentError, r"applied to 9 of 5 response tokens"),
+    "none": (
+        lambda a: a.pop("constrained"),
+        ProtocolError,
+        r"row 0 .*: logits or constraints were asked for and are not in the answer; send it again",
+    ),
+    "no logits": (
+        lambda a: [a.pop("logits"), a.pop("logits_ids")],
+        AlignmentError,
+        r"row 0 .*: logits of shape None for 5 response tokens and 3 columns; send it again",
+    ),
+    "no prompt logits": (
+        lambda a: [a.pop("prompt_logits"), a.pop("prompt_logits_ids")],
+        AlignmentError,
+        r"logits of shape None for 3 prompt tokens and 3 columns",
+    ),
+    "the prompt's for the response's": (
+        lambda a: a.update(logits=a["prompt_logits"], logits_ids=a["prompt_logits_ids"]),
+        AlignmentError,
+        r"logits of shape \(3, 3\) for 5 response tokens and 3 columns",
+    ),
+    "no ids": (lambda a: a.pop("logits_ids"), ProtocolError, r"row 0 .*: the response logits came without their token"),
+    "ids of another shape": (
+        lambda a: a.update(logits_ids=a["prompt_logits_ids"]),
+        ProtocolError,
+        r"row 0 .*: the states cannot be read",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LOGITS)
+def test_logits_that_do_not_add_up(case: str) -> None:
+    spoil, error, words = BAD_LOGITS[case]
+    one = asks(*MASKED, spec=LogitsSpec(top_k=3, segments=("full",)), sampling={"max_new_tokens": 5})
+    rows = rows_for([one])
+    assert len(rows[0]["output_ids"]) == 5
+    read(rows, [one])
+    with pytest.raises(error, match=words):
+        read(spoiled(rows, lambda row: spoil(row["meta_info"][CHANNEL][0])), [one])
+
+
+def test_columns_with_ids_that_were_not_asked_for() -> None:
+    one = asks(spec=TOP, sampling={"max_new_tokens": 5})
+    other = dataclasses.replace(one, logits=LogitsSpec(token_ids=(4, 5, 6)))
+    with pytest.raises(ProtocolError, match=r"row 0 .*: the response logits came with their token ids"):
+        read(rows_for([one]), [other])
+
+
+@pytest.mark.parametrize("spoil", [lambda a: a.pop("log_probs"), lambda a: a.update(log_probs=short_log_probs())])
+def test_log_probs_under_constraints_that_do_not_add_up(spoil: Any) -> None:
+    one = scores(*MASKED, first=1)
+    rows = rows_for([one])
+    read(rows, [one])
+    with pytest.raises(AlignmentError, match=r"row 0 .*: (None|3) log-probs under constraints for 5 prompt tokens; s"):
+        read(spoiled(rows, lambda row: spoil(row["meta_info"][CHANNEL][0])), [one])
+
+
+def short_log_probs() -> Any:
+    return rows_for([scores(*MASKED, first=3)])[0]["meta_info"][CHANNEL][0]["log_probs"]
+
+
+def test_a_users_constraint_that_fails_in_the_server() -> None:
+    (one,) = RecordingEngine().generate([asks(Forbid())])
+    assert one.response_ids != tuple(RESPONSE)
+    with pytest.raises(
+        ConstraintError,
+        match=r"row 0 \(request recorded-0\): wire_forbid failed at token 0 of the response: LookupError\('no table'\)",
+    ):
+        RecordingEngine().generate([asks(Forbid(fails=True))])
+
+
+def test_the_constraints_of_all_schedulers_are_those_that_all_have() -> None:
+    assert info_of(STATUS).constraints == ("action_mask",)
+    several = {**STATUS, "constraints": ["b", "a", "c"]}
+    assert info_of(several, {**several, "constraints": ["c", "b"]}).constraints == ("b", "c")
+    assert info_of(several, {**several, "constraints": []}).constraints == ()
+    assert info_of(None).constraints == info_of({**several, "layers": []}).constraints == ()
+    assert info_of(STATUS).takes_processors is False
+    assert info_of(STATUS, enable_custom_logit_processor=True).takes_processors
+
+
+REFUSED: dict[str, tuple[Request, dict[str, Any], type[SGLangHiddenError], str]] = {
+    "processors": (
+        asks(processor="{...}"),
+        {},
+        CapabilityError,
+        r"row 1: custom_logit_processor is given, and the server takes none .*--enable-custom-logit-processor .*, or "
+        r"use ActionMask, DisallowedTokens",
+    ),
+    "no server half for logits": (
+        asks(spec=FULL),
+        {**STOCK, "no_states_because": "speculation"},
+        CapabilityError,
+        r"row 1: logits are asked of a server without the server half \(speculation\); start it with torchrl_",
+    ),
+    "no server half for constraints": (
+        asks(*MASKED),
+        STOCK,
+        CapabilityError,
+        r"row 1: constraints are asked of a server without the server half; start it with .*\.launch",
+    ),
+    "a constraint that the server does not have": (
+        asks(*MASKED, Forbid()),
+        {"constraints": ("action_mask", "temperature_scale")},
+        CapabilityError,
+        r"row 1: the server has no code of the constraint 'wire_forbid'; it has \['action_mask', 'temperature_scale'\]"
+        r"\. Start it .*launch\(constraint_modules=\('my\.module',\)\), or `serve --constraints`",
+    ),
+    "score_from behind the end": (
+        scores(first=6),
+        {},
+        InputError,
+        r"row 1: score_from=6: the prompt's tokens are 0\.\.5",
+    ),
+    "score_from before the start": (scores(first=-1), {}, InputError, r"score_from=-1: the prompt's tokens are 0\.\.5"),
+    "an id outside the vocabulary": (
+        asks(ActionMask((5, 96))),
+        {},
+        TokenIdError,
+        r"row 1: ActionMask: id 96 is outside the vocabulary of 96; ids are 0\.\.95",
+    ),
+    "masks that leave nothing": (
+        asks(ActionMask((5, 6)), DisallowedTokens((5, 6), positions=(127,))),
+        {"context_length": 1000},
+        ConstraintError,
+        r"row 1: ActionMask and DisallowedTokens together leave 0 of 96 tokens for token 127 of the response; allow",
+    ),
+    "masks that leave nothing in a given response": (
+        scores(ActionMask((5, 6)), DisallowedTokens((5, 6), positions=(3,))),
+        {},
+        ConstraintError,
+        r"row 1: .*leave 0 of 96 tokens for token 3 of the response",
+    ),
+    "no responses": (
+        dataclasses.replace(scores(*MASKED), responses=()),
+        {},
+        InputError,
+        r"row 1: constraints on a scored prompt without responses: nothing says which of its tokens they act on",
+    ),
+    "responses out of order": (
+        dataclasses.replace(scores(*MASKED), responses=((4, 5), (1, 2))),
+        {},
+        InputError,
+        r"row 1: responses=\(\(4, 5\), \(1, 2\)\): expected parts of the prompt, in order and apart",
+    ),
+    "responses that overlap": (
+        dataclasses.replace(scores(*MASKED), responses=((1, 4), (3, 5))),
+        {},
+        InputError,
+        r"in order and apart",
+    ),
+    "a response of no tokens": (
+        dataclasses.replace(scores(*MASKED), responses=((1, 1),)),
+        {},
+        InputError,
+        r"responses=\(\(1, 1\),\): expected parts",
+    ),
+    "a response that begins at token 0": (
+        dataclasses.replace(scores(*MASKED), responses=((0, 3),)),
+        {},
+        InputError,
+        r"responses=\(\(0, 3\),\): they are within tokens 1\.\.6, for nothing is before token 0",
+    ),
+    "a response beyond the end": (
+        dataclasses.replace(scores(*MASKED), responses=((1, 2), (4, 7))),
+        {},
+        InputError,
+        r"they are within tokens 1\.\.6",
+    ),
+    "more columns than tokens": (
+        asks(spec=LogitsSpec(top_k=97)),
+        {},
+        InputError,
+        r"row 1: LogitsSpec\(top_k=97\): the vocabulary has 96 tokens; lower it",
+    ),
+    "a column outside the vocabulary": (
+        asks(spec=LogitsSpec(token_ids=(0, 96, 5))),
+        {},
+        TokenIdError,
+        r"row 1: LogitsSpec\(token_ids=…\): id 96 is outside the vocabulary of 96; ids are 0\.\.95",
+    ),
+    "logits of no response": (
+        asks(spec=FULL, sampling={"max_new_tokens": 0}),
+        {},
+        InputError,
+        r"row 1: max_new_tokens=0 generates nothing, and LogitsSpec\(segments=\('response',\)\) are not all of the "
+        r"prompt; ask for segments=\('prompt',\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_asked_of_logits_and_cannot_be_had(case: str) -> None:
+    one, info, error, words = REFUSED[case]
+    with pytest.raises(error, match=words):
+        check_requests([asks(), one], make_info(**info))
+
+
+@pytest.mark.parametrize(
+    ("one", "info"),
+    [
+        (asks(processor="{...}"), {"takes_processors": True}),
+        (asks(processor="{...}"), {**STOCK, "takes_processors": True}),
+        (asks(ActionMask((0, 95)), TemperatureScale(LinearSchedule(2.0, 1.0)), Forbid()), {}),
+        (asks(ActionMask((5,)), DisallowedTokens((5,), positions=(4,)), sampling={"max_new_tokens": 4}), {}),
+        (asks(spec=LogitsSpec(top_k=96)), {}),
+        (asks(spec=LogitsSpec(token_ids=(95, 0))), {}),
+        (asks(spec=PROMPTS, sampling={"max_new_tokens": 0}), {}),
+        (scores(first=5), STOCK),
+        (dataclasses.replace(scores(*MASKED), responses=((1, 2), (2, 6))), {}),
+        (scores(ActionMask((5,)), DisallowedTokens((5,), positions=(4,))), {}),  # its response has 4 tokens
+    ],
+)
+def test_what_is_asked_of_logits_and_can_be_had(one: Request, info: Any) -> None:
+    check_requests([one], make_info(**info))
+
+
+@pytest.mark.parametrize(("near", "limit"), [(False, 256), (True, 1024)])
+@pytest.mark.parametrize(
+    ("spec", "num_bytes"),
+    [
+        (LogitsSpec(full=True), 4 * 2**20),
+        (LogitsSpec(full=True, dtype=torch.bfloat16), 2 * 2**20),
+        (LogitsSpec(top_k=2**18), 8 * 2**18),
+        (LogitsSpec(top_k=2**18, dtype=torch.bfloat16), 6 * 2**18),
+        (LogitsSpec(token_ids=range(2**18)), 4 * 2**18),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_logits_have_a_limit(near: bool, limit: int, spec: LogitsSpec, num_bytes: int) -> None:
+    """To the byte: a row more is too many."""
+    info = make_info(vocab_size=2**20, context_length=10**6, max_prompt_tokens=10**6, shares_memory=near)
+    most = limit * 2**20 // num_bytes
+    for num_new, num_prompt, segments in (
+        (most, 9, ("response",)),
+        (7, most + 1, ("prompt",)),
+        (most - 8, 9, ("full",)),
+        (most - 8, 9, ("prompt", "response")),
+    ):
+        asked = dataclasses.replace(spec, segments=segments)
+        good, ids = {"max_new_tokens": num_new}, (5,) * num_prompt
+        check_requests([asks(spec=asked, ids=ids, sampling=good)], info)
+        if segments == ("prompt",):
+            bad = asks(spec=asked, ids=(*ids, 5), sampling=good)
+        else:
+            bad = asks(spec=asked, ids=ids, sampling={"max_new_tokens": num_new + 1})
+        columns, remedy = spec.num_columns(2**20), "" if near else ", or run on the server's machine"
+        words = (
+            rf"row 0: logits of {columns} columns for up to {most + 1} tokens are \d+ MiB, over the limit of {limit} "
+            rf"MiB; ask for fewer tokens, top_k or token_ids, or dtype=torch\.bfloat16{remedy}$"
+        )
+        with pytest.raises(InputError, match=words):
+            check_requests([bad], info)
+
+
+def test_the_limit_counts_sglangs_own_number_of_tokens() -> None:
+    info = make_info(vocab_size=2**20, context_length=10**6, max_prompt_tokens=10**6)
+    with pytest.raises(InputError, match=r"for up to 128 tokens are 512 MiB"):
+        check_requests([asks(spec=FULL)], info)

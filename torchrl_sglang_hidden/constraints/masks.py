@@ -16,7 +16,7 @@ from torchrl_sglang_hidden.errors import ConstraintError, InputError, InputTypeE
 
 __all__ = ["ActionMask", "DisallowedTokens", "TokenConstraint", "check_constraints"]
 
-MAX_IDS = 2**22  # more than any vocabulary
+MAX_IDS = 2**20  # more than any vocabulary
 # Runs of ids are read by people, unless there are so many that bits are fewer letters.
 MIN_RUN_BITS = 32
 _BITS = "base64:"

@@ -1,0 +1,114 @@
+"""Tensors on their way: what is packed comes back, or is refused."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torchrl_sglang_hidden import blocks
+from torchrl_sglang_hidden.blocks import DTYPES, Way, as_tensor, pack_bytes, pack_tensor, unpack_bytes, unpack_tensor
+from torchrl_sglang_hidden.shared import MIN_BYTES, SharedFiles, fetch
+
+WAYS: tuple[Way, ...] = ("binary", "text", "shared")
+
+
+def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return (100 * torch.randn(*shape, generator=torch.Generator().manual_seed(0))).to(dtype)
+
+
+def sent(fields: dict[str, Any], way: Way) -> dict[str, Any]:
+    return fields if way == "binary" else json.loads(json.dumps(fields))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (2, 3, 4)])
+def test_a_tensor_comes_back(way: Way, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Few bytes find no room in shared memory, and go as text."""
+    tensor = numbers(*shape, dtype=dtype)
+    fields = pack_tensor(tensor, way, lambda data: None)
+    assert type(fields["data"]) is (bytes if way == "binary" else str)
+    found = unpack_tensor(sent(fields, way))
+    assert (found.dtype, found.shape) == (dtype, tensor.shape)
+    assert torch.equal(found, tensor)
+    found.add_(1)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), -0.0, 1e-45])
+def test_every_bit_comes_back(value: float) -> None:
+    """Logits have ``-inf`` where a token was taken away, and JSON has no such number."""
+    tensor = torch.tensor([value, 1.0])
+    found = unpack_tensor(sent(pack_tensor(tensor, "text"), "text"))
+    assert torch.equal(found.view(torch.int32), tensor.view(torch.int32))
+
+
+def test_a_tensor_that_is_no_block_of_memory() -> None:
+    tensor = numbers(4, 6)
+    for view in (tensor.T, tensor[:, ::2], tensor[1:3, 2:4], tensor[:1].expand(3, 6)):
+        assert torch.equal(unpack_tensor(pack_tensor(view, "binary")), view)
+
+
+@given(data=st.binary(max_size=200), way=st.sampled_from(WAYS))
+def test_bytes_come_back(data: bytes, way: Way) -> None:
+    assert unpack_bytes(sent(pack_bytes(data, way), way)) == data
+
+
+def test_many_bytes_go_through_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "fetch", functools.partial(fetch, directory=tmp_path))
+    files, tensor = SharedFiles(tmp_path), numbers(MIN_BYTES // 4)
+    fields = sent(pack_tensor(tensor, "shared", files.share), "shared")
+    assert len(json.dumps(fields)) < 500
+    assert {path.name for path in tmp_path.iterdir()} == {files.sign, fields["shared"]}
+    assert torch.equal(unpack_tensor(fields), tensor)
+    assert [path.name for path in tmp_path.iterdir()] == [files.sign]
+    with pytest.raises(OSError, match=fields["shared"]):
+        unpack_tensor(fields)
+
+
+@pytest.mark.parametrize("way", ["binary", "text"])
+def test_nothing_is_shared_unasked(way: Way) -> None:
+    def never(data: bytes) -> str:
+        raise AssertionError("shared")
+
+    assert "data" in pack_tensor(numbers(3), way, never)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error"),
+    [
+        (lambda f: f.update(crc32=f["crc32"] ^ 1), r"checksum \d+ of 24 bytes, \d+ was sent"),
+        (lambda f: f.update(data=base64.b64encode(bytes(24)).decode()), r"checksum .* of 24 bytes"),
+        (lambda f: f.update(data=f["data"][:-4]), r"checksum .* of 21 bytes"),
+        (lambda f: f.update(data=f["data"][:-2]), "padding"),
+        (lambda f: f.update(data="%" * 32), "base64"),
+        (lambda f: f.pop("data"), "data"),
+        (lambda f: f.pop("crc32"), "crc32"),
+        (lambda f: f.pop("shape"), "shape"),
+        (lambda f: f.pop("dtype"), "dtype"),
+        (lambda f: f.update(dtype="int64"), "int64"),
+        (lambda f: f.update(shape=[7]), r"shape '\[7\]' is invalid"),
+        (lambda f: f.update(dtype="float16"), r"shape '\[2, 3\]' is invalid"),
+    ],
+)
+def test_what_did_not_come_whole(spoil: Callable[[dict[str, Any]], Any], error: str) -> None:
+    fields = sent(pack_tensor(numbers(2, 3), "text"), "text")
+    unpack_tensor(fields)
+    spoil(fields)
+    with pytest.raises((ValueError, KeyError, RuntimeError), match=error):
+        unpack_tensor(fields)
+
+
+def test_a_tensor_is_a_copy_of_its_bytes() -> None:
+    data = numbers(3).numpy().tobytes()
+    found = as_tensor(data, torch.float32, (3,))
+    found.fill_(0)
+    assert as_tensor(data, torch.float32, (3,)).tolist() == numbers(3).tolist()

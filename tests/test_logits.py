@@ -1,0 +1,513 @@
+"""What is done to logits and kept of them: columns, the order of constraints, dead rows, and the rows of a prompt."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from torchrl_sglang_hidden.constraints import (
+    ActionMask,
+    ConstraintStep,
+    DisallowedTokens,
+    LinearSchedule,
+    LogitConstraint,
+    TemperatureScale,
+    TokenConstraint,
+)
+from torchrl_sglang_hidden.logits import Choosing, RequestLogits, WantedLogits, constrain, cut
+from torchrl_sglang_hidden.specs import LogitsSpec, TokenLogits
+
+INF = math.inf
+V = 6
+
+
+@dataclass(frozen=True)
+class Add(LogitConstraint, name="logits_add"):
+    """In place, as most would write it."""
+
+    by: float
+
+    def apply(self, logits_V: torch.Tensor, step: ConstraintStep) -> torch.Tensor:
+        logits_V += self.by
+        return logits_V
+
+
+@dataclass(frozen=True)
+class Times(LogitConstraint, name="logits_times"):
+    by: float
+
+    def apply(self, logits_V: torch.Tensor, step: ConstraintStep) -> torch.Tensor:
+        return logits_V * self.by
+
+
+@dataclass(frozen=True)
+class Give(LogitConstraint, name="logits_give"):
+    """Whatever it is told to."""
+
+    values: Any
+
+    def apply(self, logits_V: torch.Tensor, step: ConstraintStep) -> torch.Tensor:
+        return self.values  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Fail(LogitConstraint, name="logits_fail"):
+    def apply(self, logits_V: torch.Tensor, step: ConstraintStep) -> torch.Tensor:
+        logits_V.fill_(0)
+        raise KeyError("no such key")
+
+
+@dataclass(frozen=True)
+class Ask(LogitConstraint, name="logits_ask"):
+    """Notes where it was asked."""
+
+    def apply(self, logits_V: torch.Tensor, step: ConstraintStep) -> torch.Tensor:
+        ASKED.append(step)
+        return logits_V
+
+
+ASKED: list[ConstraintStep] = []
+
+
+@dataclass(frozen=True)
+class BadMask(TokenConstraint, name="logits_bad_mask"):
+    def allowed(self, vocab_size: int) -> torch.Tensor:
+        raise IndexError("out of range")
+
+
+@dataclass(frozen=True)
+class BadWhen(Add, name="logits_bad_when"):
+    def acts_on(self, index: int) -> bool:
+        raise ZeroDivisionError("never")
+
+
+@dataclass(frozen=True)
+class BadMaskWhen(DisallowedTokens, name="logits_bad_mask_when"):
+    def acts_on(self, index: int) -> bool:
+        raise ZeroDivisionError("never")
+
+
+@dataclass(frozen=True)
+class BadTemperature(TemperatureScale, name="logits_bad_temperature"):
+    def at(self, index: int, max_new_tokens: int) -> float:
+        raise OverflowError("too hot")
+
+
+def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def one_of(*constraints: LogitConstraint, prompt_ids: Sequence[int] = (1, 2, 3)) -> RequestLogits:
+    return RequestLogits(WantedLogits(None, constraints), prompt_ids)
+
+
+def at(one: RequestLogits, index: int, limit: int = 8, ids: Iterable[int] | None = None) -> Choosing:
+    given_ids = list(range(index)) if ids is None else list(ids)
+    return Choosing(one, index, limit, lambda: torch.tensor(given_ids, dtype=torch.int64))
+
+
+def changed(logits_V: Sequence[float], *constraints: LogitConstraint, index: int = 0) -> list[float]:
+    one = one_of(*constraints)
+    found_1V, alive_1 = constrain(torch.tensor([logits_V]), [at(one, index)])
+    assert (alive_1.tolist(), one.fault) == ([True], "")
+    return list(found_1V[0].tolist())
+
+
+# --- columns ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_columns_that_are_asked_for(source: torch.dtype, dtype: torch.dtype) -> None:
+    logits_NV = torch.tensor([[0.0, 3.0, -INF, 1.0], [4.0, 1.0, 2.0, 3.0]], dtype=source)
+    top = cut(logits_NV, LogitsSpec(top_k=3, dtype=dtype))
+    assert top.values_NC.tolist() == [[3.0, 1.0, 0.0], [4.0, 3.0, 2.0]]
+    assert top.token_ids_NC.tolist() == [[1, 3, 0], [0, 3, 2]]
+    assert top.token_ids_NC.dtype == torch.int64
+    some = cut(logits_NV, LogitsSpec(token_ids=(3, 0), dtype=dtype))
+    assert (some.values_NC.tolist(), some.token_ids_NC) == ([[1.0, 0.0], [3.0, 4.0]], None)
+    full = cut(logits_NV, LogitsSpec(full=True, dtype=dtype))
+    assert (full.values_NC.tolist(), full.token_ids_NC) == (logits_NV.tolist(), None)
+    assert {top.values_NC.dtype, some.values_NC.dtype, full.values_NC.dtype} == {dtype}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("asked", [{"top_k": 4}, {"token_ids": (0, 1, 2, 3)}, {"full": True}])
+def test_columns_are_copies(asked: Any, dtype: torch.dtype) -> None:
+    """The logits are a buffer that the next step overwrites."""
+    logits_NV = numbers(3, 4).to(dtype)
+    found = cut(logits_NV, LogitsSpec(**asked, dtype=dtype))
+    before_NC = found.values_NC.clone()
+    logits_NV.fill_(9.0)
+    assert torch.equal(found.values_NC, before_NC)
+    assert not (before_NC == 9.0).any()
+
+
+def test_the_same_columns_in_another_order() -> None:
+    """Column ids are cached."""
+    logits_NV = numbers(1, 4)
+    for ids in ((0, 1), (1, 0), (0, 1)):
+        assert torch.equal(cut(logits_NV, LogitsSpec(token_ids=ids)).values_NC, logits_NV[:, list(ids)])
+
+
+# --- constraints ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations(range(4))])
+def test_own_then_temperatures_then_masks(order: tuple[int, ...]) -> None:
+    """In whichever order they are given; the user's own among themselves in theirs."""
+    given_ones = [Add(2.0), TemperatureScale(4.0), DisallowedTokens((0,)), Times(10.0)]
+    found = changed([1.0, 2.0, -4.0], *(given_ones[i] for i in order))
+    if order.index(0) < order.index(3):
+        assert found == [-INF, (2 + 2) * 10 / 4, (-4 + 2) * 10 / 4]
+    else:
+        assert found == [-INF, (2 * 10 + 2) / 4, (-4 * 10 + 2) / 4]
+
+
+def test_nothing_gives_back_what_a_mask_took() -> None:
+    assert changed([1.0, 2.0, 3.0], ActionMask((1,)), Give(torch.tensor([7.0, 8.0, 9.0]))) == [-INF, 8.0, -INF]
+
+
+def test_temperatures_multiply_and_masks_are_all_kept() -> None:
+    constraints = [TemperatureScale(2.0), TemperatureScale([4.0, 8.0])]
+    assert changed([8.0, -16.0], *constraints) == [1.0, -2.0]
+    assert changed([16.0, -32.0], *constraints, index=1) == [1.0, -2.0]
+    masks = [ActionMask((0, 1, 2)), DisallowedTokens((0,)), DisallowedTokens((1,), positions=(1,))]
+    assert changed([1.0, 2.0, 3.0, 4.0], *masks) == [-INF, 2.0, 3.0, -INF]
+    assert changed([1.0, 2.0, 3.0, 4.0], *masks, index=1) == [-INF, -INF, 3.0, -INF]
+
+
+def test_each_acts_on_its_own_tokens_only() -> None:
+    constraints = [Add(1.0, first_tokens=1), TemperatureScale(2.0, positions=(1,)), ActionMask((0,), positions=(2,))]
+    one = one_of(*constraints)
+    logits_NV = torch.tensor([[4.0, 6.0]] * 4)
+    found_NV, alive_N = constrain(logits_NV, [at(one, index) for index in range(4)])
+    assert found_NV.tolist() == [[5.0, 7.0], [2.0, 3.0], [4.0, -INF], [4.0, 6.0]]
+    assert alive_N.tolist() == [True] * 4
+
+
+def test_each_row_is_of_its_own_request() -> None:
+    """And a row without anything that acts is left as it is, bit for bit."""
+    logits_NV = torch.tensor([[0.1, -0.0, 3.3, -INF]] * 6)
+    ones = [
+        one_of(Add(1.0)),
+        one_of(TemperatureScale(3.0)),
+        one_of(ActionMask((0,))),
+        one_of(Times(2.0, positions=(9,)), TemperatureScale(3.0, positions=(9,)), ActionMask((0,), positions=(9,))),
+        one_of(),
+        one_of(TemperatureScale(LinearSchedule(4.0, 2.0))),
+    ]
+    before_NV = logits_NV.clone()
+    found_NV, alive_N = constrain(logits_NV, [at(one, 2, limit=3) for one in ones])
+    assert torch.equal(logits_NV.view(torch.int32), before_NV.view(torch.int32))
+    base_V = logits_NV[0]
+    expected = [base_V + 1, base_V / 3, torch.tensor([0.1, -INF, -INF, -INF]), base_V, base_V, base_V / 2]
+    assert torch.equal(found_NV, torch.stack(expected))
+    assert torch.equal(found_NV[3:5].view(torch.int32), before_NV[3:5].view(torch.int32)), "-0.0 too"
+    assert alive_N.all()
+
+
+@settings(max_examples=30)
+@given(data=st.data())
+def test_rows_together_are_as_rows_alone(data: st.DataObject) -> None:
+    some = st.lists(st.integers(0, V - 1), min_size=1, max_size=V)
+    make = st.one_of(
+        st.builds(Add, st.floats(-3, 3)),
+        st.builds(TemperatureScale, st.floats(0.1, 10)),
+        st.builds(ActionMask, some),
+        st.builds(DisallowedTokens, some),
+        st.builds(lambda ids: ActionMask(ids, positions=(1,)), some),
+    )
+    rows = data.draw(st.lists(st.lists(make, max_size=3), min_size=1, max_size=4))
+    logits_NV, steps = numbers(len(rows), V), [data.draw(st.integers(0, 2)) for _ in rows]
+    found_NV, alive_N = constrain(logits_NV, [at(one_of(*row), i) for row, i in zip(rows, steps, strict=True)])
+    for place, (row, index) in enumerate(zip(rows, steps, strict=True)):
+        alone_1V, alive_1 = constrain(logits_NV[place : place + 1], [at(one_of(*row), index)])
+        assert torch.equal(found_NV[place], alone_1V[0])
+        assert alive_N[place] == alive_1[0]
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        Give(torch.full((3,), -INF)),
+        Give(torch.full((3,), math.nan)),
+        Give(torch.tensor([1.0, math.nan, 2.0])),
+        Give(torch.tensor([1.0, INF, 2.0])),
+        Add(INF),
+        Times(math.nan),
+        ActionMask((2,)),  # its only token has no logit any more
+    ],
+)
+def test_a_row_where_nothing_can_be_chosen_is_as_it_was(constraint: LogitConstraint) -> None:
+    """A probability of nothing would end the scheduler. Other rows are changed as they should be."""
+    logits_NV = torch.tensor([[1.0, 2.0, -INF], [1.0, 2.0, -INF]])
+    bad, good = one_of(constraint, TemperatureScale(2.0)), one_of(TemperatureScale(2.0), DisallowedTokens((0,)))
+    found_NV, alive_N = constrain(logits_NV, [at(bad, 0), at(good, 0)])
+    assert found_NV.tolist() == [[1.0, 2.0, -INF], [-INF, 1.0, -INF]]
+    assert alive_N.tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (Fail(), r"logits_fail failed at token 4 of the response: KeyError('no such key')"),
+        (
+            Give(None),
+            "logits_give failed at token 4 of the response: TypeError('expected logits of shape (3,), got None",
+        ),
+        (Give(torch.zeros(2)), "shape (3,), got tensor([0., 0.])"),
+        (Give([1.0, 2.0, 3.0]), "shape (3,), got [1.0, 2.0, 3.0]"),
+        (BadMask(), "logits_bad_mask failed at token 4 of the response: IndexError('out of range')"),
+        (BadWhen(1.0), "logits_bad_when failed at token 4 of the response: ZeroDivisionError('never')"),
+        (BadMaskWhen((1,)), "logits_bad_mask_when failed at token 4 of the response: ZeroDivisionError('never')"),
+        (BadTemperature(1.0), "logits_bad_temperature failed at token 4 of the response: OverflowError('too hot')"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_constraint_that_fails_is_a_fault_of_its_request(bad: LogitConstraint, words: str) -> None:
+    """It is anybody's code inside the scheduler. What the others did stays, and other rows are not touched."""
+    one, other = one_of(Add(2.0), bad, DisallowedTokens((0,))), one_of(TemperatureScale(2.0))
+    logits_NV = torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]])
+    found_NV, alive_N = constrain(logits_NV, [at(one, 4), at(other, 4)])
+    assert words in one.fault
+    assert (other.fault, alive_N.tolist()) == ("", [True, True])
+    assert found_NV.tolist() == [[-INF, 4.0, 5.0], [0.5, 1.0, 1.5]]
+    assert logits_NV.tolist() == [[1.0, 2.0, 3.0]] * 2
+    assert one.finish().fault == one.fault
+
+
+def test_the_first_fault_is_kept() -> None:
+    one = one_of(Fail())
+    for index in (2, 5):
+        constrain(torch.zeros(1, 3), [at(one, index)])
+    one.fail("another")
+    assert "at token 2" in one.finish().fault
+
+
+def test_logits_of_another_dtype_are_as_they_were() -> None:
+    """A user may compute in float64."""
+    one = one_of(Give(torch.tensor([1, 2, 3])), Times(0.5))
+    found_NV, _ = constrain(torch.zeros(1, 3), [at(one, 0)])
+    assert (found_NV.dtype, found_NV.tolist()) == (torch.float32, [[0.5, 1.0, 1.5]])
+
+
+def test_where_a_constraint_is_asked() -> None:
+    ASKED.clear()
+    one = one_of(Ask(positions=(0, 2)), prompt_ids=(4, 5))
+    for index in range(3):
+        constrain(torch.zeros(1, 3), [at(one, index, limit=7, ids=[8, 9][:index])])
+    found = [(step.index, step.max_new_tokens, list(step.prompt_ids), step.response_ids.tolist()) for step in ASKED]
+    assert found == [(0, 7, [4, 5], []), (2, 7, [4, 5], [8, 9])]
+    assert all(step.response_ids.dtype == torch.int64 for step in ASKED)
+
+
+def test_inside_a_given_sequence_the_prompt_ends_where_the_response_starts() -> None:
+    """What is scored is what was sampled: then nothing of the response stood in the prompt."""
+    ASKED.clear()
+    one = one_of(Ask(), prompt_ids=(4, 5, 6, 7))
+    before = torch.tensor([6])
+    constrain(torch.zeros(1, 3), [Choosing(one, 1, 2, lambda: before, start=2)])
+    assert (list(ASKED[0].prompt_ids), ASKED[0].response_ids.tolist()) == ([4, 5], [6])
+
+
+def test_the_ids_before_are_not_made_for_nobody() -> None:
+    """They may wait for the accelerator."""
+
+    def never() -> torch.Tensor:
+        raise AssertionError("asked for")
+
+    one = one_of(TemperatureScale(2.0), ActionMask((1,)), Add(1.0, positions=(3,)))
+    constrain(torch.zeros(1, 3), [Choosing(one, 1, 8, never)])
+    assert one.reads_response
+    assert not one_of(TemperatureScale(2.0), ActionMask((1,))).reads_response
+
+
+# --- the rows of a prompt ---------------------------------------------------------------------------------------------
+
+
+def rows_of(first: int, stop: int) -> TokenLogits:
+    """A row per token, of its number."""
+    return TokenLogits(torch.arange(first, stop)[:, None].float(), torch.arange(first, stop)[:, None])
+
+
+def prompt_of(num_prompt: int, start: int = 1, scored: bool = False) -> RequestLogits:
+    spec = LogitsSpec(top_k=1, segments=("prompt",))
+    return RequestLogits(WantedLogits(spec, given=start, scored=scored), range(num_prompt))
+
+
+def bring(one: RequestLogits, first: int, stop: int) -> None:
+    one.add_given(first, rows_of(first, stop), torch.arange(first, stop).float(), stop - first)
+
+
+def found_of(one: RequestLogits) -> list[int]:
+    found = one.finish()
+    if found.given is None:
+        return []
+    assert found.given.token_ids_NC is not None
+    assert found.given.token_ids_NC.flatten().tolist() == found.given.values_NC.flatten().tolist()
+    assert found.log_probs_N is not None
+    assert found.log_probs_N.tolist() == found.given.values_NC.flatten().tolist()
+    return found.given.token_ids_NC.flatten().tolist()
+
+
+@pytest.mark.parametrize(
+    ("start", "chunks", "planned"),
+    [
+        (1, [(0, 6)], [(1, 6)]),
+        (1, [(0, 2), (2, 5), (5, 6)], [(1, 3), (3, 6), None]),
+        (1, [(0, 1), (1, 6)], [(1, 2), (2, 6)]),
+        (4, [(0, 6)], [(4, 6)]),
+        (4, [(0, 3), (3, 6)], [None, (4, 6)]),
+        (4, [(0, 4), (4, 6)], [(4, 5), (5, 6)]),
+        (4, [(3, 6)], [(4, 6)]),
+        (4, [(4, 6)], [None]),  # a hit that went too far
+        (1, [(1, 6)], [None]),
+        (5, [(0, 6)], [(5, 6)]),
+        (6, [(0, 6)], [None]),
+        (9, [(0, 6)], [None]),
+        (1, [(0, 2), (3, 6)], [(1, 3), None]),  # a gap
+        (1, [(0, 3), (2, 6)], [(1, 4), (4, 6)]),  # computed again
+        (1, [(0, 6), (0, 6)], [(1, 6), None]),
+        (1, [(0, 4), (4, 9)], [(1, 5), (5, 6)]),  # with tokens behind the prompt, after a retraction
+    ],
+)
+def test_which_rows_a_step_brings(start: int, chunks: Any, planned: Any) -> None:
+    one = prompt_of(6, start)
+    assert [one.plan_given(*chunk) for chunk in chunks] == planned
+    for step in planned:
+        if step is not None:
+            bring(one, *step)
+    covered = [token for step in planned if step is not None for token in range(*step)]
+    assert found_of(one) == covered
+
+
+def test_nothing_of_the_prompt_is_wanted() -> None:
+    one = RequestLogits(WantedLogits(LogitsSpec(full=True)), range(6))
+    assert (one.plan_given(0, 6), one.first_needed) == (None, None)
+    assert one.finish().given is None
+
+
+@pytest.mark.parametrize(("num_prompt", "start"), [(1, 1), (6, 6), (6, 7)])
+def test_a_prompt_without_a_row(num_prompt: int, start: int) -> None:
+    one = prompt_of(num_prompt, start)
+    assert (one.first_needed, one.plan_given(0, num_prompt)) == (None, None)
+
+
+def test_what_must_be_computed() -> None:
+    one = prompt_of(6, 3)
+    assert one.first_needed == 2, "the row of token 3 is at the position of token 2"
+    one.plan_given(0, 4)
+    assert one.first_needed == 2, "planned is not arrived"
+    bring(one, 3, 5)
+    assert one.first_needed == 4
+    bring(one, 5, 6)
+    assert one.first_needed is None
+
+
+def test_what_was_planned_and_never_ran_is_planned_again() -> None:
+    one = prompt_of(6)
+    assert one.plan_given(0, 3) == (1, 4)
+    bring(one, 1, 4)
+    assert one.plan_given(3, 6) == (4, 6)
+    one.restart()
+    assert one.plan_given(0, 3) is None, "it is there"
+    assert one.plan_given(3, 6) == (4, 6)
+    bring(one, 4, 6)
+    assert found_of(one) == [1, 2, 3, 4, 5]
+
+
+def test_rows_that_come_twice_or_too_early_are_left_out() -> None:
+    one = prompt_of(6)
+    bring(one, 1, 3)
+    bring(one, 1, 3)
+    bring(one, 4, 6)
+    assert found_of(one) == [1, 2]
+    bring(one, 3, 6)
+    assert found_of(one) == [1, 2, 3, 4, 5]
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_any_chunks_bring_every_row_once(data: st.DataObject) -> None:
+    """With prefix hits as far as they may go, and retractions behind which some of it runs again."""
+    num_prompt = data.draw(st.integers(1, 12))
+    start = data.draw(st.integers(1, num_prompt))
+    one, position = prompt_of(num_prompt, start), 0
+    for _ in range(50):
+        if position == num_prompt:
+            break
+        if data.draw(st.integers(0, 3)) == 0:
+            one.restart()
+            most = num_prompt - 1 if one.first_needed is None else one.first_needed
+            position = data.draw(st.integers(0, most))
+        stop = data.draw(st.integers(position + 1, num_prompt))
+        step = one.plan_given(position, stop)
+        if step is not None and data.draw(st.integers(0, 4)) == 0:
+            one.restart()  # it never ran
+            position = 0
+            continue
+        if step is not None:
+            bring(one, *step)
+        position = stop
+    else:
+        return
+    assert found_of(one) == list(range(start, num_prompt))
+    assert one.first_needed is None
+
+
+def test_places_of_a_response_in_a_given_sequence() -> None:
+    one = RequestLogits(WantedLogits(given=1, responses=((2, 4), (4, 5), (7, 9))), range(9))
+    found = [one.place_of(token) for token in range(10)]
+    assert found == [None, None, (2, 4), (2, 4), (4, 5), None, None, (7, 9), (7, 9), None]
+
+
+# --- the rows of a response -------------------------------------------------------------------------------------------
+
+
+def test_rows_of_the_response_in_order() -> None:
+    one = RequestLogits(WantedLogits(LogitsSpec(top_k=1)), (1,))
+    for index in (0, 2, 1, 1, 3, 2, 3):
+        one.add(index, rows_of(index, index + 1))
+    found = one.finish()
+    assert (found.constrained, found.response.token_ids_NC.flatten().tolist()) == (4, [0, 1, 2, 3])
+    assert (found.given, found.log_probs_N, found.fault) == (None, None, "")
+
+
+def test_a_gap_leaves_the_count_short() -> None:
+    one = RequestLogits(WantedLogits(LogitsSpec(full=True)), (1,))
+    for index in (0, 2, 3):
+        one.add(index, TokenLogits(torch.zeros(1, V), None))
+    found = one.finish()
+    assert (found.constrained, found.response.values_NC.shape, found.response.token_ids_NC) == (1, (1, V), None)
+
+
+def test_tokens_are_counted_without_rows() -> None:
+    one = one_of(ActionMask((1,)))
+    for index in range(3):
+        one.add(index, None)
+    assert (one.finish().constrained, one.finish().response) == (3, None)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "chooses"),
+    [
+        (WantedLogits(), False),
+        (WantedLogits(LogitsSpec(full=True)), True),
+        (WantedLogits(LogitsSpec(full=True, segments=("prompt",)), given=1), False),
+        (WantedLogits(LogitsSpec(full=True, segments=("full",)), given=1), True),
+        (WantedLogits(constraints=(ActionMask((1,)),)), True),
+        # The one token that SGLang draws behind a sequence that is scored is nobody's.
+        (WantedLogits(constraints=(ActionMask((1,)),), given=1, scored=True, responses=((1, 2),)), False),
+    ],
+)
+def test_what_wants_the_sampled_tokens(wanted: WantedLogits, chooses: bool) -> None:
+    assert wanted.chooses is chooses
