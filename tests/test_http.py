@@ -199,7 +199,7 @@ def test_a_server_that_never_answers(server: RecordingServer, way: str) -> None:
     release, good = threading.Event(), server.respond
     server.respond = lambda handler, payload: (release.wait(), good(handler, payload))[1]
     try:
-        with SGLangServer(server.url, read_timeout_s=0.2) as engine:
+        with SGLangServer(server.url, read_timeout_s=1.0) as engine:
             with pytest.raises(EngineTimeoutError, match=r"did not answer in time; raise read_timeout_s") as caught:
                 generate(engine, way, requests_of(1))
             assert isinstance(caught.value, TimeoutError)
