@@ -1,0 +1,65 @@
+"""Constraints of a user's own, which the tests' servers are started with."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from torchrl_sglang_hidden import ConstraintStep, LogitConstraint
+
+# Far below any logit, so that what is told is never chosen; and float32 still holds every integer there.
+FAR = 2**22
+NUM_TOLD = 8
+
+
+@dataclass(frozen=True)
+class NoImmediateRepeat(LogitConstraint, name="no_immediate_repeat"):
+    """The token before is not chosen again."""
+
+    def apply(self, logits_V: torch.Tensor, step: ConstraintStep) -> torch.Tensor:
+        logits_V[step.response_ids[-1:]] = -math.inf
+        return logits_V
+
+
+@dataclass(frozen=True)
+class Tell(LogitConstraint, name="tell"):
+    """Writes what it is told into the logits of the first tokens, where it can be read."""
+
+    def apply(self, logits_V: torch.Tensor, step: ConstraintStep) -> torch.Tensor:
+        logits_V[:NUM_TOLD] = torch.tensor(told(step), dtype=torch.float32, device=logits_V.device)
+        return logits_V
+
+
+def told(step: ConstraintStep) -> list[float]:
+    ids = step.response_ids.tolist()
+    last, before = ([-1, -1, *ids])[-1], ([-1, -1, *ids])[-2]
+    numbers = [step.index, step.max_new_tokens, len(step.prompt_ids), step.prompt_ids[-1], len(ids), last, before]
+    return [float(number - FAR) for number in (*numbers, sum(ids) % 65521)]
+
+
+@dataclass(frozen=True)
+class Fails(LogitConstraint, name="fails"):
+    """Fails at one token of the response, in one of several ways."""
+
+    how: str
+    at: int = 0
+
+    def apply(self, logits_V: torch.Tensor, step: ConstraintStep) -> torch.Tensor:
+        if step.index != self.at:
+            return logits_V
+        answers: dict[str, Any] = {
+            "nan": logits_V.fill_(math.nan),
+            "one nan": logits_V.clone().zero_().index_fill_(0, torch.tensor([3]), math.nan),
+            "infinity": torch.full_like(logits_V, math.inf),
+            "nothing left": torch.full_like(logits_V, -math.inf),
+            "wrong shape": logits_V[:-1],
+            "wrong dimensions": logits_V[None],
+            "no tensor": None,
+            "words": "the first token, please",
+        }
+        if self.how == "raises":
+            raise ValueError("on purpose")
+        return answers[self.how]
