@@ -1,6 +1,6 @@
 """The order of the house, read from the imports of every module, those inside functions too.
 
-    _version, errors → spans, constraints → specs → pooling, heads, logits, sampling, shared, places,
+    _version, errors → spans, constraints, shared → specs → pooling, heads, logits, sampling, shared, places,
       actions, outputs → blocks
       → channel → wire → checks, answers
       → server, prompts → engines, assemble → distributions, options → calls, configured → candidates → policy
@@ -25,9 +25,9 @@ ROOT = Path(torchrl_sglang_hidden.__file__).parent
 ORDER: list[set[str]] = [
     {"_version"},
     {"errors"},
-    {"spans", "constraints"},
+    {"spans", "constraints", "shared"},
     {"specs"},
-    {"pooling", "heads", "logits", "sampling", "shared", "places", "actions", "outputs"},
+    {"pooling", "heads", "logits", "sampling", "places", "actions", "outputs"},
     {"blocks"},
     {"channel"},
     {"wire"},

@@ -229,8 +229,35 @@ def test_sglangs_own_processor_without_constraints_needs_no_words() -> None:
 
 def test_sglangs_own_processor_scores_nothing() -> None:
     policy, engine = make(generate=False)
-    with pytest.raises(InputError, match=r"generate=False with custom_logit_processor=.* acts on tokens that"):
+    with pytest.raises(InputError, match=r"custom_logit_processor=.* in scoring, .* acts on tokens that"):
         policy(sequences([[6, 7]], [[False, True]]), custom_logit_processor=NATIVE)
+    assert engine.requests == []
+
+
+def test_the_parameters_of_sglangs_own_processor_go_with_it() -> None:
+    taking = RecordingEngine(tokenizer=TOKENIZER, takes_processors=True)
+    policy, engine = make(generate_kwargs={"max_new_tokens": 2}, engine=taking)
+    policy(prompts(), custom_logit_processor=NATIVE, custom_params={"token_ids": [7, 8]})
+    assert [row["custom_params"] for row in engine.payloads[0]["sampling_params"]] == [{"token_ids": [7, 8]}] * 3
+    with pytest.raises(InputError, match=r"custom_params=\{'token_ids': \[7\]\} without SGLang's own .* give both"):
+        policy(prompts(), custom_params={"token_ids": [7]})
+    assert len(engine.payloads) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
+def test_a_mask_of_small_integers_is_not_taken_for_ids(dtype: torch.dtype) -> None:
+    policy, engine = make(action_mask_key=KEY)
+    with pytest.raises(InputTypeError, match=rf"row 0, 'action_mask': a tensor of {dtype} .*mask\.bool\(\)"):
+        policy(prompts([mask_of([20]).to(dtype)] * 3))
+    with pytest.raises(InputTypeError, match=rf"action_mask: .*a tensor of {dtype}; .*mask\.bool\(\)"):
+        make()[0](prompts(), action_mask=mask_of([20]).to(dtype))
+    assert engine.requests == []
+
+
+def test_a_mask_of_integers_is_not_taken_for_ids() -> None:
+    policy, engine = make(action_mask_key=KEY)
+    with pytest.raises(TokenIdError, match=r"row 1, 'action_mask': .*id 0 is there 95 times; .*Pass it as bool"):
+        policy(prompts([torch.tensor([1, 2]), mask_of([20]).long(), torch.tensor([3])]))
     assert engine.requests == []
 
 

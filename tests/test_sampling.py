@@ -15,6 +15,7 @@ from torchrl_sglang_hidden.sampling import SGLANG_NAMES, override, standardize, 
 
 # One good value of every option, by the name that a user may write.
 GOOD: dict[str, Any] = {
+    "custom_params": {"ids": [1, 2]},
     "max_new_tokens": 8, "max_tokens": 8, "min_new_tokens": 0, "temperature": 0.7, "top_p": 0.9, "top_k": 20,
     "min_p": 0.1, "frequency_penalty": 0.5, "presence_penalty": -0.5, "repetition_penalty": 1.1,
     "num_return_sequences": 1, "n": 1, "sampling_seed": 3, "seed": 3, "stop_sequences": ["a"], "stop": "a",
@@ -122,7 +123,7 @@ def test_an_unknown_name_gets_a_suggestion(name: str, suggestion: str) -> None:
         standardize({name: 1})
 
 
-@pytest.mark.parametrize("name", ["best_of", "custom_params", "beam_width", 7])
+@pytest.mark.parametrize("name", ["best_of", "beam_width", 7])
 def test_a_name_like_no_other_gets_the_list(name: Any) -> None:
     with pytest.raises(UnknownOptionError) as caught:
         standardize({name: 1})
@@ -178,6 +179,10 @@ def test_two_grammars() -> None:
         ({"logit_bias": {5: 1}}, {"logit_bias": {"5": 1.0}}),
         ({"include_stop_str_in_output": True}, {"no_stop_trim": True}),
         ({"lora_path": "poet", "priority": 1, "return_hidden_states": False, "top_k": 3}, {"top_k": 3}),
+        ({"custom_params": {"ids": [1]}}, {"custom_params": {"ids": [1]}}),
+        # The same token, and at one temperature whoever is in the batch.
+        ({"top_k": 1, "temperature": 0.5}, {"top_k": 1, "temperature": 0.0}),
+        ({"top_k": 2, "temperature": 0.5}, {"top_k": 2, "temperature": 0.5}),
         ({"action_mask": [1], "disallowed_tokens": [2], "custom_logit_processor": "x", "top_k": 3}, {"top_k": 3}),
     ],
 )

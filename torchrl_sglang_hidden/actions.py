@@ -185,10 +185,11 @@ class ActionMaskReader:
             TokenIdError: a negative id.
         """
         if isinstance(given, torch.Tensor):
-            if given.ndim != 1 or given.is_floating_point() or given.is_complex():
+            narrow = given.dtype in (torch.int8, torch.uint8)  # as which environments write masks too
+            if given.ndim != 1 or narrow or given.is_floating_point() or given.is_complex():
                 raise InputTypeError(
-                    f"a tensor of {given.dtype} and shape {tuple(given.shape)}; expected one row per prompt: a bool "
-                    "mask [V], or token ids"
+                    f"a tensor of {given.dtype} and shape {tuple(given.shape)}; expected one row per prompt: a mask as "
+                    "torch.bool (mask.bool()), or token ids as torch.int64"
                 )
             if given.dtype == torch.bool:
                 mask = given.cpu()

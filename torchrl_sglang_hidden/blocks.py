@@ -14,12 +14,26 @@ import torch
 
 from torchrl_sglang_hidden.shared import fetch
 
-__all__ = ["DTYPES", "Share", "Way", "as_tensor", "pack_bytes", "pack_tensor", "unpack_bytes", "unpack_tensor"]
+__all__ = [
+    "DTYPES",
+    "MAX_TEXT_BYTES",
+    "NoRoomError",
+    "Share",
+    "Way",
+    "as_tensor",
+    "pack_bytes",
+    "pack_tensor",
+    "unpack_bytes",
+    "unpack_tensor",
+]
 
 # How bytes travel: raw (in-process), as base64 text (JSON), or, for many of them, in a file of shared memory.
 Way = Literal["binary", "text", "shared"]
 # Puts bytes into shared memory and gives the file's name, or None where there is no room.
 Share: TypeAlias = Callable[[bytes], str | None]
+
+# Of one block: as text it is copied by three processes and parsed as JSON, in a file by nobody.
+MAX_TEXT_BYTES = 256 * 2**20
 
 DTYPES = {
     "float32": torch.float32,
@@ -29,12 +43,24 @@ DTYPES = {
 }
 
 
+class NoRoomError(Exception):
+    """Bytes that are too many for text, and found no room in shared memory."""
+
+
 def pack_bytes(data: bytes, way: Way, share: Share | None = None) -> dict[str, Any]:
-    """Writes bytes; those that find no room in shared memory as text."""
+    """Writes bytes; those that find no room in shared memory as text.
+
+    Raises:
+        NoRoomError: they are too many for that.
+    """
     check = zlib.crc32(data)
     name = share(data) if way == "shared" and share is not None else None
     if name is not None:
         return {"shared": name, "crc32": check}
+    if way == "shared" and len(data) > MAX_TEXT_BYTES:
+        raise NoRoomError(
+            f"{len(data) / 2**20:.0f} MiB found no room in the server's shared memory; ask for fewer rows at a time"
+        )
     return {"data": data if way == "binary" else base64.b64encode(data).decode("ascii"), "crc32": check}
 
 

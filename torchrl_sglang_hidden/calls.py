@@ -114,11 +114,16 @@ def read_call(
     lora, priority = options.get("lora_path"), options.get("priority")
     constraints = (*constraints, *option_constraints(options))
     processor = native_processor(options)
+    if processor is None and "custom_params" in options:
+        raise InputError(
+            f"custom_params={options['custom_params']!r:.80} without SGLang's own custom_logit_processor, which alone "
+            "reads them; give both, or leave them out"
+        )
     if not generate:
         if processor is not None:
             raise InputError(
-                f"generate=False with custom_logit_processor={processor!r:.60}: SGLang's own acts on tokens that are "
-                "sampled; give a LogitConstraint, or generate_kwargs without it"
+                f"custom_logit_processor={processor!r:.60} in scoring, of given sequences or of candidates: SGLang's "
+                "own acts on tokens that are sampled; give a LogitConstraint, or generate_kwargs without it"
             )
         # A prompt that is only read was followed by nothing.
         limit = options.get("max_new_tokens") or DEFAULT_NEW_TOKENS
@@ -212,8 +217,8 @@ def _responses(index: int, row: Row) -> tuple[tuple[int, int], ...]:
     if row.assistant_mask is None:
         raise InputError(
             f"row {index}: nothing says which tokens of a given sequence the constraints act on; score in history mode "
-            "or give 'all_assistant_mask' under masks_key in tokens mode, or leave the constraints out: "
-            "get_new_version(constraints=(), action_mask_key=None)"
+            "or give 'all_assistant_mask' under masks_key in tokens mode, or leave the constraints out, those of "
+            "generate_kwargs too: get_new_version(constraints=(), action_mask_key=None, action_token_ids=None)"
         )
     return responses_of(row.assistant_mask)
 

@@ -76,7 +76,8 @@ class CandidateScoring:
     ) -> TensorDict:
         """The log-probs of candidate continuations of each prompt: logits over A actions, ready for a distribution.
 
-        Each prompt is computed once: it goes ahead, and its candidates find it in the server's prefix cache.
+        Each prompt is computed once: it goes ahead, and its candidates find it in the server's prefix cache. Several
+        servers, or data-parallel parts of one, share the candidates, and each computes the prompts that it is given.
 
         Args:
             tensordict: prompts, as for generation, of any batch size; not written to.

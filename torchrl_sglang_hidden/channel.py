@@ -18,6 +18,7 @@ import torch
 
 from torchrl_sglang_hidden.blocks import (
     DTYPES,
+    NoRoomError,
     Share,
     Way,
     as_tensor,
@@ -27,7 +28,7 @@ from torchrl_sglang_hidden.blocks import (
     unpack_tensor,
 )
 from torchrl_sglang_hidden.constraints import LogitConstraint
-from torchrl_sglang_hidden.errors import ConstraintError, ProtocolError, SpanError
+from torchrl_sglang_hidden.errors import CapabilityError, ConstraintError, ProtocolError, SpanError
 from torchrl_sglang_hidden.logits import FoundLogits, WantedLogits
 from torchrl_sglang_hidden.pooling import Pools, Wanted, WantedRows
 from torchrl_sglang_hidden.shared import discard
@@ -39,11 +40,13 @@ __all__ = [
     "CONSTRAINTS_ENV",
     "FALLBACK_REMEDY",
     "LAYERS_ENV",
+    "MAX_CONSTRAINTS",
     "PLUGIN_ENV",
     "PROTOCOL",
     "Options",
     "Status",
     "Way",
+    "answer_of",
     "drop_shared",
     "pack_answer",
     "pack_options",
@@ -55,6 +58,8 @@ CHANNEL = "torchrl_sglang_hidden"
 PROTOCOL = 3
 PLUGIN_ENV = "TORCHRL_SGLANG_HIDDEN"  # "1" in a server's environment opts in to the server half
 LAYERS_ENV = "TORCHRL_SGLANG_HIDDEN_LAYERS"  # the layers whose states the server half takes, such as "7,15,-1"
+# Of one request: each is read and applied in the scheduler, while everybody waits.
+MAX_CONSTRAINTS = 64
 CONSTRAINTS_ENV = "TORCHRL_SGLANG_HIDDEN_CONSTRAINTS"  # modules with constraints of the user's own, comma-separated
 
 FALLBACK_REMEDY = (
@@ -211,12 +216,18 @@ def _unpack_logits(fields: Mapping[str, Any]) -> WantedLogits:
         raise ValueError(f"given={given}: nothing is before the first token")
     return WantedLogits(
         spec=None if spec is None else LogitsSpec(**{**spec, "dtype": _FLOATS[spec["dtype"]]}),
-        constraints=tuple(_read_constraint(str(text)) for text in fields["constraints"]),
+        constraints=tuple(_read_constraint(str(text)) for text in _few(fields["constraints"])),
         given=None if given is None else int(given),
         scored=fields["scored"] is True,
         responses=tuple(zip(places[::2], places[1::2], strict=True)),
         response_limit=int(fields["response_limit"]),
     )
+
+
+def _few(texts: list[Any]) -> list[Any]:
+    if len(texts) > MAX_CONSTRAINTS:
+        raise ValueError(f"{len(texts)} constraints, over the limit of {MAX_CONSTRAINTS}")
+    return texts
 
 
 def _read_constraint(text: str) -> LogitConstraint:
@@ -262,6 +273,23 @@ def _unpack_span(fields: list[Any]) -> ResolvedSpan:
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 
+def answer_of(pools: Pools, way: Way, share: Share, logits: FoundLogits | None) -> dict[str, Any]:
+    """As `pack_answer`; where there is no room for it, an answer that says so."""
+    shared: list[str] = []
+
+    def noted(data: bytes) -> str | None:
+        name = share(data)
+        shared.extend([name] if name is not None else [])
+        return name
+
+    try:
+        return pack_answer(pools, way, noted, logits)
+    except NoRoomError as error:
+        for name in shared:
+            discard(name)
+        return {"protocol": PROTOCOL, "refused": str(error)}
+
+
 def pack_answer(
     pools: Pools,
     way: Way,
@@ -291,7 +319,7 @@ def pack_answer(
     if pools.rows is not None:
         answer["rows"] = {"first": pools.rows.first, **pack_tensor(pools.rows.rows_NKD, way, share)}
     if logits is not None:
-        answer["constrained"], answer["fault"] = logits.constrained, logits.fault
+        answer |= {"constrained": logits.constrained, "fault": logits.fault, "refused": logits.refused}
         for name, rows in (("logits", logits.response), ("prompt_logits", logits.given)):
             if rows is not None:
                 answer[name] = pack_tensor(rows.values_NC, way, share)
@@ -330,11 +358,14 @@ def unpack_answer(answer: object, row: str, hidden_size: int, *, shared: bool = 
             memory unasked.
         SpanError: a span has no value.
         ConstraintError: the constraints could not be kept.
+        CapabilityError: this server cannot give these logits.
     """
     if not isinstance(answer, list) or len(answer) != 1 or not isinstance(answer[0], dict):
         raise ProtocolError(f"{row}: expected one {CHANNEL} answer in meta_info, got {answer!r:.80}; {FALLBACK_REMEDY}")
     fields = answer[0]
     check_protocol(fields.get("protocol"), f"{row}: the server half")
+    if fields.get("refused"):
+        raise CapabilityError(f"{row}: {fields['refused']}")
     sent = [block for block in map(fields.get, _BLOCKS) if isinstance(block, dict) and "shared" in block]
     if not shared and sent:
         raise ProtocolError(

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torchrl_sglang_hidden.channel import FALLBACK_REMEDY
+from torchrl_sglang_hidden.blocks import MAX_TEXT_BYTES
+from torchrl_sglang_hidden.channel import FALLBACK_REMEDY, MAX_CONSTRAINTS
 from torchrl_sglang_hidden.constraints import check_constraints
 from torchrl_sglang_hidden.errors import (
     CapabilityError,
@@ -25,8 +26,6 @@ from torchrl_sglang_hidden.wire import wanted_of
 
 __all__ = ["check_requests"]
 
-# Of one request's token states: as text they are copied by three processes and parsed as JSON, in a file by nobody.
-MAX_TEXT_BYTES = 256 * 2**20
 MAX_SHARED_BYTES = MAX_BYTES // 2
 
 
@@ -52,6 +51,13 @@ def check_requests(requests: Sequence[Request], info: EngineInfo) -> None:
         raise CapabilityError(
             f"priority={requests[0].priority}, which this engine does not read; start SGLang with "
             "--enable-priority-scheduling, or leave it out"
+        )
+    sizes = [_logits_bytes(request, info) for request in requests]
+    if sum(sizes) > MAX_BYTES:
+        raise InputError(
+            f"the logits of {len(requests)} rows are up to {sum(sizes) / 2**20:.0f} MiB, over the limit of "
+            f"{MAX_BYTES // 2**20} MiB for one batch; send fewer rows at a time, or ask for fewer tokens, top_k or "
+            "token_ids"
         )
     for row, request in enumerate(requests):
         ids = request.prompt_ids
@@ -114,6 +120,10 @@ def _check_choosing(row: int, request: Request, info: EngineInfo) -> None:
             f"{name} {asked} are asked of a server without the server half{because}; start it with "
             "torchrl_sglang_hidden.launch or `torchrl-sglang-hidden serve`"
         )
+    if len(request.constraints) > MAX_CONSTRAINTS:
+        raise InputError(
+            f"{name} {len(request.constraints)} constraints, over the limit of {MAX_CONSTRAINTS}; put masks together"
+        )
     unknown = [constraint.name for constraint in request.constraints if constraint.name not in info.constraints]
     if unknown:
         raise CapabilityError(
@@ -161,10 +171,7 @@ def _check_logits(name: str, request: Request, spec: LogitsSpec, info: EngineInf
             f"{name} max_new_tokens=0 generates nothing, and LogitsSpec(segments={spec.segments}) are not all of the "
             "prompt; ask for segments=('prompt',)"
         )
-    num_new = request.sampling.get("max_new_tokens", DEFAULT_NEW_TOKENS)
-    rows = (num_new if spec.of_response else 0) + (len(request.prompt_ids) - 1 if spec.of_prompt else 0)
-    columns = spec.num_columns(info.vocab_size)
-    size = rows * columns * (spec.dtype.itemsize + (4 if spec.top_k is not None else 0))
+    rows, columns, size = _num_rows(request, spec), spec.num_columns(info.vocab_size), _logits_bytes(request, info)
     limit = MAX_SHARED_BYTES if info.shares_memory else MAX_TEXT_BYTES
     if size > limit:
         raise InputError(
@@ -172,6 +179,20 @@ def _check_logits(name: str, request: Request, spec: LogitsSpec, info: EngineInf
             f"{limit / 2**20:.0f} MiB; ask for fewer tokens, top_k or token_ids, or dtype=torch.bfloat16"
             + ("" if info.shares_memory else ", or run on the server's machine")
         )
+
+
+def _num_rows(request: Request, spec: LogitsSpec) -> int:
+    num_new = request.sampling.get("max_new_tokens", DEFAULT_NEW_TOKENS)
+    return (num_new if spec.of_response else 0) + (len(request.prompt_ids) - 1 if spec.of_prompt else 0)
+
+
+def _logits_bytes(request: Request, info: EngineInfo) -> int:
+    """Most bytes that the logits of a request come to."""
+    spec = request.logits
+    if spec is None:
+        return 0
+    per_column = spec.dtype.itemsize + (4 if spec.top_k is not None else 0)
+    return _num_rows(request, spec) * spec.num_columns(info.vocab_size) * per_column
 
 
 def _check_hidden(row: int, request: Request, spec: HiddenSpec, info: EngineInfo) -> None:

@@ -15,6 +15,7 @@ from torchrl.modules import LLMMaskedCategorical
 from torchrl_sglang_hidden.errors import CapabilityError, InputError
 from torchrl_sglang_hidden.outputs import OutputKeys
 from torchrl_sglang_hidden.prompts import InputMode
+from torchrl_sglang_hidden.specs import LogitsSpec
 
 __all__ = ["Distributions"]
 
@@ -31,6 +32,7 @@ class Distributions:
     log_probs_key: NestedKey | None
     masks_key: NestedKey | None
     tokens_key: NestedKey | None
+    logits: LogitsSpec | None
     logits_key: NestedKey | None
     _keys: OutputKeys
     __call__: Callable[..., TensorDictBase]
@@ -248,7 +250,9 @@ class Distributions:
         if writes_tokens:
             tensordict.update(scored, keys_to_update=[unravel_key((self.tokens_key, "full"))])
         shape = (*tensordict.batch_size, -1)
-        return LLMMaskedCategorical(logits_RNV.reshape(*shape, logits_RNV.shape[-1]), mask_RN.reshape(shape))
+        of_actions = self.logits is not None and self.logits.token_ids is not None
+        kind = _OverActions if of_actions else LLMMaskedCategorical
+        return kind(logits_RNV.reshape(*shape, logits_RNV.shape[-1]), mask_RN.reshape(shape))
 
     def _mask(self, scored: TensorDictBase, given: TensorDictBase, key: NestedKey) -> torch.Tensor:
         """A mask of the output, or else of the input."""
@@ -281,6 +285,20 @@ class Distributions:
         return self._NoKeys()
 
     dist_params_keys = dist_sample_keys = log_prob_keys = property(_no_keys)
+
+
+class _OverActions(LLMMaskedCategorical):  # type: ignore[misc]
+    """Over the tokens of an action set, by their places in it."""
+
+    def log_prob(self, value: torch.Tensor) -> torch.Tensor:
+        actions = self.logits.shape[-1]
+        if value.numel() and int(value.max()) >= actions:
+            raise InputError(
+                f"log_prob of {int(value.max())}: the distribution is over the {actions} token_ids of the wrapper's "
+                "LogitsSpec, and takes places in them, not ids; for a loss over tokens use a wrapper without token_ids"
+            )
+        found: torch.Tensor = super().log_prob(value)
+        return found
 
 
 def _empty(batch_size: torch.Size) -> TensorDictBase:

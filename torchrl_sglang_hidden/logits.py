@@ -17,9 +17,10 @@ from typing import TypeVar
 import torch
 
 from torchrl_sglang_hidden.constraints import ConstraintStep, LogitConstraint, TemperatureScale, TokenConstraint
+from torchrl_sglang_hidden.shared import MAX_BYTES
 from torchrl_sglang_hidden.specs import DEFAULT_NEW_TOKENS, LogitsSpec, TokenLogits
 
-__all__ = ["Choosing", "FoundLogits", "RequestLogits", "WantedLogits", "constrain", "cut"]
+__all__ = ["Choosing", "FoundLogits", "RequestLogits", "WantedLogits", "constrain", "cut", "on_device"]
 
 
 Kind = TypeVar("Kind", bound=LogitConstraint)
@@ -35,7 +36,7 @@ class WantedLogits:
         given: the first prompt token whose row is wanted, at least 1; None for none.
         scored: whether the log-probs of the prompt's tokens from ``given`` on are wanted.
         responses: parts of the prompt that constraints act on as if they were being sampled.
-        response_limit: most tokens of each of those.
+        response_limit: most tokens of the response, or of each of those.
     """
 
     spec: LogitsSpec | None = None
@@ -66,6 +67,7 @@ class FoundLogits:
         log_probs_N: of the prompt's tokens from `WantedLogits.given` on, float32; or None.
         constrained: of how many sampled tokens the constraints were looked at.
         fault: why the constraints could not be kept; or empty.
+        refused: why logits could not be had; or empty.
     """
 
     response: TokenLogits | None = None
@@ -73,6 +75,7 @@ class FoundLogits:
     log_probs_N: torch.Tensor | None = None
     constrained: int = 0
     fault: str = ""
+    refused: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,16 +105,26 @@ class RequestLogits:
         prompt_ids: its P ids; P may be all that is read of them.
 
     Attributes:
-        fault: why the constraints could not be kept, of the first time; or empty.
+        refused: why logits could not be had; or empty.
     """
 
     def __init__(self, wanted: WantedLogits, prompt_ids: Sequence[int]) -> None:
         self.wanted = wanted
         self.prompt_ids = prompt_ids
-        self.fault = ""
-        self._own = [c for c in wanted.constraints if not isinstance(c, (TokenConstraint, TemperatureScale))]
-        self._temperatures = [c for c in wanted.constraints if isinstance(c, TemperatureScale)]
-        self._masks = [c for c in wanted.constraints if isinstance(c, TokenConstraint)]
+        self.refused = ""
+        self._faults: list[tuple[int | None, str]] = []
+        # By what they do: a user's subclass of a mask may change logits in a way of its own.
+        self._own: list[LogitConstraint] = []
+        self._temperatures: list[TemperatureScale] = []
+        self._masks: list[TokenConstraint] = []
+        for one in wanted.constraints:
+            if isinstance(one, TemperatureScale) and type(one).apply is TemperatureScale.apply:
+                self._temperatures.append(one)
+            elif isinstance(one, TokenConstraint) and type(one).apply is TokenConstraint.apply:
+                self._masks.append(one)
+            else:
+                self._own.append(one)
+        self._bytes = 0
         self._combined: dict[tuple[int, ...], torch.Tensor] = {}
         self._constrained = 0
         self._rows: list[TokenLogits] = []
@@ -156,8 +169,7 @@ class RequestLogits:
         """Adds what the positions before the prompt tokens ``first … first+count-1`` brought."""
         if first != self._done:
             return
-        if rows is not None:
-            self._given_rows.append(rows)
+        self._keep(self._given_rows, rows)
         if log_probs_N is not None:
             self._log_probs.append(log_probs_N)
         self._done += count
@@ -169,63 +181,82 @@ class RequestLogits:
         if index != self._constrained:
             return
         self._constrained += 1
-        if row is not None:
-            self._rows.append(row)
+        self._keep(self._rows, row)
+
+    def _keep(self, rows: list[TokenLogits], row: TokenLogits | None) -> None:
+        if row is None or self.refused:
+            return
+        self._bytes += row.nbytes
+        if self._bytes > MAX_BYTES:
+            # Clients of this package ask for less; others must not fill the server's memory.
+            self.refused = (
+                f"the logits are over {MAX_BYTES // 2**20} MiB for one request; ask for fewer tokens or columns"
+            )
+            self._rows, self._given_rows = [], []
+            return
+        rows.append(row)
 
     # --- constraints -------------------------------------------------------------------------------------------------
 
-    def fail(self, fault: str) -> None:
-        """Notes why the constraints could not be kept."""
-        self.fault = self.fault or fault
+    def fail(self, fault: str, index: int | None) -> None:
+        """Notes why the constraints could not be kept.
+
+        Args:
+            fault: in words.
+            index: the response's token; None for one of the prompt. Under overlap scheduling a token behind the last
+                one is chosen too, and thrown away: what fails there is nobody's fault.
+        """
+        self._faults.append((index, fault))
 
     def apply_own(self, logits_V: torch.Tensor, step: Choosing) -> torch.Tensor:
         """The user's own constraints, which may be anybody's code."""
-        acting = self._acting(self._own, step.index)
+        acting = self._acting(self._own, step)
         if not acting:
             return logits_V
         at = ConstraintStep(step.index, step.max_new_tokens, self.prompt_ids[: step.start], step.response_ids())
         for constraint in acting:
-            with self._guarded(constraint, step.index):
+            with self._guarded(constraint, step):
                 changed_V = constraint.apply(logits_V.clone(), at)
                 if not isinstance(changed_V, torch.Tensor) or changed_V.shape != logits_V.shape:
                     raise TypeError(f"expected logits of shape {tuple(logits_V.shape)}, got {changed_V!r:.80}")
                 logits_V = changed_V.to(logits_V)
         return logits_V
 
-    def _acting(self, constraints: Sequence[Kind], index: int) -> list[Kind]:
+    def _acting(self, constraints: Sequence[Kind], step: Choosing) -> list[Kind]:
         """Those that act on a token: `acts_on` may be anybody's code too."""
         acting: list[Kind] = []
         for one in constraints:
-            with self._guarded(one, index):
-                if one.acts_on(index):
+            with self._guarded(one, step):
+                if one.acts_on(step.index):
                     acting.append(one)
         return acting
 
     @contextmanager
-    def _guarded(self, constraint: LogitConstraint, index: int) -> Iterator[None]:
+    def _guarded(self, constraint: LogitConstraint, step: Choosing) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # noqa: BLE001  what it raises would end the scheduler, and everybody's requests
-            self.fail(f"{constraint.name} failed at token {index} of the response: {error!r}")
+            fault = f"{constraint.name} failed at token {step.index} of the response: {error!r}"
+            self.fail(fault, step.index if step.start is None else None)
 
     def temperature(self, step: Choosing) -> float:
         """What the logits of a token are divided by."""
         product = 1.0
-        for one in self._acting(self._temperatures, step.index):
-            with self._guarded(one, step.index):
+        for one in self._acting(self._temperatures, step):
+            with self._guarded(one, step):
                 product *= float(one.at(step.index, step.max_new_tokens))
         return product
 
-    def mask(self, index: int, vocab_size: int, device: torch.device) -> torch.Tensor | None:
+    def mask(self, step: Choosing, vocab_size: int, device: torch.device) -> torch.Tensor | None:
         """What all masks allow for a token, bool ``[V]``; None for everything."""
-        acting = self._acting(self._masks, index)
+        acting = self._acting(self._masks, step)
         if not acting:
             return None
         key = tuple(map(id, acting))
         if key not in self._combined:
             allowed_V = torch.ones(vocab_size, dtype=torch.bool)
             for one in acting:
-                with self._guarded(one, index):
+                with self._guarded(one, step):
                     allowed_V &= one.allowed(vocab_size)
             self._combined[key] = allowed_V.to(device)
         return self._combined[key]
@@ -239,7 +270,8 @@ class RequestLogits:
             given=_joined(self._given_rows),
             log_probs_N=torch.cat(self._log_probs) if self._log_probs else None,
             constrained=self._constrained,
-            fault=self.fault,
+            fault=next((fault for at, fault in self._faults if at is None or at < self._constrained), ""),
+            refused=self.refused,
         )
 
 
@@ -269,14 +301,19 @@ def constrain(logits_NV: torch.Tensor, steps: Sequence[Choosing]) -> tuple[torch
     changed_NV = torch.stack(own) if any(a is not b for a, b in zip(own, rows, strict=True)) else logits_NV
     temperatures = [step.one.temperature(step) for step in steps]
     if any(temperature != 1 for temperature in temperatures):
-        changed_NV = changed_NV / torch.tensor(temperatures, device=logits_NV.device, dtype=logits_NV.dtype)[:, None]
-    masks = [step.one.mask(step.index, logits_NV.shape[1], logits_NV.device) for step in steps]
+        changed_NV = changed_NV / on_device(temperatures, logits_NV.device).to(logits_NV.dtype)[:, None]
+    masks = [step.one.mask(step, logits_NV.shape[1], logits_NV.device) for step in steps]
     if any(mask_V is not None for mask_V in masks):
         every_V = torch.ones(logits_NV.shape[1], dtype=torch.bool, device=logits_NV.device)
         allowed_NV = torch.stack([every_V if mask_V is None else mask_V for mask_V in masks])
         changed_NV = changed_NV.masked_fill(~allowed_NV, -math.inf)
     alive_N = changed_NV.amax(-1).isfinite()
     return torch.where(alive_N[:, None], changed_NV, logits_NV), alive_N
+
+
+def on_device(values: Sequence[int] | Sequence[float], device: torch.device) -> torch.Tensor:
+    """A tensor of a few numbers, without waiting for what the device has to do before."""
+    return torch.tensor(values, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 @functools.lru_cache(maxsize=256)

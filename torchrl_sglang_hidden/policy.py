@@ -360,7 +360,8 @@ class SGLangHiddenWrapper(CandidateScoring, Configured, Distributions, LLMWrappe
             self.generate_kwargs,
             generate_kwargs,
             hidden=self.hidden,
-            logits=self.logits,
+            # Nobody would get to see them.
+            logits=self.logits if self.logits_key is not None else None,
             logits_only=logits_only,
             constraints=self.constraints,
             action_mask_key=self.action_mask_key,

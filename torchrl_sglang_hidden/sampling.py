@@ -96,13 +96,14 @@ _RULES: dict[str, _Rule] = {
     "no_stop_trim": _FLAG,
     "return_hidden_states": _FLAG, "lora_path": _TEXT,
     "json_schema": _TEXT, "regex": _TEXT, "ebnf": _TEXT, "structural_tag": _TEXT,
+    "custom_params": _Rule((Mapping,), lambda x: all(isinstance(name, str) for name in x), "a dict by names"),
     "action_mask": _OF_CONSTRAINTS, "disallowed_tokens": _OF_CONSTRAINTS, "custom_logit_processor": _OF_CONSTRAINTS,
 }  # fmt: skip
 
 
 # SGLang's sampling parameters that a caller may set (sglang.srt.sampling.sampling_params.SamplingParams, 0.5.23; a test
-# compares). Left out: `n` and `beam_width` (one completion per request is the contract here), `custom_params` (this
-# package's own channel into the server), `stream_interval` and `watermark` (of no effect on a finished response).
+# compares). Left out: `n` and `beam_width` (one completion per request is the contract here), `stream_interval` and
+# `watermark` (of no effect on a finished response).
 SGLANG_NAMES = (frozenset(_RULES) - NOT_OF_SAMPLING - {"do_sample", "num_return_sequences", "stop_sequences"}) | {
     "stop"
 }
@@ -118,7 +119,8 @@ def standardize(options: Mapping[str, Any] | None) -> dict[str, Any]:
         options: TorchRL's standard names (``max_new_tokens``, ``temperature``, ``stop_sequences``, ``do_sample`` …),
             Hugging Face's or vLLM's (``max_tokens``, ``stop_strings``, ``eos_token_id``, ``seed`` …), and every
             sampling parameter of SGLang by its own name; beside these, of SGLang's requests, ``return_hidden_states``,
-            ``lora_path``, ``priority`` and ``custom_logit_processor``; and ``action_mask``, ``disallowed_tokens``.
+            ``lora_path``, ``priority`` and ``custom_logit_processor`` (its ``custom_params`` beside it); and
+            ``action_mask``, ``disallowed_tokens``.
 
     Returns:
         A new dict by standard names.
@@ -183,11 +185,14 @@ def _check(name: str, value: Any) -> None:
 def to_sglang(standard: Mapping[str, Any]) -> dict[str, Any]:
     """Turns standardised options into SGLang's sampling parameters, JSON-serialisable.
 
-    ``do_sample=False`` becomes ``temperature=0``; ``skip_special_tokens`` stays SGLang's default, True. What is no
-    sampling parameter is left out.
+    ``do_sample=False`` and ``top_k=1`` become ``temperature=0``; ``skip_special_tokens`` stays SGLang's default, True.
+    What is no sampling parameter is left out.
     """
     out = {name: value for name, value in standard.items() if name not in NOT_OF_SAMPLING}
     if out.pop("do_sample", True) is False:
+        out["temperature"] = 0.0
+    if out.get("top_k") == 1:
+        # The same token; but whether SGLang divides by the temperature then hangs on who else is in the batch.
         out["temperature"] = 0.0
     out.pop("num_return_sequences", None)
     if "stop_sequences" in out:

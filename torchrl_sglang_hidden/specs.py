@@ -342,6 +342,11 @@ class TokenLogits:
     values_NC: torch.Tensor
     token_ids_NC: torch.Tensor | None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both."""
+        return self.values_NC.nbytes + (0 if self.token_ids_NC is None else self.token_ids_NC.nbytes)
+
 
 @dataclass(frozen=True, slots=True)
 class Completion:

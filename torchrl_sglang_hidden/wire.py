@@ -20,6 +20,7 @@ from torchrl_sglang_hidden.logits import WantedLogits
 from torchrl_sglang_hidden.pooling import RequestPools, Wanted
 from torchrl_sglang_hidden.shared import is_shared
 from torchrl_sglang_hidden.specs import (
+    DEFAULT_NEW_TOKENS,
     EngineInfo,
     HiddenSpec,
     Request,
@@ -185,8 +186,12 @@ def logits_of(request: Request) -> WantedLogits | None:
     spec, scored = request.logits, request.score_prompt and bool(request.constraints)
     if spec is None and not request.constraints:
         return None
+    limit = request.response_limit
+    if not request.score_prompt:
+        # Not SGLang's own number, which it lowers where the context ends: a schedule goes by what was asked for.
+        limit = request.sampling.get("max_new_tokens", DEFAULT_NEW_TOKENS)
     given = 1 if spec is not None and spec.of_prompt else max(request.score_from, 1) if scored else None
-    return WantedLogits(spec, request.constraints, given, scored, request.responses, request.response_limit)
+    return WantedLogits(spec, request.constraints, given, scored, request.responses, limit)
 
 
 def shares(request: Request) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import math
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -45,7 +46,7 @@ class ActionMask(TokenConstraint, name="action_mask"):
 
     Raises:
         ConstraintError: no ids at all.
-        TokenIdError: a negative id.
+        TokenIdError: a negative id, or one that is there twice.
         InputTypeError: something that is no integer.
     """
 
@@ -91,7 +92,7 @@ class DisallowedTokens(TokenConstraint, name="disallowed_tokens"):
         ids: their ids, in any order; a list, a set, a range, an integer tensor. None at all denies nothing.
 
     Raises:
-        TokenIdError: a negative id.
+        TokenIdError: a negative id, or one that is there twice.
         InputTypeError: something that is no integer.
     """
 
@@ -154,8 +155,11 @@ def check_constraints(constraints: Sequence[LogitConstraint], vocab_size: int, m
 
 def _read_ids(what: str, ids: object) -> tuple[int, ...]:
     if isinstance(ids, torch.Tensor):
-        if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
-            raise InputTypeError(f"{what}: a tensor of {ids.dtype}; expected token ids, or ActionMask.from_mask")
+        # Environments write masks as int8 and uint8 too, and no vocabulary is that small.
+        if ids.dtype in (torch.bool, torch.int8, torch.uint8) or ids.is_floating_point() or ids.is_complex():
+            raise InputTypeError(
+                f"{what}: a tensor of {ids.dtype}; expected token ids, or for a mask ActionMask.from_mask(mask.bool())"
+            )
         ids = ids.flatten().tolist()
     if isinstance(ids, (str, bytes, Mapping)) or not isinstance(ids, Iterable):
         raise InputTypeError(f"{what}: {ids!r:.80} is a {type(ids).__name__}; expected token ids")
@@ -165,7 +169,11 @@ def _read_ids(what: str, ids: object) -> tuple[int, ...]:
         raise InputTypeError(f"{what}: {wrong[0]!r:.80} is a {type(wrong[0]).__name__}; token ids are integers")
     if read and min(read) < 0:
         raise TokenIdError(f"{what}: {min(read)} is negative; token ids are at least 0")
-    return tuple(sorted(set(read)))
+    found = tuple(sorted(set(read)))
+    if len(found) < len(read):
+        ((most, times),) = Counter(read).most_common(1)
+        raise TokenIdError(f"{what}: id {most} is there {times} times; give each once. Is this a mask? Pass it as bool")
+    return found
 
 
 def _where(mask_V: object) -> list[int]:
@@ -207,6 +215,8 @@ def _from_text(text: object) -> torch.Tensor | list[int]:
     if not isinstance(text, str):
         raise InputTypeError(f"{text!r:.80}: expected token ids as runs, such as '3-7,9', or 'base64:…'")
     if text.startswith(_BITS):
+        if len(text) > MAX_IDS // 6:
+            raise InputError(f"{text!r:.80}: more than {MAX_IDS} token ids")
         data = base64.b64decode(text.removeprefix(_BITS), validate=True)
         packed_N = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
         return ((packed_N[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten().nonzero().flatten()

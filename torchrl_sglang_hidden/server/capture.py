@@ -13,11 +13,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 
-from torchrl_sglang_hidden.channel import Options, pack_answer, unpack_options
+from torchrl_sglang_hidden.channel import Options, answer_of, unpack_options
 from torchrl_sglang_hidden.errors import SpanError
 from torchrl_sglang_hidden.logits import RequestLogits
 from torchrl_sglang_hidden.pooling import PromptStep, RequestPools, sum_rows
@@ -214,6 +214,7 @@ class Capture:
         self.page_size = 1
         self.running: StepChoices | None = None
         self.opened: WeakKeyDictionary[Any, Open] = WeakKeyDictionary()
+        self._refused: WeakSet[Any] = WeakSet()
         self._epoch = 0
         self._shared: SharedFiles | None = None
 
@@ -227,9 +228,11 @@ class Capture:
     def open(self, req: Any) -> Open | None:
         """The request's pools, made when it is first seen; None when it did not ask."""
         one = self.opened.get(req)
-        if one is None:
+        if one is None and req not in self._refused:
             options = unpack_options(req.sampling_params.custom_params) if self.on else None
             if options is None or req.finished() or not self._takes(options.wanted.layers):
+                # Reading them again at every step would hold up everybody.
+                self._refused.add(req)
                 return None
             kind = f"{options.wanted.layers} {req.extra_key or ''}"
             one = self.opened[req] = Open(
@@ -297,8 +300,7 @@ class Capture:
                 index, wanted = stop - len(one.logits.prompt_ids), one.logits.wanted
                 if index >= 0 and wanted.chooses:
                     before = tuple(req.output_ids) if one.logits.reads_response else ()
-                    limit = req.sampling_params.max_new_tokens
-                    choices.append(Choice(row, first + length - 1, index, one.logits, limit, before))
+                    choices.append(Choice(row, first + length - 1, index, one.logits, wanted.response_limit, before))
                 tokens = one.logits.plan_given(stop - length, stop) if mode in _PREFILL_MODES else None
                 if tokens is not None:
                     given.append(Given(row, first - (stop - length), *tokens, one.logits))
@@ -349,7 +351,7 @@ class Capture:
         self.keep_sums(one)
         wanted = one.logits.wanted
         logits = one.logits.finish() if wanted.chooses or wanted.given is not None else None
-        return [pack_answer(pools, one.options.way, self.shared.share, logits)]
+        return [answer_of(pools, one.options.way, self.shared.share, logits)]
 
 
 class _Tokens(Sequence[int]):

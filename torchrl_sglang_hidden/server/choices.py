@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from torchrl_sglang_hidden.logits import Choosing, RequestLogits, constrain, cut
+from torchrl_sglang_hidden.logits import Choosing, RequestLogits, constrain, cut, on_device
 from torchrl_sglang_hidden.specs import LogitsSpec, Stage, TokenLogits
 
 __all__ = ["Choice", "DeviceLogits", "Given", "HostLogits", "StepChoices"]
@@ -101,7 +101,7 @@ class HostLogits:
             one = piece.given.logits
             if piece.alive_N is not None and not piece.alive_N.all():
                 place = piece.first + int((~piece.alive_N).nonzero()[0])
-                one.fail(_nothing_left(f"token {place} of the sequence", one))
+                one.fail(_nothing_left(f"token {place} of the sequence", one), None)
             one.add_given(piece.first, piece.rows, piece.log_probs_N, piece.count)
         rows = {place: cut.rows for cut in self.cuts for place in cut.places}
         places = {place: n for cut in self.cuts for n, place in enumerate(cut.places)}
@@ -112,7 +112,7 @@ class HostLogits:
             if row not in self.alive and choice.logits.wanted.constrains:
                 continue  # a sampler that none of this went through: the count will tell
             if not self.alive.get(row, True):
-                choice.logits.fail(_nothing_left(f"token {choice.index} of the response", choice.logits))
+                choice.logits.fail(_nothing_left(f"token {choice.index} of the response", choice.logits), choice.index)
             found = rows.get(row)
             if commits[row].output_index == choice.index:
                 choice.logits.add(choice.index, None if found is None else _row_of(found, places[row]))
@@ -186,14 +186,18 @@ class StepChoices:
         """Cuts what the head gave, before anything is done to it."""
         self._cut(logits_BV, "raw")
 
-    def constrain(self, logits_BV: torch.Tensor, temperatures_B1: torch.Tensor) -> None:
+    def constrain(self, logits_BV: torch.Tensor, temperatures_B1: torch.Tensor | None) -> None:
         """Applies the constraints, in place, to logits that all of SGLang's own steps but the temperature have passed.
 
         Rows of requests without constraints are not written to.
+
+        Args:
+            logits_BV: of the step.
+            temperatures_B1: what SGLang divides them by next, or None.
         """
         acting = [choice for choice in self.choices if choice.logits.wanted.constrains]
         if acting:
-            rows_R = torch.tensor([choice.row for choice in acting], device=logits_BV.device)
+            rows_R = on_device([choice.row for choice in acting], logits_BV.device)
             steps = [self._choosing(choice) for choice in acting]
             changed_RV, alive_R = constrain(logits_BV[rows_R, : self.vocab_size], steps)
             logits_BV[rows_R, : self.vocab_size] = changed_RV
@@ -232,7 +236,7 @@ class StepChoices:
             if spec is not None and spec.of_response and spec.stage == stage:
                 groups.setdefault(spec, []).append(choice.row)
         for spec, places in groups.items():
-            rows_R = torch.tensor(places, device=logits_BV.device)
+            rows_R = on_device(places, logits_BV.device)
             chosen_RV = logits_BV[rows_R, : self.vocab_size].float()
             if temperatures_B1 is not None:
                 chosen_RV = chosen_RV / temperatures_B1[rows_R]
@@ -263,14 +267,14 @@ def _given_rows(given: Given, first: int, logits_NV: torch.Tensor) -> GivenRows:
             Choosing(one, first + n - start, limit, _ids_between(ids, start, first + n, logits_NV.device), start)
             for n, (start, _) in inside
         ]
-        rows_R = torch.tensor([n for n, _ in inside], device=logits_NV.device)
+        rows_R = on_device([n for n, _ in inside], logits_NV.device)
         changed_RV, alive_N = constrain(logits_NV[rows_R], steps)
         logits_NV = logits_NV.index_copy(0, rows_R, changed_RV)
         whole_N = torch.ones(len(logits_NV), dtype=torch.bool, device=logits_NV.device)
         alive_N = whole_N.index_copy(0, rows_R, alive_N)
     log_probs_N = None
     if one.wanted.scored:
-        tokens_N1 = torch.tensor(ids[first : first + len(logits_NV)], device=logits_NV.device)[:, None]
+        tokens_N1 = on_device(ids[first : first + len(logits_NV)], logits_NV.device)[:, None]
         log_probs_N = logits_NV.log_softmax(-1).gather(1, tokens_N1)[:, 0]
     rows = None if spec is None else cut(raw_NV if spec.stage == "raw" else logits_NV, spec)
     return GivenRows(given, first, len(logits_NV), rows, log_probs_N, alive_N)

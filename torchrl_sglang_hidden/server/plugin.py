@@ -93,8 +93,12 @@ def around_logits(
 ) -> Any:
     """Takes logits of prompts, which SGLang computes for the last position only."""
     choices = _capture.running
+    if choices is not None and choices.given and hasattr(lm_head, "set_lora"):
+        # SGLang applies adapters by the places that a whole step's rows have.
+        for given in choices.given:
+            given.logits.refused = "the server's LoRA adapters act on the head, which then gives no logits of prompts"
     # Where attention is data-parallel the head is a collective of ranks that do not all have these rows.
-    if choices is not None and choices.given and not processor.do_tensor_parallel_all_gather_dp_attn:
+    elif choices is not None and choices.given and not processor.do_tensor_parallel_all_gather_dp_attn:
         from sglang.srt.layers.logits_processor import LogitsMetadata
 
         metadata = LogitsMetadata.from_forward_batch(logits_metadata)
@@ -110,7 +114,8 @@ def after_preprocess(result: Any, sampler: Any, logits: Any, sampling_info: Any)
     """Constrains the logits behind everything that SGLang does to them before the temperature."""
     choices = getattr(sampling_info, _CHOICES, None)
     if choices is not None:
-        choices.constrain(result, sampling_info.temperatures)
+        # A batch of greedy requests alone is not divided by anything.
+        choices.constrain(result, None if sampling_info.is_all_greedy else sampling_info.temperatures)
 
 
 def around_sample(original: Any, runner: Any, logits_output: Any, forward_batch: Any) -> Any:
