@@ -321,7 +321,7 @@ def choose(
         before = torch.tensor(ids, dtype=torch.int64)
         rows_1V, alive_1 = constrain(raw_V[None], [Choosing(one, len(ids), limit, lambda before=before: before)])
         if not alive_1.all():
-            one.fail(f"token {len(ids)} of the response: 0 tokens are left")
+            one.fail(f"token {len(ids)} of the response: 0 tokens are left", len(ids))
         processed_1V = rows_1V / temperature
         spec = wanted.spec
         row = None if spec is None else cut(raw_V[None] if spec.stage == "raw" else processed_1V, spec)

@@ -15,7 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchrl_sglang_hidden import blocks
-from torchrl_sglang_hidden.blocks import DTYPES, Way, as_tensor, pack_bytes, pack_tensor, unpack_bytes, unpack_tensor
+from torchrl_sglang_hidden.blocks import (
+    DTYPES,
+    NoRoomError,
+    Way,
+    as_tensor,
+    pack_bytes,
+    pack_tensor,
+    unpack_bytes,
+    unpack_tensor,
+)
 from torchrl_sglang_hidden.shared import MIN_BYTES, SharedFiles, fetch
 
 WAYS: tuple[Way, ...] = ("binary", "text", "shared")
@@ -72,6 +81,22 @@ def test_many_bytes_go_through_shared_memory(tmp_path: Path, monkeypatch: pytest
     assert [path.name for path in tmp_path.iterdir()] == [files.sign]
     with pytest.raises(OSError, match=fields["shared"]):
         unpack_tensor(fields)
+
+
+def test_bytes_that_are_too_many_for_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only where shared memory was asked for: who asks for text or raw bytes has counted."""
+    assert blocks.MAX_TEXT_BYTES == 2**28
+    monkeypatch.setattr(blocks, "MAX_TEXT_BYTES", 3 * 2**20)
+    most = bytes(3 * 2**20)
+    assert unpack_bytes(pack_bytes(most, "shared", lambda data: None)) == most
+    for share in (None, lambda data: None):
+        with pytest.raises(NoRoomError, match=r"^4 MiB found no room in the server's shared memory; ask for fewer row"):
+            pack_bytes(bytes(2**22), "shared", share)
+    with pytest.raises(NoRoomError):
+        pack_tensor(torch.zeros(2**20), "shared", lambda data: None)
+    assert pack_bytes(bytes(2**22), "shared", lambda data: "a file")["shared"] == "a file"
+    for way in ("binary", "text"):
+        assert unpack_bytes(pack_bytes(bytes(2**22), way)) == bytes(2**22)
 
 
 @pytest.mark.parametrize("way", ["binary", "text"])

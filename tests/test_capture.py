@@ -23,11 +23,12 @@ from recorder import HIDDEN_SIZE, of_layer
 from test_channel import CHOICES, GARBAGE, anything, custom_of, logits_of, span_of
 
 from torchrl_sglang_hidden import blocks
-from torchrl_sglang_hidden.channel import CHANNEL, pack_options, unpack_answer
+from torchrl_sglang_hidden.channel import CHANNEL, pack_options, unpack_answer, unpack_options
 from torchrl_sglang_hidden.constraints import ActionMask, ConstraintStep, DisallowedTokens, LogitConstraint
-from torchrl_sglang_hidden.errors import ConstraintError, SpanError
+from torchrl_sglang_hidden.errors import CapabilityError, ConstraintError, SpanError
 from torchrl_sglang_hidden.logits import WantedLogits, cut
 from torchrl_sglang_hidden.pooling import BLOCK, Wanted
+from torchrl_sglang_hidden.server import capture as capture_module
 from torchrl_sglang_hidden.server import plugin
 from torchrl_sglang_hidden.server.capture import Capture, HostRows, _Tokens
 from torchrl_sglang_hidden.server.choices import HostLogits, StepChoices
@@ -516,6 +517,44 @@ def test_many_rows_are_answered_through_shared_memory(tmp_path: Path, monkeypatc
         assert torch.equal(rows_NKD[:, 0], states_of(reqs[0].origin_input_ids)[:, 0])
 
 
+def test_an_answer_without_room_is_refused_and_the_others_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "MAX_TEXT_BYTES", 1000)
+    scheduler, wanted = Scheduler(), Wanted(("prompt",), None, tokens=True)
+    scheduler.capture._shared = SharedFiles(tmp_path, max_bytes=0)
+    bad, good = Req([7] * 40, wanted, way="shared"), asking(9, 8)
+    scheduler.prefill(bad, good)
+    with pytest.raises(CapabilityError, match=r"row 0: .*no room in the server's shared memory"):
+        unpack_answer(scheduler.finish(bad), "row 0", HIDDEN_SIZE)
+    scheduler.assert_right(good)
+
+
+def test_options_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each of its steps they would hold up everybody. Who is refused is so for good, as its first rows are gone."""
+    read: list[Any] = []
+
+    def reading(custom: Any) -> Any:
+        read.append(custom)
+        return unpack_options(custom)
+
+    monkeypatch.setattr(capture_module, "unpack_options", reading)
+    scheduler, other_layers = Scheduler(), Wanted(("response",), layers=(0,))
+    reqs = [Req([1]), Req([5, 6], custom={CHANNEL: "text"}), Req([4, 3], other_layers), asking(9, 8)]
+    scheduler.capture.taps.layers = (1, 2)
+    scheduler.prefill(*reqs)
+    assert len(read) == 4
+    scheduler.capture.taps.layers = LAYERS[1:]
+    for _ in range(3):
+        scheduler.decode(*reqs)
+    assert len(read) == 4
+    assert [scheduler.finish(req) for req in reqs[:3]] == [[]] * 3
+    scheduler.assert_right(reqs[3])
+    assert len(read) == 4
+    assert len(scheduler.capture._refused) == 3
+    reqs.clear()
+    gc.collect()
+    assert len(scheduler.capture._refused) == 0
+
+
 @pytest.mark.parametrize("custom", GARBAGE, ids=lambda custom: repr(custom)[:80])
 def test_what_is_not_understood_is_not_answered(custom: Any) -> None:
     scheduler, req, good = Scheduler(), Req([5, 6], custom=custom), asking(9, 8)
@@ -950,7 +989,7 @@ def planned(capture: Capture, step: Step) -> tuple[list[Any], list[Any]]:
         return [], []
     assert (found.reqs, found.vocab_size) == (tuple(step.reqs), VOCAB)
     assert found.num_rows == sum(stop - start for start, stop in step.spans)
-    assert all(choice.max_new_tokens == 9 for choice in found.choices)
+    assert all(choice.max_new_tokens == 128 for choice in found.choices), "as asked; SGLang lowered its own to 9"
     return (
         [(choice.row, choice.last, choice.index) for choice in found.choices],
         [(given.row, given.offset, given.first, given.stop) for given in found.given],
@@ -1026,7 +1065,7 @@ def test_who_wants_logits_only_takes_no_rows() -> None:
 def test_the_ids_before_are_those_of_the_response() -> None:
     """Also where the host lags by one, as under overlap scheduling."""
     asked.clear()
-    scheduler, req = Scheduler(), choosing(9, 8, 7, constraints=(Ask(),))
+    scheduler, req = Scheduler(), choosing(9, 8, 7, constraints=(Ask(),), response_limit=11)
     scheduler.prefill(req)
     scheduler.decode(req)
     step, last_id = Step("DECODE", [Req([1]), req], [(0, 1), last(req)], [True] * 2), req.output_ids[-1]
@@ -1036,7 +1075,7 @@ def test_the_ids_before_are_those_of_the_response() -> None:
     assert [choice.before for choice in choices.choices] == [tuple(req.output_ids)]
     req.output_ids.append(lagging)
     scheduler.choose(step, choices, torch.zeros(2, HIDDEN_SIZE))
-    assert asked == [(index, 9, [9, 8, 7], req.output_ids[:index]) for index in range(3)]
+    assert asked == [(index, 11, [9, 8, 7], req.output_ids[:index]) for index in range(3)]
     assert asked[-1][-1][-1] == last_id
 
 

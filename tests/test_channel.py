@@ -21,10 +21,12 @@ from torchrl_sglang_hidden import blocks, channel
 from torchrl_sglang_hidden.blocks import pack_tensor
 from torchrl_sglang_hidden.channel import (
     CHANNEL,
+    MAX_CONSTRAINTS,
     PROTOCOL,
     Options,
     Status,
     Way,
+    answer_of,
     drop_shared,
     pack_answer,
     pack_options,
@@ -39,7 +41,7 @@ from torchrl_sglang_hidden.constraints import (
     LogitConstraint,
     TemperatureScale,
 )
-from torchrl_sglang_hidden.errors import ConstraintError, ProtocolError, SpanError
+from torchrl_sglang_hidden.errors import CapabilityError, ConstraintError, ProtocolError, SpanError
 from torchrl_sglang_hidden.logits import FoundLogits, WantedLogits
 from torchrl_sglang_hidden.pooling import Pools, Wanted, WantedRows
 from torchrl_sglang_hidden.shared import MIN_BYTES, SharedFiles, discard, fetch
@@ -72,8 +74,10 @@ specs = st.builds(
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
 constraints = st.one_of(
-    st.builds(ActionMask, st.lists(st.integers(0, 10**5), min_size=1, max_size=9)),
-    st.builds(lambda ids: DisallowedTokens(ids, first_tokens=3), st.lists(st.integers(0, 10**5), max_size=9)),
+    st.builds(ActionMask, st.lists(st.integers(0, 10**5), min_size=1, max_size=9, unique=True)),
+    st.builds(
+        lambda ids: DisallowedTokens(ids, first_tokens=3), st.lists(st.integers(0, 10**5), max_size=9, unique=True)
+    ),
     st.builds(TemperatureScale, st.floats(0.01, 100)),
     st.just(TemperatureScale(LinearSchedule(2.0, 0.5), positions=(0, 4))),
 )
@@ -86,7 +90,7 @@ chosen = st.builds(
     responses=st.lists(st.tuples(st.integers(0, 99), st.integers(1, 99)), max_size=3).map(
         lambda parts: tuple((start, start + size) for start, size in parts)
     ),
-    response_limit=st.integers(1, 10**6),
+    response_limit=st.integers(0, 10**6),
 )
 options = st.builds(
     Options,
@@ -109,6 +113,14 @@ def test_options_round_trip(asked: Options) -> None:
     custom = {CHANNEL: pack_options(asked.wanted, asked.way, asked.logits)}
     assert all(isinstance(value, (str, int)) for value in custom[CHANNEL].values()), "SGLang carries scalars"
     assert unpack_options(json.loads(json.dumps(custom))) == asked
+
+
+def test_more_constraints_than_there_may_be_are_not_read() -> None:
+    """Each is read and applied while everybody waits."""
+    for count in (MAX_CONSTRAINTS, MAX_CONSTRAINTS + 1):
+        logits = WantedLogits(constraints=(TemperatureScale(2.0),) * count)
+        found = unpack_options({CHANNEL: pack_options(Wanted((), None), "text", logits)})
+        assert found == (Options(Wanted((), None), "text", logits) if count == 64 else None)
 
 
 @given(wanted=options.map(lambda asked: asked.wanted))
@@ -356,6 +368,50 @@ def test_many_logits_go_through_shared_memory(tmp_path: Path, monkeypatch: pytes
     assert_same_logits(unpack_answer(answer, "row 0", D).logits, logits)
     drop_shared(dropped)
     assert [path.name for path in tmp_path.iterdir()] == [files.sign]
+
+
+def test_an_answer_without_room_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing of it stays in shared memory."""
+    monkeypatch.setattr(blocks, "fetch", functools.partial(fetch, directory=tmp_path))
+    monkeypatch.setattr(channel, "discard", functools.partial(discard, directory=tmp_path))
+    monkeypatch.setattr(blocks, "MAX_TEXT_BYTES", 4 * MIN_BYTES - 1)
+    logits = found_logits(MIN_BYTES // 2, MIN_BYTES // 12 + 1)  # four times MIN_BYTES, their ids as many
+    wide, tight = SharedFiles(tmp_path), SharedFiles(tmp_path, max_bytes=5 * MIN_BYTES)
+    signs = {wide.sign, tight.sign}
+    written: list[str | None] = []
+
+    def share(data: bytes) -> str | None:
+        written.append(tight.share(data))
+        return written[-1]
+
+    for pools in (pools_of(), Pools({}, {}, {}, None)):
+        good = answer_of(pools, "shared", wide.share, logits)
+        assert {"logits", "logits_ids", "prompt_logits"} <= good.keys()
+        assert_same_logits(unpack_answer([good], "row 0", D).logits, logits)
+        written.clear()
+        answer = answer_of(pools, "shared", share, logits)
+        assert [name is not None for name in written] == [False] * (pools.rows is not None) + [True, False]
+        assert answer.keys() == {"protocol", "refused"}
+        assert {path.name for path in tmp_path.iterdir()} == signs
+        with pytest.raises(
+            CapabilityError, match=r"^row 4: 1 MiB found no room in the server's shared memory; ask for"
+        ):
+            unpack_answer(json.loads(json.dumps([answer])), "row 4", D)
+    for way in ("binary", "text"):
+        assert (
+            answer_of(pools_of(), way, tight.share, logits).keys() == pack_answer(pools_of(), way, None, logits).keys()
+        )
+
+
+def test_logits_that_were_refused() -> None:
+    """Before a fault is told: what is refused was not looked at."""
+    logits = FoundLogits(
+        constrained=3, fault="token 1", refused="the logits are over 2048 MiB for one request; ask for"
+    )
+    for way in WAYS:
+        with pytest.raises(CapabilityError, match=r"^row 3: the logits are over 2048 MiB for one request; ask for$"):
+            unpack_answer(sent(pools_of(), way, None, logits), "row 3", D)
+    assert unpack_answer(sent(pools_of(), "text", None, found_logits()), "row 3", D).logits is not None
 
 
 def test_constraints_that_could_not_be_kept() -> None:
@@ -606,7 +662,7 @@ def test_no_answer_is_read_wrongly(data: st.DataObject) -> None:
     fields[data.draw(st.sampled_from(sorted(fields)))] = data.draw(anything)
     try:
         read = unpack_answer(answer, "row 5", D)
-    except (ProtocolError, SpanError, ConstraintError):
+    except (ProtocolError, SpanError, ConstraintError, CapabilityError):
         return
     found = read.pools
     for name in ("response", "given") if read.logits is not None else ():

@@ -155,6 +155,20 @@ def test_a_dead_row_that_is_not_committed_is_no_fault() -> None:
     assert (found_of(dead).fault, found_of(dead).constrained) == ("", 0)
 
 
+def test_a_dead_row_behind_the_response_is_no_fault() -> None:
+    """Under overlap scheduling it is chosen, and thrown away."""
+    dead = asking(None, Nothing(positions=(1,)))
+    for index in (0, 1):
+        batch = Batch(dead, index=index)
+        batch.run()
+        batch.consume(0)
+    assert (found_of(dead).fault, found_of(dead).constrained) == ("", 1)
+    batch = Batch(dead, index=1)
+    batch.run()
+    batch.consume(1)
+    assert found_of(dead).fault.startswith("token 1 of the response: 0 tokens are left")
+
+
 def test_a_sampler_that_none_of_it_went_through_leaves_the_count_short() -> None:
     masked, watched = asking(TOP, ActionMask((1,))), asking(TOP)
     batch = Batch(masked, watched)
@@ -193,6 +207,18 @@ def test_raw_is_before_everything_and_processed_behind_the_temperature() -> None
     expected_V = (head_BV[2] + 1) / 4 / 0.5
     expected_V[0] = -INF
     torch.testing.assert_close(found_of(both).response.values_NC[0], expected_V)
+
+
+def test_processed_without_a_temperature() -> None:
+    """SGLang divides nothing in a batch where all are greedy."""
+    processed, both = asking(PROCESSED), asking(PROCESSED, TemperatureScale(4.0))
+    batch = Batch(processed, both)
+    head_BV = batch.logits_BV.clone()
+    batch.choices.take_raw(batch.logits_BV)
+    batch.choices.constrain(batch.logits_BV, None)
+    batch.consume()
+    assert torch.equal(found_of(processed).response.values_NC, head_BV[:1])
+    assert torch.equal(found_of(both).response.values_NC, head_BV[1:] / 4)
 
 
 def test_different_specs_in_one_step() -> None:

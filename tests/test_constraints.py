@@ -84,6 +84,10 @@ BAD: list[tuple[Any, dict[str, Any], type[SGLangHiddenError], str]] = [
     (ActionMask, {"valid_token_ids": ()}, ConstraintError, r"ActionMask\(valid_token_ids=\(\)\): 0 tokens .* least 1"),
     (ActionMask, {"valid_token_ids": torch.empty(0, dtype=torch.int64)}, ConstraintError, r"0 tokens are allowed"),
     (ActionMask, {"valid_token_ids": (4, -2, -1)}, TokenIdError, r"ActionMask\(.*\): -2 is negative; .*at least 0"),
+    (ActionMask, {"valid_token_ids": (1, 0, 1)}, InputTypeError, r"3 zeros and ones, which is a mask; pass it as bool"),
+    (ActionMask, {"valid_token_ids": torch.tensor([0, 0, 0, 1])}, InputTypeError, r"4 zeros and ones, .*mask\.bool"),
+    (DisallowedTokens, {"ids": [1] * 5}, InputTypeError, r"DisallowedTokens\(ids=…\): 5 zeros and ones"),
+    (DisallowedTokens, {"ids": [0] * 3}, InputTypeError, r"3 zeros and ones"),
     (ActionMask, {"valid_token_ids": (4, 5.0)}, InputTypeError, r"ActionMask\(.*\): 5\.0 is a float; .*integers"),
     (ActionMask, {"valid_token_ids": (4, True)}, InputTypeError, r"True is a bool"),
     (ActionMask, {"valid_token_ids": (4, None)}, InputTypeError, r"None is a NoneType"),
@@ -150,6 +154,9 @@ def test_ids_are_kept_once_and_in_order(ids: Any) -> None:
     assert ActionMask(ids).valid_token_ids == DisallowedTokens(ids).ids == (3, 5, 7)
     assert all(type(one) is int for one in ActionMask(ids).valid_token_ids)
     assert DisallowedTokens(()).ids == ()
+    assert [ActionMask(few).valid_token_ids for few in ((0, 1), (1, 0), (1, 1), (0, 1, 2, 1))] == [
+        (0, 1), (0, 1), (1,), (0, 1, 2),
+    ], "no masks"  # fmt: skip
 
 
 def test_a_mask_of_a_tensor() -> None:
@@ -252,7 +259,7 @@ def test_masks_take_tokens_away() -> None:
 limits = st.just({}) | st.integers(1, 9).map(lambda n: {"first_tokens": n}) | st.lists(
     st.integers(0, 99), min_size=1
 ).map(lambda places: {"positions": tuple(places)})  # fmt: skip
-ids = st.lists(st.integers(0, 40) | st.integers(0, 200_000), min_size=1)
+ids = st.lists(st.integers(0, 40) | st.integers(0, 200_000), min_size=1, unique=True)
 temperatures = st.floats(0.01, 100)
 schedules = (
     temperatures
@@ -403,6 +410,15 @@ def test_a_few_letters_do_not_fill_the_memory(runs: str) -> None:
         LogitConstraint.from_str(f'{DENY}{{"ids":"{runs}"}}')
 
 
+def test_many_bits_are_not_decoded() -> None:
+    """The longest text that is read is of bits for all ids; a longer one is refused unread."""
+    most = (MAX_IDS // 6 - len("base64:")) // 4 * 4
+    assert LogitConstraint.from_str(f'{DENY}{{"ids":"base64:{"A" * most}"}}') == DisallowedTokens(())
+    for letter in "A%":
+        with pytest.raises(InputError, match=rf"'base64:{letter}+: more than {MAX_IDS} token ids"):
+            LogitConstraint.from_str(f'{DENY}{{"ids":"base64:{letter * (most + 4)}"}}')
+
+
 # --- a user's own -----------------------------------------------------------------------------------------------------
 
 
@@ -545,7 +561,7 @@ def test_a_response_of_no_tokens_has_its_first_checked() -> None:
 @given(data=st.data())
 def test_what_is_refused_is_what_leaves_nothing(data: st.DataObject) -> None:
     """Against every token of the response, one by one."""
-    some = st.lists(st.integers(0, 3), min_size=1, max_size=4)
+    some = st.lists(st.integers(0, 3), min_size=1, max_size=4, unique=True)
     limit = st.just({}) | st.integers(1, 5).map(lambda n: {"first_tokens": n}) | st.sets(
         st.integers(0, 5), min_size=1, max_size=3
     ).map(lambda places: {"positions": tuple(places)})  # fmt: skip

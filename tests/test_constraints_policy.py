@@ -256,7 +256,7 @@ def test_a_mask_of_small_integers_is_not_taken_for_ids(dtype: torch.dtype) -> No
 
 def test_a_mask_of_integers_is_not_taken_for_ids() -> None:
     policy, engine = make(action_mask_key=KEY)
-    with pytest.raises(TokenIdError, match=r"row 1, 'action_mask': .*id 0 is there 95 times; .*Pass it as bool"):
+    with pytest.raises(InputTypeError, match=r"row 1, 'action_mask': .* 96 zeros and ones, which is a mask; .*bool"):
         policy(prompts([torch.tensor([1, 2]), mask_of([20]).long(), torch.tensor([3])]))
     assert engine.requests == []
 

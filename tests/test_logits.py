@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from torchrl_sglang_hidden import logits as logits_module
 from torchrl_sglang_hidden.constraints import (
     ActionMask,
     ConstraintStep,
@@ -22,7 +23,7 @@ from torchrl_sglang_hidden.constraints import (
     TemperatureScale,
     TokenConstraint,
 )
-from torchrl_sglang_hidden.logits import Choosing, RequestLogits, WantedLogits, constrain, cut
+from torchrl_sglang_hidden.logits import Choosing, RequestLogits, WantedLogits, constrain, cut, on_device
 from torchrl_sglang_hidden.specs import LogitsSpec, TokenLogits
 
 INF = math.inf
@@ -101,6 +102,32 @@ class BadTemperature(TemperatureScale, name="logits_bad_temperature"):
         raise OverflowError("too hot")
 
 
+@dataclass(frozen=True)
+class Soft(ActionMask, name="logits_soft"):
+    """A mask that changes logits in a way of its own."""
+
+    def apply(self, logits_V: torch.Tensor, step: ConstraintStep) -> torch.Tensor:
+        return torch.where(self.allowed(len(logits_V)), logits_V, logits_V - 8)
+
+
+@dataclass(frozen=True)
+class Warm(TemperatureScale, name="logits_warm"):
+    def apply(self, logits_V: torch.Tensor, step: ConstraintStep) -> torch.Tensor:
+        return logits_V / self.at(step.index, step.max_new_tokens) + len(step.response_ids)
+
+
+@dataclass(frozen=True)
+class Even(TokenConstraint, name="logits_even"):
+    def allowed(self, vocab_size: int) -> torch.Tensor:
+        return torch.arange(vocab_size) % 2 == 0
+
+
+@dataclass(frozen=True)
+class Doubling(TemperatureScale, name="logits_doubling"):
+    def at(self, index: int, max_new_tokens: int) -> float:
+        return 2.0**index
+
+
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -114,10 +141,17 @@ def at(one: RequestLogits, index: int, limit: int = 8, ids: Iterable[int] | None
     return Choosing(one, index, limit, lambda: torch.tensor(given_ids, dtype=torch.int64))
 
 
+def fault_of(one: RequestLogits, last: int) -> str:
+    """Of the response up to token ``last``."""
+    for index in range(last + 1):
+        one.add(index, None)
+    return one.finish().fault
+
+
 def changed(logits_V: Sequence[float], *constraints: LogitConstraint, index: int = 0) -> list[float]:
     one = one_of(*constraints)
     found_1V, alive_1 = constrain(torch.tensor([logits_V]), [at(one, index)])
-    assert (alive_1.tolist(), one.fault) == ([True], "")
+    assert (alive_1.tolist(), fault_of(one, index)) == ([True], "")
     return list(found_1V[0].tolist())
 
 
@@ -185,6 +219,20 @@ def test_temperatures_multiply_and_masks_are_all_kept() -> None:
     assert changed([1.0, 2.0, 3.0, 4.0], *masks, index=1) == [-INF, -INF, 3.0, -INF]
 
 
+def test_what_a_subclass_does_itself_is_done() -> None:
+    """Where it has an `apply` of its own, that is called, before all masks and temperatures."""
+    assert changed([1.0, 2.0, 3.0], Soft((1,))) == [-7.0, 2.0, -5.0]
+    assert changed([1.0, 2.0, 3.0], TemperatureScale(0.5), DisallowedTokens((0,)), Soft((1,))) == [-INF, 4.0, -10.0]
+    assert changed([8.0, 4.0], ActionMask((0,)), Warm(4.0), index=3) == [5.0, -INF]
+    assert one_of(Soft((1,))).reads_response is one_of(Warm(2.0)).reads_response is True
+
+
+def test_a_subclass_without_an_apply_of_its_own_is_of_its_kind() -> None:
+    assert changed([1.0, 2.0, 3.0], Even(), Give(torch.tensor([7.0, 8.0, 9.0]))) == [7.0, -INF, 9.0]
+    assert changed([8.0, 4.0], Doubling(1.0), Add(8.0), index=2) == [4.0, 3.0]
+    assert one_of(Even(), Doubling(1.0)).reads_response is False
+
+
 def test_each_acts_on_its_own_tokens_only() -> None:
     constraints = [Add(1.0, first_tokens=1), TemperatureScale(2.0, positions=(1,)), ActionMask((0,), positions=(2,))]
     one = one_of(*constraints)
@@ -218,7 +266,7 @@ def test_each_row_is_of_its_own_request() -> None:
 @settings(max_examples=30)
 @given(data=st.data())
 def test_rows_together_are_as_rows_alone(data: st.DataObject) -> None:
-    some = st.lists(st.integers(0, V - 1), min_size=1, max_size=V)
+    some = st.lists(st.integers(0, V - 1), min_size=1, max_size=V, unique=True)
     make = st.one_of(
         st.builds(Add, st.floats(-3, 3)),
         st.builds(TemperatureScale, st.floats(0.1, 10)),
@@ -278,19 +326,35 @@ def test_a_constraint_that_fails_is_a_fault_of_its_request(bad: LogitConstraint,
     one, other = one_of(Add(2.0), bad, DisallowedTokens((0,))), one_of(TemperatureScale(2.0))
     logits_NV = torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]])
     found_NV, alive_N = constrain(logits_NV, [at(one, 4), at(other, 4)])
-    assert words in one.fault
-    assert (other.fault, alive_N.tolist()) == ("", [True, True])
+    assert words in fault_of(one, 4)
+    assert (fault_of(other, 4), alive_N.tolist()) == ("", [True, True])
     assert found_NV.tolist() == [[-INF, 4.0, 5.0], [0.5, 1.0, 1.5]]
     assert logits_NV.tolist() == [[1.0, 2.0, 3.0]] * 2
-    assert one.finish().fault == one.fault
 
 
 def test_the_first_fault_is_kept() -> None:
     one = one_of(Fail())
     for index in (2, 5):
         constrain(torch.zeros(1, 3), [at(one, index)])
-    one.fail("another")
-    assert "at token 2" in one.finish().fault
+    one.fail("another", None)
+    assert "at token 2" in fault_of(one, 5)
+
+
+def test_the_fault_of_a_token_that_was_thrown_away_is_nobodys() -> None:
+    """Under overlap scheduling one token more is chosen than the response has; what it failed at is never seen."""
+    one = one_of(Fail(positions=(3,)), BadMask(positions=(4,)))
+    for index in range(5):
+        constrain(torch.zeros(1, 3), [at(one, index)])
+    assert [fault_of(one, last)[:27] for last in (1, 2, 3, 4)] == ["", "", *["logits_fail failed at token"] * 2]
+
+
+def test_what_fails_inside_a_given_sequence_counts() -> None:
+    """None of its tokens are sampled, and all of them are there."""
+    for bad in (Fail(positions=(1,)), BadMask(positions=(1,)), BadWhen(1.0), BadTemperature(1.0)):
+        one = one_of(bad, prompt_ids=(4, 5, 6, 7))
+        constrain(torch.zeros(1, 3), [Choosing(one, 1, 2, lambda: torch.tensor([6]), start=2)])
+        found = one.finish()
+        assert (found.constrained, f"{bad.name} failed at token 1" in found.fault) == (0, True)
 
 
 def test_logits_of_another_dtype_are_as_they_were() -> None:
@@ -298,6 +362,18 @@ def test_logits_of_another_dtype_are_as_they_were() -> None:
     one = one_of(Give(torch.tensor([1, 2, 3])), Times(0.5))
     found_NV, _ = constrain(torch.zeros(1, 3), [at(one, 0)])
     assert (found_NV.dtype, found_NV.tolist()) == (torch.float32, [[0.5, 1.0, 1.5]])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_temperature_keeps_the_dtype_of_the_logits(dtype: torch.dtype) -> None:
+    found_NV, _ = constrain(torch.ones(1, 3, dtype=dtype), [at(one_of(TemperatureScale(2.0)), 0)])
+    assert (found_NV.dtype, found_NV.tolist()) == (dtype, [[0.5] * 3])
+
+
+@pytest.mark.parametrize("values", [[3, 0, 7], [0.5, 2.0], []])
+def test_numbers_on_a_device_are_those_numbers(values: list[Any]) -> None:
+    found = on_device(values, torch.device("cpu"))
+    assert (found.tolist(), found.dtype) == (values, torch.tensor(values).dtype)
 
 
 def test_where_a_constraint_is_asked() -> None:
@@ -495,6 +571,47 @@ def test_tokens_are_counted_without_rows() -> None:
     for index in range(3):
         one.add(index, None)
     assert (one.finish().constrained, one.finish().response) == (3, None)
+
+
+@pytest.mark.parametrize("ids", [False, True])
+def test_more_bytes_than_there_may_be_are_refused(monkeypatch: pytest.MonkeyPatch, ids: bool) -> None:
+    """Of prompt and response together. What was kept is dropped, what comes is not kept, and tokens are counted on."""
+    monkeypatch.setattr(logits_module, "MAX_BYTES", 5 * 2 * (4 + 8 * ids))
+    one = RequestLogits(WantedLogits(LogitsSpec(top_k=2, segments=("full",)), given=1), range(4))
+
+    def rows(count: int) -> TokenLogits:
+        return TokenLogits(torch.zeros(count, 2), torch.zeros(count, 2, dtype=torch.int64) if ids else None)
+
+    one.add_given(1, rows(3), None, 3)
+    one.add(0, rows(1))
+    one.add(1, rows(1))
+    found = one.finish()
+    assert (found.refused, len(found.given.values_NC), len(found.response.values_NC)) == ("", 3, 2)
+    one.add(2, rows(1))
+    one.add(3, rows(1))
+    found = one.finish()
+    assert (found.given, found.response, found.constrained, found.fault) == (None, None, 4, "")
+    assert found.refused == "the logits are over 0 MiB for one request; ask for fewer tokens or columns"
+
+
+def test_nothing_is_kept_of_logits_that_were_refused() -> None:
+    """Such as those of a request whose prompt a head with adapters gave none of."""
+    one = RequestLogits(WantedLogits(LogitsSpec(top_k=1)), (1,))
+    one.refused = "the server's LoRA adapters act on the head"
+    one.add(0, rows_of(0, 1))
+    found = one.finish()
+    assert (found.constrained, found.response, found.refused) == (1, None, one.refused)
+
+
+def test_a_prompt_of_more_bytes_than_there_may_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is computed once all the same: nobody waits for rows that are not kept."""
+    monkeypatch.setattr(logits_module, "MAX_BYTES", 40)
+    one = prompt_of(6)
+    bring(one, 1, 5)
+    found = one.finish()
+    assert (found.given, found.log_probs_N.tolist()) == (None, [1, 2, 3, 4])
+    assert found.refused != ""
+    assert one.first_needed == 4
 
 
 @pytest.mark.parametrize(

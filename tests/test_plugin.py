@@ -147,10 +147,9 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> Capture:
 def test_off_where_sglang_cannot_carry_the_rows(capture: Capture, rust_server: object, pp_size: int) -> None:
     scheduler = SimpleNamespace(rust_server=rust_server, server_args=SimpleNamespace(pp_size=pp_size))
     assert plugin.after_streamer_class(Streamer, scheduler) is Streamer
-    req = Req(Wanted(("response",)))
-    assert capture.open(req) is None
+    assert capture.open(Req(Wanted(("response",)))) is None
     capture.on = True
-    assert capture.open(req) is not None, "else the test proves nothing"
+    assert capture.open(Req(Wanted(("response",)))) is not None, "else the test proves nothing"
 
 
 def test_the_streamer_keeps_what_others_add(monkeypatch: pytest.MonkeyPatch, capture: Capture) -> None:
@@ -416,17 +415,17 @@ HEAD_DV = torch.randn(3, VOCAB + 2, generator=torch.Generator().manual_seed(0))
 class Processor:
     """SGLang's logits processor, as much of it as is called: logits of the last positions alone."""
 
-    def __init__(self, batch: Any, parallel: bool = False) -> None:
-        self.batch, self.do_tensor_parallel_all_gather_dp_attn = batch, parallel
+    def __init__(self, batch: Any, parallel: bool = False, head: Any = "head") -> None:
+        self.batch, self.head, self.do_tensor_parallel_all_gather_dp_attn = batch, head, parallel
         self.asked: list[int] = []
 
     def _get_logits(self, rows_ND: torch.Tensor, lm_head: Any, metadata: Any, use_logits_buffer: bool) -> torch.Tensor:
-        assert (lm_head, metadata, use_logits_buffer) == ("head", ("metadata of", "a copy"), False)
+        assert (lm_head, metadata, use_logits_buffer) == (self.head, ("metadata of", "a copy"), False)
         self.asked.append(len(rows_ND))
         return rows_ND @ HEAD_DV
 
     def forward(self, ids: Any, states_ND: torch.Tensor, lm_head: Any, metadata: Any, *more: Any) -> torch.Tensor:
-        assert (ids, lm_head, metadata, more) == ("ids", "head", "a copy", ("more",))
+        assert (ids, lm_head, metadata, more) == ("ids", self.head, "a copy", ("more",))
         ends = torch.tensor(self.batch.extend_lens).cumsum(0) - 1
         return states_ND[ends] @ HEAD_DV
 
@@ -452,7 +451,7 @@ def run_step(
         states_ND = model_runner.model(torch.arange(float(NUM_ROWS))[:, None].expand(NUM_ROWS, 3).clone())
         # SGLang hands the model a copy of its batch.
         original = type(processor).forward
-        logits_BV = plugin.around_logits(original, processor, "ids", states_ND, "head", "a copy", "more")
+        logits_BV = plugin.around_logits(original, processor, "ids", states_ND, processor.head, "a copy", "more")
         return SimpleNamespace(
             hidden_states=states_ND,
             hidden_states_token_indices=token_indices,
@@ -475,8 +474,8 @@ def run_step(
     return output.auxiliary_device_output or []
 
 
-def sampling_of(batch: Any) -> Any:
-    return SimpleNamespace(temperatures=torch.full((len(batch.reqs), 1), 2.0))
+def sampling_of(batch: Any, greedy: bool = False) -> Any:
+    return SimpleNamespace(temperatures=torch.full((len(batch.reqs), 1), 2.0), is_all_greedy=greedy)
 
 
 def batch_of(*reqs: Req) -> Any:
@@ -485,10 +484,13 @@ def batch_of(*reqs: Req) -> Any:
     return SimpleNamespace(forward_mode=mode, reqs=list(reqs), extend_lens=lengths, prefix_lens=[0] * len(reqs))
 
 
+def states_of_step() -> torch.Tensor:
+    return Model()(torch.arange(float(NUM_ROWS))[:, None].expand(NUM_ROWS, 3))
+
+
 def stock_logits(batch: Any) -> torch.Tensor:
     """What SGLang's sampler sees where nobody asks for anything."""
-    states_ND = Model()(torch.arange(float(NUM_ROWS))[:, None].expand(NUM_ROWS, 3))
-    return Processor(batch).forward("ids", states_ND, "head", "a copy", "more") + 1
+    return Processor(batch).forward("ids", states_of_step(), "head", "a copy", "more") + 1
 
 
 DENY = WantedLogits(constraints=(DisallowedTokens((2,)),))
@@ -551,6 +553,26 @@ def test_a_head_that_is_a_collective_is_asked_for_nothing_more() -> None:
 
 
 @pytest.mark.usefixtures("auxiliary")
+@pytest.mark.parametrize("scored", [False, True])
+def test_a_head_with_adapters_gives_no_logits_of_prompts(capture: Capture, scored: bool) -> None:
+    """SGLang applies them by the places of a step's last positions. What is refused is said, and the step runs."""
+    constraints = DENY.constraints if scored else ()
+    spec = None if scored else LogitsSpec(full=True, segments=("full",))
+    asked = Req(None, 3, WantedLogits(spec, constraints, 1, scored, ((1, 2),) if scored else ()))
+    watched = Req(None, 2, WantedLogits(LogitsSpec(full=True)))
+    head = SimpleNamespace(set_lora=None)
+    batch = batch_of(asked, watched)
+    processor = Processor(batch, head=head)
+    (choices,) = run_step(runner(), batch, processor=processor)
+    assert (processor.asked, choices.given) == ([], ())
+    assert torch.equal(batch.logits_BV, stock_logits(batch))
+    assert [cut.places for cut in choices.cuts] == ([(1,)] if scored else [(0,), (1,)])
+    found = [capture.opened[req].logits.finish() for req in (asked, watched)]
+    assert found[0].refused == "the server's LoRA adapters act on the head, which then gives no logits of prompts"
+    assert found[1].refused == "", "of its response they are"
+
+
+@pytest.mark.usefixtures("auxiliary")
 def test_a_step_that_fails_leaves_nothing_for_the_next(capture: Capture) -> None:
     batch = batch_of(Req(None, 5, WantedLogits(LogitsSpec(full=True, segments=("prompt",)), given=1)))
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -566,6 +588,17 @@ def test_the_temperature_of_a_request_is_divided_by_once() -> None:
     expected_1V = stock_logits(batch)[:, :VOCAB] / 4
     torch.testing.assert_close(batch.logits_BV[:, :VOCAB], expected_1V)
     torch.testing.assert_close(choices.cuts[0].rows.values_NC, expected_1V / 2)
+
+
+@pytest.mark.usefixtures("auxiliary", "capture")
+def test_a_greedy_batch_is_divided_by_nothing() -> None:
+    """So that its processed logits are those of its log-probs. Constraints' own temperatures stay."""
+    wanted = WantedLogits(LogitsSpec(full=True, stage="processed"), (TemperatureScale(4.0),))
+    batch = batch_of(Req(None, 5, wanted))
+    (choices,) = run_step(runner(), batch, sampling_info=sampling_of(batch, greedy=True))
+    expected_1V = stock_logits(batch)[:, :VOCAB] / 4
+    torch.testing.assert_close(batch.logits_BV[:, :VOCAB], expected_1V)
+    torch.testing.assert_close(choices.cuts[0].rows.values_NC, expected_1V)
 
 
 @pytest.mark.parametrize(

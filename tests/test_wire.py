@@ -969,7 +969,10 @@ COMBINATIONS: list[tuple[Request, WantedLogits | None, bool, int | None]] = [
     (asks(spec=FULL), WantedLogits(FULL), True, None),
     (asks(*MASKED), WantedLogits(None, MASKED), True, None),
     (asks(*MASKED, spec=EVERY), WantedLogits(EVERY, MASKED, 1), True, None),
-    (asks(spec=PROMPTS, sampling={"max_new_tokens": 0}), WantedLogits(PROMPTS, (), 1), True, None),
+    # A schedule goes by the number that was asked for.
+    (asks(*MASKED, sampling={"max_new_tokens": 12}), WantedLogits(None, MASKED, response_limit=12), True, None),
+    (asks(*MASKED, response_limit=7), WantedLogits(None, MASKED, response_limit=128), True, None),
+    (asks(spec=PROMPTS, sampling={"max_new_tokens": 0}), WantedLogits(PROMPTS, (), 1, response_limit=0), True, None),
     (scores(), None, True, 0),
     (scores(first=4), None, True, 3),
     (scores(spec=PROMPTS, first=4), WantedLogits(PROMPTS, (), 1), True, 3),
@@ -1165,6 +1168,19 @@ def test_logits_that_do_not_add_up(case: str) -> None:
         read(spoiled(rows, lambda row: spoil(row["meta_info"][CHANNEL][0])), [one])
 
 
+def test_refused_logits_leave_nothing_in_shared_memory() -> None:
+    files = SharedFiles()
+    name = files.share(bytes(2**20))
+    assert name is not None
+    one = dataclasses.replace(request(), logits=TOP)
+    rows = rows_for([one])
+    rows[0]["meta_info"][CHANNEL][0].update(refused="no room", rows={"shared": name})
+    with pytest.raises(CapabilityError, match=r"^row 0 \(request recorded-0\): no room$"):
+        read_responses([one], rows, make_info(shares_memory=True))
+    assert not (DIRECTORY / name).exists()
+    files.close()
+
+
 def test_columns_with_ids_that_were_not_asked_for() -> None:
     one = asks(spec=TOP, sampling={"max_new_tokens": 5})
     other = dataclasses.replace(one, logits=LogitsSpec(token_ids=(4, 5, 6)))
@@ -1293,6 +1309,12 @@ REFUSED: dict[str, tuple[Request, dict[str, Any], type[SGLangHiddenError], str]]
         InputError,
         r"they are within tokens 1\.\.6",
     ),
+    "too many constraints": (
+        asks(*[TemperatureScale(2.0)] * 65),
+        {},
+        InputError,
+        r"row 1: 65 constraints, over the limit of 64; put masks together$",
+    ),
     "more columns than tokens": (
         asks(spec=LogitsSpec(top_k=97)),
         {},
@@ -1329,6 +1351,7 @@ def test_what_is_asked_of_logits_and_cannot_be_had(case: str) -> None:
         (asks(processor="{...}"), {**STOCK, "takes_processors": True}),
         (asks(ActionMask((0, 95)), TemperatureScale(LinearSchedule(2.0, 1.0)), Forbid()), {}),
         (asks(ActionMask((5,)), DisallowedTokens((5,), positions=(4,)), sampling={"max_new_tokens": 4}), {}),
+        (asks(*[TemperatureScale(2.0)] * 64), {}),
         (asks(spec=LogitsSpec(top_k=96)), {}),
         (asks(spec=LogitsSpec(token_ids=(95, 0))), {}),
         (asks(spec=PROMPTS, sampling={"max_new_tokens": 0}), {}),
@@ -1377,6 +1400,22 @@ def test_logits_have_a_limit(near: bool, limit: int, spec: LogitsSpec, num_bytes
         )
         with pytest.raises(InputError, match=words):
             check_requests([bad], info)
+
+
+def test_the_logits_of_a_batch_have_a_limit() -> None:
+    """Each row is under its own; together they would not find room. To the byte."""
+    info = make_info(vocab_size=2**20, context_length=10**7, max_prompt_tokens=10**6, shares_memory=True)
+
+    def row(mib: int) -> Request:
+        return asks(spec=FULL, sampling={"max_new_tokens": mib // 4})
+
+    most = [row(1024), row(512), row(508), asks(spec=LogitsSpec(token_ids=(3,)), sampling={"max_new_tokens": 2**20})]
+    check_requests([*most, asks()], info)
+    with pytest.raises(
+        InputError,
+        match=r"^the logits of 5 rows are up to 2048 MiB, over the limit of 2048 MiB for one batch; send fewer rows",
+    ):
+        check_requests([*most, asks(spec=LogitsSpec(token_ids=(3,)), sampling={"max_new_tokens": 1})], info)
 
 
 def test_the_limit_counts_sglangs_own_number_of_tokens() -> None:

@@ -52,13 +52,6 @@ def check_requests(requests: Sequence[Request], info: EngineInfo) -> None:
             f"priority={requests[0].priority}, which this engine does not read; start SGLang with "
             "--enable-priority-scheduling, or leave it out"
         )
-    sizes = [_logits_bytes(request, info) for request in requests]
-    if sum(sizes) > MAX_BYTES:
-        raise InputError(
-            f"the logits of {len(requests)} rows are up to {sum(sizes) / 2**20:.0f} MiB, over the limit of "
-            f"{MAX_BYTES // 2**20} MiB for one batch; send fewer rows at a time, or ask for fewer tokens, top_k or "
-            "token_ids"
-        )
     for row, request in enumerate(requests):
         ids = request.prompt_ids
         if not ids:
@@ -100,6 +93,13 @@ def check_requests(requests: Sequence[Request], info: EngineInfo) -> None:
         if request.hidden is not None:
             _check_hidden(row, request, request.hidden, info)
         _check_choosing(row, request, info)
+    sizes = [_logits_bytes(request, info) for request in requests]
+    if sum(sizes) > MAX_BYTES:
+        raise InputError(
+            f"the logits of {len(requests)} rows are up to {sum(sizes) / 2**20:.0f} MiB, over the limit of "
+            f"{MAX_BYTES // 2**20} MiB for one batch; send fewer rows at a time, or ask for fewer tokens, top_k or "
+            "token_ids"
+        )
 
 
 def _check_choosing(row: int, request: Request, info: EngineInfo) -> None:

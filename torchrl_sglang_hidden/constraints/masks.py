@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import math
 from abc import abstractmethod
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -46,8 +45,8 @@ class ActionMask(TokenConstraint, name="action_mask"):
 
     Raises:
         ConstraintError: no ids at all.
-        TokenIdError: a negative id, or one that is there twice.
-        InputTypeError: something that is no integer.
+        TokenIdError: a negative id.
+        InputTypeError: something that is no integer; or zeros and ones, more than two, which are a mask.
     """
 
     valid_token_ids: Sequence[int]
@@ -92,8 +91,8 @@ class DisallowedTokens(TokenConstraint, name="disallowed_tokens"):
         ids: their ids, in any order; a list, a set, a range, an integer tensor. None at all denies nothing.
 
     Raises:
-        TokenIdError: a negative id, or one that is there twice.
-        InputTypeError: something that is no integer.
+        TokenIdError: a negative id.
+        InputTypeError: something that is no integer; or zeros and ones, more than two, which are a mask.
     """
 
     ids: Sequence[int]
@@ -170,9 +169,8 @@ def _read_ids(what: str, ids: object) -> tuple[int, ...]:
     if read and min(read) < 0:
         raise TokenIdError(f"{what}: {min(read)} is negative; token ids are at least 0")
     found = tuple(sorted(set(read)))
-    if len(found) < len(read):
-        ((most, times),) = Counter(read).most_common(1)
-        raise TokenIdError(f"{what}: id {most} is there {times} times; give each once. Is this a mask? Pass it as bool")
+    if len(read) > 2 and found in ((0,), (1,), (0, 1)):
+        raise InputTypeError(f"{what}: {len(read)} zeros and ones, which is a mask; pass it as bool (mask.bool())")
     return found
 
 
