@@ -107,6 +107,8 @@ class LogitConstraint(ABC):
         """Changes the logits of one request's next token.
 
         Runs inside the server at every token, and on every rank of it: keep it short, and without chance of its own.
+        Under overlap scheduling it runs once more behind the last token, for one that is thrown away; what fails there
+        is nobody's fault.
 
         Args:
             logits_V: ``[V]``, as the steps before left them; may be written to.
