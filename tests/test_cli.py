@@ -76,6 +76,8 @@ class FakeServer:
 @pytest.fixture
 def serving(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[str], FakeServer]]:
     """Lets ``serve`` launch a child that runs some code in place of a server."""
+    # A shell starts what runs in its background, such as these tests, with Ctrl-C ignored.
+    ctrl_c = signal.signal(signal.SIGINT, signal.default_int_handler)
     servers: list[FakeServer] = []
 
     def make(code: str) -> FakeServer:
@@ -90,6 +92,7 @@ def serving(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callabl
         server.child.wait()
         assert server.child.stdin is not None
         server.child.stdin.close()
+    signal.signal(signal.SIGINT, ctrl_c)
 
 
 class TestHelp:
