@@ -36,3 +36,15 @@ def test_rollout() -> None:
     found = run("rollout.py", "--prompts", "3", "--prompt-tokens", "8", "--new-tokens", "4", "--rounds", "1")
     assert found["new_tokens_a_round"] > 3
     assert found["speed_of_torchrl"] > 0  # type: ignore[operator]
+
+
+def test_logits() -> None:
+    sizes = ("--prompts", "2", "--prompt-tokens", "8", "--new-tokens", "4", "--rounds", "1")
+    found = run("logits.py", *sizes, "--columns", "50")
+    sides = found["sides"]
+    assert set(sides) >= {"plain", "mask", "top_k", "token_ids", "full, HTTP", "top_logprobs_num", "token_ids_logprob"}
+    assert all(side["seconds"] > 0 for side in sides.values())  # type: ignore[attr-defined]
+    assert found["worst_difference"] < 1e-3  # type: ignore[operator]
+    # Bytes do not depend on how busy the machine is: 4 as base64 for each logit, and all of 49152.
+    assert sides["token_ids"]["http_bytes_of_stock"] < 0.8  # type: ignore[index]
+    assert sides["full, HTTP"]["http_bytes"] > 2 * 4 * 49152 * 4  # type: ignore[index]
