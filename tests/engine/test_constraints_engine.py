@@ -68,6 +68,7 @@ def chooser(qwen3_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         max_running_requests=24,
         # Admits more than there is room for, so that decoding runs out of it.
         schedule_conservativeness=0.05,
+        sleep_on_idle=True,
         log_file=tmp_path_factory.mktemp("chooser") / "server.log",
     ) as server:
         yield server

@@ -34,7 +34,7 @@ SPANS = {"tail": LastTokens(2)}
 @contextmanager
 def serving(model_dir: str, log: Path, **server_args: Any) -> Iterator[LaunchedServer]:
     arguments = {"dtype": "float32", "layers": (1,), "context_length": 512, "max_total_tokens": 2048, **server_args}
-    with launch(model_dir, log_file=log / "server.log", **arguments) as server:
+    with launch(model_dir, log_file=log / "server.log", sleep_on_idle=True, **arguments) as server:
         yield server
 
 

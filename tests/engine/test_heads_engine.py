@@ -54,7 +54,9 @@ def served(
         yield Served(_policy(request.getfixturevalue("smol"), tokenizer), smol_dir)
         return
     model_dir = str(MODELS[request.param](tmp_path_factory.mktemp("models") / request.param, smol_dir))
-    with launch(model_dir, dtype="float32", chunked_prefill_size=CHUNKED_PREFILL_SIZE, max_total_tokens=4096) as engine:
+    with launch(
+        model_dir, dtype="float32", chunked_prefill_size=CHUNKED_PREFILL_SIZE, max_total_tokens=4096, sleep_on_idle=True
+    ) as engine:
         yield Served(_policy(engine, tokenizer), model_dir)
 
 

@@ -110,7 +110,7 @@ def test_one_vector_travels_however_long_the_prompt(http: httpx.Client) -> None:
 @pytest.fixture(scope="module")
 def cramped(smol_dir: str) -> Iterator[SGLangServer]:
     """A KV cache too small for what it lets in, small chunks, and prompts mixed into decode steps."""
-    arguments = {"max_total_tokens": 180, "chunked_prefill_size": 32, "enable_mixed_chunk": True}
+    arguments = {"max_total_tokens": 180, "chunked_prefill_size": 32, "enable_mixed_chunk": True, "sleep_on_idle": True}
     with launch(smol_dir, dtype="float32", schedule_conservativeness=0.01, **arguments) as engine:
         yield engine
 

@@ -70,6 +70,7 @@ def served(request: pytest.FixtureRequest, smol_dir: str, tmp_path_factory: pyte
         chunked_prefill_size=CHUNK,
         context_length=1024,
         max_total_tokens=2048,
+        sleep_on_idle=True,
     ) as server:
         yield Served(server, str(model_dir), num_layers)
 
