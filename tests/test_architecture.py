@@ -1,6 +1,6 @@
 """The order of the house, read from the imports of every module, those inside functions too.
 
-    _version, errors → spans, constraints, shared → specs → pooling, heads, logits, sampling, shared, places,
+    _version, errors → spans, constraints, shared → specs → pooling, heads, logits, sampling, places,
       actions, outputs → blocks
       → channel → wire → checks, answers
       → server, prompts → engines, assemble → distributions, options → calls, configured → candidates → policy

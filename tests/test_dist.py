@@ -232,9 +232,10 @@ def test_under_constraints_it_is_what_log_prob_says() -> None:
 
 def test_over_an_action_set_an_id_is_no_place() -> None:
     policy, _ = make(generate=False, logits=LogitsSpec(token_ids=(9, 30)))
-    dist = policy.get_dist(chats())
-    with pytest.raises(InputError, match=r"log_prob of 30: .* over the 2 token_ids .* takes places in them, not ids"):
-        dist.log_prob(torch.full(dist.batch_shape, 30))
+    whole = policy.get_dist(chats())
+    for dist in (whole, policy._get_dist_with_custom_mask(chats(), whole.mask)):
+        with pytest.raises(InputError, match=r"log_prob of 30: .* over the 2 token_ids .* takes places in them, not"):
+            dist.log_prob(torch.full(dist.batch_shape, 30))
 
 
 def test_over_an_action_set_it_takes_places_in_it() -> None:

@@ -202,7 +202,7 @@ class Distributions:
                 f"a mask of {mask.dtype} and shape {tuple(mask.shape)}, and logits of {tuple(dist.batch_shape)} "
                 "tokens; give bool, one for each"
             )
-        return LLMMaskedCategorical(dist.logits, mask)
+        return type(dist)(dist.logits, mask)
 
     # torchrl's losses ask for these.
     _get_sft_dist = _get_dist_with_prompt_mask

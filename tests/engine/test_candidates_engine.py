@@ -9,7 +9,16 @@ import httpx
 import oracle
 import pytest
 import torch
-from checks import CHUNKED_PREFILL_SIZE, LOG_PROB_ATOL, QUESTIONS, history_input, prompt_of, text_input, tokens_input
+from checks import (
+    CHUNKED_PREFILL_SIZE,
+    LOG_PROB_ATOL,
+    QUESTIONS,
+    history_input,
+    make_policy,
+    prompt_of,
+    text_input,
+    tokens_input,
+)
 from torchrl.modules import MaskedCategorical
 from transformers import PreTrainedTokenizerBase
 
@@ -160,6 +169,18 @@ def test_64_candidates_cost_one_prefill_of_their_prompt(
     for place in (0, 3, 63):
         expected = truth(smol_dir, prompt, candidates[place])
         assert float(out["logits"][0, place]) == pytest.approx(expected, abs=LOG_PROB_ATOL + with_constraints * 1e-3)
+
+
+def test_several_servers_share_the_candidates(
+    smol: SGLangServer, trainee: SGLangServer, tokenizer: PreTrainedTokenizerBase, smol_dir: str
+) -> None:
+    prompts = [prompt_of(n, seed=3850 + n) for n in (20, 90)]
+    candidates = candidates_of(5, longest=3, seed=3860)
+    with SGLangServer([smol.url, trainee.url]) as both:
+        out = make_policy(both, tokenizer).score(tokens_input(prompts), candidates)
+    for row, prompt in enumerate(prompts):
+        expected = torch.tensor([truth(smol_dir, prompt, one) for one in candidates])
+        torch.testing.assert_close(out["logits"][row], expected, atol=LOG_PROB_ATOL, rtol=0)
 
 
 def test_the_distribution_over_candidates(policy: Policy, smol_dir: str) -> None:

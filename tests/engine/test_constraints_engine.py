@@ -20,10 +20,11 @@ import httpx
 import own_constraints
 import pytest
 import torch
-from checks import prompt_of
+from checks import SEGMENTS, assert_rows, make_policy, prompt_of, tokens_input
 from choosing import SUM_ATOL, assert_choices, logits_of, positioned, with_context
 from own_constraints import FAR, NUM_TOLD, Fails, NoImmediateRepeat, Tell
 from states import assert_completion
+from transformers import PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden import (
     ActionMask,
@@ -46,6 +47,7 @@ from torchrl_sglang_hidden.channel import CHANNEL
 from torchrl_sglang_hidden.constraints import LinearSchedule
 from torchrl_sglang_hidden.engines import BatchingEngine, Engine, endpoint
 from torchrl_sglang_hidden.engines.launch import LaunchedServer
+from torchrl_sglang_hidden.sampling import to_sglang
 from torchrl_sglang_hidden.specs import STAGES, Completion, Request
 from torchrl_sglang_hidden.wire import to_payload
 
@@ -369,6 +371,20 @@ def test_one_that_fails_where_a_prompt_is_scored(chooser: LaunchedServer, qwen3_
     check(chooser, [replace(scored, constraints=(Tell(),))], qwen3_dir)
 
 
+def test_one_that_fails_for_a_token_that_is_thrown_away(chooser: LaunchedServer, qwen3_dir: str) -> None:
+    """Under overlap scheduling the step behind the last token has begun when that one is known to be the last."""
+    ids = tuple(prompt_of(12, 9050))
+    [plain] = chooser.generate([Request(ids, {"max_new_tokens": 8, "min_new_tokens": 8, "temperature": 0.0})])
+    last = next(n for n in range(2, 8) if plain.response_ids[n] not in plain.response_ids[:n])
+    stopping = Request(ids, {"max_new_tokens": 8, "temperature": 0.0, "stop_token_ids": [plain.response_ids[last]]})
+    for how in ("raises", "nan", "nothing left"):
+        [completion] = check(chooser, [replace(stopping, constraints=(Fails(how, at=last + 1),))], qwen3_dir)
+        assert completion.response_ids == plain.response_ids[: last + 1]
+        assert completion.finish_reason == "stop"
+        with pytest.raises(ConstraintError, match=f"token {last} of the response"):
+            chooser.generate([replace(stopping, constraints=(Fails(how, at=last),))])
+
+
 # --- scoring --------------------------------------------------------------------------------------------------------
 
 
@@ -540,6 +556,41 @@ def test_sglangs_own_processor(chooser: LaunchedServer, qwen3_dir: str) -> None:
         assert not set(by_sglang.response_ids) & set(banned)
         assert by_sglang.response_ids == by_us.response_ids
         torch.testing.assert_close(by_sglang.log_probs_T, by_us.log_probs_T, atol=1e-4, rtol=0)
+
+
+def test_sglangs_own_processor_through_a_policy(
+    chooser: LaunchedServer, tokenizer: PreTrainedTokenizerBase, qwen3_dir: str
+) -> None:
+    """Given to a call it takes the place of the wrapper's own constraints, and says so."""
+    from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
+
+    batch = tokens_input([prompt_of(9, 9350), prompt_of(40, 9351)])
+    policy = make_policy(chooser, tokenizer)
+    [first, second] = assert_rows(policy(batch.clone()), qwen3_dir, SEGMENTS)
+    banned = sorted({*first.response_ids, *second.response_ids})
+    masked = policy.get_new_version(constraints=ActionMask(banned))
+    assert set(masked(batch.clone())["tokens"].response[0].tolist()) <= set(banned)
+    native = {
+        "custom_logit_processor": DisallowedTokensLogitsProcessor.to_str(),
+        "custom_params": {"token_ids": banned},
+    }
+    with pytest.warns(UserWarning, match="custom_logit_processor"):
+        by_sglang = masked(batch.clone(), **native)
+    by_us = policy(batch.clone(), disallowed_tokens=banned)
+    for row in range(2):
+        ids = [out["tokens"].response[row].tolist() for out in (by_sglang, by_us)]
+        assert ids[0] == ids[1]
+        assert not set(ids[0]) & set(banned)
+
+
+def test_the_best_token_alone_has_the_log_prob_that_it_has_in_company(chooser: LaunchedServer, qwen3_dir: str) -> None:
+    """``top_k=1`` is greedy, which SGLang divides by no temperature; in a batch with others it would."""
+    greedy = to_sglang({"top_k": 1, "temperature": 0.5, "max_new_tokens": 6})
+    best, other = Request(tuple(prompt_of(9, 9400)), greedy), replace(GOOD, sampling={"temperature": 0.5})
+    [alone] = check(chooser, [best], qwen3_dir)
+    in_company, _ = check(chooser, [best, other], qwen3_dir)
+    assert alone.response_ids == in_company.response_ids
+    torch.testing.assert_close(alone.log_probs_T, in_company.log_probs_T, atol=1e-4, rtol=0)
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------

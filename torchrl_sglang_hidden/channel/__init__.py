@@ -1,0 +1,41 @@
+"""The server half's own channel through SGLang: options in, states, logits and a status out. Used on both sides.
+
+A request carries options in ``sampling_params["custom_params"]``; its answer comes back in
+``meta_info["torchrl_sglang_hidden"]``; the server's status stands in SGLang's internal state under the same name.
+Names, numbers and floating-point bytes only: nothing received is ever unpickled.
+"""
+
+from __future__ import annotations
+
+from torchrl_sglang_hidden.blocks import Way
+from torchrl_sglang_hidden.channel.answers import Answer, answer_of, drop_shared, pack_answer, unpack_answer
+from torchrl_sglang_hidden.channel.asks import MAX_CONSTRAINTS, Options, pack_options, unpack_options
+from torchrl_sglang_hidden.channel.status import (
+    CHANNEL,
+    CONSTRAINTS_ENV,
+    FALLBACK_REMEDY,
+    LAYERS_ENV,
+    PLUGIN_ENV,
+    PROTOCOL,
+    Status,
+)
+
+__all__ = [
+    "CHANNEL",
+    "CONSTRAINTS_ENV",
+    "FALLBACK_REMEDY",
+    "LAYERS_ENV",
+    "MAX_CONSTRAINTS",
+    "PLUGIN_ENV",
+    "PROTOCOL",
+    "Answer",
+    "Options",
+    "Status",
+    "Way",
+    "answer_of",
+    "drop_shared",
+    "pack_answer",
+    "pack_options",
+    "unpack_answer",
+    "unpack_options",
+]

@@ -1,0 +1,189 @@
+"""What the server half answers to one request: how it is written, and read by the client."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from torchrl_sglang_hidden.blocks import (
+    NoRoomError,
+    Share,
+    Way,
+    as_tensor,
+    pack_bytes,
+    pack_tensor,
+    unpack_bytes,
+    unpack_tensor,
+)
+from torchrl_sglang_hidden.channel.status import CHANNEL, FALLBACK_REMEDY, PROTOCOL, check_protocol
+from torchrl_sglang_hidden.errors import CapabilityError, ConstraintError, ProtocolError, SpanError
+from torchrl_sglang_hidden.logits import FoundLogits
+from torchrl_sglang_hidden.pooling import Pools, WantedRows
+from torchrl_sglang_hidden.shared import discard
+from torchrl_sglang_hidden.specs import Segment, TokenLogits
+
+__all__ = ["Answer", "answer_of", "drop_shared", "pack_answer", "unpack_answer"]
+
+
+def answer_of(pools: Pools, way: Way, share: Share, logits: FoundLogits | None) -> dict[str, Any]:
+    """As `pack_answer`; where there is no room for it, an answer that says so."""
+    shared: list[str] = []
+
+    def noted(data: bytes) -> str | None:
+        name = share(data)
+        shared.extend([name] if name is not None else [])
+        return name
+
+    try:
+        return pack_answer(pools, way, noted, logits)
+    except NoRoomError as error:
+        for name in shared:
+            discard(name)
+        return {"protocol": PROTOCOL, "refused": str(error)}
+
+
+def pack_answer(
+    pools: Pools,
+    way: Way,
+    share: Share | None = None,
+    logits: FoundLogits | None = None,
+) -> dict[str, Any]:
+    """Writes a finished request's pools: counts, and the vectors that have rows, one after another; and its logits.
+
+    Args:
+        pools: what came of them.
+        way: how bytes travel.
+        share: puts bytes into shared memory and gives the file's name, or None where there is no room.
+        logits: what came of them, where anything of the kind was asked for.
+    """
+    places: list[tuple[str, str, torch.Tensor | None, int]] = [
+        ("segment", name, *value) for name, value in pools.segments.items()
+    ]
+    places += [("span", name, *value) for name, value in pools.spans.items()]
+    vectors = [vector for _, _, vector, _ in places if vector is not None]
+    data = torch.stack(vectors).contiguous().numpy().tobytes() if vectors else b""
+    answer: dict[str, Any] = {
+        "protocol": PROTOCOL,
+        "places": [[kind, name, count, vector is not None] for kind, name, vector, count in places],
+        "faults": dict(pools.faults),
+        **pack_bytes(data, "binary" if way == "binary" else "text"),
+    }
+    if pools.rows is not None:
+        answer["rows"] = {"first": pools.rows.first, **pack_tensor(pools.rows.rows_NKD, way, share)}
+    if logits is not None:
+        answer |= {"constrained": logits.constrained, "fault": logits.fault, "refused": logits.refused}
+        for name, rows in (("logits", logits.response), ("prompt_logits", logits.given)):
+            if rows is not None:
+                answer[name] = pack_tensor(rows.values_NC, way, share)
+                if rows.token_ids_NC is not None:
+                    ids = rows.token_ids_NC.to(torch.int32)
+                    answer[f"{name}_ids"] = pack_tensor(ids, way, share)
+        if logits.log_probs_N is not None:
+            answer["log_probs"] = pack_tensor(logits.log_probs_N, "binary" if way == "binary" else "text")
+    return answer
+
+
+# What of an answer may be in shared memory.
+_BLOCKS = ("rows", "logits", "logits_ids", "prompt_logits", "prompt_logits_ids", "log_probs")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the server half answered."""
+
+    pools: Pools
+    logits: FoundLogits | None
+
+
+def unpack_answer(answer: object, row: str, hidden_size: int, *, shared: bool = True) -> Answer:
+    """Reads what `pack_answer` wrote; what was in shared memory is removed there.
+
+    Args:
+        answer: as it came.
+        row: names the request in errors.
+        hidden_size: D.
+        shared: whether it was asked for through shared memory. Otherwise a server elsewhere would get to name files
+            of this machine.
+
+    Raises:
+        ProtocolError: it cannot be read, was cut short, its bytes are not those that were sent, or it is in shared
+            memory unasked.
+        SpanError: a span has no value.
+        ConstraintError: the constraints could not be kept.
+        CapabilityError: this server cannot give these logits.
+    """
+    if not isinstance(answer, list) or len(answer) != 1 or not isinstance(answer[0], dict):
+        raise ProtocolError(f"{row}: expected one {CHANNEL} answer in meta_info, got {answer!r:.80}; {FALLBACK_REMEDY}")
+    fields = answer[0]
+    check_protocol(fields.get("protocol"), f"{row}: the server half")
+    if fields.get("refused"):
+        raise CapabilityError(f"{row}: {fields['refused']}")
+    sent = [block for block in map(fields.get, _BLOCKS) if isinstance(block, dict) and "shared" in block]
+    if not shared and sent:
+        raise ProtocolError(
+            f"{row}: the server half put the states into shared memory ({sent[0]['shared']!r:.80}), unasked; install "
+            "the same version of torchrl_sglang_hidden on both sides"
+        )
+    try:
+        data = unpack_bytes({name: fields[name] for name in ("data", "crc32")})  # vectors are never shared
+        places = [(str(kind), str(name), int(count), filled is True) for kind, name, count, filled in fields["places"]]
+        num_vectors = sum(1 for *_, filled in places if filled)
+        vectors = iter(as_tensor(data, torch.float32, (num_vectors, -1, hidden_size)) if num_vectors else ())
+        faults = {str(name): str(fault) for name, fault in fields["faults"].items()}
+        found = {(kind, name): (next(vectors) if filled else None, count) for kind, name, count, filled in places}
+        rows = None if "rows" not in fields else _unpack_rows(fields["rows"], hidden_size)
+        logits = None if "constrained" not in fields else _unpack_found(fields)
+    except (KeyError, TypeError, ValueError, RuntimeError, OSError, AttributeError, OverflowError) as error:
+        raise ProtocolError(f"{row}: the states cannot be read ({error}); was the answer cut short?") from error
+    if faults:
+        name, fault = next(iter(faults.items()))
+        raise SpanError(f"{row}, span {name!r}: {fault}")
+    if logits is not None and logits.fault:
+        raise ConstraintError(f"{row}: {logits.fault}")
+    segments = {cast("Segment", name): value for (kind, name), value in found.items() if kind == "segment"}
+    spans = {name: value for (kind, name), value in found.items() if kind == "span"}
+    return Answer(Pools(segments, spans, faults, rows), logits)
+
+
+def drop_shared(answer: object) -> None:
+    """Removes the shared files that an answer names, if any, without reading them: they are not wanted any more.
+
+    Never raises: it is for when something else has failed. Only for answers that were asked for through shared memory,
+    as in `unpack_answer`.
+    """
+    sent: Any = answer
+    for name in _BLOCKS:
+        with suppress(KeyError, IndexError, TypeError, AttributeError, ValueError, OSError):
+            discard(sent[0][name]["shared"])
+
+
+def _unpack_rows(fields: Mapping[str, Any], hidden_size: int) -> WantedRows:
+    rows = unpack_tensor(fields)
+    if rows.ndim != 3 or rows.shape[2] != hidden_size:
+        raise ValueError(f"rows of shape {tuple(rows.shape)}, expected [N, K, {hidden_size}]")
+    return WantedRows(int(fields["first"]), rows)
+
+
+def _unpack_found(fields: Mapping[str, Any]) -> FoundLogits:
+    found = {}
+    for name in ("logits", "prompt_logits"):
+        if name in fields:
+            values = unpack_tensor(fields[name])
+            ids = unpack_tensor(fields[f"{name}_ids"]).long() if f"{name}_ids" in fields else None
+            if values.ndim != 2 or (ids is not None and ids.shape != values.shape):
+                raise ValueError(f"{name} of shape {tuple(values.shape)}, ids of {None if ids is None else ids.shape}")
+            found[name] = TokenLogits(values, ids)
+    log_probs_N = unpack_tensor(fields["log_probs"]) if "log_probs" in fields else None
+    if log_probs_N is not None and log_probs_N.ndim != 1:
+        raise ValueError(f"log-probs of shape {tuple(log_probs_N.shape)}, expected [N]")
+    return FoundLogits(
+        response=found.get("logits"),
+        given=found.get("prompt_logits"),
+        log_probs_N=log_probs_N,
+        constrained=int(fields["constrained"]),
+        fault=str(fields["fault"]),
+    )

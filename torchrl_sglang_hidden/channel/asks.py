@@ -1,0 +1,157 @@
+"""What one request asks of the server half: how it is written, and read inside the scheduler."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from torchrl_sglang_hidden.blocks import DTYPES, Way
+from torchrl_sglang_hidden.channel.status import CHANNEL, PROTOCOL
+from torchrl_sglang_hidden.constraints import LogitConstraint
+from torchrl_sglang_hidden.logits import WantedLogits
+from torchrl_sglang_hidden.pooling import Wanted
+from torchrl_sglang_hidden.spans import Between, LastTokens, PromptSpan
+from torchrl_sglang_hidden.specs import POOLINGS, SEGMENTS, LogitsSpec, ResolvedSpan
+
+__all__ = ["MAX_CONSTRAINTS", "Options", "pack_options", "unpack_options"]
+
+# Of one request: each is read and applied in the scheduler, while everybody waits.
+MAX_CONSTRAINTS = 64
+
+_FLOATS = {name: dtype for name, dtype in DTYPES.items() if dtype.is_floating_point}
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What one request asks of the server half: states, logits and constraints, and how they travel."""
+
+    wanted: Wanted
+    way: Way
+    logits: WantedLogits = field(default_factory=WantedLogits)
+
+
+def pack_options(wanted: Wanted, way: Way, logits: WantedLogits | None = None) -> dict[str, str | int]:
+    """Writes a request's options. SGLang carries scalars, flat lists and flat dicts here, hence one text."""
+    fields: dict[str, Any] = {
+        "segments": wanted.segments,
+        "pooling": wanted.pooling,
+        "layers": wanted.layers,
+        "tokens": wanted.tokens,
+        "row_dtype": _name_of(wanted.row_dtype),
+        "spans": {name: _pack_span(span) for name, span in wanted.spans.items()},
+        "way": way,
+    }
+    if logits is not None:
+        fields["logits"] = _pack_logits(logits)
+    return {"protocol": PROTOCOL, "options": json.dumps(fields, separators=(",", ":"))}
+
+
+def unpack_options(custom_params: object) -> Options | None:
+    """Reads a request's options inside the server; None when there are none or they are not ours to read.
+
+    Never raises: an exception in the scheduler would end the server. What is not understood is not answered, and the
+    client reports that.
+    """
+    options = custom_params.get(CHANNEL) if isinstance(custom_params, dict) else None
+    if not isinstance(options, dict) or options.get("protocol") != PROTOCOL:
+        return None
+    try:
+        fields = json.loads(options["options"])
+        wanted = Wanted(
+            segments=_known(fields["segments"], SEGMENTS),
+            pooling=_known([fields["pooling"]], (*POOLINGS, None))[0],
+            layers=tuple(int(layer) for layer in fields["layers"]),
+            spans={str(name): _unpack_span(span) for name, span in fields["spans"].items()},
+            tokens=fields["tokens"] is True,
+            row_dtype=_FLOATS[fields["row_dtype"]],
+        )
+        if not wanted.layers or len(set(wanted.layers)) != len(wanted.layers):
+            return None
+        logits = _unpack_logits(fields["logits"]) if "logits" in fields else WantedLogits()
+        return Options(wanted, _known([fields["way"]], ("binary", "text", "shared"))[0], logits)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError):
+        return None
+
+
+def _pack_logits(logits: WantedLogits) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "constraints": [constraint.to_str() for constraint in logits.constraints],
+        "given": logits.given,
+        "scored": logits.scored,
+        "responses": [place for part in logits.responses for place in part],
+        "response_limit": logits.response_limit,
+    }
+    if logits.spec is not None:
+        spec = logits.spec
+        fields["spec"] = {name: getattr(spec, name) for name in ("top_k", "token_ids", "full", "stage", "segments")}
+        fields["spec"]["dtype"] = _name_of(spec.dtype)
+    return fields
+
+
+def _unpack_logits(fields: Mapping[str, Any]) -> WantedLogits:
+    spec = fields.get("spec")
+    places = [int(place) for place in fields["responses"]]
+    if any(a >= b for a, b in zip(places[::2], places[1::2], strict=True)):
+        raise ValueError(f"{places} are no parts of a prompt")
+    given = fields["given"]
+    if given is not None and int(given) < 1:
+        raise ValueError(f"given={given}: nothing is before the first token")
+    return WantedLogits(
+        spec=None if spec is None else LogitsSpec(**{**spec, "dtype": _FLOATS[spec["dtype"]]}),
+        constraints=tuple(_read_constraint(str(text)) for text in _few(fields["constraints"])),
+        given=None if given is None else int(given),
+        scored=fields["scored"] is True,
+        responses=tuple(zip(places[::2], places[1::2], strict=True)),
+        response_limit=int(fields["response_limit"]),
+    )
+
+
+def _few(texts: list[Any]) -> list[Any]:
+    if len(texts) > MAX_CONSTRAINTS:
+        raise ValueError(f"{len(texts)} constraints, over the limit of {MAX_CONSTRAINTS}")
+    return texts
+
+
+def _read_constraint(text: str) -> LogitConstraint:
+    try:
+        return LogitConstraint.from_str(text)
+    except Exception as error:  # a constraint is anybody's code, and what it raises would end the scheduler
+        raise ValueError(f"{text:.80} cannot be read: {error!r}") from error
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return next(name for name, known in _FLOATS.items() if known == dtype)
+
+
+def _known(names: Any, known: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(names)) != len(names) or not set(names) <= set(known):
+        raise ValueError(f"{names} are not among {known}, each once")
+    return tuple(names)
+
+
+def _pack_span(span: ResolvedSpan) -> list[Any]:
+    if isinstance(span, PromptSpan):
+        return ["prompt", *(place for interval in span.intervals for place in interval)]
+    if isinstance(span, LastTokens):
+        return ["last", span.count, span.allow_fewer]
+    return ["between", span.start, span.end, span.unclosed]
+
+
+def _unpack_span(fields: list[Any]) -> ResolvedSpan:
+    kind, *values = fields
+    if kind == "prompt":
+        places = [int(value) for value in values]
+        # In order and apart, or rows would be counted twice.
+        if not places or len(places) % 2 or places[0] < 0 or any(a >= b for a, b in pairwise(places)):
+            raise ValueError(f"{places} are no intervals")
+        return PromptSpan(tuple(zip(places[::2], places[1::2], strict=True)))
+    if kind == "last":
+        return LastTokens(int(values[0]), allow_fewer=values[1] is True)
+    if kind == "between":
+        return Between(values[0], values[1], unclosed=values[2])
+    raise ValueError(f"{kind} is no kind of span")

@@ -1,0 +1,97 @@
+"""The channel's name and protocol, and what the server half says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torchrl_sglang_hidden.errors import ProtocolError
+
+__all__ = [
+    "CHANNEL",
+    "CONSTRAINTS_ENV",
+    "FALLBACK_REMEDY",
+    "LAYERS_ENV",
+    "PLUGIN_ENV",
+    "PROTOCOL",
+    "Status",
+    "check_protocol",
+]
+
+CHANNEL = "torchrl_sglang_hidden"
+PROTOCOL = 3
+PLUGIN_ENV = "TORCHRL_SGLANG_HIDDEN"  # "1" in a server's environment opts in to the server half
+LAYERS_ENV = "TORCHRL_SGLANG_HIDDEN_LAYERS"  # the layers whose states the server half takes, such as "7,15,-1"
+CONSTRAINTS_ENV = "TORCHRL_SGLANG_HIDDEN_CONSTRAINTS"  # modules with constraints of the user's own, comma-separated
+
+FALLBACK_REMEDY = (
+    "start the server with torchrl_sglang_hidden.launch or `torchrl-sglang-hidden serve`, whose server half pools "
+    "without gaps"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What the server half says of itself in SGLang's internal state.
+
+    Args:
+        vocab_size: ids are in ``[0, vocab_size)``.
+        hidden_size: D.
+        num_layers: the model's decoder layers.
+        context_length: most tokens of prompt and response together.
+        layers: the layers whose states it takes, by their canonical ids; None while nothing has run that would show
+            whether they are what they are taken for.
+        because: why it takes none, or the last layer's only; empty where it takes all that it was started for.
+        normed: whether SGLang's own states of the last layer are those after the final norm.
+        shared: the name of a file in shared memory by which a client knows that it is on this machine; or empty.
+        open_pools: requests with pools at this moment; 0 when nothing is running.
+        prefix_bytes: of the sums kept for prompts that begin alike.
+        constraints: the names of those that it has the code of.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    context_length: int
+    layers: tuple[int, ...] | None
+    because: str
+    normed: bool
+    shared: str
+    open_pools: int
+    prefix_bytes: int
+    constraints: tuple[str, ...]
+
+    def pack(self) -> dict[str, Any]:
+        """As JSON carries it."""
+        fields = {name: getattr(self, name) for name in self.__slots__}
+        lists = {"layers": None if self.layers is None else list(self.layers), "constraints": list(self.constraints)}
+        return {"protocol": PROTOCOL, **fields, **lists}
+
+    @classmethod
+    def unpack(cls, fields: Mapping[str, Any]) -> Status:
+        """Reads what `pack` wrote.
+
+        Raises:
+            ProtocolError: another protocol, or a field that is not there.
+        """
+        check_protocol(fields.get("protocol"), "the server half")
+        try:
+            values = {name: fields[name] for name in cls.__slots__}
+        except KeyError as error:
+            raise ProtocolError(f"the server half's description lacks {error}") from error
+        layers = None if values["layers"] is None else tuple(values["layers"])
+        return cls(**{**values, "layers": layers, "constraints": tuple(values["constraints"])})
+
+
+def check_protocol(spoken: object, who: str) -> None:
+    """Refuses another protocol.
+
+    Raises:
+        ProtocolError: it is one.
+    """
+    if spoken != PROTOCOL:
+        raise ProtocolError(
+            f"{who} speaks protocol {spoken!r} and this client {PROTOCOL}; install the same version of "
+            "torchrl_sglang_hidden on both sides"
+        )
