@@ -7,6 +7,8 @@ INSTALLED := $(VENV)/.installed
 CODE := torchrl_sglang_hidden tests benchmarks
 # By files, so that the fixtures of a file are made once.
 FAST := $(BIN)/python -m pytest -m "not engine" -n 2 --dist loadfile
+# By servers, so that each is started once.
+ENGINE := $(BIN)/python -m pytest -m engine -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test fast lint check format clean
@@ -28,7 +30,7 @@ demo: $(INSTALLED) ## a real model in a real SGLang server, driven by a TorchRL 
 
 test: $(INSTALLED) ## every test, those with a real server included
 	$(FAST)
-	$(BIN)/python -m pytest -m engine
+	$(ENGINE)
 
 fast: $(INSTALLED) ## the tests that need no server
 	$(FAST)

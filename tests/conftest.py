@@ -18,6 +18,14 @@ from torchrl_sglang_hidden import SGLangHiddenWrapper, SGLangServer, connect, de
 # A running server for the `smol` fixture, started with the arguments below: saves its start on each run at work.
 TEST_URL_ENV = "TORCHRL_SGLANG_HIDDEN_TEST_URL"
 ENGINE_TESTS = Path(__file__).parent / "engine"
+# The fixtures with a server or more for many files, by the name of the process that their tests run in.
+SHARED_SERVERS = {
+    "smol": "smol",
+    "trainee_server": "smol",
+    "cramped_qwen3": "cramped_qwen3",
+    "served": "served",
+    "in_process_log": "in_process",
+}
 
 
 # The server computes on the same cores: a second thread here would wait for them, spinning.
@@ -28,6 +36,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if ENGINE_TESTS in item.path.parents:
             item.add_marker(pytest.mark.engine)
+            item.add_marker(pytest.mark.xdist_group(process_of(item)))
+
+
+def process_of(item: pytest.Item) -> str:
+    """Where tests run in several processes: the same one for those that share a server, which is started once."""
+    fixtures = getattr(item, "fixturenames", ())
+    return next((name for server, name in SHARED_SERVERS.items() if server in fixtures), item.path.stem)
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+import models
 import own_constraints
 import pytest
 from checks import CHUNKED_PREFILL_SIZE
+from states import Served
 from trainee import restore
 
 from torchrl_sglang_hidden import SGLangOffline, SGLangServer, connect, launch
@@ -21,6 +23,14 @@ TRAINEE_URL_ENV = "TORCHRL_SGLANG_HIDDEN_TRAINEE_URL"
 IN_PROCESS_TIMEOUT_S = 500
 # Seventeen responses that grow, or a storm of requests, do not fit: SGLang must take some back and compute them again.
 CRAMPED_TOKENS = 480
+# Small random models, and how many layers they have: heads tied and not, scaled, softcapped, and one whose vocabulary
+# SGLang pads.
+ARCHITECTURES = {
+    "granite": (models.save_random_granite, 3),
+    "qwen3": (models.save_random_qwen3, 4),
+    "gemma3": (models.save_random_gemma3, 6),
+    "qwen3_moe": (models.save_random_qwen3_moe, 4),
+}
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +59,23 @@ def trainee(trainee_server: SGLangServer) -> Iterator[SGLangServer]:
     yield trainee_server
     if trainee_server.info.weight_version != before:
         restore(trainee_server)
+
+
+@pytest.fixture(scope="session", params=ARCHITECTURES)
+def served(request: pytest.FixtureRequest, smol_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A server of each of `ARCHITECTURES`, with all layers."""
+    save, num_layers = ARCHITECTURES[request.param]
+    model_dir = save(tmp_path_factory.mktemp("models") / request.param, smol_dir)
+    with launch(
+        model_dir,
+        dtype="float32",
+        layers=tuple(range(num_layers)),
+        chunked_prefill_size=CHUNKED_PREFILL_SIZE,
+        context_length=1024,
+        max_total_tokens=4096,
+        sleep_on_idle=True,
+    ) as server:
+        yield Served(server, str(model_dir), num_layers)
 
 
 @pytest.fixture(scope="session")

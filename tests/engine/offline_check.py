@@ -1,4 +1,4 @@
-"""In-process engines, in a process of their own: `sglang.Engine` changes the process that it runs in for good.
+"""An in-process engine that a user made, in a process of its own, which `sglang.Engine` changes for good.
 
     python offline_check.py JOB.json RESULT.json
 
@@ -80,11 +80,7 @@ def outcome(future: Future[list[Any]]) -> list[Any] | str:
 
 def main(job_path: str, result_path: str) -> None:
     job = json.loads(Path(job_path).read_text())
-    tokenizer = AutoTokenizer.from_pretrained(job["own"]["model_dir"])
-
-    with SGLangOffline(job["own"]["model_dir"], **job["server_args"]) as offline:
-        own = run_cases(offline, offline.engine, tokenizer, job["own"]["cases"])
-
+    tokenizer = AutoTokenizer.from_pretrained(job["model_dir"])
     # What a user does who makes the engine by hand, on a machine like this one.
     os.environ["TORCHRL_SGLANG_HIDDEN"] = "1"
     by_hand = {"enable_return_hidden_states": True, "max_total_tokens": 4096, **job["server_args"]}
@@ -93,14 +89,14 @@ def main(job_path: str, result_path: str) -> None:
         by_hand["device"] = "cpu"
     import sglang
 
-    engine = sglang.Engine(model_path=job["given"]["model_dir"], **by_hand)
+    engine = sglang.Engine(model_path=job["model_dir"], **by_hand)
     # Every policy wraps the engine anew, those of two threads at once too.
-    given = run_cases(engine, engine, tokenizer, job["given"]["cases"])
+    found = run_cases(engine, engine, tokenizer, job["cases"])
     SGLangOffline(engine).close()
     alive = engine.generate(input_ids=[5, 6], sampling_params={"max_new_tokens": 2})
-    given["alive_after_close"] = alive["meta_info"]["completion_tokens"] == 2
+    found["alive_after_close"] = alive["meta_info"]["completion_tokens"] == 2
     engine.shutdown()
-    Path(result_path).write_text(json.dumps({"own": own, "given": given}))
+    Path(result_path).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ docs/engine_features.md lists these tests, one for each feature.
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,11 +19,12 @@ import httpx
 import models
 import pytest
 import torch
-from checks import prompt_of, relative_error
+from checks import make_policy, prompt_of, relative_error, tokens_input
 from choosing import SUM_ATOL, assert_choices, positioned
 from states import assert_completion
+from transformers import PreTrainedTokenizerBase
 
-from torchrl_sglang_hidden import ActionMask, HiddenSpec, LastTokens, LogitsSpec, launch
+from torchrl_sglang_hidden import ActionMask, EngineUnreachableError, HiddenSpec, LastTokens, LogitsSpec, launch
 from torchrl_sglang_hidden.channel import CHANNEL
 from torchrl_sglang_hidden.engines.launch import LaunchedServer
 from torchrl_sglang_hidden.specs import Completion, Request
@@ -156,6 +159,26 @@ def test_an_abort_leaves_nothing_and_nobody_else_is_touched(pressed: LaunchedSer
         check(pressed, [request_of(prompt_of(20, 1002))], qwen3_dir)
     assert answers[0]["meta_info"]["finish_reason"]["type"] == "abort"
     assert status(pressed)["open_pools"] == 0
+
+
+def test_a_server_that_dies_in_the_middle_of_a_call(
+    pressed: LaunchedServer, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """The last test of its server."""
+    policy = make_policy(pressed, tokenizer, max_new_tokens=400, min_new_tokens=400)
+    batch = tokens_input([prompt_of(8, seed=9)])
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(policy, batch)
+        while status(pressed)["open_pools"] == 0:
+            assert not call.done(), "too quick to be killed in the middle"
+        os.killpg(pressed.pid, signal.SIGKILL)
+        with pytest.raises(EngineUnreachableError, match=pressed.url):
+            call.result(timeout=10)
+    assert list(batch[0].keys(True, True)) == [("tokens", "prompt")]
+    # Until it has ended, its socket may still take a connection. WNOWAIT: reaping it is launch's part.
+    os.waitid(os.P_PID, pressed.pid, os.WEXITED | os.WNOWAIT)
+    with pytest.raises(EngineUnreachableError, match="nothing answers"):
+        policy(batch)
 
 
 # --- servers of their own -------------------------------------------------------------------------------------------

@@ -5,14 +5,13 @@ Of a tied head, of one of its own, and of models that cap or scale what the head
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
-import models
 import oracle
 import pytest
 import torch
 from checks import CHUNKED_PREFILL_SIZE, make_policy, prompt_of, tokens_input
+from states import Served
 from tensordict import TensorDict, TensorDictBase, lazy_stack
 from torchrl.modules.llm.policies import Tokens
 from transformers import PreTrainedTokenizerBase
@@ -21,43 +20,25 @@ from torchrl_sglang_hidden import (
     AlignmentError,
     HiddenSpec,
     SGLangHiddenWrapper,
-    SGLangServer,
     WeightsError,
-    launch,
     logits_from_hidden,
 )
 
 LOGITS_ATOL = 1e-3
-MODELS = {
-    "untied": models.save_random_qwen3,
-    "softcapped": models.save_random_gemma3,
-    "scaled": models.save_random_granite,
-}
+# A tied head that is scaled, one of its own, one that is capped.
+pytestmark = pytest.mark.parametrize("served", ["granite", "qwen3", "gemma3"], indirect=True)
 
 
-class Served(NamedTuple):
+class Case(NamedTuple):
     policy: SGLangHiddenWrapper
     model_dir: str
 
 
-def _policy(engine: SGLangServer, tokenizer: PreTrainedTokenizerBase) -> SGLangHiddenWrapper:
-    policy = make_policy(engine, tokenizer, temperature=1.0, max_new_tokens=12)
-    return policy.get_new_version(hidden=HiddenSpec(("prompt", "response", "full"), tokens=True))
-
-
-@pytest.fixture(scope="module", params=["tied", *MODELS])
-def served(
-    request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Served]:
-    smol_dir = request.getfixturevalue("smol_dir")
-    if request.param == "tied":
-        yield Served(_policy(request.getfixturevalue("smol"), tokenizer), smol_dir)
-        return
-    model_dir = str(MODELS[request.param](tmp_path_factory.mktemp("models") / request.param, smol_dir))
-    with launch(
-        model_dir, dtype="float32", chunked_prefill_size=CHUNKED_PREFILL_SIZE, max_total_tokens=4096, sleep_on_idle=True
-    ) as engine:
-        yield Served(_policy(engine, tokenizer), model_dir)
+@pytest.fixture
+def case(served: Served, tokenizer: PreTrainedTokenizerBase) -> Case:
+    policy = make_policy(served.server, tokenizer, temperature=1.0, max_new_tokens=12)
+    states = HiddenSpec(("prompt", "response", "full"), tokens=True)
+    return Case(policy.get_new_version(hidden=states), served.model_dir)
 
 
 @torch.inference_mode()
@@ -66,8 +47,8 @@ def hugging_face(model_dir: str, ids: list[int]) -> torch.Tensor:
     return logits
 
 
-def generated(served: Served) -> TensorDictBase:
-    return served.policy(tokens_input([prompt_of(n, seed=5000 + n) for n in (1, 20, CHUNKED_PREFILL_SIZE + 9)]))
+def generated(case: Case) -> TensorDictBase:
+    return case.policy(tokens_input([prompt_of(n, seed=5000 + n) for n in (1, 20, CHUNKED_PREFILL_SIZE + 9)]))
 
 
 def of(out: TensorDictBase, name: str, segment: str) -> list[torch.Tensor]:
@@ -76,15 +57,15 @@ def of(out: TensorDictBase, name: str, segment: str) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def test_logits_of_every_segment_are_hugging_faces(served: Served) -> None:
-    out = generated(served)
-    model = oracle.load(served.model_dir)
+def test_logits_of_every_segment_are_hugging_faces(case: Case) -> None:
+    out = generated(case)
+    model = oracle.load(case.model_dir)
     logits = {
         segment: logits_from_hidden(of(out, "token_hidden_states", segment), model)
         for segment in ("prompt", "response", "full")
     }
     for row, ids in enumerate(of(out, "tokens", "full")):
-        expected_NV = hugging_face(served.model_dir, ids.tolist())[:-1]
+        expected_NV = hugging_face(case.model_dir, ids.tolist())[:-1]
         num_prompt = len(of(out, "tokens", "prompt")[row])
         for segment, rows_NV in (
             ("full", expected_NV),
@@ -96,12 +77,12 @@ def test_logits_of_every_segment_are_hugging_faces(served: Served) -> None:
 
 
 @torch.no_grad()
-def test_the_sampled_log_probs_agree(served: Served) -> None:
-    out = generated(served)
-    model = oracle.load(served.model_dir)
+def test_the_sampled_log_probs_agree(case: Case) -> None:
+    out = generated(case)
+    model = oracle.load(case.model_dir)
     tokens, log_probs = of(out, "tokens", "response"), of(out, "log_probs", "response")
     states = of(out, "token_hidden_states", "response")
-    version = served.policy.model.info.weight_version
+    version = case.policy.model.info.weight_version
     logits = logits_from_hidden(
         states, model, tokens=tokens, log_probs=log_probs, weight_version=out["weight_version"], head_version=version
     )
@@ -116,7 +97,7 @@ def test_the_sampled_log_probs_agree(served: Served) -> None:
     # Off by one token, and of another temperature.
     with pytest.raises(AlignmentError, match="row 0, token "):
         logits_from_hidden(states, model, tokens=tokens, log_probs=[row.roll(1) for row in log_probs])
-    cooler = served.policy(tokens_input([prompt_of(20, seed=5020)]), temperature=0.5)
+    cooler = case.policy(tokens_input([prompt_of(20, seed=5020)]), temperature=0.5)
     with pytest.raises(AlignmentError, match="row 0, token "):
         logits_from_hidden(
             of(cooler, "token_hidden_states", "response"),
@@ -129,24 +110,24 @@ def test_the_sampled_log_probs_agree(served: Served) -> None:
 
 
 @torch.no_grad()
-def test_a_scored_sequence_agrees(served: Served) -> None:
+def test_a_scored_sequence_agrees(case: Case) -> None:
     ids = prompt_of(CHUNKED_PREFILL_SIZE + 5, seed=5100)
-    scorer = served.policy.get_new_version(generate=False)
+    scorer = case.policy.get_new_version(generate=False)
     scored = scorer(lazy_stack([TensorDict(tokens=Tokens(full=torch.tensor(ids)), batch_size=())]))[0]
     logits = logits_from_hidden(
         scored["token_hidden_states"].full[:-1],
-        oracle.load(served.model_dir),
+        oracle.load(case.model_dir),
         tokens=scored["tokens"].full[1:],
         log_probs=scored["log_probs"].full[1:],
     )
-    torch.testing.assert_close(logits, hugging_face(served.model_dir, ids)[:-1], atol=LOGITS_ATOL, rtol=0)
+    torch.testing.assert_close(logits, hugging_face(case.model_dir, ids)[:-1], atol=LOGITS_ATOL, rtol=0)
 
 
 @torch.no_grad()
-def test_the_head_alone_does_where_nothing_follows_it(served: Served) -> None:
+def test_the_head_alone_does_where_nothing_follows_it(case: Case) -> None:
     """And of the others it does not, which the check finds: else these tests would not see a cap or a scale."""
-    out = generated(served)
-    model = oracle.load(served.model_dir)
+    out = generated(case)
+    model = oracle.load(case.model_dir)
     head = model.get_output_embeddings()
     check = {"tokens": of(out, "tokens", "response"), "log_probs": of(out, "log_probs", "response")}
     states = of(out, "token_hidden_states", "response")

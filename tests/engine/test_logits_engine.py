@@ -9,10 +9,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import models
 import pytest
 import torch
 from checks import CHUNKED_PREFILL_SIZE, prompt_of
@@ -26,7 +24,6 @@ from torchrl_sglang_hidden import (
     LogitsSpec,
     SGLangServer,
     TemperatureScale,
-    launch,
 )
 from torchrl_sglang_hidden.engines import Engine, generate_samples
 from torchrl_sglang_hidden.specs import STAGES, Completion, Request
@@ -184,26 +181,3 @@ def test_beside_sglangs_penalties(smol: SGLangServer, smol_dir: str, stage: Any)
             constraints=CONSTRAINED["all kinds" if index % 2 else "a mask"],
         )
         check(smol, [request], smol_dir)
-
-
-# --- a head of its own kind -----------------------------------------------------------------------------------------
-
-
-def test_a_model_that_scales_its_logits(smol_dir: str, tmp_path: Path) -> None:
-    """A Granite divides them by a number, behind its tied head."""
-    model_dir = str(models.save_random_granite(tmp_path / "granite", smol_dir))
-    with launch(
-        model_dir, dtype="float32", chunked_prefill_size=CHUNKED_PREFILL_SIZE, context_length=512, max_total_tokens=1024
-    ) as server:
-        requests = [
-            Request(
-                tuple(prompt_of(length, seed=5600)),
-                {"max_new_tokens": 6, "temperature": 0.8},
-                logits=LogitsSpec(**SELECTIONS[selection], stage=stage, segments=("full",)),
-                constraints=(ActionMask(range(100, 30000), first_tokens=2),),
-            )
-            for length in LENGTHS
-            for selection in SELECTIONS
-            for stage in STAGES
-        ]
-        check(server, requests, model_dir)

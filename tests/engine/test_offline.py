@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 import torch
 from checks import CHUNKED_PREFILL_SIZE, POOLINGS, SEGMENTS, Row, assert_row, prompt_of
+from offline_check import run_cases
+from transformers import PreTrainedTokenizerBase
+
+from torchrl_sglang_hidden import SGLangOffline
 
 SCRIPT = Path(__file__).with_name("offline_check.py")
 TIMEOUT_S = 400
 
-ENGINES = ["own", "given"]
 CASES: list[dict[str, Any]] = [
     *(
         {
@@ -38,19 +41,12 @@ CASES: list[dict[str, Any]] = [
 
 
 @pytest.fixture(scope="module")
-def found(smol_dir: str, qwen3_dir: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What offline_check.py found: SmolLM2 in an engine of ours, Qwen3 in an engine of the user's."""
+def given(qwen3_dir: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What offline_check.py found: Qwen3 in an engine of the user's."""
     directory = tmp_path_factory.mktemp("offline")
     job, result, log = directory / "job.json", directory / "result.json", directory / "log.txt"
-    job.write_text(
-        json.dumps(
-            {
-                "server_args": {"dtype": "float32", "chunked_prefill_size": CHUNKED_PREFILL_SIZE},
-                "own": {"model_dir": smol_dir, "cases": CASES},
-                "given": {"model_dir": qwen3_dir, "cases": CASES},
-            }
-        )
-    )
+    server_args = {"dtype": "float32", "chunked_prefill_size": CHUNKED_PREFILL_SIZE}
+    job.write_text(json.dumps({"model_dir": qwen3_dir, "server_args": server_args, "cases": CASES}))
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent.parent)}
     with log.open("w") as output:
         done = subprocess.run(
@@ -70,15 +66,7 @@ def row_from(json_row: dict[str, Any]) -> Row:
     return Row(**{**json_row, "vectors": vectors, "log_probs_T": torch.tensor(json_row["log_probs_T"])})
 
 
-@pytest.mark.parametrize("index", range(len(CASES)))
-@pytest.mark.parametrize("pass_name", ["results", "from_threads"])
-@pytest.mark.parametrize("engine", ENGINES)
-def test_equals_hugging_face(
-    found: dict[str, Any], smol_dir: str, qwen3_dir: str, engine: str, pass_name: str, index: int
-) -> None:
-    """The second pass comes from two threads at once, with every prompt in the prefix cache."""
-    case, model_dir = CASES[index], smol_dir if engine == "own" else qwen3_dir
-    outcome = found[engine][pass_name][index]
+def check_case(case: dict[str, Any], outcome: list[dict[str, Any]] | str, model_dir: str) -> None:
     assert not isinstance(outcome, str), outcome
     rows = [row_from(row) for row in outcome]
     assert [row.prompt_ids for row in rows] == case["prompts"]
@@ -90,21 +78,44 @@ def test_equals_hugging_face(
             assert row.response_ids == truth.argmax_T
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_vectors_travel_as_raw_bytes(found: dict[str, Any], engine: str) -> None:
-    assert len(found[engine]["carried_bytes"]) >= len(CASES)
-    assert all(found[engine]["carried_bytes"])
+def check_way(found: dict[str, Any]) -> None:
+    """Vectors travel as raw bytes, and bad ids do not travel."""
+    assert len(found["carried_bytes"]) >= len(CASES)
+    assert all(found["carried_bytes"])
+    assert found["refused"] == "TokenIdError"
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_bad_ids_do_not_reach_the_engine(found: dict[str, Any], engine: str) -> None:
-    assert found[engine]["refused"] == "TokenIdError"
+class InProcess:
+    """Collected by the process that `in_process_log` starts, and not by name in this one."""
+
+    def test_equals_hugging_face(
+        self, in_process: SGLangOffline, tokenizer: PreTrainedTokenizerBase, smol_dir: str
+    ) -> None:
+        found = run_cases(in_process, in_process.engine, tokenizer, CASES)
+        for index, case in enumerate(CASES):
+            for outcomes in (found["results"], found["from_threads"]):
+                check_case(case, outcomes[index], smol_dir)
+        check_way(found)
+        greedy, sampled = found["results"][0], found["results"][1]
+        assert [row["response_ids"] for row in greedy] != [row["response_ids"] for row in sampled]
 
 
-def test_an_engine_of_the_user_stays_his_to_shut_down(found: dict[str, Any]) -> None:
-    assert found["given"]["alive_after_close"]
+def test_in_process(in_process_log: str) -> None:
+    assert "InProcess::test_equals_hugging_face PASSED" in in_process_log
 
 
-def test_sampling_was_sampling(found: dict[str, Any]) -> None:
-    greedy, sampled = found["own"]["results"][0], found["own"]["results"][1]
-    assert [row["response_ids"] for row in greedy] != [row["response_ids"] for row in sampled]
+@pytest.mark.parametrize("index", range(len(CASES)))
+@pytest.mark.parametrize("pass_name", ["results", "from_threads"])
+def test_an_engine_of_the_user_equals_hugging_face(
+    given: dict[str, Any], qwen3_dir: str, pass_name: str, index: int
+) -> None:
+    """The second pass comes from two threads at once, with every prompt in the prefix cache."""
+    check_case(CASES[index], given[pass_name][index], qwen3_dir)
+
+
+def test_an_engine_of_the_user_is_fed_as_ours_is(given: dict[str, Any]) -> None:
+    check_way(given)
+
+
+def test_an_engine_of_the_user_stays_his_to_shut_down(given: dict[str, Any]) -> None:
+    assert given["alive_after_close"]

@@ -6,16 +6,14 @@ architectures, with heads tied and not, a softcapped one, and one with a vocabul
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import models
 import pytest
 import torch
 from checks import prompt_of
 from choosing import assert_choices
-from states import assert_completion
+from states import Served, assert_completion
 
 from torchrl_sglang_hidden import (
     ActionMask,
@@ -24,55 +22,24 @@ from torchrl_sglang_hidden import (
     LastTokens,
     LogitsSpec,
     TokenMask,
-    launch,
 )
-from torchrl_sglang_hidden.engines.launch import LaunchedServer
 from torchrl_sglang_hidden.spans import PromptSpan
 from torchrl_sglang_hidden.specs import POOLINGS, SEGMENTS, STAGES, Completion, Request
 
-ARCHITECTURES = {
-    "llama": (models.save_random_llama, 5),
-    "qwen3": (models.save_random_qwen3, 4),
-    "gemma3": (models.save_random_gemma3, 6),
-    "qwen3_moe": (models.save_random_qwen3_moe, 4),
-}
 GREEDY = {"max_new_tokens": 6, "temperature": 0.0}
 # Below, at and above the chunk size; the first is one token, which is prompt, boundary and all.
 LENGTHS = (1, 3, 17, 64, 65, 150)
-CHUNK = 64
 
 
-@dataclass(frozen=True)
-class Served:
-    server: LaunchedServer
-    model_dir: str
-    num_layers: int
-
-    def ask(self, spec: HiddenSpec, prompts: list[list[int]], **fields: Any) -> list[Completion]:
-        """Greedy, the same request twice: the second finds the prompt in the prefix cache. Both are checked."""
-        requests = [Request(tuple(ids), GREEDY, hidden=spec) for ids in prompts]
-        requests = [replace(request, **fields) for request in requests]
-        for _ in range(2):
-            completions = self.server.generate(requests)
-            for request, completion in zip(requests, completions, strict=True):
-                assert_completion(request, completion, self.model_dir, self.num_layers)
-        return completions
-
-
-@pytest.fixture(scope="module", params=ARCHITECTURES)
-def served(request: pytest.FixtureRequest, smol_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    save, num_layers = ARCHITECTURES[request.param]
-    model_dir = save(tmp_path_factory.mktemp("models") / request.param, smol_dir)
-    with launch(
-        model_dir,
-        dtype="float32",
-        layers=tuple(range(num_layers)),
-        chunked_prefill_size=CHUNK,
-        context_length=1024,
-        max_total_tokens=2048,
-        sleep_on_idle=True,
-    ) as server:
-        yield Served(server, str(model_dir), num_layers)
+def ask(served: Served, spec: HiddenSpec, prompts: list[list[int]], **fields: Any) -> list[Completion]:
+    """Greedy, the same request twice: the second finds the prompt in the prefix cache. Both are checked."""
+    requests = [Request(tuple(ids), GREEDY, hidden=spec) for ids in prompts]
+    requests = [replace(request, **fields) for request in requests]
+    for _ in range(2):
+        completions = served.server.generate(requests)
+        for request, completion in zip(requests, completions, strict=True):
+            assert_completion(request, completion, served.model_dir, served.num_layers)
+    return completions
 
 
 def prompts(seed: int) -> list[list[int]]:
@@ -90,31 +57,31 @@ def test_it_knows_its_layers(served: Served) -> None:
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_every_layer_and_segment(served: Served, pooling: Any) -> None:
     layers = tuple(range(-1, served.num_layers))
-    served.ask(HiddenSpec(SEGMENTS, pooling, layers), prompts(1))
+    ask(served, HiddenSpec(SEGMENTS, pooling, layers), prompts(1))
 
 
 def test_one_layer_has_no_dimension_of_layers(served: Served) -> None:
     for layer in (0, -2, served.num_layers - 1, -served.num_layers):
-        [completion] = served.ask(HiddenSpec(("prompt", "full"), layers=layer), [prompt_of(20, 5)])
+        [completion] = ask(served, HiddenSpec(("prompt", "full"), layers=layer), [prompt_of(20, 5)])
         assert completion.hidden["full"].vector.shape == (64,)
 
 
 def test_layers_come_in_the_order_asked_for(served: Served) -> None:
-    [forth] = served.ask(HiddenSpec(("full",), layers=(0, 2, -1)), [prompt_of(20, 6)])
-    [back] = served.ask(HiddenSpec(("full",), layers=(-1, 2, 0)), [prompt_of(20, 6)])
+    [forth] = ask(served, HiddenSpec(("full",), layers=(0, 2, -1)), [prompt_of(20, 6)])
+    [back] = ask(served, HiddenSpec(("full",), layers=(-1, 2, 0)), [prompt_of(20, 6)])
     assert torch.equal(forth.hidden["full"].vector, back.hidden["full"].vector.flip(0))
 
 
 @pytest.mark.parametrize("segments", [("prompt",), ("response",), ("full",), ("prompt", "response")])
 @pytest.mark.parametrize("pooling", [None, "mean"])
 def test_the_states_of_every_token(served: Served, segments: Any, pooling: Any) -> None:
-    served.ask(HiddenSpec(segments, pooling, layers=(1, -1), tokens=True), prompts(2))
-    served.ask(HiddenSpec(segments, pooling, tokens=True), prompts(3))
+    ask(served, HiddenSpec(segments, pooling, layers=(1, -1), tokens=True), prompts(2))
+    ask(served, HiddenSpec(segments, pooling, tokens=True), prompts(3))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_token_states_in_half_the_bytes(served: Served, dtype: torch.dtype) -> None:
-    [completion] = served.ask(HiddenSpec(("full",), tokens=True, dtype=dtype), [prompt_of(30, 7)])
+    [completion] = ask(served, HiddenSpec(("full",), tokens=True, dtype=dtype), [prompt_of(30, 7)])
     assert completion.token_rows is not None
     assert completion.token_rows.rows_ND.dtype == dtype
     assert completion.hidden["full"].vector.dtype == torch.float32
@@ -132,8 +99,8 @@ def test_spans(served: Served, pooling: Any) -> None:
         }
         asked = {name: TokenMask("mask") if isinstance(span, PromptSpan) else span for name, span in resolved.items()}
         spec = HiddenSpec(("prompt", "response"), pooling, layers=(0, -1), spans=asked)
-        served.ask(spec, [ids], spans=resolved)
-        served.ask(replace(spec, segments=()), [ids], spans=resolved)
+        ask(served, spec, [ids], spans=resolved)
+        ask(served, replace(spec, segments=()), [ids], spans=resolved)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -160,7 +127,7 @@ def test_logits(served: Served, stage: Any) -> None:
 def test_a_prompt_alone(served: Served) -> None:
     for pooling in POOLINGS:
         for spec in (HiddenSpec(("prompt",), pooling), HiddenSpec(("prompt",), pooling, (1, -1), tokens=True)):
-            completions = served.ask(spec, prompts(5), sampling={"max_new_tokens": 0})
+            completions = ask(served, spec, prompts(5), sampling={"max_new_tokens": 0})
             assert all(completion.response_ids == () and completion.text == "" for completion in completions)
 
 
