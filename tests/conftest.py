@@ -22,8 +22,6 @@ ENGINE_TESTS = Path(__file__).parent / "engine"
 SHARED_SERVERS = {
     "smol": "smol",
     "trainee_server": "smol",
-    "cramped_qwen3": "cramped_qwen3",
-    "served": "served",
     "in_process_log": "in_process",
 }
 
@@ -32,6 +30,7 @@ SHARED_SERVERS = {
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in this hook of its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if ENGINE_TESTS in item.path.parents:

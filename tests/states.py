@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import oracle
 import torch
 from checks import LOG_PROB_ATOL, STATE_RTOL, relative_error
 
-from torchrl_sglang_hidden import SGLangServer
 from torchrl_sglang_hidden.spans import LastTokens, PromptSpan
 from torchrl_sglang_hidden.specs import Completion, Request, canonical_layer
 
 Stack = torch.Tensor
-
-
-@dataclass(frozen=True)
-class Served:
-    """A real server, and what it serves."""
-
-    server: SGLangServer
-    model_dir: str
-    num_layers: int
 
 
 def assert_completion(

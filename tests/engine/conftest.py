@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 import os
-import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
 
-import models
 import own_constraints
 import pytest
 from checks import CHUNKED_PREFILL_SIZE
-from states import Served
 from trainee import restore
 
 from torchrl_sglang_hidden import SGLangOffline, SGLangServer, connect, launch
-from torchrl_sglang_hidden.engines.launch import LaunchedServer
 
 # A running server for the `trainee` fixture, started with the arguments below, whose weights tests may change.
 TRAINEE_URL_ENV = "TORCHRL_SGLANG_HIDDEN_TRAINEE_URL"
 IN_PROCESS_TIMEOUT_S = 500
-# Seventeen responses that grow, or a storm of requests, do not fit: SGLang must take some back and compute them again.
-CRAMPED_TOKENS = 480
-# Small random models, and how many layers they have: heads tied and not, scaled, softcapped, and one whose vocabulary
-# SGLang pads.
-ARCHITECTURES = {
-    "granite": (models.save_random_granite, 3),
-    "qwen3": (models.save_random_qwen3, 4),
-    "gemma3": (models.save_random_gemma3, 6),
-    "qwen3_moe": (models.save_random_qwen3_moe, 4),
-}
 
 
 @pytest.fixture(scope="session")
@@ -59,49 +45,6 @@ def trainee(trainee_server: SGLangServer) -> Iterator[SGLangServer]:
     yield trainee_server
     if trainee_server.info.weight_version != before:
         restore(trainee_server)
-
-
-@pytest.fixture(scope="session", params=ARCHITECTURES)
-def served(request: pytest.FixtureRequest, smol_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A server of each of `ARCHITECTURES`, with all layers."""
-    save, num_layers = ARCHITECTURES[request.param]
-    model_dir = save(tmp_path_factory.mktemp("models") / request.param, smol_dir)
-    with launch(
-        model_dir,
-        dtype="float32",
-        layers=tuple(range(num_layers)),
-        chunked_prefill_size=CHUNKED_PREFILL_SIZE,
-        context_length=1024,
-        max_total_tokens=4096,
-        sleep_on_idle=True,
-    ) as server:
-        yield Served(server, str(model_dir), num_layers)
-
-
-@pytest.fixture(scope="session")
-def cramped_key() -> str:
-    return secrets.token_hex(8)
-
-
-@pytest.fixture(scope="session")
-def cramped_qwen3(
-    qwen3_dir: str, cramped_key: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[LaunchedServer]:
-    """The random Qwen3 on a server that wants `cramped_key`, and whose KV cache is too small for what it lets in."""
-    with launch(
-        qwen3_dir,
-        dtype="float32",
-        layers=(0, 1, 2, 3),
-        chunked_prefill_size=CHUNKED_PREFILL_SIZE,
-        enable_mixed_chunk=True,
-        api_key=cramped_key,
-        max_total_tokens=CRAMPED_TOKENS,
-        max_running_requests=24,
-        schedule_conservativeness=0.01,  # admit all rows at once, although they will not fit
-        sleep_on_idle=True,
-        log_file=tmp_path_factory.mktemp("cramped") / "server.log",
-    ) as server:
-        yield server
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Iterator
 
+import httpx
 import oracle
 import pytest
 from checks import (
@@ -19,17 +21,48 @@ from checks import (
     text_input,
     tokens_input,
 )
+from storm import resident_bytes, storm
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from torchrl_sglang_hidden import AuthenticationError, PromptLengthError, SGLangHiddenWrapper, connect
+from torchrl_sglang_hidden import AuthenticationError, PromptLengthError, SGLangHiddenWrapper, connect, launch
+from torchrl_sglang_hidden.channel import CHANNEL
 from torchrl_sglang_hidden.engines.launch import LaunchedServer
+from torchrl_sglang_hidden.server.sums import MAX_BYTES
+from torchrl_sglang_hidden.shared import DIRECTORY
 
 Policy = Callable[..., SGLangHiddenWrapper]
 
+# Seventeen responses that grow, or a storm of requests, do not fit: SGLang must take some back and compute them again.
+CRAMPED_TOKENS = 480
+NOISE_BYTES = 48 * 2**20
 
-@pytest.fixture
-def qwen3(cramped_qwen3: LaunchedServer) -> LaunchedServer:
-    return cramped_qwen3
+
+@pytest.fixture(scope="module")
+def api_key() -> str:
+    return secrets.token_hex(8)
+
+
+@pytest.fixture(scope="module")
+def qwen3(qwen3_dir: str, api_key: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedServer]:
+    """The random Qwen3 on a server that wants `api_key`, and whose KV cache is too small for what it lets in."""
+    with launch(
+        qwen3_dir,
+        dtype="float32",
+        layers=(0, 1, 2, 3),
+        chunked_prefill_size=CHUNKED_PREFILL_SIZE,
+        enable_mixed_chunk=True,
+        api_key=api_key,
+        max_total_tokens=CRAMPED_TOKENS,
+        max_running_requests=24,
+        schedule_conservativeness=0.01,  # admit all rows at once, although they will not fit
+        sleep_on_idle=True,
+        log_file=tmp_path_factory.mktemp("cramped") / "server.log",
+    ) as server:
+        yield server
+
+
+def retractions(server: LaunchedServer) -> int:
+    return server.log_path.read_text().count("KV cache pool is full. Retract requests")
 
 
 @pytest.fixture
@@ -86,12 +119,12 @@ def test_one_token_responses(qwen3_policy: Policy, qwen3_dir: str, pooling: str)
 def test_rows_that_the_server_took_back_and_computed_again(
     qwen3: LaunchedServer, qwen3_policy: Policy, qwen3_dir: str
 ) -> None:
-    retractions = qwen3.log_path.read_text().count("Retract requests")
+    before = retractions(qwen3)
     prompts = [prompt_of(12, seed=50 + row) for row in range(17)]
     assert len(prompts) * (12 + 40) > qwen3.info.max_prompt_tokens
     rows = assert_rows(qwen3_policy(max_new_tokens=40)(tokens_input(prompts)), qwen3_dir, SEGMENTS)
     assert [len(row.response_ids) for row in rows] == [40] * 17
-    assert qwen3.log_path.read_text().count("Retract requests") > retractions, "nothing was taken back: tests nothing"
+    assert retractions(qwen3) > before, "nothing was taken back: tests nothing"
 
 
 def test_longest_prompt_that_the_kv_cache_holds(qwen3: LaunchedServer, qwen3_policy: Policy, qwen3_dir: str) -> None:
@@ -112,19 +145,43 @@ def test_wrong_api_key(
     qwen3: LaunchedServer,
     qwen3_policy: Policy,
     tokenizer: PreTrainedTokenizerBase,
-    cramped_key: str,
+    api_key: str,
     key: str | None,
 ) -> None:
     with pytest.raises(AuthenticationError) as caught:
         make_policy(connect(qwen3.url, api_key=key), tokenizer)(tokens_input([[5, 6]]))
     assert qwen3.url in str(caught.value)
-    assert cramped_key not in str(caught.value)
+    assert api_key not in str(caught.value)
     assert len(qwen3_policy()(tokens_input([[5, 6]]))) == 1
 
 
-def test_right_api_key(
-    qwen3: LaunchedServer, tokenizer: PreTrainedTokenizerBase, cramped_key: str, qwen3_dir: str
-) -> None:
-    client = connect(qwen3.url, api_key=cramped_key)
+def test_right_api_key(qwen3: LaunchedServer, tokenizer: PreTrainedTokenizerBase, api_key: str, qwen3_dir: str) -> None:
+    client = connect(qwen3.url, api_key=api_key)
     assert_rows(make_policy(client, tokenizer)(tokens_input([[5, 6]])), qwen3_dir, SEGMENTS)
-    assert cramped_key not in repr(client)
+    assert api_key not in repr(client)
+
+
+# --- a storm ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def http(qwen3: LaunchedServer, api_key: str) -> Iterator[httpx.Client]:
+    """SGLang's own interface, without this package's client."""
+    headers = {"Authorization": f"Bearer {api_key}"}
+    with httpx.Client(base_url=qwen3.url, headers=headers, timeout=120, trust_env=False) as client:
+        yield client
+
+
+def test_every_answer_of_a_storm_is_right(qwen3: LaunchedServer, http: httpx.Client, qwen3_dir: str) -> None:
+    before = retractions(qwen3)
+    assert storm(qwen3, http, qwen3_dir, seed=0) > 200
+    assert retractions(qwen3) > before, "the storm retracted nothing"
+    before_bytes = resident_bytes(qwen3)
+    assert storm(qwen3, http, qwen3_dir, seed=1) > 200
+    # The second storm brings nothing that stays: the first one made what is kept.
+    assert resident_bytes(qwen3) - before_bytes < NOISE_BYTES
+    after = http.get("/server_info").json()["internal_states"][0][CHANNEL]
+    assert after["open_pools"] == 0
+    assert 0 < after["prefix_bytes"] <= MAX_BYTES
+    token = str(after["shared"]).removesuffix("-here")
+    assert [path.name for path in DIRECTORY.glob(f"{token}-*")] == [after["shared"]]

@@ -1,4 +1,5 @@
-"""Every segment, layer, pooling and span of small random models, on real servers, against Hugging Face; and the logits.
+"""Every segment, layer, pooling and span of small random models, on real servers, against Hugging Face; and the logits,
+what the server says of them and what `logits_from_hidden` makes of the states.
 
 What a layer id means, and what a head does, is the model's own matter: so the same questions are put to four
 architectures, with heads tied and not, a softcapped one, and one with a vocabulary that SGLang pads.
@@ -6,29 +7,72 @@ architectures, with heads tied and not, a softcapped one, and one with a vocabul
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
+import models
+import oracle
 import pytest
 import torch
-from checks import prompt_of
+from checks import CHUNKED_PREFILL_SIZE, make_policy, prompt_of, tokens_input
 from choosing import assert_choices
-from states import Served, assert_completion
+from states import assert_completion
+from tensordict import TensorDict, TensorDictBase, lazy_stack
+from torchrl.modules.llm.policies import Tokens
+from transformers import PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden import (
     ActionMask,
+    AlignmentError,
     DisallowedTokens,
     HiddenSpec,
     LastTokens,
     LogitsSpec,
+    SGLangHiddenWrapper,
     TokenMask,
+    WeightsError,
+    launch,
+    logits_from_hidden,
 )
+from torchrl_sglang_hidden.engines.launch import LaunchedServer
 from torchrl_sglang_hidden.spans import PromptSpan
 from torchrl_sglang_hidden.specs import POOLINGS, SEGMENTS, STAGES, Completion, Request
 
+# Small random models, and how many layers they have: heads tied and not, scaled, softcapped, and one whose vocabulary
+# SGLang pads.
+ARCHITECTURES = {
+    "granite": (models.save_random_granite, 3),
+    "qwen3": (models.save_random_qwen3, 4),
+    "gemma3": (models.save_random_gemma3, 6),
+    "qwen3_moe": (models.save_random_qwen3_moe, 4),
+}
 GREEDY = {"max_new_tokens": 6, "temperature": 0.0}
 # Below, at and above the chunk size; the first is one token, which is prompt, boundary and all.
 LENGTHS = (1, 3, 17, 64, 65, 150)
+
+
+@dataclass(frozen=True)
+class Served:
+    server: LaunchedServer
+    model_dir: str
+    num_layers: int
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def served(request: pytest.FixtureRequest, smol_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    save, num_layers = ARCHITECTURES[request.param]
+    model_dir = save(tmp_path_factory.mktemp("models") / request.param, smol_dir)
+    with launch(
+        model_dir,
+        dtype="float32",
+        layers=tuple(range(num_layers)),
+        chunked_prefill_size=CHUNKED_PREFILL_SIZE,
+        context_length=1024,
+        max_total_tokens=4096,
+        sleep_on_idle=True,
+    ) as server:
+        yield Served(server, str(model_dir), num_layers)
 
 
 def ask(served: Served, spec: HiddenSpec, prompts: list[list[int]], **fields: Any) -> list[Completion]:
@@ -135,3 +179,118 @@ def test_a_prompt_alone_is_one_prefill_and_always_the_same(served: Served) -> No
     request = Request(tuple(prompt_of(40, 8)), {"max_new_tokens": 0}, hidden=HiddenSpec(("prompt",)))
     first, second = served.server.generate([request]) + served.server.generate([request])
     torch.testing.assert_close(first.hidden["prompt"].vector, second.hidden["prompt"].vector, rtol=1e-6, atol=1e-6)
+
+
+# --- logits from the states -----------------------------------------------------------------------------------------
+
+LOGITS_ATOL = 1e-3
+
+
+class Case(NamedTuple):
+    policy: SGLangHiddenWrapper
+    model_dir: str
+
+
+@pytest.fixture
+def case(served: Served, tokenizer: PreTrainedTokenizerBase) -> Case:
+    policy = make_policy(served.server, tokenizer, temperature=1.0, max_new_tokens=12)
+    states = HiddenSpec(("prompt", "response", "full"), tokens=True)
+    return Case(policy.get_new_version(hidden=states), served.model_dir)
+
+
+@torch.inference_mode()
+def hugging_face(model_dir: str, ids: list[int]) -> torch.Tensor:
+    logits: torch.Tensor = oracle.load(model_dir)(torch.tensor([ids])).logits[0]
+    return logits
+
+
+def generated(case: Case) -> TensorDictBase:
+    return case.policy(tokens_input([prompt_of(n, seed=5000 + n) for n in (1, 20, CHUNKED_PREFILL_SIZE + 9)]))
+
+
+def of(out: TensorDictBase, name: str, segment: str) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = out.get((name, segment), as_list=True)
+    return found
+
+
+@torch.no_grad()
+def test_logits_of_every_segment_are_hugging_faces(case: Case) -> None:
+    out = generated(case)
+    model = oracle.load(case.model_dir)
+    logits = {
+        segment: logits_from_hidden(of(out, "token_hidden_states", segment), model)
+        for segment in ("prompt", "response", "full")
+    }
+    for row, ids in enumerate(of(out, "tokens", "full")):
+        expected_NV = hugging_face(case.model_dir, ids.tolist())[:-1]
+        num_prompt = len(of(out, "tokens", "prompt")[row])
+        for segment, rows_NV in (
+            ("full", expected_NV),
+            ("prompt", expected_NV[:num_prompt]),
+            ("response", expected_NV[num_prompt - 1 :]),
+        ):
+            assert logits[segment][row].dtype == torch.float32
+            torch.testing.assert_close(logits[segment][row], rows_NV, atol=LOGITS_ATOL, rtol=0)
+
+
+@torch.no_grad()
+def test_the_sampled_log_probs_agree(case: Case) -> None:
+    out = generated(case)
+    model = oracle.load(case.model_dir)
+    tokens, log_probs = of(out, "tokens", "response"), of(out, "log_probs", "response")
+    states = of(out, "token_hidden_states", "response")
+    version = case.policy.model.info.weight_version
+    logits = logits_from_hidden(
+        states, model, tokens=tokens, log_probs=log_probs, weight_version=out["weight_version"], head_version=version
+    )
+    assert [row.shape[0] for row in logits] == [len(row) for row in tokens]
+    # The same of the whole sequence, where only the response's log-probs were measured.
+    logits_from_hidden(
+        of(out, "token_hidden_states", "full"),
+        model,
+        tokens=[row[1:] for row in of(out, "tokens", "full")],
+        log_probs=[row[1:] for row in of(out, "log_probs", "full")],
+    )
+    # Off by one token, and of another temperature.
+    with pytest.raises(AlignmentError, match="row 0, token "):
+        logits_from_hidden(states, model, tokens=tokens, log_probs=[row.roll(1) for row in log_probs])
+    cooler = case.policy(tokens_input([prompt_of(20, seed=5020)]), temperature=0.5)
+    with pytest.raises(AlignmentError, match="row 0, token "):
+        logits_from_hidden(
+            of(cooler, "token_hidden_states", "response"),
+            model,
+            tokens=of(cooler, "tokens", "response"),
+            log_probs=of(cooler, "log_probs", "response"),
+        )
+    with pytest.raises(WeightsError, match=f"weight version '{version}' and the head of 'next'"):
+        logits_from_hidden(states, model, weight_version=out["weight_version"], head_version="next")
+
+
+@torch.no_grad()
+def test_a_scored_sequence_agrees(case: Case) -> None:
+    ids = prompt_of(CHUNKED_PREFILL_SIZE + 5, seed=5100)
+    scorer = case.policy.get_new_version(generate=False)
+    scored = scorer(lazy_stack([TensorDict(tokens=Tokens(full=torch.tensor(ids)), batch_size=())]))[0]
+    logits = logits_from_hidden(
+        scored["token_hidden_states"].full[:-1],
+        oracle.load(case.model_dir),
+        tokens=scored["tokens"].full[1:],
+        log_probs=scored["log_probs"].full[1:],
+    )
+    torch.testing.assert_close(logits, hugging_face(case.model_dir, ids)[:-1], atol=LOGITS_ATOL, rtol=0)
+
+
+@torch.no_grad()
+def test_the_head_alone_does_where_nothing_follows_it(case: Case) -> None:
+    """And of the others it does not, which the check finds: else these tests would not see a cap or a scale."""
+    out = generated(case)
+    model = oracle.load(case.model_dir)
+    head = model.get_output_embeddings()
+    check = {"tokens": of(out, "tokens", "response"), "log_probs": of(out, "log_probs", "response")}
+    states = of(out, "token_hidden_states", "response")
+    if {"final_logit_softcapping", "logits_scaling"} & model.config.to_dict().keys():
+        with pytest.raises(AlignmentError):
+            logits_from_hidden(states, head, **check)
+    else:
+        logits_from_hidden(states, head, **check)
+        logits_from_hidden(states, head.weight, **check)
