@@ -7,8 +7,8 @@ INSTALLED := $(VENV)/.installed
 CODE := torchrl_sglang_hidden tests benchmarks
 # By files, so that the fixtures of a file are made once.
 FAST := $(BIN)/python -m pytest -m "not engine" -n 2 --dist loadfile
-# By servers, so that each is started once.
-ENGINE := $(BIN)/python -m pytest -m engine -n 2 --dist loadgroup
+# By files and servers, in the order that tests/conftest.py gives them.
+ENGINE := $(BIN)/python -m pytest -m engine -n 2 --dist loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test fast lint check format clean

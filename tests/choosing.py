@@ -17,6 +17,7 @@ from own_constraints import NoImmediateRepeat, Tell
 
 from torchrl_sglang_hidden import ActionMask, ConstraintStep, DisallowedTokens, LogitConstraint, TemperatureScale
 from torchrl_sglang_hidden.constraints import ExponentialSchedule, LinearSchedule
+from torchrl_sglang_hidden.engines import Engine
 from torchrl_sglang_hidden.specs import Completion, LogitsSpec, Request, TokenLogits
 
 LOGITS_ATOL = 1e-3
@@ -210,6 +211,18 @@ def assert_choices(
         assert_scores(request, completion, scored_NV, name, atol)
     else:
         assert completion.prompt_log_probs_P is None, name
+
+
+def check_choices(
+    engine: Engine, requests: Sequence[Request], model_dir: str, *, overlap: bool = True
+) -> list[Completion]:
+    """Generates, and holds every completion as `assert_choices` does."""
+    completions = engine.generate(requests)
+    pairs = zip(requests, completions, strict=True)
+    # Sorted, so that Hugging Face's logits of one sequence are computed once.
+    for request, completion in sorted(pairs, key=lambda pair: (pair[1].prompt_ids, pair[1].response_ids)):
+        assert_choices(request, completion, model_dir, overlap=overlap)
+    return completions
 
 
 def assert_same_log_probs(spec: LogitsSpec, completion: Completion, expected_TV: torch.Tensor, name: str) -> None:

@@ -18,12 +18,10 @@ from torchrl_sglang_hidden import SGLangHiddenWrapper, SGLangServer, connect, de
 # A running server for the `smol` fixture, started with the arguments below: saves its start on each run at work.
 TEST_URL_ENV = "TORCHRL_SGLANG_HIDDEN_TEST_URL"
 ENGINE_TESTS = Path(__file__).parent / "engine"
-# The fixtures with a server or more for many files, by the name of the process that their tests run in.
-SHARED_SERVERS = {
-    "smol": "smol",
-    "trainee_server": "smol",
-    "in_process_log": "in_process",
-}
+# Servers that stay to the session's end once they are started, in the order of their tests.
+STAYING_SERVERS = ("trainee_server", "smol")
+# What is not worth doing twice where tests run in several processes.
+ONCE = ("trainee_server", "in_process_log")
 
 
 # The server computes on the same cores: a second thread here would wait for them, spinning.
@@ -32,16 +30,29 @@ torch.set_num_threads(1)
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in this hook of its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Orders the engine tests, and groups them for runs in several processes (``--dist loadgroup``).
+
+    Tests with a server of their own come first, so that no more servers stand side by side than 24 GiB hold: each
+    takes 3 to 4.
+    """
+    users: dict[str, set[str]] = {}
     for item in items:
         if ENGINE_TESTS in item.path.parents:
             item.add_marker(pytest.mark.engine)
-            item.add_marker(pytest.mark.xdist_group(process_of(item)))
+            item.add_marker(pytest.mark.xdist_group(group_of(item)))
+            users.setdefault(group_of(item), set()).update(getattr(item, "fixturenames", ()))
+
+    def stage(item: pytest.Item) -> int:
+        used = users.get(group_of(item), set())
+        return next((place for place, server in enumerate(STAYING_SERVERS, 1) if server in used), 0)
+
+    items.sort(key=stage)
 
 
-def process_of(item: pytest.Item) -> str:
-    """Where tests run in several processes: the same one for those that share a server, which is started once."""
+def group_of(item: pytest.Item) -> str:
+    """The tests of a group run in the same process: those of a file, but for `ONCE`."""
     fixtures = getattr(item, "fixturenames", ())
-    return next((name for server, name in SHARED_SERVERS.items() if server in fixtures), item.path.stem)
+    return next((name for name in ONCE if name in fixtures), item.path.stem)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -21,31 +21,25 @@ import own_constraints
 import pytest
 import torch
 from checks import SEGMENTS, assert_rows, make_policy, prompt_of, tokens_input
-from choosing import SUM_ATOL, assert_choices, logits_of, positioned, with_context
+from choosing import SUM_ATOL, assert_choices, check_choices, logits_of, positioned, with_context
 from own_constraints import FAR, NUM_TOLD, Fails, NoImmediateRepeat, Tell
 from states import assert_completion
 from transformers import PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden import (
     ActionMask,
-    CapabilityError,
     ConstraintError,
     DisallowedTokens,
     HiddenSpec,
-    InputError,
     LogitConstraint,
     LogitsSpec,
-    ProtocolError,
     SGLangOffline,
-    SGLangServer,
     TemperatureScale,
-    TokenIdError,
     launch,
 )
-from torchrl_sglang_hidden.answers import read_responses
 from torchrl_sglang_hidden.channel import CHANNEL
 from torchrl_sglang_hidden.constraints import LinearSchedule
-from torchrl_sglang_hidden.engines import BatchingEngine, Engine, endpoint
+from torchrl_sglang_hidden.engines import BatchingEngine, endpoint
 from torchrl_sglang_hidden.engines.launch import LaunchedServer
 from torchrl_sglang_hidden.sampling import to_sglang
 from torchrl_sglang_hidden.specs import STAGES, Completion, Request
@@ -78,13 +72,6 @@ def chooser(qwen3_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 def retractions(server: LaunchedServer) -> int:
     return Path(server.log_path).read_text().count("Retract requests")
-
-
-def check(engine: Engine, requests: Sequence[Request], model_dir: str) -> list[Completion]:
-    completions = engine.generate(requests)
-    for request, completion in zip(requests, completions, strict=True):
-        assert_choices(request, completion, model_dir)
-    return completions
 
 
 def short_prompts(seed: int) -> list[list[int]]:
@@ -178,14 +165,14 @@ def test_the_engines_own_log_probs_sum_to_one_over_the_mask(chooser: LaunchedSer
 
 
 def test_every_constraint_acts_on_exactly_its_tokens(chooser: LaunchedServer, qwen3_dir: str) -> None:
-    check(chooser, positioned(short_prompts(8000), 9, own=True), qwen3_dir)
+    check_choices(chooser, positioned(short_prompts(8000), 9, own=True), qwen3_dir)
 
 
 def test_behind_a_prompt_of_several_chunks(chooser: LaunchedServer, qwen3_dir: str) -> None:
     """Then again, with the prompt in the prefix cache."""
     prompts = [prompt_of(CHUNK * 3 + row, 8100 + row) for row in (-1, 0, 1)]
     for _ in range(2):
-        check(chooser, positioned(prompts, 7, own=True), qwen3_dir)
+        check_choices(chooser, positioned(prompts, 7, own=True), qwen3_dir)
 
 
 def test_with_prompts_that_come_while_others_decode(chooser: LaunchedServer, qwen3_dir: str) -> None:
@@ -209,7 +196,7 @@ def test_after_a_retraction(chooser: LaunchedServer, qwen3_dir: str) -> None:
         ]
         whole = LogitsSpec(top_k=3, segments=("full",))
         requests = [replace(r, logits=whole) if row % 4 == 0 else r for row, r in enumerate(requests)]
-        check(chooser, requests, qwen3_dir)
+        check_choices(chooser, requests, qwen3_dir)
         if retractions(chooser) > before:
             return
     raise AssertionError("nothing was retracted, so nothing was shown")
@@ -261,7 +248,7 @@ class InProcess:
     def test_constraints_act_on_exactly_their_tokens(self, in_process: SGLangOffline, smol_dir: str) -> None:
         assert "tell" in in_process.info.constraints
         for prompts in (short_prompts(8650), [prompt_of(150 + row, 8680 + row) for row in range(2)]):
-            check(in_process, positioned(prompts, 7, own=True), smol_dir)
+            check_choices(in_process, positioned(prompts, 7, own=True), smol_dir)
 
     def test_in_a_session_and_in_a_stream(self, in_process: SGLangOffline, smol_dir: str) -> None:
         requests = positioned(short_prompts(8690), 6, own=True)
@@ -288,7 +275,7 @@ class InProcess:
             responses=((50, 90),),
         )
         for _ in range(2):
-            check(in_process, [sampled, scored, replace(scored, score_from=60, logits=None)], smol_dir)
+            check_choices(in_process, [sampled, scored, replace(scored, score_from=60, logits=None)], smol_dir)
 
 
 def test_in_process(in_process_log: str) -> None:
@@ -359,7 +346,7 @@ def test_one_that_fails_harms_nobody_else(chooser: LaunchedServer, qwen3_dir: st
             assert_choices(request, completion, qwen3_dir)
     assert str(caught.value).startswith("row 1")
     # Where it does not act it does not fail.
-    check(chooser, [replace(good[0], constraints=(Fails(how, positions=(1, 4), at=2),))], qwen3_dir)
+    check_choices(chooser, [replace(good[0], constraints=(Fails(how, positions=(1, 4), at=2),))], qwen3_dir)
 
 
 def test_one_that_fails_where_a_prompt_is_scored(chooser: LaunchedServer, qwen3_dir: str) -> None:
@@ -368,7 +355,7 @@ def test_one_that_fails_where_a_prompt_is_scored(chooser: LaunchedServer, qwen3_
     for how in FAULTS:
         with pytest.raises(ConstraintError):
             chooser.generate([replace(scored, constraints=(Fails(how, at=3),))])
-    check(chooser, [replace(scored, constraints=(Tell(),))], qwen3_dir)
+    check_choices(chooser, [replace(scored, constraints=(Tell(),))], qwen3_dir)
 
 
 def test_one_that_fails_for_a_token_that_is_thrown_away(chooser: LaunchedServer, qwen3_dir: str) -> None:
@@ -378,7 +365,7 @@ def test_one_that_fails_for_a_token_that_is_thrown_away(chooser: LaunchedServer,
     last = next(n for n in range(2, 8) if plain.response_ids[n] not in plain.response_ids[:n])
     stopping = Request(ids, {"max_new_tokens": 8, "temperature": 0.0, "stop_token_ids": [plain.response_ids[last]]})
     for how in ("raises", "nan", "nothing left"):
-        [completion] = check(chooser, [replace(stopping, constraints=(Fails(how, at=last + 1),))], qwen3_dir)
+        [completion] = check_choices(chooser, [replace(stopping, constraints=(Fails(how, at=last + 1),))], qwen3_dir)
         assert completion.response_ids == plain.response_ids[: last + 1]
         assert completion.finish_reason == "stop"
         with pytest.raises(ConstraintError, match=f"token {last} of the response"):
@@ -424,7 +411,7 @@ def test_scores_under_constraints(chooser: LaunchedServer, qwen3_dir: str, stage
                 )
             )
     for _ in range(2):
-        completions = check(chooser, requests, qwen3_dir)
+        completions = check_choices(chooser, requests, qwen3_dir)
     forbidden = [bool((completion.prompt_log_probs_P == -math.inf).any()) for completion in completions]
     assert sum(forbidden) > len(forbidden) / 2, "little was forbidden, so little was shown"
 
@@ -436,10 +423,10 @@ def test_scores_from_a_place_on(chooser: LaunchedServer, qwen3_dir: str, cached:
     masked = replace(whole, constraints=(ActionMask([*ids[::2], 5]),), responses=((start, 140),))
     httpx.post(f"{chooser.url}/flush_cache", timeout=60).raise_for_status()
     for request in (whole, masked):
-        [complete] = check(chooser, [request], qwen3_dir)
+        [complete] = check_choices(chooser, [request], qwen3_dir)
         for first in (0, 1, start, 139):
             cached.clear()
-            [part] = check(chooser, [replace(request, score_from=first)], qwen3_dir)
+            [part] = check_choices(chooser, [replace(request, score_from=first)], qwen3_dir)
             # The row before the first token that is scored is computed; nothing before that.
             assert cached == [max(first - 1, 0)], f"score_from={first}"
             assert complete.prompt_log_probs_P is not None
@@ -542,7 +529,7 @@ def test_sglangs_own_processor(chooser: LaunchedServer, qwen3_dir: str) -> None:
     assert chooser.info.takes_processors
     ids = tuple(prompt_of(9, 9300))
     greedy = {"max_new_tokens": 6, "temperature": 0.0}
-    [plain] = check(chooser, [Request(ids, greedy)], qwen3_dir)
+    [plain] = check_choices(chooser, [Request(ids, greedy)], qwen3_dir)
     banned = sorted(set(plain.response_ids))
     native = Request(
         ids,
@@ -586,168 +573,8 @@ def test_sglangs_own_processor_through_a_policy(
 def test_the_best_token_alone_has_the_log_prob_that_it_has_in_company(chooser: LaunchedServer, qwen3_dir: str) -> None:
     """``top_k=1`` is greedy, which SGLang divides by no temperature; in a batch with others it would."""
     greedy = to_sglang({"top_k": 1, "temperature": 0.5, "max_new_tokens": 6})
-    best, other = Request(tuple(prompt_of(9, 9400)), greedy), replace(GOOD, sampling={"temperature": 0.5})
-    [alone] = check(chooser, [best], qwen3_dir)
-    in_company, _ = check(chooser, [best, other], qwen3_dir)
+    best, other = Request(tuple(prompt_of(9, 9400)), greedy), Request((5, 6, 7), {"temperature": 0.5})
+    [alone] = check_choices(chooser, [best], qwen3_dir)
+    in_company, _ = check_choices(chooser, [best, other], qwen3_dir)
     assert alone.response_ids == in_company.response_ids
     torch.testing.assert_close(alone.log_probs_T, in_company.log_probs_T, atol=1e-4, rtol=0)
-
-
-# --- bad input ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many requests each payload had that was made for a server."""
-    counts: list[int] = []
-    original = endpoint.to_payload
-
-    def count(requests: Sequence[Request], *args: Any, **kwargs: Any) -> Any:
-        counts.append(len(requests))
-        return original(requests, *args, **kwargs)
-
-    monkeypatch.setattr(endpoint, "to_payload", count)
-    return counts
-
-
-GOOD = Request((5, 6, 7), {"max_new_tokens": 8, "temperature": 1.0})
-VOCAB = 49152
-WORSE: dict[str, tuple[Callable[[], Request], type[Exception], str]] = {
-    "nothing allowed": (
-        lambda: replace(GOOD, constraints=(ActionMask([]),)),
-        ConstraintError,
-        "0 tokens are allowed; give at least 1",
-    ),
-    "a mask of False": (
-        lambda: replace(GOOD, constraints=(ActionMask.from_mask(torch.zeros(VOCAB, dtype=torch.bool)),)),
-        ConstraintError,
-        "0 tokens are allowed",
-    ),
-    "all denied": (
-        lambda: replace(GOOD, constraints=(DisallowedTokens(range(VOCAB)),)),
-        ConstraintError,
-        "row 1: .*all 49152 tokens",
-    ),
-    "allowed and denied": (
-        lambda: replace(GOOD, constraints=(ActionMask([5, 6]), DisallowedTokens([6, 5, 9]))),
-        ConstraintError,
-        "row 1: ActionMask and DisallowedTokens together leave 0 of 49152 tokens for token 0",
-    ),
-    "allowed and denied at one place": (
-        lambda: replace(
-            GOOD, constraints=(ActionMask([5, 6], first_tokens=5), DisallowedTokens([6, 5], positions=(4, 7)))
-        ),
-        ConstraintError,
-        "row 1: .*for token 4 of the response",
-    ),
-    "an id behind the vocabulary": (
-        lambda: replace(GOOD, constraints=(ActionMask([5, VOCAB]),)),
-        TokenIdError,
-        r"row 1: ActionMask: id 49152 .*0\.\.49151",
-    ),
-    "an id to deny behind the vocabulary": (
-        lambda: replace(GOOD, constraints=(DisallowedTokens([10**9]),)),
-        TokenIdError,
-        "row 1: DisallowedTokens: id 1000000000",
-    ),
-    "a negative id": (lambda: replace(GOOD, constraints=(ActionMask([-1]),)), TokenIdError, "-1"),
-    "a temperature that is no number": (
-        lambda: replace(GOOD, constraints=(TemperatureScale(math.nan),)),
-        InputError,
-        r"nan.*\[0\.01, 100\]",
-    ),
-    "a negative temperature": (
-        lambda: replace(GOOD, constraints=(TemperatureScale([1.0, -2.0]),)),
-        InputError,
-        r"-2\.0.*\[0\.01, 100\]",
-    ),
-    "a schedule to nothing": (
-        lambda: replace(GOOD, constraints=(TemperatureScale(LinearSchedule(1.0, 0.0)),)),
-        InputError,
-        r"0\.0.*\[0\.01, 100\]",
-    ),
-    "more than the vocabulary": (
-        lambda: replace(GOOD, logits=LogitsSpec(top_k=VOCAB + 1)),
-        InputError,
-        "row 1: .*top_k=49153.*49152",
-    ),
-    "a column behind the vocabulary": (
-        lambda: replace(GOOD, logits=LogitsSpec(token_ids=(5, VOCAB))),
-        TokenIdError,
-        "row 1: .*49152",
-    ),
-    "too many bytes": (
-        lambda: Request(
-            tuple(prompt_of(3000, 1)),
-            {"max_new_tokens": 4000},
-            logits=LogitsSpec(full=True, segments=("full",)),
-        ),
-        InputError,
-        r"row 1: logits of 49152 columns for up to 6999 tokens are 1312 MiB, over the limit of 1024 MiB; ask for",
-    ),
-    "a constraint that the server has not": (
-        lambda: replace(GOOD, constraints=(NoImmediateRepeat(),)),
-        CapabilityError,
-        r"row 1: .*'no_immediate_repeat'.*'action_mask'.*constraint_modules",
-    ),
-    "a processor that the server does not take": (
-        lambda: replace(GOOD, processor='{"callable": "00"}'),
-        CapabilityError,
-        "row 1: .*--enable-custom-logit-processor",
-    ),
-    "constraints on a scored prompt without a response": (
-        lambda: replace(GOOD, score_prompt=True, constraints=(ActionMask([5]),)),
-        InputError,
-        "row 1: .*without responses",
-    ),
-    "a part outside of the prompt": (
-        lambda: replace(GOOD, score_prompt=True, constraints=(ActionMask([5]),), responses=((1, 4),)),
-        InputError,
-        "row 1: .*responses",
-    ),
-    "a score behind the prompt": (lambda: replace(GOOD, score_prompt=True, score_from=3), InputError, "score_from=3"),
-}
-
-
-@pytest.mark.parametrize("what", WORSE)
-def test_what_must_not_be_sent(smol: SGLangServer, smol_dir: str, sent: list[int], what: str) -> None:
-    make, error, words = WORSE[what]
-    with pytest.raises(error, match=words):
-        smol.generate([GOOD, make()])
-    assert sent == []
-    check(smol, [replace(GOOD, constraints=(ActionMask([5, 9]),), logits=LogitsSpec(top_k=2))], smol_dir)
-    assert sent == [1]
-
-
-@pytest.mark.parametrize("beside", ["a grammar", "min_new_tokens", "logit_bias"])
-def test_nothing_is_left_together_with_what_sglang_takes(smol: SGLangServer, smol_dir: str, beside: str) -> None:
-    """Only the server can find it out; the others in the batch do not notice, and the server goes on."""
-    options: dict[str, tuple[dict[str, Any], ActionMask]] = {
-        "a grammar": ({"regex": "[0-9]{4}"}, ActionMask([1000, 1001])),
-        "min_new_tokens": ({"min_new_tokens": 4}, ActionMask([2])),
-        "logit_bias": ({"logit_bias": {"7": -1e9, "8": -1e9}}, ActionMask([7, 8])),
-    }
-    sampling, mask = options[beside]
-    bad = Request(tuple(prompt_of(6, 9400)), {"max_new_tokens": 6, "temperature": 1.0, **sampling}, constraints=(mask,))
-    good = positioned(short_prompts(9410), 6, own=False)
-    with ThreadPoolExecutor(2) as pool:
-        failing = pool.submit(smol.generate, [bad, GOOD])
-        answers = pool.submit(smol.generate, good)
-        if beside == "logit_bias":
-            # A bias is a number: what is left of it can be chosen from.
-            assert set(failing.result()[0].response_ids) <= {7, 8}
-        else:
-            with pytest.raises(ConstraintError, match=r"row 0.*token 0 of the response: 0 tokens are left.*grammar"):
-                failing.result()
-        for request, completion in zip(good, answers.result(), strict=True):
-            assert_choices(request, completion, smol_dir)
-
-
-def test_an_unknown_name_that_reaches_the_server(smol: SGLangServer, smol_dir: str) -> None:
-    """Such as from a client that does not ask what the server has: refused, and the server lives."""
-    request = replace(GOOD, constraints=(NoImmediateRepeat(),))
-    payload = to_payload([request], smol.info, binary=False)
-    rows = httpx.post(f"{smol.url}/generate", json=payload, timeout=120).raise_for_status().json()
-    with pytest.raises(ProtocolError, match="expected one torchrl_sglang_hidden answer in meta_info"):
-        read_responses([request], rows, smol.info)
-    check(smol, [replace(GOOD, constraints=(ActionMask([5, 9]),))], smol_dir)

@@ -20,7 +20,7 @@ import models
 import pytest
 import torch
 from checks import make_policy, prompt_of, relative_error, tokens_input
-from choosing import SUM_ATOL, assert_choices, positioned
+from choosing import SUM_ATOL, check_choices, positioned
 from states import assert_completion
 from transformers import PreTrainedTokenizerBase
 
@@ -68,11 +68,6 @@ def choices_of(seed: int, **fields: Any) -> list[Request]:
     whole = [LogitsSpec(top_k=3, segments=("full",)), LogitsSpec(token_ids=(8, 3), segments=("full",))]
     requests += [replace(request, logits=spec) for request in requests[1::2] for spec in whole]
     return [replace(request, **fields) for request in requests]
-
-
-def check_choices(server: LaunchedServer, requests: list[Request], model_dir: str, *, overlap: bool = True) -> None:
-    for request, completion in zip(requests, server.generate(requests), strict=True):
-        assert_choices(request, completion, model_dir, overlap=overlap)
 
 
 def log_of(server: LaunchedServer) -> str:

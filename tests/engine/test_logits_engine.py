@@ -7,14 +7,13 @@ in test_states_engine.py; retraction, mixed chunks and the like in test_features
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from checks import CHUNKED_PREFILL_SIZE, prompt_of
-from choosing import Grammar, assert_choices
+from choosing import Grammar, assert_choices, check_choices
 from transformers import PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden import (
@@ -25,8 +24,8 @@ from torchrl_sglang_hidden import (
     SGLangServer,
     TemperatureScale,
 )
-from torchrl_sglang_hidden.engines import Engine, generate_samples
-from torchrl_sglang_hidden.specs import STAGES, Completion, Request
+from torchrl_sglang_hidden.engines import generate_samples
+from torchrl_sglang_hidden.specs import STAGES, Request
 
 SELECTIONS: dict[str, dict[str, Any]] = {
     "full": {"full": True},
@@ -36,13 +35,6 @@ SELECTIONS: dict[str, dict[str, Any]] = {
 SEGMENTS = [("response",), ("prompt",), ("full",), ("prompt", "response")]
 LENGTHS = (1, 20, CHUNKED_PREFILL_SIZE + 1, 2 * CHUNKED_PREFILL_SIZE + 22)
 DIGITS = 5
-
-
-def check(engine: Engine, requests: Sequence[Request], model_dir: str) -> list[Completion]:
-    completions = engine.generate(requests)
-    for request, completion in sorted(zip(requests, completions, strict=True), key=lambda pair: pair[1].prompt_ids):
-        assert_choices(request, completion, model_dir)
-    return completions
 
 
 def test_every_selection_stage_and_segment(smol: SGLangServer, smol_dir: str) -> None:
@@ -58,12 +50,12 @@ def test_every_selection_stage_and_segment(smol: SGLangServer, smol_dir: str) ->
         for index, (segments, stage, selection) in enumerate(combinations)
     ]
     for _ in range(2):
-        completions = check(smol, requests, smol_dir)
+        completions = check_choices(smol, requests, smol_dir)
     longer = [
         replace(request, prompt_ids=(*completion.prompt_ids, *completion.response_ids, *prompt_of(9, seed=5100)))
         for request, completion in zip(requests[-9:], completions[-9:], strict=True)
     ]
-    check(smol, longer, smol_dir)
+    check_choices(smol, longer, smol_dir)
 
 
 def test_in_half_the_bytes(smol: SGLangServer, smol_dir: str) -> None:
@@ -76,7 +68,7 @@ def test_in_half_the_bytes(smol: SGLangServer, smol_dir: str) -> None:
     ids = tuple(prompt_of(12, seed=5200))
     requests = [Request(ids, {"max_new_tokens": 4, "temperature": 0.0}, logits=spec) for spec in whole]
     halved = [replace(request, logits=replace(request.logits, dtype=torch.bfloat16)) for request in requests]
-    completions = check(smol, requests + halved, smol_dir)
+    completions = check_choices(smol, requests + halved, smol_dir)
     for exact, rounded in zip(completions[: len(whole)], completions[len(whole) :], strict=True):
         for one, other in ((exact.logits, rounded.logits), (exact.prompt_logits, rounded.prompt_logits)):
             assert one is not None
@@ -87,7 +79,9 @@ def test_in_half_the_bytes(smol: SGLangServer, smol_dir: str) -> None:
 def test_a_prompt_alone(smol: SGLangServer, smol_dir: str) -> None:
     prompts = [tuple(prompt_of(length, seed=5300 + length)) for length in LENGTHS]
     specs = [LogitsSpec(**SELECTIONS[selection], segments=("prompt",)) for selection in ("token_ids", "top_k")]
-    check(smol, [Request(ids, {"max_new_tokens": 0}, logits=spec) for ids in prompts for spec in specs], smol_dir)
+    check_choices(
+        smol, [Request(ids, {"max_new_tokens": 0}, logits=spec) for ids in prompts for spec in specs], smol_dir
+    )
 
 
 def test_every_sample_has_its_own_and_the_prompts(smol: SGLangServer, smol_dir: str) -> None:
@@ -180,4 +174,4 @@ def test_beside_sglangs_penalties(smol: SGLangServer, smol_dir: str, stage: Any)
             logits=LogitsSpec(full=True, stage=stage),
             constraints=CONSTRAINED["all kinds" if index % 2 else "a mask"],
         )
-        check(smol, [request], smol_dir)
+        check_choices(smol, [request], smol_dir)
