@@ -127,6 +127,13 @@ def assert_rows(
     return rows
 
 
+def assert_greedy(row: Row, model_dir: str, max_new_tokens: int, eos_id: int | None = None) -> None:
+    """Each token is the best one behind those before it, and the response ends where it should."""
+    assert row.response_ids == oracle.teacher_force(model_dir, row.prompt_ids, row.response_ids).argmax_T
+    assert eos_id not in row.response_ids[:-1]
+    assert row.response_ids[-1] == eos_id or len(row.response_ids) == max_new_tokens
+
+
 def relative_error(found_D: torch.Tensor, expected_D: torch.Tensor) -> float:
     return float((found_D - expected_D).norm() / expected_D.norm())
 

@@ -20,6 +20,8 @@ TEST_URL_ENV = "TORCHRL_SGLANG_HIDDEN_TEST_URL"
 ENGINE_TESTS = Path(__file__).parent / "engine"
 # Servers that stay to the session's end once they are started, in the order of their tests.
 STAYING_SERVERS = ("trainee_server", "smol")
+# Ray's own processes take another 5 GiB: before those.
+BEFORE_THEM = ("test_ray",)
 # What is not worth doing twice where tests run in several processes.
 ONCE = ("trainee_server", "in_process_log")
 
@@ -43,7 +45,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             users.setdefault(group_of(item), set()).update(getattr(item, "fixturenames", ()))
 
     def stage(item: pytest.Item) -> int:
-        used = users.get(group_of(item), set())
+        used = set() if group_of(item) in BEFORE_THEM else users.get(group_of(item), set())
         return next((place for place, server in enumerate(STAYING_SERVERS, 1) if server in used), 0)
 
     items.sort(key=stage)

@@ -84,7 +84,6 @@ def head(model: PreTrainedModel, states_ND: torch.Tensor) -> torch.Tensor:
     return logits_NV if cap is None else cap * torch.tanh(logits_NV / cap)
 
 
-@torch.inference_mode()
 def teacher_force(
     model_dir: str,
     prompt_ids: Sequence[int],
@@ -96,6 +95,18 @@ def teacher_force(
 
     ``layers`` are those that `Truth.states` is asked for, beside -1, which is always there.
     """
+    return _teacher_force(model_dir, tuple(prompt_ids), tuple(response_ids), temperature, tuple(layers))
+
+
+@functools.lru_cache(maxsize=32)
+@torch.inference_mode()
+def _teacher_force(
+    model_dir: str,
+    prompt_ids: tuple[int, ...],
+    response_ids: tuple[int, ...],
+    temperature: float,
+    layers: tuple[int, ...],
+) -> Truth:
     model = load(model_dir)
     fed = torch.tensor([[*prompt_ids, *response_ids[:-1]]])
     with _recorded(model, layers) as layer_states:
@@ -111,18 +122,3 @@ def teacher_force(
         gap_T=best_two_T2[:, 0] - best_two_T2[:, 1],
         layer_states=layer_states,
     )
-
-
-@functools.cache
-@torch.inference_mode()
-def greedy(model_dir: str, prompt_ids: tuple[int, ...], max_new_tokens: int, eos_id: int | None = None) -> list[int]:
-    """The greedy response, up to and with ``eos_id``."""
-    model = load(model_dir)
-    response: list[int] = []
-    fed, cache = torch.tensor([list(prompt_ids)]), None
-    while len(response) < max_new_tokens and (not response or response[-1] != eos_id):
-        out = model(fed, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = out.past_key_values
-        response.append(int(out.logits[0, -1].argmax()))
-        fed = torch.tensor([[response[-1]]])
-    return response

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import oracle
 import pytest
 import torch
 from checks import (
@@ -18,6 +17,7 @@ from checks import (
     POOLINGS,
     QUESTIONS,
     SEGMENTS,
+    assert_greedy,
     assert_row,
     assert_rows,
     history_input,
@@ -62,7 +62,7 @@ def test_greedy_batches_in_every_mode(
 
     assert [row.prompt_ids for row in rows] == expected
     for row in rows:
-        assert row.response_ids == oracle.greedy(smol_dir, tuple(row.prompt_ids), 8, tokenizer.eos_token_id)
+        assert_greedy(row, smol_dir, 8, tokenizer.eos_token_id)
         assert row.text == tokenizer.decode(row.response_ids, skip_special_tokens=True)
         assert row.finish_reason == ("stop" if row.response_ids[-1] == tokenizer.eos_token_id else "length")
         assert row.weight_version
@@ -123,7 +123,7 @@ def test_a_second_turn_sends_the_whole_conversation(
     batch = TensorDict(history=ChatHistory(prompt=History.from_chats([chat]), batch_size=1), batch_size=1)
     (row,) = assert_rows(policy("history")(batch), smol_dir, SEGMENTS)
     assert row.prompt_ids == tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-    assert row.response_ids == oracle.greedy(smol_dir, tuple(row.prompt_ids), 8, tokenizer.eos_token_id)
+    assert_greedy(row, smol_dir, 8, tokenizer.eos_token_id)
 
 
 @pytest.mark.parametrize("shape", [(), (2, 2)])

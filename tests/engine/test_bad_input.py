@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import oracle
 import pytest
 import torch
-from checks import prompt_of, rows_of, text_input, tokens_input
+from checks import assert_greedy, prompt_of, rows_of, text_input, tokens_input
 from tensordict import TensorDict, TensorDictBase
 from torchrl.modules.llm.policies import Text, Tokens
 from transformers import PreTrainedTokenizerBase
@@ -46,7 +45,7 @@ def server_answers_afterwards(policy: Policy, smol_dir: str) -> Iterator[None]:
     yield
     prompt = prompt_of(6, seed=1)
     (row,) = rows_of(policy(max_new_tokens=3, segments=("response",))(tokens_input([prompt])), ("response",))
-    assert row.response_ids == oracle.greedy(smol_dir, tuple(prompt), 3)
+    assert_greedy(row, smol_dir, 3)
     assert row.counts == {"response": 3}
 
 

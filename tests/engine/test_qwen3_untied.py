@@ -7,13 +7,13 @@ import secrets
 from collections.abc import Callable, Iterator
 
 import httpx
-import oracle
 import pytest
 from checks import (
     CHUNKED_PREFILL_SIZE,
     POOLINGS,
     QUESTIONS,
     SEGMENTS,
+    assert_greedy,
     assert_rows,
     history_input,
     make_policy,
@@ -82,14 +82,15 @@ def test_greedy_batches(qwen3_policy: Policy, qwen3_dir: str, num_rows: int) -> 
     prompts = [prompt_of(2 + row, seed=row) for row in range(num_rows)]
     rows = assert_rows(qwen3_policy()(tokens_input(prompts)), qwen3_dir, SEGMENTS)
     for prompt, row in zip(prompts, rows, strict=True):
-        assert row.response_ids == oracle.greedy(qwen3_dir, tuple(prompt), 8)
+        assert row.prompt_ids == prompt
+        assert_greedy(row, qwen3_dir, 8)
 
 
 @pytest.mark.parametrize(("mode", "make_input"), [("history", history_input), ("text", text_input)])
 def test_modes(qwen3_policy: Policy, qwen3_dir: str, mode: str, make_input: Callable) -> None:
     rows = assert_rows(qwen3_policy(mode)(make_input(QUESTIONS[:3])), qwen3_dir, SEGMENTS)
     for row in rows:
-        assert row.response_ids == oracle.greedy(qwen3_dir, tuple(row.prompt_ids), 8)
+        assert_greedy(row, qwen3_dir, 8)
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
