@@ -18,10 +18,9 @@ from torchrl_sglang_hidden import SGLangHiddenWrapper, SGLangServer, connect, de
 # A running server for the `smol` fixture, started with the arguments below: saves its start on each run at work.
 TEST_URL_ENV = "TORCHRL_SGLANG_HIDDEN_TEST_URL"
 ENGINE_TESTS = Path(__file__).parent / "engine"
-# Servers that stay to the session's end once they are started, in the order of their tests.
-STAYING_SERVERS = ("trainee_server", "smol")
-# Ray's own processes take another 5 GiB: before those.
-BEFORE_THEM = ("test_ray",)
+# The order of the engine tests, by the first that a group uses: `smol` stays to the end once it is started, and what
+# needs much memory beside it (a trainer and its server, Ray's processes) comes before a second process has one too.
+FIRST, LAST = ("trainee_server", "local_ray"), ("smol",)
 # What is not worth doing twice where tests run in several processes.
 ONCE = ("trainee_server", "in_process_log")
 
@@ -34,8 +33,7 @@ torch.set_num_threads(1)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Orders the engine tests, and groups them for runs in several processes (``--dist loadgroup``).
 
-    Tests with a server of their own come first, so that no more servers stand side by side than 24 GiB hold: each
-    takes 3 to 4.
+    So that no more servers stand side by side than 24 GiB hold: each takes 3 to 4.
     """
     users: dict[str, set[str]] = {}
     for item in items:
@@ -45,8 +43,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             users.setdefault(group_of(item), set()).update(getattr(item, "fixturenames", ()))
 
     def stage(item: pytest.Item) -> int:
-        used = set() if group_of(item) in BEFORE_THEM else users.get(group_of(item), set())
-        return next((place for place, server in enumerate(STAYING_SERVERS, 1) if server in used), 0)
+        used = users.get(group_of(item), set())
+        if not used.isdisjoint(FIRST):
+            return min(FIRST.index(name) for name in used.intersection(FIRST))
+        return len(FIRST) + (not used.isdisjoint(LAST))
 
     items.sort(key=stage)
 

@@ -90,6 +90,8 @@ def test_the_first_token_alone_is_sent_where_it_alone_counts() -> None:
     assert [list(request.prompt_ids) for request in engine.requests[2:]] == [
         p + c[:1] for p in PROMPTS for c in CANDIDATES
     ]
+    # However long the rest is.
+    assert policy.score(prompts(), [[6], [7] * CONTEXT_LENGTH], reduction="first")["mask"].all()
 
 
 def test_one_candidate_for_each_prompt_needs_nothing_ahead() -> None:
@@ -363,6 +365,7 @@ def test_the_actor_chooses_among_the_allowed_candidates() -> None:
     actor = CandidateActor(policy, CANDIDATES, action_mask_key="allowed", spec=Categorical(3))
     assert actor.in_keys == [("tokens", "prompt"), "allowed"]
     assert actor.out_keys == ["logits", "logits_mask", "action", "action_log_prob"]
+    torch.manual_seed(0)
     seen = set()
     for _ in range(20):
         out = actor(masked())

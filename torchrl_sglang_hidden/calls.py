@@ -24,12 +24,9 @@ from torchrl_sglang_hidden.places import decode_all
 from torchrl_sglang_hidden.prompts import InputMode, Row
 from torchrl_sglang_hidden.sampling import NOT_OF_SAMPLING, override, standardize, to_sglang
 from torchrl_sglang_hidden.spans import Between, find_between
-from torchrl_sglang_hidden.specs import DEFAULT_NEW_TOKENS, Completion, HiddenSpec, LogitsSpec, Request
+from torchrl_sglang_hidden.specs import DEFAULT_NEW_TOKENS, READING, Completion, HiddenSpec, LogitsSpec, Request
 
 __all__ = ["Call", "check_responses", "read_call", "read_target", "to_requests", "write"]
-
-# The engine must sample one token, which is dropped.
-SCORING = {"max_new_tokens": 1, "temperature": 0.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +125,9 @@ def read_call(
         # A prompt that is only read was followed by nothing.
         limit = options.get("max_new_tokens") or DEFAULT_NEW_TOKENS
         if logits_only:
-            return Call(False, None, SCORING, lora, priority, only_logits(logits), True, constraints, limit)
+            return Call(False, None, READING, lora, priority, only_logits(logits), True, constraints, limit)
         states, logits = of_given(hidden), logits_of_given(logits)
-        return Call(False, states, SCORING, lora, priority, logits, False, constraints, limit)
+        return Call(False, states, READING, lora, priority, logits, False, constraints, limit)
     if read_num_samples(num_samples, options) != num_samples:
         raise InputError(
             f"num_return_sequences={options['num_return_sequences']} in a call, and no num_samples in the wrapper, "

@@ -20,7 +20,7 @@ from torchrl.modules import MaskedCategorical, ProbabilisticActor
 from transformers import PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden.actions import ActionMaskReader
-from torchrl_sglang_hidden.calls import SCORING, Call, read_call
+from torchrl_sglang_hidden.calls import Call, read_call
 from torchrl_sglang_hidden.constraints import LogitConstraint, check_constraints
 from torchrl_sglang_hidden.engines import Engine
 from torchrl_sglang_hidden.errors import (
@@ -32,7 +32,7 @@ from torchrl_sglang_hidden.errors import (
     TokenIdError,
 )
 from torchrl_sglang_hidden.prompts import InputMode, PromptReader, Row
-from torchrl_sglang_hidden.specs import EngineInfo, Request
+from torchrl_sglang_hidden.specs import READING, EngineInfo, Request
 
 __all__ = ["CandidateActor", "CandidateScoring", "Candidates", "Reduction"]
 
@@ -136,7 +136,7 @@ class CandidateScoring:
         rows = _read_candidates(candidates, len(prompts), self.tokenizer)
         wanted_RA = _read_mask(mask, rows, tensordict.batch_size)
         requests = [_request(prompt, call) for prompt in prompts]
-        _check(rows, requests, self.model.info)
+        _check(rows, requests, self.model.info, 1 if reduction == "first" else None)
         logits_RA = self._score(requests, rows, wanted_RA, reduction)
         # A NaN stays, for the distribution to refuse.
         mask_RA = wanted_RA & ~logits_RA.isneginf()
@@ -181,7 +181,7 @@ def _request(prompt: Row, call: Call) -> Request:
     """One token of the prompt, with the constraints: what a server lacks for them is said before its candidates go."""
     return Request(
         prompt.prompt_ids,
-        sampling=SCORING,
+        sampling=READING,
         return_log_probs=False,
         lora=call.lora,
         priority=call.priority,
@@ -276,14 +276,17 @@ def _read_mask(mask: Any, rows: Sequence[Sequence[Ids]], batch_size: torch.Size)
     return wanted_RA
 
 
-def _check(rows: Sequence[Sequence[Ids]], requests: Sequence[Request], info: EngineInfo) -> None:
-    """Refuses here what the engine's own check would name by another row: it sees one row for each candidate."""
+def _check(rows: Sequence[Sequence[Ids]], requests: Sequence[Request], info: EngineInfo, num_sent: int | None) -> None:
+    """Refuses here what the engine's own check would name by another row: it sees one row for each candidate.
+
+    ``num_sent`` is how many of a candidate's tokens are sent; None for all.
+    """
     for row, (request, candidates) in enumerate(zip(requests, rows, strict=True)):
         num_prompt = len(request.prompt_ids)
         if not num_prompt:
             raise PromptLengthError(f"row {row}: the prompt has 0 tokens; SGLang needs at least 1")
         try:
-            check_constraints(request.constraints, info.vocab_size, max(map(len, candidates)))
+            check_constraints(request.constraints, info.vocab_size, num_sent or max(map(len, candidates)))
         except (TokenIdError, ConstraintError) as error:
             raise type(error)(f"row {row}: {error}") from error
         for place, ids in enumerate(candidates):
@@ -294,9 +297,10 @@ def _check(rows: Sequence[Sequence[Ids]], requests: Sequence[Request], info: Eng
                         f"{name} token id {extreme} is outside the vocabulary of {info.vocab_size}; ids are "
                         f"0..{info.vocab_size - 1}. Was it made by another model's tokenizer?"
                     )
-            if num_prompt + len(ids) > info.max_prompt_tokens:
+            length = num_sent or len(ids)
+            if num_prompt + length > info.max_prompt_tokens:
                 raise PromptLengthError(
-                    f"{name} {num_prompt} prompt tokens and {len(ids)} of the candidate are {num_prompt + len(ids)}, "
+                    f"{name} {num_prompt} prompt tokens and {length} of the candidate are {num_prompt + length}, "
                     f"over the engine's limit of {info.max_prompt_tokens} (context length {info.context_length}); "
                     "shorten one of them, or start the server with a larger context or KV cache"
                 )

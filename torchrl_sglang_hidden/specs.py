@@ -44,9 +44,10 @@ POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 STAGES: tuple[Stage, ...] = get_args(Stage)
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-
 # SGLang's own default for max_new_tokens.
 DEFAULT_NEW_TOKENS = 128
+# The sampling of a prompt that is only read: SGLang must sample a token, which is dropped.
+READING: Mapping[str, Any] = {"max_new_tokens": 1, "temperature": 0.0}
 
 
 def rows_expected(segment: Segment, num_prompt: int, num_response: int) -> int:

@@ -21,6 +21,7 @@ from torchrl_sglang_hidden.pooling import RequestPools, Wanted
 from torchrl_sglang_hidden.shared import is_shared
 from torchrl_sglang_hidden.specs import (
     DEFAULT_NEW_TOKENS,
+    READING,
     EngineInfo,
     HiddenSpec,
     Request,
@@ -45,7 +46,7 @@ def warm_up(server_info: Mapping[str, Any]) -> dict[str, Any] | None:
     if all(state is None or state.get("layers", ()) is not None for state in states):
         return None
     # One for each of the engine's data-parallel parts.
-    return {"input_ids": [[0]] * len(states), "sampling_params": {"max_new_tokens": 1, "temperature": 0.0}}
+    return {"input_ids": [[0]] * len(states), "sampling_params": dict(READING)}
 
 
 def _stock_refusal(server_info: Mapping[str, Any]) -> str:
@@ -210,7 +211,7 @@ def _way(many: bool, info: EngineInfo) -> Way:
 
 def _sampling(request: Request) -> dict[str, Any]:
     # SGLang has no states where nothing is generated, and the token comes with the prompt's one forward pass.
-    return {"max_new_tokens": 1, "temperature": 0.0} if request.reads_only else dict(request.sampling)
+    return dict(READING if request.reads_only else request.sampling)
 
 
 def _reads_prompt(wanted: Wanted, num_prompt: int) -> bool:

@@ -12,6 +12,7 @@ from torchrl_sglang_hidden.checks import check_requests
 from torchrl_sglang_hidden.engines.base import Engine
 from torchrl_sglang_hidden.spans import PromptSpan
 from torchrl_sglang_hidden.specs import (
+    READING,
     Completion,
     HiddenSpec,
     LogitsSpec,
@@ -69,7 +70,7 @@ def _ahead(request: Request) -> Request:
         spec = _narrowed(spec, ("prompt",) if whole else (), tokens, spans)
     return replace(
         request,
-        sampling={"max_new_tokens": 1, "temperature": 0.0},
+        sampling=READING,
         return_log_probs=False,
         hidden=spec,
         spans=spans,
