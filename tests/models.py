@@ -19,6 +19,8 @@ from transformers import (
     Gemma3TextConfig,
     GraniteConfig,
     GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -54,6 +56,13 @@ SHAPE = {
 LORA_RANK = 8
 LORA_ALPHA = 16
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def save_random_llama(directory: Path, tokenizer_dir: str) -> Path:
+    """A Llama of five layers and D=64 whose head is its embeddings."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    config = LlamaConfig(**SHAPE, **_token_ids(tokenizer), num_hidden_layers=5, tie_word_embeddings=True)
+    return _save(LlamaForCausalLM, config, tokenizer, directory)
 
 
 def save_random_qwen3(directory: Path, tokenizer_dir: str) -> Path:

@@ -17,12 +17,9 @@ Policy = Callable[..., SGLangHiddenWrapper]
 SAMPLES = 3
 
 
+@pytest.mark.parametrize("pooling", ["mean", "last"])
 @pytest.mark.parametrize(
-    ("segments", "pooling"),
-    [
-        *[(segments, "mean") for segments in [("prompt",), ("response",), ("full",), ("response", "full")]],
-        *[(segments, "last") for segments in [("full",), SEGMENTS]],
-    ],
+    "segments", [("prompt",), ("response",), ("full",), ("response", "full"), SEGMENTS], ids="+".join
 )
 def test_every_sample_equals_hugging_face(policy: Policy, smol_dir: str, segments: Sequence[str], pooling: str) -> None:
     prompts = [prompt_of(n, seed=1000 + n) for n in (1, 30, 150)]

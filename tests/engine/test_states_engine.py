@@ -1,7 +1,7 @@
 """Every segment, layer, pooling and span of small random models, on real servers, against Hugging Face; and the logits,
 what the server says of them and what `logits_from_hidden` makes of the states.
 
-What a layer id means, and what a head does, is the model's own matter: so the same questions are put to four
+What a layer id means, and what a head does, is the model's own matter: so the same questions are put to five
 architectures, with heads tied and not, a softcapped one, and one with a vocabulary that SGLang pads.
 """
 
@@ -42,6 +42,7 @@ from torchrl_sglang_hidden.specs import POOLINGS, SEGMENTS, STAGES, Completion, 
 # Small random models, and how many layers they have: heads tied and not, scaled, softcapped, and one whose vocabulary
 # SGLang pads.
 ARCHITECTURES = {
+    "llama": (models.save_random_llama, 5),
     "granite": (models.save_random_granite, 3),
     "qwen3": (models.save_random_qwen3, 4),
     "gemma3": (models.save_random_gemma3, 6),
@@ -184,8 +185,8 @@ def test_a_prompt_alone_is_one_prefill_and_always_the_same(served: Served) -> No
 # --- logits from the states -----------------------------------------------------------------------------------------
 
 LOGITS_ATOL = 1e-3
-# Scaled and tied, untied, softcapped. The fourth's vocabulary is not its tokenizer's, which a policy refuses.
-of_heads = pytest.mark.parametrize("served", ["granite", "qwen3", "gemma3"], indirect=True)
+# Plain, scaled, untied, softcapped. The fifth's vocabulary is not its tokenizer's, which a policy refuses.
+of_heads = pytest.mark.parametrize("served", ["llama", "granite", "qwen3", "gemma3"], indirect=True)
 
 
 class Case(NamedTuple):
