@@ -1,12 +1,7 @@
-"""The order of the house, read from the imports of every module, those inside functions too.
+"""The order of the package, read from the imports of every module, those inside functions too.
 
-    _version, errors → spans, constraints, shared → specs → pooling, heads, logits, sampling, places,
-      actions, outputs → blocks
-      → channel → wire → checks, answers
-      → server, prompts → engines, assemble → distributions, options → calls, configured → candidates → policy
-      → transforms, recording, weight_sync → demo → cli → __main__, __init__
-
-A room imports rooms before it, or itself.
+`ORDER` lists packages and modules; what it names imports what stands before it, or itself. A module belongs to the
+longest name that fits it.
 """
 
 from __future__ import annotations
@@ -38,14 +33,14 @@ ORDER: list[set[str]] = [
     {"calls", "configured"},
     {"candidates"},
     {"policy"},
-    {"transforms", "recording", "weight_sync"},
+    {"weight_sync"},
     {"demo"},
     {"cli"},
     {"__main__", "__init__"},
 ]
-LEVELS = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
+LEVELS = {name: level for level, names in enumerate(ORDER) for name in names}
 
-# What a room must not import beyond the order: other rooms of the package, or libraries.
+# What a package or module must not import beyond the order: others of this package, or libraries.
 FORBIDDEN: dict[str, set[str]] = {
     "spans": {"sglang", "tensordict", "torchrl", "transformers", "httpx", "torch"},
     "constraints": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
@@ -105,31 +100,37 @@ def imports_of(source: str, module: str) -> Iterator[Import]:
         yield from (Import(name, node.lineno, id(node) in lazy) for name in dict.fromkeys(names))
 
 
-def room_of(module: str) -> str:
-    """The room of a module's full name. The package itself is its `__init__`."""
-    parts = module.split(".")
-    return parts[1] if len(parts) > 1 else "__init__"
+def part_of(module: str) -> str:
+    """The longest name of the order that a module's full name fits; its first part where there is none."""
+    parts = module.split(".")[1:] or ["__init__"]
+    names = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
+    return next((name for name in names if name in LEVELS), names[-1])
+
+
+def rules_of(rules: dict[str, set[str]], part: str) -> set[str]:
+    """The rules of a part and of the package that it is in."""
+    parts = part.split(".")
+    return {rule for length in range(len(parts)) for rule in rules.get(".".join(parts[: length + 1]), ())}
 
 
 def breaches(source: str, module: str) -> list[str]:
     """What a module imports and should not."""
-    room, found = room_of(module), []
+    part, found = part_of(module), []
     for target, line, lazy in imports_of(source, module):
         where = f"{module}:{line} imports {target}"
         top = target.split(".")[0]
         if top == PACKAGE:
-            other = room_of(target)
+            other = part_of(target)
             if other not in LEVELS:
-                found.append(f"{where}, a room without a place in the order")
-            elif other != room and LEVELS[other] >= LEVELS[room]:
+                found.append(f"{where}, which has no place in the order")
+            elif other != part and LEVELS[other] >= LEVELS[part]:
                 found.append(f"{where}, upward")
-            doors = FRONT_DOORS.get(room, set())
-            if any(target.startswith(f"{door}.") for door in doors):
+            if any(target.startswith(f"{door}.") for door in rules_of(FRONT_DOORS, part)):
                 found.append(f"{where}, past the front door")
         if top == "sglang" and not lazy:
             found.append(f"{where} when it is imported itself")
-        if any(target == name or target.startswith(f"{name}.") for name in FORBIDDEN.get(room, ())):
-            found.append(f"{where}, which {room} knows nothing of")
+        if any(target == name or target.startswith(f"{name}.") for name in rules_of(FORBIDDEN, part)):
+            found.append(f"{where}, which {part} knows nothing of")
     return found
 
 
@@ -139,7 +140,7 @@ def module_of(path: Path) -> str:
 
 
 def modules() -> list[Path]:
-    # The stand-in is no part of the house: it takes the place of `sgl_kernel` on a path of its own.
+    # The stand-in is no part of the package: it takes the place of `sgl_kernel` on a path of its own.
     return [path for path in sorted(ROOT.rglob("*.py")) if "standin" not in path.parts]
 
 
@@ -148,8 +149,8 @@ def test_imports_go_one_way(path: Path) -> None:
     assert breaches(path.read_text(), module_of(path)) == []
 
 
-def test_every_room_has_its_place() -> None:
-    assert {room_of(module_of(path)) for path in modules()} <= set(LEVELS)
+def test_every_module_has_its_place() -> None:
+    assert {part_of(module_of(path)) for path in modules()} <= set(LEVELS)
     assert len(modules()) > 15
 
 
@@ -159,7 +160,7 @@ def test_every_room_has_its_place() -> None:
         ("errors", "from torchrl_sglang_hidden.specs import Request", "upward"),
         ("specs", "def f():\n    from torchrl_sglang_hidden import policy", "upward"),
         ("pooling", "import torchrl_sglang_hidden.sampling", "upward"),
-        ("wire", "from torchrl_sglang_hidden import HiddenSpec", "a room without a place"),
+        ("wire", "from torchrl_sglang_hidden import HiddenSpec", "has no place"),
         ("wire", "import torchrl_sglang_hidden", "upward"),
         ("wire", "from . import engines", "upward"),
         ("wire", "from .engines import http", "upward"),
@@ -175,7 +176,7 @@ def test_every_room_has_its_place() -> None:
         ("policy", "from torchrl_sglang_hidden.wire import to_payload", "knows nothing of"),
         ("policy", "from torchrl_sglang_hidden.engines.http import SGLangServer", "front door"),
         ("cli", "from torchrl_sglang_hidden.__main__ import main", "upward"),
-        ("policy", "from torchrl_sglang_hidden.new_room import x", "a room without a place"),
+        ("policy", "from torchrl_sglang_hidden.new_room import x", "has no place"),
     ],
 )
 def test_the_check_goes_red(module: str, source: str, words: str) -> None:
