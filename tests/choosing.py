@@ -16,8 +16,8 @@ import torch
 from own_constraints import NoImmediateRepeat, Tell
 
 from torchrl_sglang_hidden import ActionMask, ConstraintStep, DisallowedTokens, LogitConstraint, TemperatureScale
-from torchrl_sglang_hidden.constraints import ExponentialSchedule, LinearSchedule
 from torchrl_sglang_hidden.engines import Engine
+from torchrl_sglang_hidden.spec.constraints import ExponentialSchedule, LinearSchedule
 from torchrl_sglang_hidden.specs import Completion, LogitsSpec, Request, TokenLogits
 
 LOGITS_ATOL = 1e-3

@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 
 from torchrl_sglang_hidden.pooling import Pools, Wanted
-from torchrl_sglang_hidden.spans import Between, LastTokens, PromptSpan, intervals_of
+from torchrl_sglang_hidden.spec.spans import Between, LastTokens, PromptSpan, intervals_of
 from torchrl_sglang_hidden.specs import POOLINGS, SEGMENTS, ResolvedSpan, rows_expected
 
 SUBSETS = [*chain.from_iterable(combinations(SEGMENTS, size) for size in (1, 2, 3))]

@@ -23,7 +23,6 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from torchrl_sglang_hidden.answers import read_responses
 from torchrl_sglang_hidden.channel import CHANNEL, Status, pack_answer, unpack_options
-from torchrl_sglang_hidden.constraints import known_constraints
 from torchrl_sglang_hidden.engines import Engine
 from torchrl_sglang_hidden.engines.sessions import Session, SessionHost
 from torchrl_sglang_hidden.engines.streams import AsyncStream, Stream, check_stream
@@ -32,6 +31,7 @@ from torchrl_sglang_hidden.errors import RequestRejectedError
 from torchrl_sglang_hidden.logits import Choosing, FoundLogits, RequestLogits, WantedLogits, constrain, cut
 from torchrl_sglang_hidden.pooling import RequestPools, sum_rows
 from torchrl_sglang_hidden.server.choices import Given, StepChoices
+from torchrl_sglang_hidden.spec.constraints import known_constraints
 from torchrl_sglang_hidden.specs import SEGMENTS, Completion, EngineInfo, Pooling, Request, Segment
 from torchrl_sglang_hidden.wire import to_payload
 

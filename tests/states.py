@@ -6,7 +6,7 @@ import oracle
 import torch
 from checks import LOG_PROB_ATOL, STATE_RTOL, relative_error
 
-from torchrl_sglang_hidden.spans import LastTokens, PromptSpan
+from torchrl_sglang_hidden.spec.spans import LastTokens, PromptSpan
 from torchrl_sglang_hidden.specs import Completion, Request, canonical_layer
 
 Stack = torch.Tensor

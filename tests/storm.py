@@ -18,7 +18,7 @@ from states import assert_completion
 
 from torchrl_sglang_hidden import HiddenSpec, LastTokens, TokenMask
 from torchrl_sglang_hidden.engines.launch import LaunchedServer
-from torchrl_sglang_hidden.spans import PromptSpan
+from torchrl_sglang_hidden.spec.spans import PromptSpan
 from torchrl_sglang_hidden.specs import POOLINGS, SEGMENTS, Request
 
 NUM_LAYERS = 4

@@ -19,8 +19,8 @@ PACKAGE = "torchrl_sglang_hidden"
 ROOT = Path(torchrl_sglang_hidden.__file__).parent
 ORDER: list[set[str]] = [
     {"_version"},
-    {"errors"},
-    {"spans", "constraints", "shared"},
+    {"errors", "spec"},
+    {"spec.spans", "spec.constraints", "shared"},
     {"specs"},
     {"pooling", "heads", "logits", "sampling", "places", "actions", "outputs"},
     {"blocks"},
@@ -42,8 +42,8 @@ LEVELS = {name: level for level, names in enumerate(ORDER) for name in names}
 
 # What a package or module must not import beyond the order: others of this package, or libraries.
 FORBIDDEN: dict[str, set[str]] = {
-    "spans": {"sglang", "tensordict", "torchrl", "transformers", "httpx", "torch"},
-    "constraints": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
+    "spec.spans": {"sglang", "tensordict", "torchrl", "transformers", "httpx", "torch"},
+    "spec.constraints": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
     "specs": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
     "logits": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
     "blocks": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},

@@ -24,7 +24,6 @@ from test_channel import CHOICES, GARBAGE, anything, custom_of, logits_of, span_
 
 from torchrl_sglang_hidden import blocks
 from torchrl_sglang_hidden.channel import CHANNEL, pack_options, unpack_answer, unpack_options
-from torchrl_sglang_hidden.constraints import ActionMask, ConstraintStep, DisallowedTokens, LogitConstraint
 from torchrl_sglang_hidden.errors import CapabilityError, ConstraintError, SpanError
 from torchrl_sglang_hidden.logits import WantedLogits, cut
 from torchrl_sglang_hidden.pooling import BLOCK, Wanted
@@ -34,7 +33,8 @@ from torchrl_sglang_hidden.server.capture import Capture, HostRows, _Tokens
 from torchrl_sglang_hidden.server.choices import HostLogits, StepChoices
 from torchrl_sglang_hidden.server.sums import ENTRY_BYTES
 from torchrl_sglang_hidden.shared import MIN_BYTES, SharedFiles, fetch
-from torchrl_sglang_hidden.spans import Between, LastTokens, PromptSpan
+from torchrl_sglang_hidden.spec.constraints import ActionMask, ConstraintStep, DisallowedTokens, LogitConstraint
+from torchrl_sglang_hidden.spec.spans import Between, LastTokens, PromptSpan
 from torchrl_sglang_hidden.specs import POOLINGS, SEGMENTS, LogitsSpec
 
 POISON = 1e4  # the value of rows that belong to nobody

@@ -34,7 +34,11 @@ from torchrl_sglang_hidden.channel import (
     unpack_answer,
     unpack_options,
 )
-from torchrl_sglang_hidden.constraints import (
+from torchrl_sglang_hidden.errors import CapabilityError, ConstraintError, ProtocolError, SpanError
+from torchrl_sglang_hidden.logits import FoundLogits, WantedLogits
+from torchrl_sglang_hidden.pooling import Pools, Wanted, WantedRows
+from torchrl_sglang_hidden.shared import MIN_BYTES, SharedFiles, discard, fetch
+from torchrl_sglang_hidden.spec.constraints import (
     ActionMask,
     ConstraintStep,
     DisallowedTokens,
@@ -42,11 +46,7 @@ from torchrl_sglang_hidden.constraints import (
     LogitConstraint,
     TemperatureScale,
 )
-from torchrl_sglang_hidden.errors import CapabilityError, ConstraintError, ProtocolError, SpanError
-from torchrl_sglang_hidden.logits import FoundLogits, WantedLogits
-from torchrl_sglang_hidden.pooling import Pools, Wanted, WantedRows
-from torchrl_sglang_hidden.shared import MIN_BYTES, SharedFiles, discard, fetch
-from torchrl_sglang_hidden.spans import Between, LastTokens, PromptSpan, intervals_of
+from torchrl_sglang_hidden.spec.spans import Between, LastTokens, PromptSpan, intervals_of
 from torchrl_sglang_hidden.specs import POOLINGS, SEGMENTS, STAGES, LogitsSpec, TokenLogits
 
 D = 8

@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from torchrl_sglang_hidden.constraints import (
+from torchrl_sglang_hidden.logits import FoundLogits, RequestLogits, WantedLogits
+from torchrl_sglang_hidden.server import choices as room
+from torchrl_sglang_hidden.server.choices import Choice, Given, HostLogits, StepChoices
+from torchrl_sglang_hidden.spec.constraints import (
     ActionMask,
     ConstraintStep,
     DisallowedTokens,
@@ -19,9 +22,6 @@ from torchrl_sglang_hidden.constraints import (
     LogitConstraint,
     TemperatureScale,
 )
-from torchrl_sglang_hidden.logits import FoundLogits, RequestLogits, WantedLogits
-from torchrl_sglang_hidden.server import choices as room
-from torchrl_sglang_hidden.server.choices import Choice, Given, HostLogits, StepChoices
 from torchrl_sglang_hidden.specs import LogitsSpec
 
 INF = math.inf

@@ -16,7 +16,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchrl_sglang_hidden.constraints import (
+from torchrl_sglang_hidden.errors import (
+    ConstraintError,
+    InputError,
+    InputTypeError,
+    SGLangHiddenError,
+    TokenIdError,
+    UnknownOptionError,
+)
+from torchrl_sglang_hidden.spec.constraints import (
     ActionMask,
     ConstraintStep,
     DisallowedTokens,
@@ -29,15 +37,7 @@ from torchrl_sglang_hidden.constraints import (
     check_constraints,
     known_constraints,
 )
-from torchrl_sglang_hidden.constraints.masks import MAX_IDS
-from torchrl_sglang_hidden.errors import (
-    ConstraintError,
-    InputError,
-    InputTypeError,
-    SGLangHiddenError,
-    TokenIdError,
-    UnknownOptionError,
-)
+from torchrl_sglang_hidden.spec.constraints.masks import MAX_IDS
 
 INF = math.inf
 

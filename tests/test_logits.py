@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchrl_sglang_hidden import logits as logits_module
-from torchrl_sglang_hidden.constraints import (
+from torchrl_sglang_hidden.logits import Choosing, RequestLogits, WantedLogits, constrain, cut, on_device
+from torchrl_sglang_hidden.spec.constraints import (
     ActionMask,
     ConstraintStep,
     DisallowedTokens,
@@ -23,7 +24,6 @@ from torchrl_sglang_hidden.constraints import (
     TemperatureScale,
     TokenConstraint,
 )
-from torchrl_sglang_hidden.logits import Choosing, RequestLogits, WantedLogits, constrain, cut, on_device
 from torchrl_sglang_hidden.specs import LogitsSpec, TokenLogits
 
 INF = math.inf

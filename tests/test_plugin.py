@@ -19,13 +19,13 @@ import torch
 from torch import nn
 
 from torchrl_sglang_hidden.channel import CHANNEL, CONSTRAINTS_ENV, LAYERS_ENV, PLUGIN_ENV, Status, pack_options
-from torchrl_sglang_hidden.constraints import DisallowedTokens, TemperatureScale, base, known_constraints
 from torchrl_sglang_hidden.logits import WantedLogits
 from torchrl_sglang_hidden.pooling import BLOCK, Wanted
 from torchrl_sglang_hidden.server import plugin
 from torchrl_sglang_hidden.server.capture import Capture
 from torchrl_sglang_hidden.shared import SharedFiles
-from torchrl_sglang_hidden.spans import PromptSpan
+from torchrl_sglang_hidden.spec.constraints import DisallowedTokens, TemperatureScale, base, known_constraints
+from torchrl_sglang_hidden.spec.spans import PromptSpan
 from torchrl_sglang_hidden.specs import LogitsSpec
 
 
@@ -617,7 +617,7 @@ def test_constraints_of_the_users_own(
 ) -> None:
     """What they raise is logged. The server half is there all the same, and says which constraints it has."""
     (tmp_path / "my_constraints.py").write_text(
-        f"from torchrl_sglang_hidden.constraints import LogitConstraint\n{source}\n"
+        f"from torchrl_sglang_hidden.spec.constraints import LogitConstraint\n{source}\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(base, "_KINDS", dict(base._KINDS))

@@ -35,7 +35,7 @@ from torchrl_sglang_hidden.errors import (
     TokenIdError,
 )
 from torchrl_sglang_hidden.prompts import InputMode
-from torchrl_sglang_hidden.spans import PromptSpan, Span
+from torchrl_sglang_hidden.spec.spans import PromptSpan, Span
 
 TOKENIZER = tiny_tokenizer()
 LETTERS = letters_tokenizer()

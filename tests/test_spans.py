@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from torchrl_sglang_hidden import Between, LastTokens, Role, TokenMask, Turn
 from torchrl_sglang_hidden.errors import InputError, InputTypeError, SpanError
-from torchrl_sglang_hidden.spans import PromptSpan, find_between, intervals_of
+from torchrl_sglang_hidden.spec.spans import PromptSpan, find_between, intervals_of
 
 # --- what may be written ----------------------------------------------------------------------------------------------
 

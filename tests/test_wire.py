@@ -33,14 +33,6 @@ from torchrl_sglang_hidden import wire as wire_module
 from torchrl_sglang_hidden.answers import read_responses
 from torchrl_sglang_hidden.channel import CHANNEL, PROTOCOL, Options, Status, pack_options, unpack_options
 from torchrl_sglang_hidden.checks import check_requests
-from torchrl_sglang_hidden.constraints import (
-    ActionMask,
-    ConstraintStep,
-    DisallowedTokens,
-    LinearSchedule,
-    LogitConstraint,
-    TemperatureScale,
-)
 from torchrl_sglang_hidden.errors import (
     ConstraintError,
     InputError,
@@ -53,7 +45,15 @@ from torchrl_sglang_hidden.errors import (
 from torchrl_sglang_hidden.logits import WantedLogits
 from torchrl_sglang_hidden.pooling import Wanted
 from torchrl_sglang_hidden.shared import DIRECTORY, SharedFiles, is_shared
-from torchrl_sglang_hidden.spans import Between, LastTokens, PromptSpan, TokenMask
+from torchrl_sglang_hidden.spec.constraints import (
+    ActionMask,
+    ConstraintStep,
+    DisallowedTokens,
+    LinearSchedule,
+    LogitConstraint,
+    TemperatureScale,
+)
+from torchrl_sglang_hidden.spec.spans import Between, LastTokens, PromptSpan, TokenMask
 from torchrl_sglang_hidden.specs import POOLINGS, Completion, LogitsSpec, Pooling, Request
 from torchrl_sglang_hidden.wire import ModelSizes, read_info, to_payload, warm_up
 from torchrl_sglang_hidden.wire import logits_of as wanted_logits_of

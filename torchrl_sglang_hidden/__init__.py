@@ -13,15 +13,6 @@ from torchrl_sglang_hidden._version import __version__
 
 if TYPE_CHECKING:
     from torchrl_sglang_hidden.candidates import CandidateActor as CandidateActor
-    from torchrl_sglang_hidden.constraints.base import ConstraintStep as ConstraintStep
-    from torchrl_sglang_hidden.constraints.base import LogitConstraint as LogitConstraint
-    from torchrl_sglang_hidden.constraints.base import known_constraints as known_constraints
-    from torchrl_sglang_hidden.constraints.masks import ActionMask as ActionMask
-    from torchrl_sglang_hidden.constraints.masks import DisallowedTokens as DisallowedTokens
-    from torchrl_sglang_hidden.constraints.masks import TokenConstraint as TokenConstraint
-    from torchrl_sglang_hidden.constraints.temperature import ExponentialSchedule as ExponentialSchedule
-    from torchrl_sglang_hidden.constraints.temperature import LinearSchedule as LinearSchedule
-    from torchrl_sglang_hidden.constraints.temperature import TemperatureScale as TemperatureScale
     from torchrl_sglang_hidden.demo.model import demo_model as demo_model
     from torchrl_sglang_hidden.engines.http import SGLangServer as SGLangServer
     from torchrl_sglang_hidden.engines.http import connect as connect
@@ -58,11 +49,20 @@ if TYPE_CHECKING:
     from torchrl_sglang_hidden.outputs import Logits as Logits
     from torchrl_sglang_hidden.outputs import TokenHiddenStates as TokenHiddenStates
     from torchrl_sglang_hidden.policy import SGLangHiddenWrapper as SGLangHiddenWrapper
-    from torchrl_sglang_hidden.spans import Between as Between
-    from torchrl_sglang_hidden.spans import LastTokens as LastTokens
-    from torchrl_sglang_hidden.spans import Role as Role
-    from torchrl_sglang_hidden.spans import TokenMask as TokenMask
-    from torchrl_sglang_hidden.spans import Turn as Turn
+    from torchrl_sglang_hidden.spec.constraints.base import ConstraintStep as ConstraintStep
+    from torchrl_sglang_hidden.spec.constraints.base import LogitConstraint as LogitConstraint
+    from torchrl_sglang_hidden.spec.constraints.base import known_constraints as known_constraints
+    from torchrl_sglang_hidden.spec.constraints.masks import ActionMask as ActionMask
+    from torchrl_sglang_hidden.spec.constraints.masks import DisallowedTokens as DisallowedTokens
+    from torchrl_sglang_hidden.spec.constraints.masks import TokenConstraint as TokenConstraint
+    from torchrl_sglang_hidden.spec.constraints.temperature import ExponentialSchedule as ExponentialSchedule
+    from torchrl_sglang_hidden.spec.constraints.temperature import LinearSchedule as LinearSchedule
+    from torchrl_sglang_hidden.spec.constraints.temperature import TemperatureScale as TemperatureScale
+    from torchrl_sglang_hidden.spec.spans import Between as Between
+    from torchrl_sglang_hidden.spec.spans import LastTokens as LastTokens
+    from torchrl_sglang_hidden.spec.spans import Role as Role
+    from torchrl_sglang_hidden.spec.spans import TokenMask as TokenMask
+    from torchrl_sglang_hidden.spec.spans import Turn as Turn
     from torchrl_sglang_hidden.specs import HiddenSpec as HiddenSpec
     from torchrl_sglang_hidden.specs import LogitsSpec as LogitsSpec
     from torchrl_sglang_hidden.weight_sync import SGLangHiddenWeightSyncScheme as SGLangHiddenWeightSyncScheme
@@ -71,10 +71,10 @@ _ROOMS = {
     **dict.fromkeys(("AsyncStream", "Stream", "StreamChunk"), "engines.streams"),
     "CandidateActor": "candidates",
     "Session": "engines.sessions",
-    **dict.fromkeys(("Between", "LastTokens", "Role", "TokenMask", "Turn"), "spans"),
-    **dict.fromkeys(("ConstraintStep", "LogitConstraint", "known_constraints"), "constraints.base"),
-    **dict.fromkeys(("ActionMask", "DisallowedTokens", "TokenConstraint"), "constraints.masks"),
-    **dict.fromkeys(("ExponentialSchedule", "LinearSchedule", "TemperatureScale"), "constraints.temperature"),
+    **dict.fromkeys(("Between", "LastTokens", "Role", "TokenMask", "Turn"), "spec.spans"),
+    **dict.fromkeys(("ConstraintStep", "LogitConstraint", "known_constraints"), "spec.constraints.base"),
+    **dict.fromkeys(("ActionMask", "DisallowedTokens", "TokenConstraint"), "spec.constraints.masks"),
+    **dict.fromkeys(("ExponentialSchedule", "LinearSchedule", "TemperatureScale"), "spec.constraints.temperature"),
     **dict.fromkeys(("HiddenSpec", "LogitsSpec"), "specs"),
     **dict.fromkeys(("HiddenStates", "Logits", "TokenHiddenStates"), "outputs"),
     "SGLangHiddenWeightSyncScheme": "weight_sync",

@@ -15,8 +15,8 @@ from typing import Any, Final
 import torch
 from tensordict.utils import NestedKey
 
-from torchrl_sglang_hidden.constraints import ActionMask, DisallowedTokens, LogitConstraint
 from torchrl_sglang_hidden.errors import ConstraintError, InputError, InputTypeError, TokenIdError
+from torchrl_sglang_hidden.spec.constraints import ActionMask, DisallowedTokens, LogitConstraint
 
 __all__ = [
     "ActionMaskReader",

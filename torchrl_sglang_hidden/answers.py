@@ -16,7 +16,7 @@ from torchrl_sglang_hidden.channel import CHANNEL, FALLBACK_REMEDY, Answer, drop
 from torchrl_sglang_hidden.errors import AlignmentError, ProtocolError, RequestAbortedError, SpanError
 from torchrl_sglang_hidden.logits import FoundLogits, WantedLogits
 from torchrl_sglang_hidden.pooling import Pools, RequestPools, Wanted, sum_rows
-from torchrl_sglang_hidden.spans import LastTokens, PromptSpan
+from torchrl_sglang_hidden.spec.spans import LastTokens, PromptSpan
 from torchrl_sglang_hidden.specs import (
     Completion,
     EngineInfo,

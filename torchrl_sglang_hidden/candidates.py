@@ -21,7 +21,6 @@ from transformers import PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden.actions import ActionMaskReader
 from torchrl_sglang_hidden.calls import Call, read_call
-from torchrl_sglang_hidden.constraints import LogitConstraint, check_constraints
 from torchrl_sglang_hidden.engines import Engine
 from torchrl_sglang_hidden.errors import (
     ConstraintError,
@@ -32,6 +31,7 @@ from torchrl_sglang_hidden.errors import (
     TokenIdError,
 )
 from torchrl_sglang_hidden.prompts import InputMode, PromptReader, Row
+from torchrl_sglang_hidden.spec.constraints import LogitConstraint, check_constraints
 from torchrl_sglang_hidden.specs import READING, EngineInfo, Request
 
 __all__ = ["CandidateActor", "CandidateScoring", "Candidates", "Reduction"]

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 from torchrl_sglang_hidden.blocks import MAX_TEXT_BYTES
 from torchrl_sglang_hidden.channel import FALLBACK_REMEDY, MAX_CONSTRAINTS
-from torchrl_sglang_hidden.constraints import check_constraints
 from torchrl_sglang_hidden.errors import (
     CapabilityError,
     ConstraintError,
@@ -20,7 +19,8 @@ from torchrl_sglang_hidden.errors import (
     TokenIdError,
 )
 from torchrl_sglang_hidden.shared import MAX_BYTES
-from torchrl_sglang_hidden.spans import Between, LastTokens, PromptSpan
+from torchrl_sglang_hidden.spec.constraints import check_constraints
+from torchrl_sglang_hidden.spec.spans import Between, LastTokens, PromptSpan
 from torchrl_sglang_hidden.specs import DEFAULT_NEW_TOKENS, EngineInfo, HiddenSpec, LogitsSpec, Request, canonical_layer
 from torchrl_sglang_hidden.wire import wanted_of
 

@@ -16,8 +16,8 @@ from typing import TypeVar
 
 import torch
 
-from torchrl_sglang_hidden.constraints import ConstraintStep, LogitConstraint, TemperatureScale, TokenConstraint
 from torchrl_sglang_hidden.shared import MAX_BYTES
+from torchrl_sglang_hidden.spec.constraints import ConstraintStep, LogitConstraint, TemperatureScale, TokenConstraint
 from torchrl_sglang_hidden.specs import DEFAULT_NEW_TOKENS, LogitsSpec, TokenLogits
 
 __all__ = ["Choosing", "FoundLogits", "RequestLogits", "WantedLogits", "constrain", "cut", "on_device"]

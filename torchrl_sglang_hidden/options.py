@@ -18,7 +18,7 @@ from torchrl_sglang_hidden.errors import InputError, InputTypeError, TokenIdErro
 from torchrl_sglang_hidden.outputs import OutputKeys
 from torchrl_sglang_hidden.prompts import INPUT_MODES
 from torchrl_sglang_hidden.sampling import standardize
-from torchrl_sglang_hidden.spans import Between, LastTokens, Role, TokenMask, Turn
+from torchrl_sglang_hidden.spec.spans import Between, LastTokens, Role, TokenMask, Turn
 from torchrl_sglang_hidden.specs import HiddenSpec, LogitsSpec
 
 __all__ = [

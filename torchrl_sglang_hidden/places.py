@@ -15,7 +15,7 @@ from torchrl.data.llm import History
 from transformers import PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden.errors import InputError, SpanError
-from torchrl_sglang_hidden.spans import LastTokens, PromptSpan, Role, Turn, intervals_of, tokens_around
+from torchrl_sglang_hidden.spec.spans import LastTokens, PromptSpan, Role, Turn, intervals_of, tokens_around
 
 __all__ = ["Chat", "decode_all", "last_tokens", "spoken_tokens", "tokens_at"]
 

@@ -26,7 +26,6 @@ from torchrl_sglang_hidden.assemble import assemble, assemble_scores
 from torchrl_sglang_hidden.calls import check_responses, read_call, read_target, to_requests, write
 from torchrl_sglang_hidden.candidates import CandidateScoring
 from torchrl_sglang_hidden.configured import Configured
-from torchrl_sglang_hidden.constraints import LogitConstraint
 from torchrl_sglang_hidden.distributions import Distributions
 from torchrl_sglang_hidden.engines import Engine, as_engine, generate_samples
 from torchrl_sglang_hidden.errors import InputError
@@ -46,6 +45,7 @@ from torchrl_sglang_hidden.options import (
 from torchrl_sglang_hidden.outputs import OutputKeys
 from torchrl_sglang_hidden.prompts import InputMode, PromptReader
 from torchrl_sglang_hidden.sampling import standardize
+from torchrl_sglang_hidden.spec.constraints import LogitConstraint
 from torchrl_sglang_hidden.specs import HiddenSpec, LogitsSpec
 
 __all__ = ["SGLangHiddenWrapper"]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from torchrl_sglang_hidden.errors import SpanError
-from torchrl_sglang_hidden.spans import Between, Decode, LastTokens, PromptSpan, find_between
+from torchrl_sglang_hidden.spec.spans import Between, Decode, LastTokens, PromptSpan, find_between
 from torchrl_sglang_hidden.specs import Pooling, ResolvedSpan, Segment, rows_expected
 
 __all__ = ["BLOCK", "Pools", "PromptStep", "RequestPools", "Wanted", "WantedRows", "sum_rows"]

@@ -19,7 +19,6 @@ from torchrl.data.llm.history import _CHAT_TEMPLATES as CHAT_TEMPLATES
 from transformers import PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden.actions import ActionMaskReader
-from torchrl_sglang_hidden.constraints import ActionMask
 from torchrl_sglang_hidden.errors import (
     ConstraintError,
     InputError,
@@ -29,7 +28,8 @@ from torchrl_sglang_hidden.errors import (
     SpanError,
 )
 from torchrl_sglang_hidden.places import Chat, decode_all, last_tokens, spoken_tokens, tokens_at
-from torchrl_sglang_hidden.spans import (
+from torchrl_sglang_hidden.spec.constraints import ActionMask
+from torchrl_sglang_hidden.spec.spans import (
     Between,
     LastTokens,
     PromptSpan,

@@ -30,9 +30,9 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 
-from torchrl_sglang_hidden.constraints import LogitConstraint
 from torchrl_sglang_hidden.errors import InputError, InputTypeError, TokenIdError
-from torchrl_sglang_hidden.spans import Between, LastTokens, PromptSpan, Span
+from torchrl_sglang_hidden.spec.constraints import LogitConstraint
+from torchrl_sglang_hidden.spec.spans import Between, LastTokens, PromptSpan, Span
 
 ResolvedSpan: TypeAlias = PromptSpan | LastTokens | Between
 Segment = Literal["prompt", "response", "full"]

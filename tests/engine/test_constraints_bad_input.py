@@ -28,8 +28,8 @@ from torchrl_sglang_hidden import (
     TokenIdError,
 )
 from torchrl_sglang_hidden.answers import read_responses
-from torchrl_sglang_hidden.constraints import LinearSchedule
 from torchrl_sglang_hidden.engines import endpoint
+from torchrl_sglang_hidden.spec.constraints import LinearSchedule
 from torchrl_sglang_hidden.specs import Request
 from torchrl_sglang_hidden.wire import to_payload
 

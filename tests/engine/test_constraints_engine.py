@@ -38,10 +38,10 @@ from torchrl_sglang_hidden import (
     launch,
 )
 from torchrl_sglang_hidden.channel import CHANNEL
-from torchrl_sglang_hidden.constraints import LinearSchedule
 from torchrl_sglang_hidden.engines import BatchingEngine, endpoint
 from torchrl_sglang_hidden.engines.launch import LaunchedServer
 from torchrl_sglang_hidden.sampling import to_sglang
+from torchrl_sglang_hidden.spec.constraints import LinearSchedule
 from torchrl_sglang_hidden.specs import STAGES, Completion, Request
 from torchrl_sglang_hidden.wire import to_payload
 

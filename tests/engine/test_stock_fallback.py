@@ -36,7 +36,7 @@ from torchrl_sglang_hidden import (
     TokenMask,
     launch,
 )
-from torchrl_sglang_hidden.spans import PromptSpan
+from torchrl_sglang_hidden.spec.spans import PromptSpan
 from torchrl_sglang_hidden.specs import Request
 
 Policy = Callable[..., SGLangHiddenWrapper]

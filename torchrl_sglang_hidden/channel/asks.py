@@ -12,10 +12,10 @@ import torch
 
 from torchrl_sglang_hidden.blocks import DTYPES, Way
 from torchrl_sglang_hidden.channel.status import CHANNEL, PROTOCOL
-from torchrl_sglang_hidden.constraints import LogitConstraint
 from torchrl_sglang_hidden.logits import WantedLogits
 from torchrl_sglang_hidden.pooling import Wanted
-from torchrl_sglang_hidden.spans import Between, LastTokens, PromptSpan
+from torchrl_sglang_hidden.spec.constraints import LogitConstraint
+from torchrl_sglang_hidden.spec.spans import Between, LastTokens, PromptSpan
 from torchrl_sglang_hidden.specs import POOLINGS, SEGMENTS, LogitsSpec, ResolvedSpan
 
 __all__ = ["MAX_CONSTRAINTS", "Options", "pack_options", "unpack_options"]

@@ -10,7 +10,7 @@ import torch
 
 from torchrl_sglang_hidden.checks import check_requests
 from torchrl_sglang_hidden.engines.base import Engine
-from torchrl_sglang_hidden.spans import PromptSpan
+from torchrl_sglang_hidden.spec.spans import PromptSpan
 from torchrl_sglang_hidden.specs import (
     READING,
     Completion,

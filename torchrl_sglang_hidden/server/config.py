@@ -65,7 +65,7 @@ def check_modules(modules: Sequence[str]) -> dict[str, str]:
         InputTypeError: no sequence of names.
     """
     from torchrl_sglang_hidden.channel import CONSTRAINTS_ENV
-    from torchrl_sglang_hidden.constraints import constraints_of
+    from torchrl_sglang_hidden.spec.constraints import constraints_of
 
     if isinstance(modules, str) or not all(isinstance(name, str) and name for name in modules):
         raise InputTypeError(

@@ -17,10 +17,10 @@ from pathlib import PurePath
 from typing import Any, cast
 
 from torchrl_sglang_hidden.channel import CHANNEL, CONSTRAINTS_ENV, LAYERS_ENV, PLUGIN_ENV, Status
-from torchrl_sglang_hidden.constraints import known_constraints
 from torchrl_sglang_hidden.server.capture import Capture
 from torchrl_sglang_hidden.server.checkpoint import PUSHED_PREFIX, served_weights
 from torchrl_sglang_hidden.server.cpu import has_accelerator, ignore_pinning
+from torchrl_sglang_hidden.spec.constraints import known_constraints
 from torchrl_sglang_hidden.specs import canonical_layer
 
 logger = logging.getLogger(__name__)

@@ -10,9 +10,19 @@ SGLang's temperature, and top-k, top-p and min-p. Several masks leave what all o
 
 from __future__ import annotations
 
-from torchrl_sglang_hidden.constraints.base import ConstraintStep, LogitConstraint, constraints_of, known_constraints
-from torchrl_sglang_hidden.constraints.masks import ActionMask, DisallowedTokens, TokenConstraint, check_constraints
-from torchrl_sglang_hidden.constraints.temperature import ExponentialSchedule, LinearSchedule, TemperatureScale
+from torchrl_sglang_hidden.spec.constraints.base import (
+    ConstraintStep,
+    LogitConstraint,
+    constraints_of,
+    known_constraints,
+)
+from torchrl_sglang_hidden.spec.constraints.masks import (
+    ActionMask,
+    DisallowedTokens,
+    TokenConstraint,
+    check_constraints,
+)
+from torchrl_sglang_hidden.spec.constraints.temperature import ExponentialSchedule, LinearSchedule, TemperatureScale
 
 __all__ = [
     "ActionMask",

@@ -9,8 +9,8 @@ from typing import Any, Self, TypeAlias
 
 import torch
 
-from torchrl_sglang_hidden.constraints.base import ConstraintStep, LogitConstraint
 from torchrl_sglang_hidden.errors import InputError, InputTypeError
+from torchrl_sglang_hidden.spec.constraints.base import ConstraintStep, LogitConstraint
 
 __all__ = ["ExponentialSchedule", "LinearSchedule", "TemperatureScale"]
 

@@ -11,8 +11,8 @@ from typing import Any, Self
 
 import torch
 
-from torchrl_sglang_hidden.constraints.base import ConstraintStep, LogitConstraint
 from torchrl_sglang_hidden.errors import ConstraintError, InputError, InputTypeError, TokenIdError
+from torchrl_sglang_hidden.spec.constraints.base import ConstraintStep, LogitConstraint
 
 __all__ = ["ActionMask", "DisallowedTokens", "TokenConstraint", "check_constraints"]
 
