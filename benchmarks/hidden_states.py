@@ -39,7 +39,8 @@ from torchrl_sglang_hidden import HiddenSpec, SGLangServer
 from torchrl_sglang_hidden.answers import read_responses
 from torchrl_sglang_hidden.channel import CHANNEL
 from torchrl_sglang_hidden.checks import check_requests
-from torchrl_sglang_hidden.specs import Completion, EngineInfo, Request, Segment
+from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
+from torchrl_sglang_hidden.spec.hidden import Segment
 from torchrl_sglang_hidden.wire import to_payload
 
 PLAIN, POOLED, TOKENS, TOKENS_HTTP, STOCK = "plain", "pooled", "tokens", "tokens, HTTP", "stock"

@@ -24,7 +24,7 @@ from serving import new_prompts, served, settle
 
 from torchrl_sglang_hidden import SGLangServer
 from torchrl_sglang_hidden.channel import PLUGIN_ENV
-from torchrl_sglang_hidden.specs import Request
+from torchrl_sglang_hidden.records import Request
 
 WITH, WITHOUT = "with the server half", "without"
 

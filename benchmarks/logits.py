@@ -40,7 +40,7 @@ from serving import new_prompts, served, settle
 from torchrl_sglang_hidden import ActionMask, LogitsSpec, SGLangServer
 from torchrl_sglang_hidden.answers import read_responses
 from torchrl_sglang_hidden.checks import check_requests
-from torchrl_sglang_hidden.specs import Completion, EngineInfo, Request
+from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
 from torchrl_sglang_hidden.wire import to_payload
 
 PLAIN, MASK, FULL, FULL_BF16, FULL_HTTP = "plain", "mask", "full", "full, bf16", "full, HTTP"

@@ -12,7 +12,7 @@ import torch
 from wide_model import save_random_wide
 
 from torchrl_sglang_hidden import SGLangServer, demo_model, launch
-from torchrl_sglang_hidden.specs import EngineInfo
+from torchrl_sglang_hidden.records import EngineInfo
 
 FLUSH_TIMEOUT_S = 60.0
 

@@ -17,8 +17,9 @@ from own_constraints import NoImmediateRepeat, Tell
 
 from torchrl_sglang_hidden import ActionMask, ConstraintStep, DisallowedTokens, LogitConstraint, TemperatureScale
 from torchrl_sglang_hidden.engines import Engine
+from torchrl_sglang_hidden.records import Completion, Request, TokenLogits
 from torchrl_sglang_hidden.spec.constraints import ExponentialSchedule, LinearSchedule
-from torchrl_sglang_hidden.specs import Completion, LogitsSpec, Request, TokenLogits
+from torchrl_sglang_hidden.spec.logits import LogitsSpec
 
 LOGITS_ATOL = 1e-3
 SUM_ATOL = 1e-4

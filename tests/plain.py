@@ -10,8 +10,8 @@ import torch
 from hypothesis import strategies as st
 
 from torchrl_sglang_hidden.pooling import Pools, Wanted
-from torchrl_sglang_hidden.spec.spans import Between, LastTokens, PromptSpan, intervals_of
-from torchrl_sglang_hidden.specs import POOLINGS, SEGMENTS, ResolvedSpan, rows_expected
+from torchrl_sglang_hidden.spec.hidden import POOLINGS, SEGMENTS, rows_expected
+from torchrl_sglang_hidden.spec.spans import Between, LastTokens, PromptSpan, ResolvedSpan, intervals_of
 
 SUBSETS = [*chain.from_iterable(combinations(SEGMENTS, size) for size in (1, 2, 3))]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

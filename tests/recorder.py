@@ -30,9 +30,10 @@ from torchrl_sglang_hidden.engines.weights import next_version
 from torchrl_sglang_hidden.errors import RequestRejectedError
 from torchrl_sglang_hidden.logits import Choosing, FoundLogits, RequestLogits, WantedLogits, constrain, cut
 from torchrl_sglang_hidden.pooling import RequestPools, sum_rows
+from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
 from torchrl_sglang_hidden.server.choices import Given, StepChoices
 from torchrl_sglang_hidden.spec.constraints import known_constraints
-from torchrl_sglang_hidden.specs import SEGMENTS, Completion, EngineInfo, Pooling, Request, Segment
+from torchrl_sglang_hidden.spec.hidden import SEGMENTS, Pooling, Segment
 from torchrl_sglang_hidden.wire import to_payload
 
 # A busy machine is no fault of the code; and a failure says how to repeat itself without a database.

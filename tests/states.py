@@ -6,8 +6,9 @@ import oracle
 import torch
 from checks import LOG_PROB_ATOL, STATE_RTOL, relative_error
 
+from torchrl_sglang_hidden.records import Completion, Request
+from torchrl_sglang_hidden.spec.hidden import canonical_layer
 from torchrl_sglang_hidden.spec.spans import LastTokens, PromptSpan
-from torchrl_sglang_hidden.specs import Completion, Request, canonical_layer
 
 Stack = torch.Tensor
 

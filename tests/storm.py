@@ -18,8 +18,9 @@ from states import assert_completion
 
 from torchrl_sglang_hidden import HiddenSpec, LastTokens, TokenMask
 from torchrl_sglang_hidden.engines.launch import LaunchedServer
+from torchrl_sglang_hidden.records import Request
+from torchrl_sglang_hidden.spec.hidden import POOLINGS, SEGMENTS
 from torchrl_sglang_hidden.spec.spans import PromptSpan
-from torchrl_sglang_hidden.specs import POOLINGS, SEGMENTS, Request
 
 NUM_LAYERS = 4
 CALLS, MOST_ROWS, CALLERS, ABORTS = 100, 5, 12, 24

@@ -21,7 +21,9 @@ ORDER: list[set[str]] = [
     {"_version"},
     {"errors", "spec"},
     {"spec.spans", "spec.constraints", "shared"},
-    {"specs"},
+    {"spec.hidden"},
+    {"spec.logits"},
+    {"records"},
     {"pooling", "heads", "logits", "sampling", "places", "actions", "outputs"},
     {"blocks"},
     {"channel"},
@@ -44,7 +46,9 @@ LEVELS = {name: level for level, names in enumerate(ORDER) for name in names}
 FORBIDDEN: dict[str, set[str]] = {
     "spec.spans": {"sglang", "tensordict", "torchrl", "transformers", "httpx", "torch"},
     "spec.constraints": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
-    "specs": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
+    "spec.hidden": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
+    "spec.logits": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
+    "records": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
     "logits": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
     "blocks": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
     "checks": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
@@ -157,8 +161,8 @@ def test_every_module_has_its_place() -> None:
 @pytest.mark.parametrize(
     ("module", "source", "words"),
     [
-        ("errors", "from torchrl_sglang_hidden.specs import Request", "upward"),
-        ("specs", "def f():\n    from torchrl_sglang_hidden import policy", "upward"),
+        ("errors", "from torchrl_sglang_hidden.records import Request", "upward"),
+        ("spec.hidden", "def f():\n    from torchrl_sglang_hidden import policy", "upward"),
         ("pooling", "import torchrl_sglang_hidden.sampling", "upward"),
         ("wire", "from torchrl_sglang_hidden import HiddenSpec", "has no place"),
         ("wire", "import torchrl_sglang_hidden", "upward"),

@@ -19,7 +19,8 @@ from torchrl_sglang_hidden import LastTokens
 from torchrl_sglang_hidden.assemble import assemble, assemble_scores
 from torchrl_sglang_hidden.outputs import HiddenStates, OutputKeys, TokenHiddenStates
 from torchrl_sglang_hidden.prompts import Row
-from torchrl_sglang_hidden.specs import SEGMENTS, Completion, HiddenSpec, Pooled, Segment, TokenRows, rows_expected
+from torchrl_sglang_hidden.records import Completion, Pooled, TokenRows
+from torchrl_sglang_hidden.spec.hidden import SEGMENTS, HiddenSpec, Segment, rows_expected
 
 ALL = HiddenSpec(SEGMENTS)
 NAMES: dict[str, Any] = {

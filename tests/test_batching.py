@@ -41,7 +41,7 @@ from torchrl_sglang_hidden.errors import (
     RequestRejectedError,
     SGLangHiddenError,
 )
-from torchrl_sglang_hidden.specs import Completion, Request
+from torchrl_sglang_hidden.records import Completion, Request
 
 # Nothing waits as long; what would wait for ever fails then.
 LIMIT_S = 20.0

@@ -34,7 +34,7 @@ from torchrl_sglang_hidden import (
     SGLangHiddenWrapper,
     TokenIdError,
 )
-from torchrl_sglang_hidden.specs import Request
+from torchrl_sglang_hidden.records import Request
 
 TOKENIZER = tiny_tokenizer()
 PROMPTS = [[6, 7, 8], [9, 10]]

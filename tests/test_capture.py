@@ -34,8 +34,9 @@ from torchrl_sglang_hidden.server.choices import HostLogits, StepChoices
 from torchrl_sglang_hidden.server.sums import ENTRY_BYTES
 from torchrl_sglang_hidden.shared import MIN_BYTES, SharedFiles, fetch
 from torchrl_sglang_hidden.spec.constraints import ActionMask, ConstraintStep, DisallowedTokens, LogitConstraint
+from torchrl_sglang_hidden.spec.hidden import POOLINGS, SEGMENTS
+from torchrl_sglang_hidden.spec.logits import LogitsSpec
 from torchrl_sglang_hidden.spec.spans import Between, LastTokens, PromptSpan
-from torchrl_sglang_hidden.specs import POOLINGS, SEGMENTS, LogitsSpec
 
 POISON = 1e4  # the value of rows that belong to nobody
 LAYERS = (-1, 0, 1, 2)

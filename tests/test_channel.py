@@ -37,6 +37,7 @@ from torchrl_sglang_hidden.channel import (
 from torchrl_sglang_hidden.errors import CapabilityError, ConstraintError, ProtocolError, SpanError
 from torchrl_sglang_hidden.logits import FoundLogits, WantedLogits
 from torchrl_sglang_hidden.pooling import Pools, Wanted, WantedRows
+from torchrl_sglang_hidden.records import TokenLogits
 from torchrl_sglang_hidden.shared import MIN_BYTES, SharedFiles, discard, fetch
 from torchrl_sglang_hidden.spec.constraints import (
     ActionMask,
@@ -46,8 +47,9 @@ from torchrl_sglang_hidden.spec.constraints import (
     LogitConstraint,
     TemperatureScale,
 )
+from torchrl_sglang_hidden.spec.hidden import POOLINGS, SEGMENTS
+from torchrl_sglang_hidden.spec.logits import STAGES, LogitsSpec
 from torchrl_sglang_hidden.spec.spans import Between, LastTokens, PromptSpan, intervals_of
-from torchrl_sglang_hidden.specs import POOLINGS, SEGMENTS, STAGES, LogitsSpec, TokenLogits
 
 D = 8
 WAYS: tuple[Way, ...] = ("binary", "text", "shared")

@@ -22,7 +22,7 @@ from torchrl_sglang_hidden.spec.constraints import (
     LogitConstraint,
     TemperatureScale,
 )
-from torchrl_sglang_hidden.specs import LogitsSpec
+from torchrl_sglang_hidden.spec.logits import LogitsSpec
 
 INF = math.inf
 V = 5

@@ -27,7 +27,8 @@ from torchrl_sglang_hidden.errors import (
     RequestAbortedError,
     TokenIdError,
 )
-from torchrl_sglang_hidden.specs import SEGMENTS, Completion, HiddenSpec, Request, rows_expected
+from torchrl_sglang_hidden.records import Completion, Request
+from torchrl_sglang_hidden.spec.hidden import SEGMENTS, HiddenSpec, rows_expected
 
 GREEDY = {"temperature": 0.0, "max_new_tokens": 6}
 ALL = HiddenSpec(segments=SEGMENTS)

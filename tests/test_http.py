@@ -34,7 +34,8 @@ from torchrl_sglang_hidden.errors import (
     SGLangHiddenError,
     TokenIdError,
 )
-from torchrl_sglang_hidden.specs import Completion, HiddenSpec, Request
+from torchrl_sglang_hidden.records import Completion, Request
+from torchrl_sglang_hidden.spec.hidden import HiddenSpec
 
 
 @pytest.fixture

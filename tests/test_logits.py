@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from torchrl_sglang_hidden import logits as logits_module
 from torchrl_sglang_hidden.logits import Choosing, RequestLogits, WantedLogits, constrain, cut, on_device
+from torchrl_sglang_hidden.records import TokenLogits
 from torchrl_sglang_hidden.spec.constraints import (
     ActionMask,
     ConstraintStep,
@@ -24,7 +25,7 @@ from torchrl_sglang_hidden.spec.constraints import (
     TemperatureScale,
     TokenConstraint,
 )
-from torchrl_sglang_hidden.specs import LogitsSpec, TokenLogits
+from torchrl_sglang_hidden.spec.logits import LogitsSpec
 
 INF = math.inf
 V = 6

@@ -29,7 +29,7 @@ from torchrl_sglang_hidden import (
     SGLangHiddenWrapper,
     TokenIdError,
 )
-from torchrl_sglang_hidden.specs import SEGMENTS
+from torchrl_sglang_hidden.spec.hidden import SEGMENTS
 
 TOKENIZER = tiny_tokenizer()
 V = len(WORDS)

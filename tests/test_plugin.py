@@ -25,8 +25,8 @@ from torchrl_sglang_hidden.server import plugin
 from torchrl_sglang_hidden.server.capture import Capture
 from torchrl_sglang_hidden.shared import SharedFiles
 from torchrl_sglang_hidden.spec.constraints import DisallowedTokens, TemperatureScale, base, known_constraints
+from torchrl_sglang_hidden.spec.logits import LogitsSpec
 from torchrl_sglang_hidden.spec.spans import PromptSpan
-from torchrl_sglang_hidden.specs import LogitsSpec
 
 
 class HookType(enum.Enum):

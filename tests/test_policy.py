@@ -33,7 +33,7 @@ from torchrl_sglang_hidden.errors import (
     PromptLengthError,
     SGLangHiddenError,
 )
-from torchrl_sglang_hidden.specs import SEGMENTS
+from torchrl_sglang_hidden.spec.hidden import SEGMENTS
 
 TOKENIZER = tiny_tokenizer()
 ALL = HiddenSpec(SEGMENTS)

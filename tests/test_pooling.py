@@ -14,8 +14,8 @@ from plain import DTYPES, SUBSETS, Case, assert_pools, assert_value, decode, exp
 from recorder import feed
 
 from torchrl_sglang_hidden.pooling import BLOCK, Pools, PromptStep, RequestPools, Wanted, sum_rows
-from torchrl_sglang_hidden.spec.spans import Between, LastTokens, PromptSpan
-from torchrl_sglang_hidden.specs import POOLINGS, SEGMENTS, ResolvedSpan
+from torchrl_sglang_hidden.spec.hidden import POOLINGS, SEGMENTS
+from torchrl_sglang_hidden.spec.spans import Between, LastTokens, PromptSpan, ResolvedSpan
 
 D = 4
 

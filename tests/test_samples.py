@@ -15,8 +15,9 @@ from torchrl.modules.llm.policies import Text, Tokens
 from torchrl_sglang_hidden import HiddenSpec, LastTokens, SGLangHiddenWrapper
 from torchrl_sglang_hidden.engines import generate_samples
 from torchrl_sglang_hidden.errors import TokenIdError
+from torchrl_sglang_hidden.records import Completion, Request
+from torchrl_sglang_hidden.spec.hidden import POOLINGS, SEGMENTS, Pooling, Segment
 from torchrl_sglang_hidden.spec.spans import PromptSpan
-from torchrl_sglang_hidden.specs import POOLINGS, SEGMENTS, Completion, Pooling, Request, Segment
 
 TOKENIZER = tiny_tokenizer()
 

@@ -34,7 +34,7 @@ from torchrl_sglang_hidden.errors import (
     RequestRejectedError,
     TokenIdError,
 )
-from torchrl_sglang_hidden.specs import Completion, Request
+from torchrl_sglang_hidden.records import Completion, Request
 
 # What must not be a turn: how to make it, and the error and the words that it raises.
 BAD_TURNS: dict[str, tuple[Any, type[InputError], str]] = {

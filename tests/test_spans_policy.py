@@ -25,7 +25,8 @@ from torchrl.modules.llm.policies import Tokens
 
 from torchrl_sglang_hidden import Between, HiddenSpec, LastTokens, Role, SGLangHiddenWrapper, TokenMask, Turn
 from torchrl_sglang_hidden.errors import AlignmentError, InputError, InputTypeError, SpanError
-from torchrl_sglang_hidden.specs import SEGMENTS, Completion, Pooled, Request
+from torchrl_sglang_hidden.records import Completion, Pooled, Request
+from torchrl_sglang_hidden.spec.hidden import SEGMENTS
 
 STATES = {"hidden_states", "token_hidden_states"}
 

@@ -30,7 +30,7 @@ from torchrl_sglang_hidden.errors import (
     RequestAbortedError,
     RequestRejectedError,
 )
-from torchrl_sglang_hidden.specs import Completion, Request
+from torchrl_sglang_hidden.records import Completion, Request
 
 
 def assert_adds_up(chunks: list[StreamChunk], completion: Completion) -> None:

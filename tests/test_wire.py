@@ -44,6 +44,7 @@ from torchrl_sglang_hidden.errors import (
 )
 from torchrl_sglang_hidden.logits import WantedLogits
 from torchrl_sglang_hidden.pooling import Wanted
+from torchrl_sglang_hidden.records import Completion, Request
 from torchrl_sglang_hidden.shared import DIRECTORY, SharedFiles, is_shared
 from torchrl_sglang_hidden.spec.constraints import (
     ActionMask,
@@ -53,8 +54,9 @@ from torchrl_sglang_hidden.spec.constraints import (
     LogitConstraint,
     TemperatureScale,
 )
+from torchrl_sglang_hidden.spec.hidden import POOLINGS, Pooling
+from torchrl_sglang_hidden.spec.logits import LogitsSpec
 from torchrl_sglang_hidden.spec.spans import Between, LastTokens, PromptSpan, TokenMask
-from torchrl_sglang_hidden.specs import POOLINGS, Completion, LogitsSpec, Pooling, Request
 from torchrl_sglang_hidden.wire import ModelSizes, read_info, to_payload, warm_up
 from torchrl_sglang_hidden.wire import logits_of as wanted_logits_of
 

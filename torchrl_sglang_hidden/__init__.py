@@ -58,13 +58,13 @@ if TYPE_CHECKING:
     from torchrl_sglang_hidden.spec.constraints.temperature import ExponentialSchedule as ExponentialSchedule
     from torchrl_sglang_hidden.spec.constraints.temperature import LinearSchedule as LinearSchedule
     from torchrl_sglang_hidden.spec.constraints.temperature import TemperatureScale as TemperatureScale
+    from torchrl_sglang_hidden.spec.hidden import HiddenSpec as HiddenSpec
+    from torchrl_sglang_hidden.spec.logits import LogitsSpec as LogitsSpec
     from torchrl_sglang_hidden.spec.spans import Between as Between
     from torchrl_sglang_hidden.spec.spans import LastTokens as LastTokens
     from torchrl_sglang_hidden.spec.spans import Role as Role
     from torchrl_sglang_hidden.spec.spans import TokenMask as TokenMask
     from torchrl_sglang_hidden.spec.spans import Turn as Turn
-    from torchrl_sglang_hidden.specs import HiddenSpec as HiddenSpec
-    from torchrl_sglang_hidden.specs import LogitsSpec as LogitsSpec
     from torchrl_sglang_hidden.weight_sync import SGLangHiddenWeightSyncScheme as SGLangHiddenWeightSyncScheme
 
 _ROOMS = {
@@ -75,7 +75,8 @@ _ROOMS = {
     **dict.fromkeys(("ConstraintStep", "LogitConstraint", "known_constraints"), "spec.constraints.base"),
     **dict.fromkeys(("ActionMask", "DisallowedTokens", "TokenConstraint"), "spec.constraints.masks"),
     **dict.fromkeys(("ExponentialSchedule", "LinearSchedule", "TemperatureScale"), "spec.constraints.temperature"),
-    **dict.fromkeys(("HiddenSpec", "LogitsSpec"), "specs"),
+    "HiddenSpec": "spec.hidden",
+    "LogitsSpec": "spec.logits",
     **dict.fromkeys(("HiddenStates", "Logits", "TokenHiddenStates"), "outputs"),
     "SGLangHiddenWeightSyncScheme": "weight_sync",
     "SGLangHiddenWrapper": "policy",

@@ -16,20 +16,10 @@ from torchrl_sglang_hidden.channel import CHANNEL, FALLBACK_REMEDY, Answer, drop
 from torchrl_sglang_hidden.errors import AlignmentError, ProtocolError, RequestAbortedError, SpanError
 from torchrl_sglang_hidden.logits import FoundLogits, WantedLogits
 from torchrl_sglang_hidden.pooling import Pools, RequestPools, Wanted, sum_rows
-from torchrl_sglang_hidden.spec.spans import LastTokens, PromptSpan
-from torchrl_sglang_hidden.specs import (
-    Completion,
-    EngineInfo,
-    HiddenSpec,
-    LogitsSpec,
-    Pooled,
-    Request,
-    ResolvedSpan,
-    Segment,
-    TokenLogits,
-    TokenRows,
-    rows_expected,
-)
+from torchrl_sglang_hidden.records import Completion, EngineInfo, Pooled, Request, TokenLogits, TokenRows
+from torchrl_sglang_hidden.spec.hidden import HiddenSpec, Segment, rows_expected
+from torchrl_sglang_hidden.spec.logits import LogitsSpec
+from torchrl_sglang_hidden.spec.spans import LastTokens, PromptSpan, ResolvedSpan
 from torchrl_sglang_hidden.wire import logits_of, shares, wanted_of
 
 __all__ = ["read_responses"]

@@ -18,7 +18,9 @@ from torchrl.modules.llm.policies import ChatHistory, LogProbs, Masks, Text, Tok
 
 from torchrl_sglang_hidden.outputs import HiddenStates, Logits, OutputKeys, TokenHiddenStates
 from torchrl_sglang_hidden.prompts import Row
-from torchrl_sglang_hidden.specs import Completion, HiddenSpec, LogitsSpec, Pooled, Segment, TokenLogits, TokenRows
+from torchrl_sglang_hidden.records import Completion, Pooled, TokenLogits, TokenRows
+from torchrl_sglang_hidden.spec.hidden import HiddenSpec, Segment
+from torchrl_sglang_hidden.spec.logits import LogitsSpec
 
 __all__ = ["assemble", "assemble_scores"]
 

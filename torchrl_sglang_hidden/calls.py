@@ -21,10 +21,12 @@ from torchrl_sglang_hidden.errors import AlignmentError, InputError, SpanError
 from torchrl_sglang_hidden.options import logits_of_given, of_given, only_logits, read_hidden, read_num_samples
 from torchrl_sglang_hidden.places import decode_all
 from torchrl_sglang_hidden.prompts import InputMode, Row
+from torchrl_sglang_hidden.records import DEFAULT_NEW_TOKENS, READING, Completion, Request
 from torchrl_sglang_hidden.sampling import NOT_OF_SAMPLING, override, standardize, to_sglang
 from torchrl_sglang_hidden.spec.constraints import LogitConstraint
+from torchrl_sglang_hidden.spec.hidden import HiddenSpec
+from torchrl_sglang_hidden.spec.logits import LogitsSpec
 from torchrl_sglang_hidden.spec.spans import Between, find_between
-from torchrl_sglang_hidden.specs import DEFAULT_NEW_TOKENS, READING, Completion, HiddenSpec, LogitsSpec, Request
 
 __all__ = ["Call", "check_responses", "read_call", "read_target", "to_requests", "write"]
 

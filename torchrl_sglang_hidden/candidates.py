@@ -31,8 +31,8 @@ from torchrl_sglang_hidden.errors import (
     TokenIdError,
 )
 from torchrl_sglang_hidden.prompts import InputMode, PromptReader, Row
+from torchrl_sglang_hidden.records import READING, EngineInfo, Request
 from torchrl_sglang_hidden.spec.constraints import LogitConstraint, check_constraints
-from torchrl_sglang_hidden.specs import READING, EngineInfo, Request
 
 __all__ = ["CandidateActor", "CandidateScoring", "Candidates", "Reduction"]
 

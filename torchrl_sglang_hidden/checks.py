@@ -18,10 +18,12 @@ from torchrl_sglang_hidden.errors import (
     SpanError,
     TokenIdError,
 )
+from torchrl_sglang_hidden.records import DEFAULT_NEW_TOKENS, EngineInfo, Request
 from torchrl_sglang_hidden.shared import MAX_BYTES
 from torchrl_sglang_hidden.spec.constraints import check_constraints
+from torchrl_sglang_hidden.spec.hidden import HiddenSpec, canonical_layer
+from torchrl_sglang_hidden.spec.logits import LogitsSpec
 from torchrl_sglang_hidden.spec.spans import Between, LastTokens, PromptSpan
-from torchrl_sglang_hidden.specs import DEFAULT_NEW_TOKENS, EngineInfo, HiddenSpec, LogitsSpec, Request, canonical_layer
 from torchrl_sglang_hidden.wire import wanted_of
 
 __all__ = ["check_requests"]

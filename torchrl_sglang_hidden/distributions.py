@@ -15,7 +15,7 @@ from torchrl.modules import LLMMaskedCategorical
 from torchrl_sglang_hidden.errors import CapabilityError, InputError
 from torchrl_sglang_hidden.outputs import OutputKeys
 from torchrl_sglang_hidden.prompts import InputMode
-from torchrl_sglang_hidden.specs import LogitsSpec
+from torchrl_sglang_hidden.spec.logits import LogitsSpec
 
 __all__ = ["Distributions"]
 

@@ -16,9 +16,10 @@ from typing import TypeVar
 
 import torch
 
+from torchrl_sglang_hidden.records import DEFAULT_NEW_TOKENS, TokenLogits
 from torchrl_sglang_hidden.shared import MAX_BYTES
 from torchrl_sglang_hidden.spec.constraints import ConstraintStep, LogitConstraint, TemperatureScale, TokenConstraint
-from torchrl_sglang_hidden.specs import DEFAULT_NEW_TOKENS, LogitsSpec, TokenLogits
+from torchrl_sglang_hidden.spec.logits import LogitsSpec
 
 __all__ = ["Choosing", "FoundLogits", "RequestLogits", "WantedLogits", "constrain", "cut", "on_device"]
 

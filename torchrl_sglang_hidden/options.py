@@ -18,8 +18,9 @@ from torchrl_sglang_hidden.errors import InputError, InputTypeError, TokenIdErro
 from torchrl_sglang_hidden.outputs import OutputKeys
 from torchrl_sglang_hidden.prompts import INPUT_MODES
 from torchrl_sglang_hidden.sampling import standardize
+from torchrl_sglang_hidden.spec.hidden import HiddenSpec
+from torchrl_sglang_hidden.spec.logits import LogitsSpec
 from torchrl_sglang_hidden.spec.spans import Between, LastTokens, Role, TokenMask, Turn
-from torchrl_sglang_hidden.specs import HiddenSpec, LogitsSpec
 
 __all__ = [
     "changed_config",

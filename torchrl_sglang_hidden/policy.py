@@ -46,7 +46,8 @@ from torchrl_sglang_hidden.outputs import OutputKeys
 from torchrl_sglang_hidden.prompts import InputMode, PromptReader
 from torchrl_sglang_hidden.sampling import standardize
 from torchrl_sglang_hidden.spec.constraints import LogitConstraint
-from torchrl_sglang_hidden.specs import HiddenSpec, LogitsSpec
+from torchrl_sglang_hidden.spec.hidden import HiddenSpec
+from torchrl_sglang_hidden.spec.logits import LogitsSpec
 
 __all__ = ["SGLangHiddenWrapper"]
 

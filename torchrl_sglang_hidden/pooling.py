@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import torch
 
 from torchrl_sglang_hidden.errors import SpanError
-from torchrl_sglang_hidden.spec.spans import Between, Decode, LastTokens, PromptSpan, find_between
-from torchrl_sglang_hidden.specs import Pooling, ResolvedSpan, Segment, rows_expected
+from torchrl_sglang_hidden.spec.hidden import Pooling, Segment, rows_expected
+from torchrl_sglang_hidden.spec.spans import Between, Decode, LastTokens, PromptSpan, ResolvedSpan, find_between
 
 __all__ = ["BLOCK", "Pools", "PromptStep", "RequestPools", "Wanted", "WantedRows", "sum_rows"]
 

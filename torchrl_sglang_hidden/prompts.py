@@ -33,6 +33,7 @@ from torchrl_sglang_hidden.spec.spans import (
     Between,
     LastTokens,
     PromptSpan,
+    ResolvedSpan,
     Role,
     Span,
     TokenMask,
@@ -40,7 +41,6 @@ from torchrl_sglang_hidden.spec.spans import (
     find_between,
     intervals_of,
 )
-from torchrl_sglang_hidden.specs import ResolvedSpan
 
 __all__ = ["INPUT_MODES", "WANTS_STATES_KEY", "InputMode", "PromptReader", "Row"]
 

@@ -18,15 +18,9 @@ from torchrl_sglang_hidden.errors import (
 )
 from torchrl_sglang_hidden.logits import WantedLogits
 from torchrl_sglang_hidden.pooling import RequestPools, Wanted
+from torchrl_sglang_hidden.records import DEFAULT_NEW_TOKENS, READING, EngineInfo, Request
 from torchrl_sglang_hidden.shared import is_shared
-from torchrl_sglang_hidden.specs import (
-    DEFAULT_NEW_TOKENS,
-    READING,
-    EngineInfo,
-    HiddenSpec,
-    Request,
-    canonical_layer,
-)
+from torchrl_sglang_hidden.spec.hidden import HiddenSpec, canonical_layer
 
 __all__ = ["ModelSizes", "logits_of", "read_info", "shares", "to_payload", "wanted_of", "warm_up"]
 

@@ -14,7 +14,7 @@ from test_engine_contract import assert_all_same, assert_same, request
 
 from torchrl_sglang_hidden import InputError, RequestRejectedError, SGLangServer, TokenIdError
 from torchrl_sglang_hidden.engines.batching import BatchingEngine
-from torchrl_sglang_hidden.specs import Completion, Request
+from torchrl_sglang_hidden.records import Completion, Request
 
 THREADS = 8
 # Far over what any test here takes: nothing is sent because time is up.

@@ -29,8 +29,8 @@ from torchrl_sglang_hidden import (
 )
 from torchrl_sglang_hidden.answers import read_responses
 from torchrl_sglang_hidden.engines import endpoint
+from torchrl_sglang_hidden.records import Request
 from torchrl_sglang_hidden.spec.constraints import LinearSchedule
-from torchrl_sglang_hidden.specs import Request
 from torchrl_sglang_hidden.wire import to_payload
 
 

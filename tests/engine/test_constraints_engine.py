@@ -40,9 +40,10 @@ from torchrl_sglang_hidden import (
 from torchrl_sglang_hidden.channel import CHANNEL
 from torchrl_sglang_hidden.engines import BatchingEngine, endpoint
 from torchrl_sglang_hidden.engines.launch import LaunchedServer
+from torchrl_sglang_hidden.records import Completion, Request
 from torchrl_sglang_hidden.sampling import to_sglang
 from torchrl_sglang_hidden.spec.constraints import LinearSchedule
-from torchrl_sglang_hidden.specs import STAGES, Completion, Request
+from torchrl_sglang_hidden.spec.logits import STAGES
 from torchrl_sglang_hidden.wire import to_payload
 
 NUM_LAYERS = 4

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from torchrl_sglang_hidden import ActionMask, EngineUnreachableError, HiddenSpec, LastTokens, LogitsSpec, launch
 from torchrl_sglang_hidden.channel import CHANNEL
 from torchrl_sglang_hidden.engines.launch import LaunchedServer
-from torchrl_sglang_hidden.specs import Completion, Request
+from torchrl_sglang_hidden.records import Completion, Request
 
 NUM_LAYERS = 4
 SPEC = HiddenSpec(("prompt", "response", "full"), layers=(1, -1), spans={"tail": LastTokens(2)})

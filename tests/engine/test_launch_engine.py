@@ -23,7 +23,7 @@ from torchrl_sglang_hidden import (
     SGLangServer,
     launch,
 )
-from torchrl_sglang_hidden.specs import Request
+from torchrl_sglang_hidden.records import Request
 
 pytestmark = pytest.mark.engine
 

@@ -25,7 +25,8 @@ from torchrl_sglang_hidden import (
     TemperatureScale,
 )
 from torchrl_sglang_hidden.engines import generate_samples
-from torchrl_sglang_hidden.specs import STAGES, Request
+from torchrl_sglang_hidden.records import Request
+from torchrl_sglang_hidden.spec.logits import STAGES
 
 SELECTIONS: dict[str, dict[str, Any]] = {
     "full": {"full": True},

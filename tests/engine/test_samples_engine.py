@@ -11,7 +11,7 @@ from checks import SEGMENTS, assert_rows, history_input, prompt_of, text_input, 
 from torchrl_sglang_hidden import HiddenSpec, SGLangHiddenWrapper, SGLangServer
 from torchrl_sglang_hidden.engines import generate_samples
 from torchrl_sglang_hidden.errors import CapabilityError
-from torchrl_sglang_hidden.specs import Request
+from torchrl_sglang_hidden.records import Request
 
 Policy = Callable[..., SGLangHiddenWrapper]
 SAMPLES = 3

@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden import HiddenSpec, RequestAbortedError, RequestRejectedError, SGLangServer, connect
 from torchrl_sglang_hidden.channel import CHANNEL
-from torchrl_sglang_hidden.specs import Completion, Pooling, Request
+from torchrl_sglang_hidden.records import Completion, Request
+from torchrl_sglang_hidden.spec.hidden import Pooling
 
 GREEDY = {"temperature": 0.0, "max_new_tokens": 12}
 IDLE_WITHIN_S = 20

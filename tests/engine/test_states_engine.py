@@ -36,8 +36,10 @@ from torchrl_sglang_hidden import (
     logits_from_hidden,
 )
 from torchrl_sglang_hidden.engines.launch import LaunchedServer
+from torchrl_sglang_hidden.records import Completion, Request
+from torchrl_sglang_hidden.spec.hidden import POOLINGS, SEGMENTS
+from torchrl_sglang_hidden.spec.logits import STAGES
 from torchrl_sglang_hidden.spec.spans import PromptSpan
-from torchrl_sglang_hidden.specs import POOLINGS, SEGMENTS, STAGES, Completion, Request
 
 # Small random models, and how many layers they have: heads tied and not, scaled, softcapped, and one whose vocabulary
 # SGLang pads.

@@ -36,8 +36,8 @@ from torchrl_sglang_hidden import (
     TokenMask,
     launch,
 )
+from torchrl_sglang_hidden.records import Request
 from torchrl_sglang_hidden.spec.spans import PromptSpan
-from torchrl_sglang_hidden.specs import Request
 
 Policy = Callable[..., SGLangHiddenWrapper]
 

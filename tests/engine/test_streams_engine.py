@@ -24,7 +24,7 @@ from torchrl_sglang_hidden import HiddenSpec, RequestAbortedError, SGLangOffline
 from torchrl_sglang_hidden.channel import CHANNEL
 from torchrl_sglang_hidden.engines import Engine
 from torchrl_sglang_hidden.engines.streams import StreamChunk
-from torchrl_sglang_hidden.specs import Completion, Request
+from torchrl_sglang_hidden.records import Completion, Request
 
 # A request that goes on for minutes unless it is dropped, and how long that may take.
 ENDLESS = {"temperature": 0.0, "max_new_tokens": 4000, "min_new_tokens": 4000}

@@ -23,8 +23,9 @@ from torchrl_sglang_hidden.channel.status import CHANNEL, FALLBACK_REMEDY, PROTO
 from torchrl_sglang_hidden.errors import CapabilityError, ConstraintError, ProtocolError, SpanError
 from torchrl_sglang_hidden.logits import FoundLogits
 from torchrl_sglang_hidden.pooling import Pools, WantedRows
+from torchrl_sglang_hidden.records import TokenLogits
 from torchrl_sglang_hidden.shared import discard
-from torchrl_sglang_hidden.specs import Segment, TokenLogits
+from torchrl_sglang_hidden.spec.hidden import Segment
 
 __all__ = ["Answer", "answer_of", "drop_shared", "pack_answer", "unpack_answer"]
 

@@ -15,8 +15,9 @@ from torchrl_sglang_hidden.channel.status import CHANNEL, PROTOCOL
 from torchrl_sglang_hidden.logits import WantedLogits
 from torchrl_sglang_hidden.pooling import Wanted
 from torchrl_sglang_hidden.spec.constraints import LogitConstraint
-from torchrl_sglang_hidden.spec.spans import Between, LastTokens, PromptSpan
-from torchrl_sglang_hidden.specs import POOLINGS, SEGMENTS, LogitsSpec, ResolvedSpan
+from torchrl_sglang_hidden.spec.hidden import POOLINGS, SEGMENTS
+from torchrl_sglang_hidden.spec.logits import LogitsSpec
+from torchrl_sglang_hidden.spec.spans import Between, LastTokens, PromptSpan, ResolvedSpan
 
 __all__ = ["MAX_CONSTRAINTS", "Options", "pack_options", "unpack_options"]
 

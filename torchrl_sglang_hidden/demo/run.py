@@ -32,7 +32,7 @@ from torchrl_sglang_hidden.demo.prompts import MAX_NEW_TOKENS, PROMPTS, SYSTEM_P
 from torchrl_sglang_hidden.engines.launch import launch
 from torchrl_sglang_hidden.errors import CapabilityError, InputError
 from torchrl_sglang_hidden.policy import SGLangHiddenWrapper
-from torchrl_sglang_hidden.specs import HiddenSpec
+from torchrl_sglang_hidden.spec.hidden import HiddenSpec
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

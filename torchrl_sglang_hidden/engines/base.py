@@ -18,7 +18,7 @@ from torchrl_sglang_hidden.engines.sessions import Session
 from torchrl_sglang_hidden.engines.streams import AsyncStream, Stream
 from torchrl_sglang_hidden.engines.weights import Running, Transport, Weights
 from torchrl_sglang_hidden.errors import CapabilityError
-from torchrl_sglang_hidden.specs import Completion, EngineInfo, Request
+from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
 from torchrl_sglang_hidden.wire import ModelSizes
 
 FALLBACK_WARNING = (

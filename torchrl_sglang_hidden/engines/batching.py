@@ -29,7 +29,7 @@ from torchrl_sglang_hidden.errors import (
     ProtocolError,
     SGLangHiddenError,
 )
-from torchrl_sglang_hidden.specs import Completion, EngineInfo, Request
+from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
 
 __all__ = ["BatchingEngine", "check_batching"]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torchrl_sglang_hidden.engines.base import Engine
 from torchrl_sglang_hidden.errors import EngineError
-from torchrl_sglang_hidden.specs import Completion, Request
+from torchrl_sglang_hidden.records import Completion, Request
 
 __all__ = ["Batch", "Call", "TaskCall", "ThreadCall"]
 

@@ -29,8 +29,8 @@ from torchrl_sglang_hidden.errors import (
     ProtocolError,
     RequestRejectedError,
 )
+from torchrl_sglang_hidden.records import Completion, Request
 from torchrl_sglang_hidden.server.checkpoint import ServedWeights, is_readable, served_weights
-from torchrl_sglang_hidden.specs import Completion, Request
 from torchrl_sglang_hidden.wire import read_info, to_payload, warm_up
 
 __all__ = ["Endpoint"]

@@ -37,8 +37,8 @@ from torchrl_sglang_hidden.errors import (
     RequestAbortedError,
     RequestRejectedError,
 )
+from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
 from torchrl_sglang_hidden.server.checkpoint import served_weights
-from torchrl_sglang_hidden.specs import Completion, EngineInfo, Request
 from torchrl_sglang_hidden.wire import read_info, to_payload, warm_up
 
 __all__ = ["SGLangOffline"]

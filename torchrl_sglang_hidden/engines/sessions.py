@@ -23,7 +23,7 @@ from torchrl_sglang_hidden.errors import (
     PromptLengthError,
     RequestRejectedError,
 )
-from torchrl_sglang_hidden.specs import Completion, EngineInfo, Request
+from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
 from torchrl_sglang_hidden.wire import to_payload
 
 __all__ = ["Session", "SessionHost"]

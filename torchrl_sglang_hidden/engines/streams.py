@@ -14,7 +14,7 @@ import torch
 
 from torchrl_sglang_hidden.answers import read_responses
 from torchrl_sglang_hidden.errors import AlignmentError, CapabilityError, EngineError, InputError, ProtocolError
-from torchrl_sglang_hidden.specs import Completion, EngineInfo, Request
+from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
 
 __all__ = ["AsyncStream", "Stream", "StreamChunk", "check_stream"]
 

@@ -43,7 +43,9 @@ def check_layers(layers: int | Sequence[int], model: str) -> str:
         InputTypeError: no integer, or no sequence of them.
         InputError: an id that the model does not have, where its configuration can be read from here.
     """
-    from torchrl_sglang_hidden.specs import canonical_layer  # imports torch, which the server's start does not wait for
+    from torchrl_sglang_hidden.spec.hidden import (
+        canonical_layer,  # imports torch, which the server's start does not wait for
+    )
 
     ids = [layers] if isinstance(layers, int) else layers
     if isinstance(ids, str) or not isinstance(ids, Sequence) or any(type(layer) is not int for layer in ids):

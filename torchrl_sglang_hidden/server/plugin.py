@@ -21,7 +21,7 @@ from torchrl_sglang_hidden.server.capture import Capture
 from torchrl_sglang_hidden.server.checkpoint import PUSHED_PREFIX, served_weights
 from torchrl_sglang_hidden.server.cpu import has_accelerator, ignore_pinning
 from torchrl_sglang_hidden.spec.constraints import known_constraints
-from torchrl_sglang_hidden.specs import canonical_layer
+from torchrl_sglang_hidden.spec.hidden import canonical_layer
 
 logger = logging.getLogger(__name__)
 

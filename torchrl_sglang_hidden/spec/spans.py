@@ -20,6 +20,7 @@ __all__ = [
     "Between",
     "LastTokens",
     "PromptSpan",
+    "ResolvedSpan",
     "Role",
     "Span",
     "TokenMask",
@@ -169,6 +170,10 @@ class PromptSpan:
     def end(self) -> int:
         """Behind its last position."""
         return self.intervals[-1][1]
+
+
+# What a span is once its prompt is known; those of the response are found when it has ended.
+ResolvedSpan: TypeAlias = PromptSpan | LastTokens | Between
 
 
 def intervals_of(mask: Sequence[bool]) -> PromptSpan:

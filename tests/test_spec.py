@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from torchrl_sglang_hidden import Between, HiddenSpec, InputError, InputTypeError, LastTokens, Role, TokenMask
-from torchrl_sglang_hidden.specs import Request, canonical_layer, rows_expected
+from torchrl_sglang_hidden.records import Request
+from torchrl_sglang_hidden.spec.hidden import canonical_layer, rows_expected
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,147 @@
+"""Which hidden states a policy returns, and which rows each segment has.
+
+Positions are those of the tokens fed to the model, 0 … P+T-2; the last sampled token is never fed back, so it has no
+state:
+
+    prompt     0 … P-1        P rows
+    response   P-1 … P+T-2    T rows; row t is the state that produced response token t
+    full       0 … P+T-2      P+T-1 rows, each position once
+
+``response`` is the convention of Hugging Face ``generate(output_hidden_states=True)``: entry t, last position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+
+from torchrl_sglang_hidden.errors import InputError, InputTypeError
+from torchrl_sglang_hidden.spec.spans import Between, LastTokens, Span
+
+Segment = Literal["prompt", "response", "full"]
+Pooling = Literal["mean", "last"]
+
+SEGMENTS: tuple[Segment, ...] = get_args(Segment)
+POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def rows_expected(segment: Segment, num_prompt: int, num_response: int) -> int:
+    """How many positions a segment has, for P prompt and T response tokens (see the module's table)."""
+    return {"prompt": num_prompt, "response": num_response, "full": num_prompt + num_response - 1}[segment]
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenSpec:
+    """Which hidden states a policy returns.
+
+    Args:
+        segments: any of ``"prompt"``, ``"response"``, ``"full"``; none where spans are enough. A policy that reads
+            ``V(s)`` wants ``"prompt"``: the response is the action, not the state.
+        pooling: ``"mean"`` averages a segment's or span's rows, accumulated in float32 whatever the model's dtype;
+            ``"last"`` takes its last row; None pools nothing, for ``tokens=True``.
+        layers: ``-1``, what the language-model head reads (after the final norm; Hugging Face ``hidden_states[-1]``);
+            ``k ≥ 0``, the output of decoder layer k with the residual, before the final norm (Hugging Face
+            ``hidden_states[k + 1]``; of the last layer, which Hugging Face gives after the norm only, before it);
+            other negative ids count the decoder layers from the end, as in Python. One id gives vectors ``[D]``, a
+            tuple of K ids ``[K, D]`` in its order. The server must have been started with them: ``launch(layers=…)``.
+        tokens: also return every token's state of the segments, unpooled.
+        dtype: floating dtype of what is returned. float32 goes into ``ValueOperator`` and GAE as it is. Token states
+            of a float32 model travel as bfloat16 where this says so, half the bytes.
+        spans: places inside the prompt or the response to pool as well, by names of yours: `LastTokens`, `TokenMask`,
+            `Turn`, `Role`, `Between`.
+
+    Raises:
+        InputError: a value outside these.
+        InputTypeError: a value of the wrong type.
+    """
+
+    segments: tuple[Segment, ...] = ("response",)
+    pooling: Pooling | None = "mean"
+    layers: int | tuple[int, ...] = -1
+    tokens: bool = False
+    dtype: torch.dtype = torch.float32
+    spans: Mapping[str, Span] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        # A bare string is a sequence of letters; a list is what JSON and YAML configs give.
+        if isinstance(self.segments, str) or not isinstance(self.segments, (tuple, list)):
+            raise InputTypeError(
+                f"HiddenSpec(segments={self.segments!r}): expected a tuple of names, such as ('response',)"
+            )
+        object.__setattr__(self, "segments", tuple(self.segments))
+        unknown = [segment for segment in self.segments if segment not in SEGMENTS]
+        if unknown or len(set(self.segments)) != len(self.segments):
+            raise InputError(f"HiddenSpec(segments={self.segments!r}): expected one or more of {SEGMENTS}, each once")
+        if self.pooling not in (*POOLINGS, None):
+            raise InputError(f"HiddenSpec(pooling={self.pooling!r}): expected one of {(*POOLINGS, None)}")
+        if not isinstance(self.tokens, bool):
+            raise InputTypeError(f"HiddenSpec(tokens={self.tokens!r}): expected True or False")
+        self._check_layers()
+        if not isinstance(self.dtype, torch.dtype):
+            raise InputTypeError(f"HiddenSpec(dtype={self.dtype!r}): expected a torch.dtype, such as torch.float32")
+        if self.dtype not in FLOAT_DTYPES:
+            raise InputError(f"HiddenSpec(dtype={self.dtype}): expected one of {FLOAT_DTYPES}")
+        self._check_spans()
+        if self.pooling is None and (self.spans or not self.tokens):
+            raise InputError(
+                f"HiddenSpec(pooling=None, tokens={self.tokens}, spans={list(self.spans)}): without pooling there are "
+                "the segments' token states only; pass tokens=True and no spans, or a pooling"
+            )
+        if not self.segments and (self.tokens or not self.spans):
+            raise InputError(
+                f"HiddenSpec(segments=(), tokens={self.tokens}, spans={list(self.spans)}): expected one or more of "
+                f"{SEGMENTS}; none only beside spans, and without tokens=True"
+            )
+
+    def _check_layers(self) -> None:
+        layers = self.layers
+        if isinstance(layers, list):
+            layers = tuple(layers)
+            object.__setattr__(self, "layers", layers)
+        ids = layers if isinstance(layers, tuple) else (layers,)
+        if any(type(layer) is not int for layer in ids):
+            raise InputTypeError(f"HiddenSpec(layers={layers!r}): expected an integer, or a tuple of them")
+        if not ids or len(set(ids)) != len(ids):
+            raise InputError(f"HiddenSpec(layers={layers!r}): expected one or more layer ids, each once")
+
+    def _check_spans(self) -> None:
+        if not isinstance(self.spans, Mapping):
+            raise InputTypeError(f"HiddenSpec(spans={self.spans!r}): expected a dict of names to spans")
+        object.__setattr__(self, "spans", dict(self.spans))
+        for name, span in self.spans.items():
+            if not isinstance(name, str) or not name:
+                raise InputTypeError(f"HiddenSpec(spans={{{name!r}: …}}): a span's name is a non-empty string")
+            if not isinstance(span, Span):
+                raise InputTypeError(
+                    f"HiddenSpec(spans={{{name!r}: {span!r}}}): expected LastTokens, TokenMask, Turn, Role or Between"
+                )
+
+    @property
+    def layer_ids(self) -> tuple[int, ...]:
+        """The layers as a tuple, K of them."""
+        return self.layers if isinstance(self.layers, tuple) else (self.layers,)
+
+    @property
+    def needs_response(self) -> bool:
+        """Whether anything asked for is of the response, so that a prompt alone does not do."""
+        return self.segments not in ((), ("prompt",)) or any(
+            isinstance(span, (LastTokens, Between)) and span.segment == "response" for span in self.spans.values()
+        )
+
+
+def canonical_layer(layer: int, num_layers: int) -> int:
+    """A layer's one name: -1 for what the head reads, else ``0 … num_layers-1``.
+
+    Raises:
+        InputError: the model has no such layer.
+    """
+    if not -num_layers <= layer < num_layers:
+        raise InputError(
+            f"layers={layer}: the model has {num_layers} layers; use 0..{num_layers - 1}, -1 for the final norm's "
+            f"output, or -2..{-num_layers} to count from the end"
+        )
+    return layer if layer >= -1 else num_layers + layer
