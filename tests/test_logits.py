@@ -577,7 +577,7 @@ def test_tokens_are_counted_without_rows() -> None:
 @pytest.mark.parametrize("ids", [False, True])
 def test_more_bytes_than_there_may_be_are_refused(monkeypatch: pytest.MonkeyPatch, ids: bool) -> None:
     """Of prompt and response together. What was kept is dropped, what comes is not kept, and tokens are counted on."""
-    monkeypatch.setattr(logits_module, "MAX_BYTES", 5 * 2 * (4 + 8 * ids))
+    monkeypatch.setattr(logits_module, "MAX_ANSWER_BYTES", 5 * 2 * (4 + 8 * ids))
     one = RequestLogits(WantedLogits(LogitsSpec(top_k=2, segments=("full",)), given=1), range(4))
 
     def rows(count: int) -> TokenLogits:
@@ -606,7 +606,7 @@ def test_nothing_is_kept_of_logits_that_were_refused() -> None:
 
 def test_a_prompt_of_more_bytes_than_there_may_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is computed once all the same: nobody waits for rows that are not kept."""
-    monkeypatch.setattr(logits_module, "MAX_BYTES", 40)
+    monkeypatch.setattr(logits_module, "MAX_ANSWER_BYTES", 40)
     one = prompt_of(6)
     bring(one, 1, 5)
     found = one.finish()

@@ -18,8 +18,7 @@ from torchrl_sglang_hidden.errors import (
     SpanError,
     TokenIdError,
 )
-from torchrl_sglang_hidden.records import DEFAULT_NEW_TOKENS, EngineInfo, Request
-from torchrl_sglang_hidden.shared import MAX_BYTES
+from torchrl_sglang_hidden.records import DEFAULT_NEW_TOKENS, MAX_ANSWER_BYTES, EngineInfo, Request
 from torchrl_sglang_hidden.spec.constraints import check_constraints
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec, canonical_layer
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
@@ -28,7 +27,7 @@ from torchrl_sglang_hidden.wire import wanted_of
 
 __all__ = ["check_requests"]
 
-MAX_SHARED_BYTES = MAX_BYTES // 2
+MAX_SHARED_BYTES = MAX_ANSWER_BYTES // 2
 
 
 def check_requests(requests: Sequence[Request], info: EngineInfo) -> None:
@@ -96,11 +95,11 @@ def check_requests(requests: Sequence[Request], info: EngineInfo) -> None:
             _check_hidden(row, request, request.hidden, info)
         _check_choosing(row, request, info)
     sizes = [_logits_bytes(request, info) for request in requests]
-    if sum(sizes) > MAX_BYTES:
+    if sum(sizes) > MAX_ANSWER_BYTES:
         raise InputError(
             f"the logits of {len(requests)} rows are up to {sum(sizes) / 2**20:.0f} MiB, over the limit of "
-            f"{MAX_BYTES // 2**20} MiB for one batch; send fewer rows at a time, or ask for fewer tokens, top_k or "
-            "token_ids"
+            f"{MAX_ANSWER_BYTES // 2**20} MiB for one batch; send fewer rows at a time, or ask for fewer tokens, top_k "
+            "or token_ids"
         )
 
 

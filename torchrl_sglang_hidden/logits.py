@@ -16,8 +16,7 @@ from typing import TypeVar
 
 import torch
 
-from torchrl_sglang_hidden.records import DEFAULT_NEW_TOKENS, TokenLogits
-from torchrl_sglang_hidden.shared import MAX_BYTES
+from torchrl_sglang_hidden.records import DEFAULT_NEW_TOKENS, MAX_ANSWER_BYTES, TokenLogits
 from torchrl_sglang_hidden.spec.constraints import ConstraintStep, LogitConstraint, TemperatureScale, TokenConstraint
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 
@@ -188,10 +187,10 @@ class RequestLogits:
         if row is None or self.refused:
             return
         self._bytes += row.nbytes
-        if self._bytes > MAX_BYTES:
+        if self._bytes > MAX_ANSWER_BYTES:
             # Clients of this package ask for less; others must not fill the server's memory.
             self.refused = (
-                f"the logits are over {MAX_BYTES // 2**20} MiB for one request; ask for fewer tokens or columns"
+                f"the logits are over {MAX_ANSWER_BYTES // 2**20} MiB for one request; ask for fewer tokens or columns"
             )
             self._rows, self._given_rows = [], []
             return

@@ -20,6 +20,8 @@ from torchrl_sglang_hidden.spec.spans import ResolvedSpan
 DEFAULT_NEW_TOKENS = 128
 # The sampling of a prompt that is only read: SGLang must sample a token, which is dropped.
 READING: Mapping[str, Any] = {"max_new_tokens": 1, "temperature": 0.0}
+# Of the states and logits that one server process holds for answers at a time.
+MAX_ANSWER_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True, slots=True)

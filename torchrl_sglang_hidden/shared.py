@@ -19,6 +19,8 @@ from collections import deque
 from contextlib import suppress
 from pathlib import Path
 
+from torchrl_sglang_hidden.records import MAX_ANSWER_BYTES
+
 __all__ = ["SharedFiles", "discard", "fetch", "is_shared", "remove_leftovers"]
 
 DIRECTORY = Path("/dev/shm")
@@ -28,7 +30,6 @@ _DATA = re.compile(rf"{_PREFIX}-[0-9a-f]{{16}}-[0-9]+")
 
 # Below this a file costs more than the text in the answer.
 MIN_BYTES = 256 * 1024
-MAX_BYTES = 2 * 2**30
 # Longer than a client takes from the end of its request to reading the answer.
 LIFETIME_S = 600.0
 
@@ -46,7 +47,9 @@ class SharedFiles:
             there is no such directory, or no file locks.
     """
 
-    def __init__(self, directory: Path = DIRECTORY, max_bytes: int = MAX_BYTES, lifetime_s: float = LIFETIME_S) -> None:
+    def __init__(
+        self, directory: Path = DIRECTORY, max_bytes: int = MAX_ANSWER_BYTES, lifetime_s: float = LIFETIME_S
+    ) -> None:
         self._directory, self._max_bytes, self._lifetime_s = directory, max_bytes, lifetime_s
         self._token = f"{_PREFIX}-{secrets.token_hex(8)}"
         self._written: deque[tuple[float, Path, int]] = deque()
