@@ -9,7 +9,7 @@ from itertools import chain, combinations
 import torch
 from hypothesis import strategies as st
 
-from torchrl_sglang_hidden.pooling import Pools, Wanted
+from torchrl_sglang_hidden.reduce.pooling import Pools, Wanted
 from torchrl_sglang_hidden.spec.hidden import POOLINGS, SEGMENTS, rows_expected
 from torchrl_sglang_hidden.spec.spans import Between, LastTokens, PromptSpan, ResolvedSpan, intervals_of
 

@@ -28,9 +28,9 @@ from torchrl_sglang_hidden.engines.sessions import Session, SessionHost
 from torchrl_sglang_hidden.engines.streams import AsyncStream, Stream, check_stream
 from torchrl_sglang_hidden.engines.weights import next_version
 from torchrl_sglang_hidden.errors import RequestRejectedError
-from torchrl_sglang_hidden.logits import Choosing, FoundLogits, RequestLogits, WantedLogits, constrain, cut
-from torchrl_sglang_hidden.pooling import RequestPools, sum_rows
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
+from torchrl_sglang_hidden.reduce.pooling import RequestPools, sum_rows
+from torchrl_sglang_hidden.reduce.token_logits import Choosing, FoundLogits, RequestLogits, WantedLogits, constrain, cut
 from torchrl_sglang_hidden.server.choices import Given, StepChoices
 from torchrl_sglang_hidden.spec.constraints import known_constraints
 from torchrl_sglang_hidden.spec.hidden import SEGMENTS, Pooling, Segment

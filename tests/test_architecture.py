@@ -19,12 +19,12 @@ PACKAGE = "torchrl_sglang_hidden"
 ROOT = Path(torchrl_sglang_hidden.__file__).parent
 ORDER: list[set[str]] = [
     {"_version"},
-    {"errors", "spec"},
+    {"errors", "spec", "reduce"},
     {"spec.spans", "spec.constraints"},
     {"spec.hidden"},
     {"spec.logits"},
     {"records"},
-    {"pooling", "heads", "logits", "sampling", "places", "actions", "outputs"},
+    {"reduce.pooling", "heads", "reduce.token_logits", "sampling", "places", "actions", "outputs"},
     {"shared"},
     {"blocks"},
     {"channel"},
@@ -50,10 +50,10 @@ FORBIDDEN: dict[str, set[str]] = {
     "spec.hidden": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
     "spec.logits": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
     "records": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
-    "logits": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
+    "reduce.token_logits": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
     "blocks": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
     "checks": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
-    "pooling": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
+    "reduce.pooling": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
     "heads": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
     "shared": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
     "sampling": {"sglang", "tensordict", "torchrl", "transformers", "httpx", "torch"},
@@ -62,14 +62,22 @@ FORBIDDEN: dict[str, set[str]] = {
     "answers": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
     "server": {"tensordict", "torchrl", f"{PACKAGE}.wire", f"{PACKAGE}.sampling"},
     "engines": {"tensordict", "torchrl", f"{PACKAGE}.sampling"},
-    "prompts": {"sglang", "httpx", *(f"{PACKAGE}.{room}" for room in ("wire", "channel", "sampling", "pooling"))},
+    "prompts": {
+        "sglang",
+        "httpx",
+        *(f"{PACKAGE}.{room}" for room in ("wire", "channel", "sampling", "reduce.pooling")),
+    },
     "assemble": {"sglang", "httpx", *(f"{PACKAGE}.{room}" for room in ("server", "engines", "wire", "channel"))},
     "places": {"sglang", "httpx"},
     "actions": {"sglang", "httpx", "torchrl"},
     "outputs": {"sglang", "httpx"},
-    "calls": {"sglang", "httpx", *(f"{PACKAGE}.{room}" for room in ("wire", "channel", "pooling", "server"))},
-    "candidates": {"sglang", "httpx", *(f"{PACKAGE}.{room}" for room in ("wire", "channel", "pooling", "server"))},
-    "policy": {"sglang", "httpx", *(f"{PACKAGE}.{room}" for room in ("wire", "channel", "pooling", "server"))},
+    "calls": {"sglang", "httpx", *(f"{PACKAGE}.{room}" for room in ("wire", "channel", "reduce.pooling", "server"))},
+    "candidates": {
+        "sglang",
+        "httpx",
+        *(f"{PACKAGE}.{room}" for room in ("wire", "channel", "reduce.pooling", "server")),
+    },
+    "policy": {"sglang", "httpx", *(f"{PACKAGE}.{room}" for room in ("wire", "channel", "reduce.pooling", "server"))},
 }
 # What reaches the engines by their front door.
 FRONT_DOORS = {
@@ -164,7 +172,7 @@ def test_every_module_has_its_place() -> None:
     [
         ("errors", "from torchrl_sglang_hidden.records import Request", "upward"),
         ("spec.hidden", "def f():\n    from torchrl_sglang_hidden import policy", "upward"),
-        ("pooling", "import torchrl_sglang_hidden.sampling", "upward"),
+        ("reduce.pooling", "import torchrl_sglang_hidden.sampling", "upward"),
         ("wire", "from torchrl_sglang_hidden import HiddenSpec", "has no place"),
         ("wire", "import torchrl_sglang_hidden", "upward"),
         ("wire", "from . import engines", "upward"),

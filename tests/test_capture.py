@@ -25,8 +25,8 @@ from test_channel import CHOICES, GARBAGE, anything, custom_of, logits_of, span_
 from torchrl_sglang_hidden import blocks
 from torchrl_sglang_hidden.channel import CHANNEL, pack_options, unpack_answer, unpack_options
 from torchrl_sglang_hidden.errors import CapabilityError, ConstraintError, SpanError
-from torchrl_sglang_hidden.logits import WantedLogits, cut
-from torchrl_sglang_hidden.pooling import BLOCK, Wanted
+from torchrl_sglang_hidden.reduce.pooling import BLOCK, Wanted
+from torchrl_sglang_hidden.reduce.token_logits import WantedLogits, cut
 from torchrl_sglang_hidden.server import capture as capture_module
 from torchrl_sglang_hidden.server import plugin
 from torchrl_sglang_hidden.server.capture import Capture, HostRows, _Tokens

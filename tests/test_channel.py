@@ -35,9 +35,9 @@ from torchrl_sglang_hidden.channel import (
     unpack_options,
 )
 from torchrl_sglang_hidden.errors import CapabilityError, ConstraintError, ProtocolError, SpanError
-from torchrl_sglang_hidden.logits import FoundLogits, WantedLogits
-from torchrl_sglang_hidden.pooling import Pools, Wanted, WantedRows
 from torchrl_sglang_hidden.records import TokenLogits
+from torchrl_sglang_hidden.reduce.pooling import Pools, Wanted, WantedRows
+from torchrl_sglang_hidden.reduce.token_logits import FoundLogits, WantedLogits
 from torchrl_sglang_hidden.shared import MIN_BYTES, SharedFiles, discard, fetch
 from torchrl_sglang_hidden.spec.constraints import (
     ActionMask,

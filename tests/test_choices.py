@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from torchrl_sglang_hidden.logits import FoundLogits, RequestLogits, WantedLogits
+from torchrl_sglang_hidden.reduce.token_logits import FoundLogits, RequestLogits, WantedLogits
 from torchrl_sglang_hidden.server import choices as room
 from torchrl_sglang_hidden.server.choices import Choice, Given, HostLogits, StepChoices
 from torchrl_sglang_hidden.spec.constraints import (

@@ -13,9 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchrl_sglang_hidden import logits as logits_module
-from torchrl_sglang_hidden.logits import Choosing, RequestLogits, WantedLogits, constrain, cut, on_device
 from torchrl_sglang_hidden.records import TokenLogits
+from torchrl_sglang_hidden.reduce import token_logits as logits_module
+from torchrl_sglang_hidden.reduce.token_logits import Choosing, RequestLogits, WantedLogits, constrain, cut, on_device
 from torchrl_sglang_hidden.spec.constraints import (
     ActionMask,
     ConstraintStep,

@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from torchrl_sglang_hidden.channel import CHANNEL, CONSTRAINTS_ENV, LAYERS_ENV, PLUGIN_ENV, Status, pack_options
-from torchrl_sglang_hidden.logits import WantedLogits
-from torchrl_sglang_hidden.pooling import BLOCK, Wanted
+from torchrl_sglang_hidden.reduce.pooling import BLOCK, Wanted
+from torchrl_sglang_hidden.reduce.token_logits import WantedLogits
 from torchrl_sglang_hidden.server import plugin
 from torchrl_sglang_hidden.server.capture import Capture
 from torchrl_sglang_hidden.shared import SharedFiles

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from plain import DTYPES, SUBSETS, Case, assert_pools, assert_value, decode, expected_count, token_places, wanted_of
 from recorder import feed
 
-from torchrl_sglang_hidden.pooling import BLOCK, Pools, PromptStep, RequestPools, Wanted, sum_rows
+from torchrl_sglang_hidden.reduce.pooling import BLOCK, Pools, PromptStep, RequestPools, Wanted, sum_rows
 from torchrl_sglang_hidden.spec.hidden import POOLINGS, SEGMENTS
 from torchrl_sglang_hidden.spec.spans import Between, LastTokens, PromptSpan, ResolvedSpan
 

@@ -42,9 +42,9 @@ from torchrl_sglang_hidden.errors import (
     SpanError,
     TokenIdError,
 )
-from torchrl_sglang_hidden.logits import WantedLogits
-from torchrl_sglang_hidden.pooling import Wanted
 from torchrl_sglang_hidden.records import Completion, Request
+from torchrl_sglang_hidden.reduce.pooling import Wanted
+from torchrl_sglang_hidden.reduce.token_logits import WantedLogits
 from torchrl_sglang_hidden.shared import DIRECTORY, SharedFiles, is_shared
 from torchrl_sglang_hidden.spec.constraints import (
     ActionMask,

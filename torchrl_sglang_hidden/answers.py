@@ -14,9 +14,9 @@ import torch
 
 from torchrl_sglang_hidden.channel import CHANNEL, FALLBACK_REMEDY, Answer, drop_shared, unpack_answer
 from torchrl_sglang_hidden.errors import AlignmentError, ProtocolError, RequestAbortedError, SpanError
-from torchrl_sglang_hidden.logits import FoundLogits, WantedLogits
-from torchrl_sglang_hidden.pooling import Pools, RequestPools, Wanted, sum_rows
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Pooled, Request, TokenLogits, TokenRows
+from torchrl_sglang_hidden.reduce.pooling import Pools, RequestPools, Wanted, sum_rows
+from torchrl_sglang_hidden.reduce.token_logits import FoundLogits, WantedLogits
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec, Segment, rows_expected
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 from torchrl_sglang_hidden.spec.spans import LastTokens, PromptSpan, ResolvedSpan

@@ -16,9 +16,9 @@ from torchrl_sglang_hidden.errors import (
     CapabilityError,
     ProtocolError,
 )
-from torchrl_sglang_hidden.logits import WantedLogits
-from torchrl_sglang_hidden.pooling import RequestPools, Wanted
 from torchrl_sglang_hidden.records import DEFAULT_NEW_TOKENS, READING, EngineInfo, Request
+from torchrl_sglang_hidden.reduce.pooling import RequestPools, Wanted
+from torchrl_sglang_hidden.reduce.token_logits import WantedLogits
 from torchrl_sglang_hidden.shared import is_shared
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec, canonical_layer
 

@@ -17,8 +17,8 @@ from states import assert_completion
 from torchrl_sglang_hidden import HiddenSpec, LastTokens, SGLangServer, TokenMask
 from torchrl_sglang_hidden.answers import read_responses
 from torchrl_sglang_hidden.channel import CHANNEL
-from torchrl_sglang_hidden.pooling import BLOCK
 from torchrl_sglang_hidden.records import Completion, Request
+from torchrl_sglang_hidden.reduce.pooling import BLOCK
 from torchrl_sglang_hidden.spec.spans import PromptSpan
 from torchrl_sglang_hidden.wire import to_payload
 

@@ -21,9 +21,9 @@ from torchrl_sglang_hidden.blocks import (
 )
 from torchrl_sglang_hidden.channel.status import CHANNEL, FALLBACK_REMEDY, PROTOCOL, check_protocol
 from torchrl_sglang_hidden.errors import CapabilityError, ConstraintError, ProtocolError, SpanError
-from torchrl_sglang_hidden.logits import FoundLogits
-from torchrl_sglang_hidden.pooling import Pools, WantedRows
 from torchrl_sglang_hidden.records import TokenLogits
+from torchrl_sglang_hidden.reduce.pooling import Pools, WantedRows
+from torchrl_sglang_hidden.reduce.token_logits import FoundLogits
 from torchrl_sglang_hidden.shared import discard
 from torchrl_sglang_hidden.spec.hidden import Segment
 

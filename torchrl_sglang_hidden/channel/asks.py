@@ -12,8 +12,8 @@ import torch
 
 from torchrl_sglang_hidden.blocks import DTYPES, Way
 from torchrl_sglang_hidden.channel.status import CHANNEL, PROTOCOL
-from torchrl_sglang_hidden.logits import WantedLogits
-from torchrl_sglang_hidden.pooling import Wanted
+from torchrl_sglang_hidden.reduce.pooling import Wanted
+from torchrl_sglang_hidden.reduce.token_logits import WantedLogits
 from torchrl_sglang_hidden.spec.constraints import LogitConstraint
 from torchrl_sglang_hidden.spec.hidden import POOLINGS, SEGMENTS
 from torchrl_sglang_hidden.spec.logits import LogitsSpec

@@ -19,8 +19,8 @@ import torch
 
 from torchrl_sglang_hidden.channel import Options, answer_of, unpack_options
 from torchrl_sglang_hidden.errors import SpanError
-from torchrl_sglang_hidden.logits import RequestLogits
-from torchrl_sglang_hidden.pooling import PromptStep, RequestPools, sum_rows
+from torchrl_sglang_hidden.reduce.pooling import PromptStep, RequestPools, sum_rows
+from torchrl_sglang_hidden.reduce.token_logits import RequestLogits
 from torchrl_sglang_hidden.server.choices import Choice, Given, StepChoices
 from torchrl_sglang_hidden.server.layers import LayerTaps
 from torchrl_sglang_hidden.server.sums import PrefixKeys, PrefixSums

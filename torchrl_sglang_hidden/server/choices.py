@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from torchrl_sglang_hidden.logits import Choosing, RequestLogits, constrain, cut, on_device
 from torchrl_sglang_hidden.records import TokenLogits
+from torchrl_sglang_hidden.reduce.token_logits import Choosing, RequestLogits, constrain, cut, on_device
 from torchrl_sglang_hidden.spec.logits import LogitsSpec, Stage
 
 __all__ = ["Choice", "DeviceLogits", "Given", "HostLogits", "StepChoices"]

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from torchrl_sglang_hidden.pooling import BLOCK
+from torchrl_sglang_hidden.reduce.pooling import BLOCK
 
 __all__ = ["PrefixKeys", "PrefixSums"]
 
