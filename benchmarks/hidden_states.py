@@ -37,8 +37,8 @@ from serving import new_prompts, served, settle
 
 from torchrl_sglang_hidden import HiddenSpec, SGLangServer
 from torchrl_sglang_hidden.answers import read_responses
-from torchrl_sglang_hidden.channel import CHANNEL
 from torchrl_sglang_hidden.checks import check_requests
+from torchrl_sglang_hidden.protocol import CHANNEL
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
 from torchrl_sglang_hidden.spec.hidden import Segment
 from torchrl_sglang_hidden.wire import to_payload

@@ -23,7 +23,7 @@ from rich.table import Table
 from serving import new_prompts, served, settle
 
 from torchrl_sglang_hidden import SGLangServer
-from torchrl_sglang_hidden.channel import PLUGIN_ENV
+from torchrl_sglang_hidden.protocol import PLUGIN_ENV
 from torchrl_sglang_hidden.records import Request
 
 WITH, WITHOUT = "with the server half", "without"

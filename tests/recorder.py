@@ -22,12 +22,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from torchrl_sglang_hidden.answers import read_responses
-from torchrl_sglang_hidden.channel import CHANNEL, Status, pack_answer, unpack_options
 from torchrl_sglang_hidden.engines import Engine
 from torchrl_sglang_hidden.engines.sessions import Session, SessionHost
 from torchrl_sglang_hidden.engines.streams import AsyncStream, Stream, check_stream
 from torchrl_sglang_hidden.engines.weights import next_version
 from torchrl_sglang_hidden.errors import RequestRejectedError
+from torchrl_sglang_hidden.protocol import CHANNEL, Status, pack_answer, unpack_options
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
 from torchrl_sglang_hidden.reduce.pooling import RequestPools, sum_rows
 from torchrl_sglang_hidden.reduce.token_logits import Choosing, FoundLogits, RequestLogits, WantedLogits, constrain, cut

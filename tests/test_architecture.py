@@ -25,9 +25,9 @@ ORDER: list[set[str]] = [
     {"spec.logits"},
     {"records"},
     {"reduce.pooling", "heads", "reduce.token_logits", "sampling", "places", "actions", "outputs"},
-    {"shared"},
-    {"blocks"},
-    {"channel"},
+    {"protocol.shared_memory", "protocol.served_weights"},
+    {"protocol.tensors"},
+    {"protocol"},
     {"wire"},
     {"checks", "answers"},
     {"server", "prompts"},
@@ -51,13 +51,14 @@ FORBIDDEN: dict[str, set[str]] = {
     "spec.logits": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
     "records": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
     "reduce.token_logits": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
-    "blocks": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
+    "protocol.tensors": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
     "checks": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
     "reduce.pooling": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
     "heads": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
-    "shared": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
+    "protocol.shared_memory": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
     "sampling": {"sglang", "tensordict", "torchrl", "transformers", "httpx", "torch"},
-    "channel": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
+    "protocol": {"sglang", "tensordict", "torchrl", "httpx"},
+    **{part: {"transformers"} for part in ("protocol.status", "protocol.request_options", "protocol.answer")},
     "wire": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
     "answers": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
     "server": {"tensordict", "torchrl", f"{PACKAGE}.wire", f"{PACKAGE}.sampling"},
@@ -65,19 +66,31 @@ FORBIDDEN: dict[str, set[str]] = {
     "prompts": {
         "sglang",
         "httpx",
-        *(f"{PACKAGE}.{room}" for room in ("wire", "channel", "sampling", "reduce.pooling")),
+        *(f"{PACKAGE}.{room}" for room in ("wire", "protocol", "sampling", "reduce.pooling")),
     },
-    "assemble": {"sglang", "httpx", *(f"{PACKAGE}.{room}" for room in ("server", "engines", "wire", "channel"))},
+    "assemble": {
+        "sglang",
+        "httpx",
+        *(f"{PACKAGE}.{room}" for room in ("server", "engines", "wire", "protocol")),
+    },
     "places": {"sglang", "httpx"},
     "actions": {"sglang", "httpx", "torchrl"},
     "outputs": {"sglang", "httpx"},
-    "calls": {"sglang", "httpx", *(f"{PACKAGE}.{room}" for room in ("wire", "channel", "reduce.pooling", "server"))},
+    "calls": {
+        "sglang",
+        "httpx",
+        *(f"{PACKAGE}.{room}" for room in ("wire", "protocol", "reduce.pooling", "server")),
+    },
     "candidates": {
         "sglang",
         "httpx",
-        *(f"{PACKAGE}.{room}" for room in ("wire", "channel", "reduce.pooling", "server")),
+        *(f"{PACKAGE}.{room}" for room in ("wire", "protocol", "reduce.pooling", "server")),
     },
-    "policy": {"sglang", "httpx", *(f"{PACKAGE}.{room}" for room in ("wire", "channel", "reduce.pooling", "server"))},
+    "policy": {
+        "sglang",
+        "httpx",
+        *(f"{PACKAGE}.{room}" for room in ("wire", "protocol", "reduce.pooling", "server")),
+    },
 }
 # What reaches the engines by their front door.
 FRONT_DOORS = {
@@ -120,9 +133,9 @@ def part_of(module: str) -> str:
     return next((name for name in names if name in LEVELS), names[-1])
 
 
-def rules_of(rules: dict[str, set[str]], part: str) -> set[str]:
-    """The rules of a part and of the package that it is in."""
-    parts = part.split(".")
+def rules_of(rules: dict[str, set[str]], module: str) -> set[str]:
+    """The rules of a module and of the packages that it is in."""
+    parts = module.split(".")[1:]
     return {rule for length in range(len(parts)) for rule in rules.get(".".join(parts[: length + 1]), ())}
 
 
@@ -138,11 +151,11 @@ def breaches(source: str, module: str) -> list[str]:
                 found.append(f"{where}, which has no place in the order")
             elif other != part and LEVELS[other] >= LEVELS[part]:
                 found.append(f"{where}, upward")
-            if any(target.startswith(f"{door}.") for door in rules_of(FRONT_DOORS, part)):
+            if any(target.startswith(f"{door}.") for door in rules_of(FRONT_DOORS, module)):
                 found.append(f"{where}, past the front door")
         if top == "sglang" and not lazy:
             found.append(f"{where} when it is imported itself")
-        if any(target == name or target.startswith(f"{name}.") for name in rules_of(FORBIDDEN, part)):
+        if any(target == name or target.startswith(f"{name}.") for name in rules_of(FORBIDDEN, module)):
             found.append(f"{where}, which {part} knows nothing of")
     return found
 

@@ -14,8 +14,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchrl_sglang_hidden import blocks
-from torchrl_sglang_hidden.blocks import (
+from torchrl_sglang_hidden.protocol import tensors as blocks
+from torchrl_sglang_hidden.protocol.shared_memory import MIN_BYTES, SharedFiles, fetch
+from torchrl_sglang_hidden.protocol.tensors import (
     DTYPES,
     NoRoomError,
     Way,
@@ -25,7 +26,6 @@ from torchrl_sglang_hidden.blocks import (
     unpack_bytes,
     unpack_tensor,
 )
-from torchrl_sglang_hidden.shared import MIN_BYTES, SharedFiles, fetch
 
 WAYS: tuple[Way, ...] = ("binary", "text", "shared")
 

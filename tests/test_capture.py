@@ -22,9 +22,10 @@ from plain import DTYPES, SUBSETS, Case, assert_pools, decode, wanted_of
 from recorder import HIDDEN_SIZE, of_layer
 from test_channel import CHOICES, GARBAGE, anything, custom_of, logits_of, span_of
 
-from torchrl_sglang_hidden import blocks
-from torchrl_sglang_hidden.channel import CHANNEL, pack_options, unpack_answer, unpack_options
 from torchrl_sglang_hidden.errors import CapabilityError, ConstraintError, SpanError
+from torchrl_sglang_hidden.protocol import CHANNEL, pack_options, unpack_answer, unpack_options
+from torchrl_sglang_hidden.protocol import tensors as blocks
+from torchrl_sglang_hidden.protocol.shared_memory import MIN_BYTES, SharedFiles, fetch
 from torchrl_sglang_hidden.reduce.pooling import BLOCK, Wanted
 from torchrl_sglang_hidden.reduce.token_logits import WantedLogits, cut
 from torchrl_sglang_hidden.server import capture as capture_module
@@ -32,7 +33,6 @@ from torchrl_sglang_hidden.server import plugin
 from torchrl_sglang_hidden.server.capture import Capture, HostRows, _Tokens
 from torchrl_sglang_hidden.server.choices import HostLogits, StepChoices
 from torchrl_sglang_hidden.server.sums import ENTRY_BYTES
-from torchrl_sglang_hidden.shared import MIN_BYTES, SharedFiles, fetch
 from torchrl_sglang_hidden.spec.constraints import ActionMask, ConstraintStep, DisallowedTokens, LogitConstraint
 from torchrl_sglang_hidden.spec.hidden import POOLINGS, SEGMENTS
 from torchrl_sglang_hidden.spec.logits import LogitsSpec

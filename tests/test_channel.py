@@ -17,9 +17,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchrl_sglang_hidden import blocks
-from torchrl_sglang_hidden.blocks import pack_tensor
-from torchrl_sglang_hidden.channel import (
+from torchrl_sglang_hidden.errors import CapabilityError, ConstraintError, ProtocolError, SpanError
+from torchrl_sglang_hidden.protocol import (
     CHANNEL,
     MAX_CONSTRAINTS,
     PROTOCOL,
@@ -34,11 +33,12 @@ from torchrl_sglang_hidden.channel import (
     unpack_answer,
     unpack_options,
 )
-from torchrl_sglang_hidden.errors import CapabilityError, ConstraintError, ProtocolError, SpanError
+from torchrl_sglang_hidden.protocol import tensors as blocks
+from torchrl_sglang_hidden.protocol.shared_memory import MIN_BYTES, SharedFiles, discard, fetch
+from torchrl_sglang_hidden.protocol.tensors import pack_tensor
 from torchrl_sglang_hidden.records import TokenLogits
 from torchrl_sglang_hidden.reduce.pooling import Pools, Wanted, WantedRows
 from torchrl_sglang_hidden.reduce.token_logits import FoundLogits, WantedLogits
-from torchrl_sglang_hidden.shared import MIN_BYTES, SharedFiles, discard, fetch
 from torchrl_sglang_hidden.spec.constraints import (
     ActionMask,
     ConstraintStep,

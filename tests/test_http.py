@@ -19,7 +19,6 @@ import pytest
 from recorder import Handler, RecordingEngine, RecordingServer, Respond, abort_a_row
 
 from torchrl_sglang_hidden import SGLangServer, connect
-from torchrl_sglang_hidden.channel import CHANNEL
 from torchrl_sglang_hidden.errors import (
     AuthenticationError,
     CapabilityError,
@@ -34,6 +33,7 @@ from torchrl_sglang_hidden.errors import (
     SGLangHiddenError,
     TokenIdError,
 )
+from torchrl_sglang_hidden.protocol import CHANNEL
 from torchrl_sglang_hidden.records import Completion, Request
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec
 

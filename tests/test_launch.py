@@ -22,10 +22,10 @@ import pytest
 from processes import still_running, watched
 
 from torchrl_sglang_hidden import EngineError, InputError, LaunchError, UnknownOptionError, launch
-from torchrl_sglang_hidden.channel import LAYERS_ENV
 from torchrl_sglang_hidden.engines import launch as launch_module
 from torchrl_sglang_hidden.engines.launch import ServerProcess, check_model
 from torchrl_sglang_hidden.errors import CapabilityError, InputTypeError, SGLangHiddenError
+from torchrl_sglang_hidden.protocol import LAYERS_ENV
 from torchrl_sglang_hidden.server.__main__ import API_KEY_ENV, PARENT_PID_ENV, command_line, watch_parent
 from torchrl_sglang_hidden.server.config import check_layers
 

@@ -18,12 +18,12 @@ import pytest
 import torch
 from torch import nn
 
-from torchrl_sglang_hidden.channel import CHANNEL, CONSTRAINTS_ENV, LAYERS_ENV, PLUGIN_ENV, Status, pack_options
+from torchrl_sglang_hidden.protocol import CHANNEL, CONSTRAINTS_ENV, LAYERS_ENV, PLUGIN_ENV, Status, pack_options
+from torchrl_sglang_hidden.protocol.shared_memory import SharedFiles
 from torchrl_sglang_hidden.reduce.pooling import BLOCK, Wanted
 from torchrl_sglang_hidden.reduce.token_logits import WantedLogits
 from torchrl_sglang_hidden.server import plugin
 from torchrl_sglang_hidden.server.capture import Capture
-from torchrl_sglang_hidden.shared import SharedFiles
 from torchrl_sglang_hidden.spec.constraints import DisallowedTokens, TemperatureScale, base, known_constraints
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 from torchrl_sglang_hidden.spec.spans import PromptSpan

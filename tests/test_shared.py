@@ -14,8 +14,15 @@ from typing import Any
 
 import pytest
 
-from torchrl_sglang_hidden import shared
-from torchrl_sglang_hidden.shared import MIN_BYTES, SharedFiles, discard, fetch, is_shared, remove_leftovers
+from torchrl_sglang_hidden.protocol import shared_memory as shared
+from torchrl_sglang_hidden.protocol.shared_memory import (
+    MIN_BYTES,
+    SharedFiles,
+    discard,
+    fetch,
+    is_shared,
+    remove_leftovers,
+)
 
 DATA = bytes(range(256)) * (MIN_BYTES // 256)
 
@@ -163,7 +170,7 @@ def test_close_removes_all(tmp_path: Path) -> None:
 def test_a_server_that_ends_leaves_nothing(tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
-from torchrl_sglang_hidden.shared import MIN_BYTES, SharedFiles
+from torchrl_sglang_hidden.protocol.shared_memory import MIN_BYTES, SharedFiles
 files = SharedFiles(Path({str(tmp_path)!r}))
 print(files.share(bytes(MIN_BYTES)), len(list(Path({str(tmp_path)!r}).iterdir())))
 """
@@ -176,7 +183,7 @@ print(files.share(bytes(MIN_BYTES)), len(list(Path({str(tmp_path)!r}).iterdir())
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from torchrl_sglang_hidden.shared import MIN_BYTES, SharedFiles
+from torchrl_sglang_hidden.protocol.shared_memory import MIN_BYTES, SharedFiles
 files = SharedFiles(Path(sys.argv[1]))
 files.share(bytes(MIN_BYTES))
 os.kill(os.getpid(), signal.SIGKILL)
@@ -299,7 +306,7 @@ from pathlib import Path
 import torch  # has ways of its own around a missing fcntl
 sys.modules["fcntl"] = None
 from torchrl_sglang_hidden import connect
-from torchrl_sglang_hidden.shared import MIN_BYTES, SharedFiles, remove_leftovers
+from torchrl_sglang_hidden.protocol.shared_memory import MIN_BYTES, SharedFiles, remove_leftovers
 import torchrl_sglang_hidden.wire
 directory = Path(sys.argv[1])
 remove_leftovers(directory)

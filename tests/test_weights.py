@@ -32,7 +32,6 @@ from torchrl_sglang_hidden import (
     SGLangServer,
     WeightsError,
 )
-from torchrl_sglang_hidden.channel import CHANNEL
 from torchrl_sglang_hidden.engines import weights as module
 from torchrl_sglang_hidden.engines.weights import (
     check_weights,
@@ -43,8 +42,9 @@ from torchrl_sglang_hidden.engines.weights import (
     open_weights,
     paused,
 )
+from torchrl_sglang_hidden.protocol import CHANNEL
+from torchrl_sglang_hidden.protocol.served_weights import PUSHED_PREFIX, ServedWeights, served_weights
 from torchrl_sglang_hidden.server import plugin
-from torchrl_sglang_hidden.server.checkpoint import PUSHED_PREFIX, ServedWeights, served_weights
 
 SIZES = {
     "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,

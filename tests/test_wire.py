@@ -31,7 +31,6 @@ from recorder import (
 from torchrl_sglang_hidden import AlignmentError, CapabilityError, HiddenSpec, ProtocolError, RequestAbortedError
 from torchrl_sglang_hidden import wire as wire_module
 from torchrl_sglang_hidden.answers import read_responses
-from torchrl_sglang_hidden.channel import CHANNEL, PROTOCOL, Options, Status, pack_options, unpack_options
 from torchrl_sglang_hidden.checks import check_requests
 from torchrl_sglang_hidden.errors import (
     ConstraintError,
@@ -42,10 +41,11 @@ from torchrl_sglang_hidden.errors import (
     SpanError,
     TokenIdError,
 )
+from torchrl_sglang_hidden.protocol import CHANNEL, PROTOCOL, Options, Status, pack_options, unpack_options
+from torchrl_sglang_hidden.protocol.shared_memory import DIRECTORY, SharedFiles, is_shared
 from torchrl_sglang_hidden.records import Completion, Request
 from torchrl_sglang_hidden.reduce.pooling import Wanted
 from torchrl_sglang_hidden.reduce.token_logits import WantedLogits
-from torchrl_sglang_hidden.shared import DIRECTORY, SharedFiles, is_shared
 from torchrl_sglang_hidden.spec.constraints import (
     ActionMask,
     ConstraintStep,

@@ -12,8 +12,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from torchrl_sglang_hidden.channel import CHANNEL, FALLBACK_REMEDY, Answer, drop_shared, unpack_answer
 from torchrl_sglang_hidden.errors import AlignmentError, ProtocolError, RequestAbortedError, SpanError
+from torchrl_sglang_hidden.protocol import CHANNEL, FALLBACK_REMEDY, Answer, drop_shared, unpack_answer
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Pooled, Request, TokenLogits, TokenRows
 from torchrl_sglang_hidden.reduce.pooling import Pools, RequestPools, Wanted, sum_rows
 from torchrl_sglang_hidden.reduce.token_logits import FoundLogits, WantedLogits

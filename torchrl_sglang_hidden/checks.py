@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torchrl_sglang_hidden.blocks import MAX_TEXT_BYTES
-from torchrl_sglang_hidden.channel import FALLBACK_REMEDY, MAX_CONSTRAINTS
 from torchrl_sglang_hidden.errors import (
     CapabilityError,
     ConstraintError,
@@ -18,6 +16,8 @@ from torchrl_sglang_hidden.errors import (
     SpanError,
     TokenIdError,
 )
+from torchrl_sglang_hidden.protocol import FALLBACK_REMEDY, MAX_CONSTRAINTS
+from torchrl_sglang_hidden.protocol.tensors import MAX_TEXT_BYTES
 from torchrl_sglang_hidden.records import DEFAULT_NEW_TOKENS, MAX_ANSWER_BYTES, EngineInfo, Request
 from torchrl_sglang_hidden.spec.constraints import check_constraints
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec, canonical_layer

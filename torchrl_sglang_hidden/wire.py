@@ -11,15 +11,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from torchrl_sglang_hidden.channel import CHANNEL, Status, Way, pack_options
 from torchrl_sglang_hidden.errors import (
     CapabilityError,
     ProtocolError,
 )
+from torchrl_sglang_hidden.protocol import CHANNEL, Status, Way, pack_options
+from torchrl_sglang_hidden.protocol.shared_memory import is_shared
 from torchrl_sglang_hidden.records import DEFAULT_NEW_TOKENS, READING, EngineInfo, Request
 from torchrl_sglang_hidden.reduce.pooling import RequestPools, Wanted
 from torchrl_sglang_hidden.reduce.token_logits import WantedLogits
-from torchrl_sglang_hidden.shared import is_shared
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec, canonical_layer
 
 __all__ = ["ModelSizes", "logits_of", "read_info", "shares", "to_payload", "wanted_of", "warm_up"]

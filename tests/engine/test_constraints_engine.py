@@ -37,9 +37,9 @@ from torchrl_sglang_hidden import (
     TemperatureScale,
     launch,
 )
-from torchrl_sglang_hidden.channel import CHANNEL
 from torchrl_sglang_hidden.engines import BatchingEngine, endpoint
 from torchrl_sglang_hidden.engines.launch import LaunchedServer
+from torchrl_sglang_hidden.protocol import CHANNEL
 from torchrl_sglang_hidden.records import Completion, Request
 from torchrl_sglang_hidden.sampling import to_sglang
 from torchrl_sglang_hidden.spec.constraints import LinearSchedule

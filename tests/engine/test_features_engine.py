@@ -25,8 +25,8 @@ from states import assert_completion
 from transformers import PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden import ActionMask, EngineUnreachableError, HiddenSpec, LastTokens, LogitsSpec, launch
-from torchrl_sglang_hidden.channel import CHANNEL
 from torchrl_sglang_hidden.engines.launch import LaunchedServer
+from torchrl_sglang_hidden.protocol import CHANNEL
 from torchrl_sglang_hidden.records import Completion, Request
 
 NUM_LAYERS = 4

@@ -16,7 +16,7 @@ from states import assert_completion
 
 from torchrl_sglang_hidden import HiddenSpec, LastTokens, SGLangServer, TokenMask
 from torchrl_sglang_hidden.answers import read_responses
-from torchrl_sglang_hidden.channel import CHANNEL
+from torchrl_sglang_hidden.protocol import CHANNEL
 from torchrl_sglang_hidden.records import Completion, Request
 from torchrl_sglang_hidden.reduce.pooling import BLOCK
 from torchrl_sglang_hidden.spec.spans import PromptSpan

@@ -25,10 +25,10 @@ from storm import resident_bytes, storm
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden import AuthenticationError, PromptLengthError, SGLangHiddenWrapper, connect, launch
-from torchrl_sglang_hidden.channel import CHANNEL
 from torchrl_sglang_hidden.engines.launch import LaunchedServer
+from torchrl_sglang_hidden.protocol import CHANNEL
+from torchrl_sglang_hidden.protocol.shared_memory import DIRECTORY
 from torchrl_sglang_hidden.server.sums import MAX_BYTES
-from torchrl_sglang_hidden.shared import DIRECTORY
 
 Policy = Callable[..., SGLangHiddenWrapper]
 

@@ -12,7 +12,7 @@ from checks import SEGMENTS, assert_rows, make_policy, prompt_of, tokens_input
 from transformers import PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden import HiddenSpec, SGLangServer
-from torchrl_sglang_hidden.channel import CHANNEL, PROTOCOL, pack_options
+from torchrl_sglang_hidden.protocol import CHANNEL, PROTOCOL, pack_options
 from torchrl_sglang_hidden.reduce.pooling import Wanted
 
 SPEC = HiddenSpec(segments=SEGMENTS)

@@ -18,7 +18,7 @@ from test_sessions import SessionContract
 from transformers import PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden import HiddenSpec, RequestAbortedError, RequestRejectedError, SGLangServer, connect
-from torchrl_sglang_hidden.channel import CHANNEL
+from torchrl_sglang_hidden.protocol import CHANNEL
 from torchrl_sglang_hidden.records import Completion, Request
 from torchrl_sglang_hidden.spec.hidden import Pooling
 

@@ -21,9 +21,9 @@ from test_streams import StreamContract, assert_adds_up, collect
 from transformers import PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden import HiddenSpec, RequestAbortedError, SGLangOffline, SGLangServer
-from torchrl_sglang_hidden.channel import CHANNEL
 from torchrl_sglang_hidden.engines import Engine
 from torchrl_sglang_hidden.engines.streams import StreamChunk
+from torchrl_sglang_hidden.protocol import CHANNEL
 from torchrl_sglang_hidden.records import Completion, Request
 
 # A request that goes on for minutes unless it is dropped, and how long that may take.

@@ -51,8 +51,8 @@ from torchrl_sglang_hidden import (
     WeightsError,
     connect,
 )
-from torchrl_sglang_hidden.channel import CHANNEL, unpack_answer
 from torchrl_sglang_hidden.engines import weights as weights_module
+from torchrl_sglang_hidden.protocol import CHANNEL, unpack_answer
 from torchrl_sglang_hidden.records import Completion, Request
 from torchrl_sglang_hidden.spec.spans import PromptSpan
 from torchrl_sglang_hidden.wire import to_payload

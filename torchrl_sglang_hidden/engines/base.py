@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
-from torchrl_sglang_hidden.channel import PLUGIN_ENV
 from torchrl_sglang_hidden.checks import check_requests
 from torchrl_sglang_hidden.engines.sessions import Session
 from torchrl_sglang_hidden.engines.streams import AsyncStream, Stream
 from torchrl_sglang_hidden.engines.weights import Running, Transport, Weights
 from torchrl_sglang_hidden.errors import CapabilityError
+from torchrl_sglang_hidden.protocol import PLUGIN_ENV
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
 from torchrl_sglang_hidden.wire import ModelSizes
 

@@ -27,7 +27,6 @@ import platformdirs
 from rich.console import Console
 from rich.markup import escape
 
-from torchrl_sglang_hidden.channel import LAYERS_ENV
 from torchrl_sglang_hidden.engines.http import SGLangServer
 from torchrl_sglang_hidden.errors import (
     CapabilityError,
@@ -37,9 +36,10 @@ from torchrl_sglang_hidden.errors import (
     LaunchError,
     UnknownOptionError,
 )
+from torchrl_sglang_hidden.protocol import LAYERS_ENV
+from torchrl_sglang_hidden.protocol.shared_memory import remove_leftovers
 from torchrl_sglang_hidden.server.__main__ import API_KEY_ENV, PARENT_PID_ENV, command_line
 from torchrl_sglang_hidden.server.config import check_layers, check_modules
-from torchrl_sglang_hidden.shared import remove_leftovers
 
 __all__ = ["LaunchedServer", "launch"]
 

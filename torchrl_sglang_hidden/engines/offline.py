@@ -14,7 +14,6 @@ from typing import Any, ClassVar, TypeVar
 from weakref import WeakValueDictionary
 
 from torchrl_sglang_hidden.answers import read_responses
-from torchrl_sglang_hidden.channel import LAYERS_ENV, PLUGIN_ENV
 from torchrl_sglang_hidden.engines.base import Engine, ask_model
 from torchrl_sglang_hidden.engines.sessions import Session, SessionHost
 from torchrl_sglang_hidden.engines.streams import AsyncStream, Stream, check_stream
@@ -37,8 +36,9 @@ from torchrl_sglang_hidden.errors import (
     RequestAbortedError,
     RequestRejectedError,
 )
+from torchrl_sglang_hidden.protocol import LAYERS_ENV, PLUGIN_ENV
+from torchrl_sglang_hidden.protocol.served_weights import served_weights
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
-from torchrl_sglang_hidden.server.checkpoint import served_weights
 from torchrl_sglang_hidden.wire import read_info, to_payload, warm_up
 
 __all__ = ["SGLangOffline"]

@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from torchrl_sglang_hidden.errors import EngineError, InputError, InputTypeError, RequestRejectedError, WeightsError
-from torchrl_sglang_hidden.server.checkpoint import PUSHED_PREFIX, ServedWeights, read_header, safetensors_files
+from torchrl_sglang_hidden.protocol.served_weights import PUSHED_PREFIX, ServedWeights, read_header, safetensors_files
 
 __all__ = [
     "Call",

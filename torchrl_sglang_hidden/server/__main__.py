@@ -21,9 +21,9 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torchrl_sglang_hidden.channel import PLUGIN_ENV
+from torchrl_sglang_hidden.protocol import PLUGIN_ENV
+from torchrl_sglang_hidden.protocol.shared_memory import remove_leftovers
 from torchrl_sglang_hidden.server.cpu import bind_threads, cpu_server_args, has_accelerator, use_cpu_engine
-from torchrl_sglang_hidden.shared import remove_leftovers
 
 __all__ = ["API_KEY_ENV", "PARENT_PID_ENV", "command_line", "main", "watch_parent"]
 

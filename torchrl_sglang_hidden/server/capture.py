@@ -17,14 +17,14 @@ from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 
-from torchrl_sglang_hidden.channel import Options, answer_of, unpack_options
 from torchrl_sglang_hidden.errors import SpanError
+from torchrl_sglang_hidden.protocol import Options, answer_of, unpack_options
+from torchrl_sglang_hidden.protocol.shared_memory import SharedFiles
 from torchrl_sglang_hidden.reduce.pooling import PromptStep, RequestPools, sum_rows
 from torchrl_sglang_hidden.reduce.token_logits import RequestLogits
 from torchrl_sglang_hidden.server.choices import Choice, Given, StepChoices
 from torchrl_sglang_hidden.server.layers import LayerTaps
 from torchrl_sglang_hidden.server.sums import PrefixKeys, PrefixSums
-from torchrl_sglang_hidden.shared import SharedFiles
 
 __all__ = ["Capture", "DeviceRows", "HostRows", "Open", "StepPlan"]
 

@@ -66,7 +66,7 @@ def check_modules(modules: Sequence[str]) -> dict[str, str]:
         InputError: one that cannot be imported here, or none of whose constraints a server could import.
         InputTypeError: no sequence of names.
     """
-    from torchrl_sglang_hidden.channel import CONSTRAINTS_ENV
+    from torchrl_sglang_hidden.protocol import CONSTRAINTS_ENV
     from torchrl_sglang_hidden.spec.constraints import constraints_of
 
     if isinstance(modules, str) or not all(isinstance(name, str) and name for name in modules):

@@ -16,9 +16,9 @@ from collections.abc import Callable, Coroutine
 from pathlib import PurePath
 from typing import Any, cast
 
-from torchrl_sglang_hidden.channel import CHANNEL, CONSTRAINTS_ENV, LAYERS_ENV, PLUGIN_ENV, Status
+from torchrl_sglang_hidden.protocol import CHANNEL, CONSTRAINTS_ENV, LAYERS_ENV, PLUGIN_ENV, Status
+from torchrl_sglang_hidden.protocol.served_weights import PUSHED_PREFIX, served_weights
 from torchrl_sglang_hidden.server.capture import Capture
-from torchrl_sglang_hidden.server.checkpoint import PUSHED_PREFIX, served_weights
 from torchrl_sglang_hidden.server.cpu import has_accelerator, ignore_pinning
 from torchrl_sglang_hidden.spec.constraints import known_constraints
 from torchrl_sglang_hidden.spec.hidden import canonical_layer

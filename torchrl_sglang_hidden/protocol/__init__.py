@@ -7,10 +7,9 @@ Names, numbers and floating-point bytes only: nothing received is ever unpickled
 
 from __future__ import annotations
 
-from torchrl_sglang_hidden.blocks import Way
-from torchrl_sglang_hidden.channel.answers import Answer, answer_of, drop_shared, pack_answer, unpack_answer
-from torchrl_sglang_hidden.channel.asks import MAX_CONSTRAINTS, Options, pack_options, unpack_options
-from torchrl_sglang_hidden.channel.status import (
+from torchrl_sglang_hidden.protocol.answer import Answer, answer_of, drop_shared, pack_answer, unpack_answer
+from torchrl_sglang_hidden.protocol.request_options import MAX_CONSTRAINTS, Options, pack_options, unpack_options
+from torchrl_sglang_hidden.protocol.status import (
     CHANNEL,
     CONSTRAINTS_ENV,
     FALLBACK_REMEDY,
@@ -19,6 +18,7 @@ from torchrl_sglang_hidden.channel.status import (
     PROTOCOL,
     Status,
 )
+from torchrl_sglang_hidden.protocol.tensors import Way
 
 __all__ = [
     "CHANNEL",

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from torchrl_sglang_hidden.blocks import DTYPES, Way
-from torchrl_sglang_hidden.channel.status import CHANNEL, PROTOCOL
+from torchrl_sglang_hidden.protocol.status import CHANNEL, PROTOCOL
+from torchrl_sglang_hidden.protocol.tensors import DTYPES, Way
 from torchrl_sglang_hidden.reduce.pooling import Wanted
 from torchrl_sglang_hidden.reduce.token_logits import WantedLogits
 from torchrl_sglang_hidden.spec.constraints import LogitConstraint

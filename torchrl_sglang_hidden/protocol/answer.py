@@ -9,7 +9,10 @@ from typing import Any, cast
 
 import torch
 
-from torchrl_sglang_hidden.blocks import (
+from torchrl_sglang_hidden.errors import CapabilityError, ConstraintError, ProtocolError, SpanError
+from torchrl_sglang_hidden.protocol.shared_memory import discard
+from torchrl_sglang_hidden.protocol.status import CHANNEL, FALLBACK_REMEDY, PROTOCOL, check_protocol
+from torchrl_sglang_hidden.protocol.tensors import (
     NoRoomError,
     Share,
     Way,
@@ -19,12 +22,9 @@ from torchrl_sglang_hidden.blocks import (
     unpack_bytes,
     unpack_tensor,
 )
-from torchrl_sglang_hidden.channel.status import CHANNEL, FALLBACK_REMEDY, PROTOCOL, check_protocol
-from torchrl_sglang_hidden.errors import CapabilityError, ConstraintError, ProtocolError, SpanError
 from torchrl_sglang_hidden.records import TokenLogits
 from torchrl_sglang_hidden.reduce.pooling import Pools, WantedRows
 from torchrl_sglang_hidden.reduce.token_logits import FoundLogits
-from torchrl_sglang_hidden.shared import discard
 from torchrl_sglang_hidden.spec.hidden import Segment
 
 __all__ = ["Answer", "answer_of", "drop_shared", "pack_answer", "unpack_answer"]

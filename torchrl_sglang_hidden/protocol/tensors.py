@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
-from torchrl_sglang_hidden.shared import fetch
+from torchrl_sglang_hidden.protocol.shared_memory import fetch
 
 __all__ = [
     "DTYPES",
