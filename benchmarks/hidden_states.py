@@ -36,12 +36,12 @@ from rich.table import Table
 from serving import new_prompts, served, settle
 
 from torchrl_sglang_hidden import HiddenSpec, SGLangServer
-from torchrl_sglang_hidden.answers import read_responses
-from torchrl_sglang_hidden.checks import check_requests
 from torchrl_sglang_hidden.protocol import CHANNEL
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
+from torchrl_sglang_hidden.sglang_api.checks import check_requests
+from torchrl_sglang_hidden.sglang_api.payload import to_payload
+from torchrl_sglang_hidden.sglang_api.responses import read_responses
 from torchrl_sglang_hidden.spec.hidden import Segment
-from torchrl_sglang_hidden.wire import to_payload
 
 PLAIN, POOLED, TOKENS, TOKENS_HTTP, STOCK = "plain", "pooled", "tokens", "tokens, HTTP", "stock"
 SEGMENTS: tuple[Segment, ...] = ("prompt", "response")

@@ -38,10 +38,10 @@ from rich.table import Table
 from serving import new_prompts, served, settle
 
 from torchrl_sglang_hidden import ActionMask, LogitsSpec, SGLangServer
-from torchrl_sglang_hidden.answers import read_responses
-from torchrl_sglang_hidden.checks import check_requests
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
-from torchrl_sglang_hidden.wire import to_payload
+from torchrl_sglang_hidden.sglang_api.checks import check_requests
+from torchrl_sglang_hidden.sglang_api.payload import to_payload
+from torchrl_sglang_hidden.sglang_api.responses import read_responses
 
 PLAIN, MASK, FULL, FULL_BF16, FULL_HTTP = "plain", "mask", "full", "full, bf16", "full, HTTP"
 TOP_K, TOKEN_IDS, STOCK_TOP_K, STOCK_IDS = "top_k", "token_ids", "top_logprobs_num", "token_ids_logprob"

@@ -21,7 +21,6 @@ from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from torchrl_sglang_hidden.answers import read_responses
 from torchrl_sglang_hidden.engines import Engine
 from torchrl_sglang_hidden.engines.sessions import Session, SessionHost
 from torchrl_sglang_hidden.engines.streams import AsyncStream, Stream, check_stream
@@ -32,9 +31,10 @@ from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
 from torchrl_sglang_hidden.reduce.pooling import RequestPools, sum_rows
 from torchrl_sglang_hidden.reduce.token_logits import Choosing, FoundLogits, RequestLogits, WantedLogits, constrain, cut
 from torchrl_sglang_hidden.server.choices import Given, StepChoices
+from torchrl_sglang_hidden.sglang_api.payload import to_payload
+from torchrl_sglang_hidden.sglang_api.responses import read_responses
 from torchrl_sglang_hidden.spec.constraints import known_constraints
 from torchrl_sglang_hidden.spec.hidden import SEGMENTS, Pooling, Segment
-from torchrl_sglang_hidden.wire import to_payload
 
 # A busy machine is no fault of the code; and a failure says how to repeat itself without a database.
 settings.register_profile("tests", deadline=None, database=None)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchrl_sglang_hidden.errors import InputError, InputTypeError, UnknownOptionError
-from torchrl_sglang_hidden.sampling import SGLANG_NAMES, override, standardize, to_sglang
+from torchrl_sglang_hidden.sglang_api.sampling import SGLANG_NAMES, override, standardize, to_sglang
 
 # One good value of every option, by the name that a user may write.
 GOOD: dict[str, Any] = {

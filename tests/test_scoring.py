@@ -16,7 +16,7 @@ from torchrl.modules.llm.policies import ChatHistory, Masks, Text, Tokens
 
 from torchrl_sglang_hidden import HiddenSpec, SGLangHiddenWrapper
 from torchrl_sglang_hidden.errors import InputError, InputTypeError, MissingKeyError
-from torchrl_sglang_hidden.wire import to_payload
+from torchrl_sglang_hidden.sglang_api.payload import to_payload
 
 TOKENIZER = tiny_tokenizer()
 SEQUENCES = [[6, 7, 8, 9], [10], [11, 12, EOS_ID]]

@@ -307,7 +307,7 @@ import torch  # has ways of its own around a missing fcntl
 sys.modules["fcntl"] = None
 from torchrl_sglang_hidden import connect
 from torchrl_sglang_hidden.protocol.shared_memory import MIN_BYTES, SharedFiles, remove_leftovers
-import torchrl_sglang_hidden.wire
+import torchrl_sglang_hidden.sglang_api.payload
 directory = Path(sys.argv[1])
 remove_leftovers(directory)
 files = SharedFiles(directory)

@@ -29,9 +29,6 @@ from recorder import (
 )
 
 from torchrl_sglang_hidden import AlignmentError, CapabilityError, HiddenSpec, ProtocolError, RequestAbortedError
-from torchrl_sglang_hidden import wire as wire_module
-from torchrl_sglang_hidden.answers import read_responses
-from torchrl_sglang_hidden.checks import check_requests
 from torchrl_sglang_hidden.errors import (
     ConstraintError,
     InputError,
@@ -46,6 +43,12 @@ from torchrl_sglang_hidden.protocol.shared_memory import DIRECTORY, SharedFiles,
 from torchrl_sglang_hidden.records import Completion, Request
 from torchrl_sglang_hidden.reduce.pooling import Wanted
 from torchrl_sglang_hidden.reduce.token_logits import WantedLogits
+from torchrl_sglang_hidden.sglang_api import server_info as server_info_module
+from torchrl_sglang_hidden.sglang_api.checks import check_requests
+from torchrl_sglang_hidden.sglang_api.payload import logits_of as wanted_logits_of
+from torchrl_sglang_hidden.sglang_api.payload import to_payload
+from torchrl_sglang_hidden.sglang_api.responses import read_responses
+from torchrl_sglang_hidden.sglang_api.server_info import ModelSizes, read_info, warm_up
 from torchrl_sglang_hidden.spec.constraints import (
     ActionMask,
     ConstraintStep,
@@ -57,8 +60,6 @@ from torchrl_sglang_hidden.spec.constraints import (
 from torchrl_sglang_hidden.spec.hidden import POOLINGS, Pooling
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 from torchrl_sglang_hidden.spec.spans import Between, LastTokens, PromptSpan, TokenMask
-from torchrl_sglang_hidden.wire import ModelSizes, read_info, to_payload, warm_up
-from torchrl_sglang_hidden.wire import logits_of as wanted_logits_of
 
 PROMPT = (9, 8, 7, 3)
 RESPONSE = response_of(PROMPT)
@@ -637,7 +638,7 @@ def test_states_before_the_norm_are_not_returned() -> None:
 
 
 def test_memory_is_shared_with_a_server_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire_module, "is_shared", lambda sign: is_shared(sign, tmp_path))
+    monkeypatch.setattr(server_info_module, "is_shared", lambda sign: is_shared(sign, tmp_path))
     here, there = {**STATUS, "shared": SharedFiles(tmp_path).sign}, {**STATUS, "shared": "elsewhere"}
     assert info_of(here).shares_memory
     assert info_of(here, here).shares_memory

@@ -22,7 +22,7 @@ from torchrl_sglang_hidden.options import logits_of_given, of_given, only_logits
 from torchrl_sglang_hidden.places import decode_all
 from torchrl_sglang_hidden.prompts import InputMode, Row
 from torchrl_sglang_hidden.records import DEFAULT_NEW_TOKENS, READING, Completion, Request
-from torchrl_sglang_hidden.sampling import NOT_OF_SAMPLING, override, standardize, to_sglang
+from torchrl_sglang_hidden.sglang_api.sampling import NOT_OF_SAMPLING, override, standardize, to_sglang
 from torchrl_sglang_hidden.spec.constraints import LogitConstraint
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec
 from torchrl_sglang_hidden.spec.logits import LogitsSpec

@@ -44,7 +44,7 @@ from torchrl_sglang_hidden.options import (
 )
 from torchrl_sglang_hidden.outputs import OutputKeys
 from torchrl_sglang_hidden.prompts import InputMode, PromptReader
-from torchrl_sglang_hidden.sampling import standardize
+from torchrl_sglang_hidden.sglang_api.sampling import standardize
 from torchrl_sglang_hidden.spec.constraints import LogitConstraint
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
@@ -77,10 +77,10 @@ class SGLangHiddenWrapper(CandidateScoring, Configured, Distributions, LLMWrappe
             of a response) is kept for `get_new_version` and has no effect: a chat is scored as the tokenizer writes it.
             To score a rollout by the ids that were sampled, use ``input_mode="tokens"``.
         generate_kwargs: generation options by TorchRL's standard names, Hugging Face's or SGLang's; see
-            `torchrl_sglang_hidden.sampling.standardize`. Options passed to a call override these. ``max_new_tokens=0``
-            reads the prompt and generates nothing: T is 0, and ``hidden`` asks for nothing of a response. Beside
-            sampling: ``lora_path``, the name of a LoRA adapter that the server has loaded; ``priority``, where the
-            server schedules by it; ``return_hidden_states``, see ``hidden``. Constraints: ``action_mask``, an
+            `torchrl_sglang_hidden.sglang_api.sampling.standardize`. Options passed to a call override these.
+            ``max_new_tokens=0`` reads the prompt and generates nothing: T is 0, and ``hidden`` asks for nothing of a
+            response. Beside sampling: ``lora_path``, the name of a LoRA adapter that the server has loaded; ``priority``, where
+            the server schedules by it; ``return_hidden_states``, see ``hidden``. Constraints: ``action_mask``, an
             `ActionMask`, ids, or bool ``[V]``; ``disallowed_tokens``, a `DisallowedTokens` or ids;
             ``custom_logit_processor``, a `LogitConstraint`, its text, or a list of them. SGLang's own string there is
             used alone, with a warning that says what it leaves out.

@@ -11,7 +11,7 @@ from torchrl.modules.llm.backends.sglang import AsyncSGLang
 from transformers import PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden import SGLangHiddenWrapper, SGLangServer
-from torchrl_sglang_hidden.sampling import SGLANG_NAMES
+from torchrl_sglang_hidden.sglang_api.sampling import SGLANG_NAMES
 
 LEFT_OUT = {"n", "beam_width", "custom_params", "stream_interval", "watermark"}
 INTERNAL = {

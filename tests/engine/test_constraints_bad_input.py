@@ -27,11 +27,11 @@ from torchrl_sglang_hidden import (
     TemperatureScale,
     TokenIdError,
 )
-from torchrl_sglang_hidden.answers import read_responses
 from torchrl_sglang_hidden.engines import endpoint
 from torchrl_sglang_hidden.records import Request
+from torchrl_sglang_hidden.sglang_api.payload import to_payload
+from torchrl_sglang_hidden.sglang_api.responses import read_responses
 from torchrl_sglang_hidden.spec.constraints import LinearSchedule
-from torchrl_sglang_hidden.wire import to_payload
 
 
 @pytest.fixture

@@ -41,10 +41,10 @@ from torchrl_sglang_hidden.engines import BatchingEngine, endpoint
 from torchrl_sglang_hidden.engines.launch import LaunchedServer
 from torchrl_sglang_hidden.protocol import CHANNEL
 from torchrl_sglang_hidden.records import Completion, Request
-from torchrl_sglang_hidden.sampling import to_sglang
+from torchrl_sglang_hidden.sglang_api.payload import to_payload
+from torchrl_sglang_hidden.sglang_api.sampling import to_sglang
 from torchrl_sglang_hidden.spec.constraints import LinearSchedule
 from torchrl_sglang_hidden.spec.logits import STAGES
-from torchrl_sglang_hidden.wire import to_payload
 
 NUM_LAYERS = 4
 CHUNK = 32

@@ -15,12 +15,12 @@ from checks import CHUNKED_PREFILL_SIZE, prompt_of
 from states import assert_completion
 
 from torchrl_sglang_hidden import HiddenSpec, LastTokens, SGLangServer, TokenMask
-from torchrl_sglang_hidden.answers import read_responses
 from torchrl_sglang_hidden.protocol import CHANNEL
 from torchrl_sglang_hidden.records import Completion, Request
 from torchrl_sglang_hidden.reduce.pooling import BLOCK
+from torchrl_sglang_hidden.sglang_api.payload import to_payload
+from torchrl_sglang_hidden.sglang_api.responses import read_responses
 from torchrl_sglang_hidden.spec.spans import PromptSpan
-from torchrl_sglang_hidden.wire import to_payload
 
 SMOL_LAYERS = 30
 PROMPT = HiddenSpec(("prompt",))

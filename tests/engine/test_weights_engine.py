@@ -54,8 +54,8 @@ from torchrl_sglang_hidden import (
 from torchrl_sglang_hidden.engines import weights as weights_module
 from torchrl_sglang_hidden.protocol import CHANNEL, unpack_answer
 from torchrl_sglang_hidden.records import Completion, Request
+from torchrl_sglang_hidden.sglang_api.payload import to_payload
 from torchrl_sglang_hidden.spec.spans import PromptSpan
-from torchrl_sglang_hidden.wire import to_payload
 
 ChatIds = Callable[[str], list[int]]
 

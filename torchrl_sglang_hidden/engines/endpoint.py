@@ -14,7 +14,6 @@ from urllib.parse import SplitResult, urlsplit
 
 import httpx
 
-from torchrl_sglang_hidden.answers import read_responses
 from torchrl_sglang_hidden.engines import broadcast
 from torchrl_sglang_hidden.engines.base import ask_model
 from torchrl_sglang_hidden.engines.replies import read_event, read_json, reason, translated
@@ -31,7 +30,9 @@ from torchrl_sglang_hidden.errors import (
 from torchrl_sglang_hidden.protocol import CHANNEL
 from torchrl_sglang_hidden.protocol.served_weights import ServedWeights, is_readable, served_weights
 from torchrl_sglang_hidden.records import Completion, Request
-from torchrl_sglang_hidden.wire import read_info, to_payload, warm_up
+from torchrl_sglang_hidden.sglang_api.payload import to_payload
+from torchrl_sglang_hidden.sglang_api.responses import read_responses
+from torchrl_sglang_hidden.sglang_api.server_info import read_info, warm_up
 
 __all__ = ["Endpoint"]
 

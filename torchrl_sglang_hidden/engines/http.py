@@ -34,7 +34,7 @@ from torchrl_sglang_hidden.errors import (
     SGLangHiddenError,
 )
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
-from torchrl_sglang_hidden.wire import to_payload
+from torchrl_sglang_hidden.sglang_api.payload import to_payload
 
 __all__ = ["SGLangServer", "connect"]
 

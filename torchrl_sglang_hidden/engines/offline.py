@@ -13,7 +13,6 @@ from types import AsyncGeneratorType
 from typing import Any, ClassVar, TypeVar
 from weakref import WeakValueDictionary
 
-from torchrl_sglang_hidden.answers import read_responses
 from torchrl_sglang_hidden.engines.base import Engine, ask_model
 from torchrl_sglang_hidden.engines.sessions import Session, SessionHost
 from torchrl_sglang_hidden.engines.streams import AsyncStream, Stream, check_stream
@@ -39,7 +38,9 @@ from torchrl_sglang_hidden.errors import (
 from torchrl_sglang_hidden.protocol import LAYERS_ENV, PLUGIN_ENV
 from torchrl_sglang_hidden.protocol.served_weights import served_weights
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
-from torchrl_sglang_hidden.wire import read_info, to_payload, warm_up
+from torchrl_sglang_hidden.sglang_api.payload import to_payload
+from torchrl_sglang_hidden.sglang_api.responses import read_responses
+from torchrl_sglang_hidden.sglang_api.server_info import read_info, warm_up
 
 __all__ = ["SGLangOffline"]
 

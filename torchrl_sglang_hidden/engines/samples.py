@@ -8,9 +8,9 @@ from typing import Literal, cast
 
 import torch
 
-from torchrl_sglang_hidden.checks import check_requests
 from torchrl_sglang_hidden.engines.base import Engine
 from torchrl_sglang_hidden.records import READING, Completion, Pooled, Request, TokenRows
+from torchrl_sglang_hidden.sglang_api.checks import check_requests
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec, Segment, rows_expected
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 from torchrl_sglang_hidden.spec.spans import PromptSpan, ResolvedSpan

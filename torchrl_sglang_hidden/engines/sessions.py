@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 
-from torchrl_sglang_hidden.answers import read_responses
 from torchrl_sglang_hidden.errors import (
     AlignmentError,
     EngineError,
@@ -24,7 +23,8 @@ from torchrl_sglang_hidden.errors import (
     RequestRejectedError,
 )
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
-from torchrl_sglang_hidden.wire import to_payload
+from torchrl_sglang_hidden.sglang_api.payload import to_payload
+from torchrl_sglang_hidden.sglang_api.responses import read_responses
 
 __all__ = ["Session", "SessionHost"]
 

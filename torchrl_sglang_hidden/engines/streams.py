@@ -12,9 +12,9 @@ from typing import Any, Self
 
 import torch
 
-from torchrl_sglang_hidden.answers import read_responses
 from torchrl_sglang_hidden.errors import AlignmentError, CapabilityError, EngineError, InputError, ProtocolError
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
+from torchrl_sglang_hidden.sglang_api.responses import read_responses
 
 __all__ = ["AsyncStream", "Stream", "StreamChunk", "check_stream"]
 

@@ -17,10 +17,10 @@ from torchrl_sglang_hidden.protocol import CHANNEL, FALLBACK_REMEDY, Answer, dro
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Pooled, Request, TokenLogits, TokenRows
 from torchrl_sglang_hidden.reduce.pooling import Pools, RequestPools, Wanted, sum_rows
 from torchrl_sglang_hidden.reduce.token_logits import FoundLogits, WantedLogits
+from torchrl_sglang_hidden.sglang_api.payload import logits_of, shares, wanted_of
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec, Segment, rows_expected
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 from torchrl_sglang_hidden.spec.spans import LastTokens, PromptSpan, ResolvedSpan
-from torchrl_sglang_hidden.wire import logits_of, shares, wanted_of
 
 __all__ = ["read_responses"]
 

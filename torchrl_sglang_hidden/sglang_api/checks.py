@@ -19,11 +19,11 @@ from torchrl_sglang_hidden.errors import (
 from torchrl_sglang_hidden.protocol import FALLBACK_REMEDY, MAX_CONSTRAINTS
 from torchrl_sglang_hidden.protocol.tensors import MAX_TEXT_BYTES
 from torchrl_sglang_hidden.records import DEFAULT_NEW_TOKENS, MAX_ANSWER_BYTES, EngineInfo, Request
+from torchrl_sglang_hidden.sglang_api.payload import wanted_of
 from torchrl_sglang_hidden.spec.constraints import check_constraints
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec, canonical_layer
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 from torchrl_sglang_hidden.spec.spans import Between, LastTokens, PromptSpan
-from torchrl_sglang_hidden.wire import wanted_of
 
 __all__ = ["check_requests"]
 
