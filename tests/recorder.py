@@ -30,7 +30,7 @@ from torchrl_sglang_hidden.protocol import CHANNEL, Status, pack_answer, unpack_
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
 from torchrl_sglang_hidden.reduce.pooling import RequestPools, sum_rows
 from torchrl_sglang_hidden.reduce.token_logits import Choosing, FoundLogits, RequestLogits, WantedLogits, constrain, cut
-from torchrl_sglang_hidden.server.choices import Given, StepChoices
+from torchrl_sglang_hidden.server.next_tokens import Given, StepChoices
 from torchrl_sglang_hidden.sglang_api.payload import to_payload
 from torchrl_sglang_hidden.sglang_api.responses import read_responses
 from torchrl_sglang_hidden.spec.constraints import known_constraints

@@ -31,8 +31,8 @@ from torchrl_sglang_hidden.reduce.token_logits import WantedLogits, cut
 from torchrl_sglang_hidden.server import capture as capture_module
 from torchrl_sglang_hidden.server import plugin
 from torchrl_sglang_hidden.server.capture import Capture, HostRows, _Tokens
-from torchrl_sglang_hidden.server.choices import HostLogits, StepChoices
-from torchrl_sglang_hidden.server.sums import ENTRY_BYTES
+from torchrl_sglang_hidden.server.next_tokens import HostLogits, StepChoices
+from torchrl_sglang_hidden.server.prefix_sums import ENTRY_BYTES
 from torchrl_sglang_hidden.spec.constraints import ActionMask, ConstraintStep, DisallowedTokens, LogitConstraint
 from torchrl_sglang_hidden.spec.hidden import POOLINGS, SEGMENTS
 from torchrl_sglang_hidden.spec.logits import LogitsSpec

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from torchrl_sglang_hidden.reduce.token_logits import FoundLogits, RequestLogits, WantedLogits
-from torchrl_sglang_hidden.server import choices as room
-from torchrl_sglang_hidden.server.choices import Choice, Given, HostLogits, StepChoices
+from torchrl_sglang_hidden.server import next_tokens as room
+from torchrl_sglang_hidden.server.next_tokens import Choice, Given, HostLogits, StepChoices
 from torchrl_sglang_hidden.spec.constraints import (
     ActionMask,
     ConstraintStep,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from torchrl_sglang_hidden.server.layers import LayerTaps
+from torchrl_sglang_hidden.server.layer_taps import LayerTaps
 
 D, L = 8, 4
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchrl_sglang_hidden.reduce.pooling import BLOCK
-from torchrl_sglang_hidden.server.sums import ENTRY_BYTES, PrefixKeys, PrefixSums
+from torchrl_sglang_hidden.server.prefix_sums import ENTRY_BYTES, PrefixKeys, PrefixSums
 
 # One block in two forms, so that beginnings are often equal, and differ in the middle of whole blocks too.
 BLOCKS = [(7,) * BLOCK, (*(7,) * (BLOCK - 1), 8)]

@@ -28,7 +28,7 @@ from torchrl_sglang_hidden import AuthenticationError, PromptLengthError, SGLang
 from torchrl_sglang_hidden.engines.launch import LaunchedServer
 from torchrl_sglang_hidden.protocol import CHANNEL
 from torchrl_sglang_hidden.protocol.shared_memory import DIRECTORY
-from torchrl_sglang_hidden.server.sums import MAX_BYTES
+from torchrl_sglang_hidden.server.prefix_sums import MAX_BYTES
 
 Policy = Callable[..., SGLangHiddenWrapper]
 

@@ -22,9 +22,9 @@ from torchrl_sglang_hidden.protocol import Options, answer_of, unpack_options
 from torchrl_sglang_hidden.protocol.shared_memory import SharedFiles
 from torchrl_sglang_hidden.reduce.pooling import PromptStep, RequestPools, sum_rows
 from torchrl_sglang_hidden.reduce.token_logits import RequestLogits
-from torchrl_sglang_hidden.server.choices import Choice, Given, StepChoices
-from torchrl_sglang_hidden.server.layers import LayerTaps
-from torchrl_sglang_hidden.server.sums import PrefixKeys, PrefixSums
+from torchrl_sglang_hidden.server.layer_taps import LayerTaps
+from torchrl_sglang_hidden.server.next_tokens import Choice, Given, StepChoices
+from torchrl_sglang_hidden.server.prefix_sums import PrefixKeys, PrefixSums
 
 __all__ = ["Capture", "DeviceRows", "HostRows", "Open", "StepPlan"]
 
