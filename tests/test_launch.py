@@ -5,6 +5,7 @@ The processes are real. Where a server is needed, a few lines of http.server ans
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import socket
@@ -23,11 +24,12 @@ from processes import still_running, watched
 
 from torchrl_sglang_hidden import EngineError, InputError, LaunchError, UnknownOptionError, launch
 from torchrl_sglang_hidden.engines import launch as launch_module
-from torchrl_sglang_hidden.engines.launch import ServerProcess, check_model
+from torchrl_sglang_hidden.engines import process as process_module
+from torchrl_sglang_hidden.engines.process import ServerProcess
+from torchrl_sglang_hidden.engines.server_options import check_layers, check_model
 from torchrl_sglang_hidden.errors import CapabilityError, InputTypeError, SGLangHiddenError
 from torchrl_sglang_hidden.protocol import LAYERS_ENV
 from torchrl_sglang_hidden.server.__main__ import API_KEY_ENV, PARENT_PID_ENV, command_line, watch_parent
-from torchrl_sglang_hidden.server.config import check_layers
 
 START = Callable[..., ServerProcess]
 
@@ -53,7 +55,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def run(script: str, arguments: list[str] | None = None, **options: Any) -> ServerProcess:
         (tmp_path / "fake_server.py").write_text(textwrap.dedent(script))
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-        monkeypatch.setattr(launch_module, "_SERVER_MODULE", "fake_server")
+        monkeypatch.setattr(process_module, "_SERVER_MODULE", "fake_server")
         options = {"log_path": tmp_path / "logs" / "server.log", "api_key": None, **options}
         started.append(ServerProcess(arguments or [], **options))
         return started[-1]
@@ -162,10 +164,8 @@ def test_a_port_in_use_starts_nothing(model: Path) -> None:
 
 @pytest.mark.usefixtures("no_process")
 def test_without_sglang_the_error_says_how_to_install_it(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    find_spec = launch_module.importlib.util.find_spec
-    monkeypatch.setattr(
-        launch_module.importlib.util, "find_spec", lambda name: None if name == "sglang" else find_spec(name)
-    )
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sglang" else find_spec(name))
     with pytest.raises(CapabilityError, match=r"pip install 'torchrl-sglang-hidden\[sglang\]'"):
         launch(model)
 
@@ -328,7 +328,7 @@ STARTS_A_WORKER = """
 def test_stop_ends_the_whole_group_and_may_be_called_again(
     ignored: str, start: START, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch_module, "_TERMINATE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(process_module, "_TERMINATE_TIMEOUT_S", 0.5)
     process = start(STARTS_A_WORKER.replace("IGNORED", ignored))
     worker = int(first_line(process))
     with watched([process.pid, worker]) as handles:

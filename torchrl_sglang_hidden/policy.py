@@ -80,8 +80,8 @@ class SGLangHiddenWrapper(CandidateScoring, Configured, Distributions, LLMWrappe
             `torchrl_sglang_hidden.sglang_api.sampling.standardize`. Options passed to a call override these.
             ``max_new_tokens=0`` reads the prompt and generates nothing: T is 0, and ``hidden`` asks for nothing of a
             response. Beside sampling: ``lora_path``, the name of a LoRA adapter that the server has loaded;
-            ``priority``, where the server schedules by it; ``return_hidden_states``, see ``hidden``. Constraints: ``action_mask``, an
-            `ActionMask`, ids, or bool ``[V]``; ``disallowed_tokens``, a `DisallowedTokens` or ids;
+            ``priority``, where the server schedules by it; ``return_hidden_states``, see ``hidden``. Constraints:
+            ``action_mask``, an `ActionMask`, ids, or bool ``[V]``; ``disallowed_tokens``, a `DisallowedTokens` or ids;
             ``custom_logit_processor``, a `LogitConstraint`, its text, or a list of them. SGLang's own string there is
             used alone, with a warning that says what it leaves out.
         tokenizer_kwargs: passed to the tokenizer when text is turned into ids. Padding it adds is taken off again.

@@ -243,8 +243,7 @@ def _start(
     model: str | Path, layers: int | Sequence[int], constraint_modules: Sequence[str], server_args: dict[str, Any]
 ) -> Any:
     """Starts ``sglang.Engine`` with the server half, on the CPU engine where there is no accelerator."""
-    from torchrl_sglang_hidden.engines.launch import check_model, require_sglang
-    from torchrl_sglang_hidden.server.config import check_layers, check_modules
+    from torchrl_sglang_hidden.engines.server_options import check_layers, check_model, check_modules, require_sglang
     from torchrl_sglang_hidden.server.cpu import cpu_engine_environment, cpu_server_args, has_accelerator
 
     require_sglang()

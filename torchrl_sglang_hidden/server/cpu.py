@@ -16,7 +16,6 @@ from types import MappingProxyType
 from typing import Any
 
 from torchrl_sglang_hidden.errors import CapabilityError
-from torchrl_sglang_hidden.server.config import text_config
 
 __all__ = [
     "CPU_DEFAULTS",
@@ -25,6 +24,7 @@ __all__ = [
     "cpu_server_args",
     "has_accelerator",
     "ignore_pinning",
+    "text_config",
     "use_cpu_engine",
 ]
 
@@ -179,3 +179,19 @@ def _has_cpu_kernels() -> bool:
     except metadata.PackageNotFoundError:
         return False
     return True
+
+
+def text_config(model: str) -> dict[str, Any]:
+    """The language model's configuration; empty where none can be read: saying what is wrong is SGLang's part.
+
+    Args:
+        model: directory or hub name, as for ``--model-path``.
+    """
+    from transformers import PretrainedConfig
+
+    try:
+        config, _ = PretrainedConfig.get_config_dict(model)
+    except (OSError, ValueError):
+        return {}
+    # Multimodal models keep the language model's numbers one level down.
+    return {**config, **(config.get("text_config") or {})}

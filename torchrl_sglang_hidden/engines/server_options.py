@@ -1,35 +1,23 @@
-"""What a server is started for: held against the model's own configuration, and against what can be imported.
+"""What a server is started for: a model, layers, constraint modules, held against what this machine can see of them.
 
-Knows nothing of TorchRL, and imports no SGLang.
+For whoever starts a server, in a process of its own or in this one. Imports no SGLang.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from torchrl_sglang_hidden.errors import InputError, InputTypeError
+from torchrl_sglang_hidden.errors import CapabilityError, InputError, InputTypeError
+from torchrl_sglang_hidden.protocol import CONSTRAINTS_ENV
+from torchrl_sglang_hidden.server.cpu import text_config
+from torchrl_sglang_hidden.spec.constraints import constraints_of
+from torchrl_sglang_hidden.spec.hidden import canonical_layer
 
-__all__ = ["check_layers", "check_modules", "text_config"]
-
-
-def text_config(model: str) -> dict[str, Any]:
-    """The language model's configuration; empty where none can be read: saying what is wrong is SGLang's part.
-
-    Args:
-        model: directory or hub name, as for ``--model-path``.
-    """
-    from transformers import PretrainedConfig
-
-    try:
-        config, _ = PretrainedConfig.get_config_dict(model)
-    except (OSError, ValueError):
-        return {}
-    # Multimodal models keep the language model's numbers one level down.
-    return {**config, **(config.get("text_config") or {})}
+__all__ = ["check_layers", "check_model", "check_modules", "require_sglang"]
 
 
 def check_layers(layers: int | Sequence[int], model: str) -> str:
@@ -43,9 +31,6 @@ def check_layers(layers: int | Sequence[int], model: str) -> str:
         InputTypeError: no integer, or no sequence of them.
         InputError: an id that the model does not have, where its configuration can be read from here.
     """
-    from torchrl_sglang_hidden.spec.hidden import (
-        canonical_layer,  # imports torch, which the server's start does not wait for
-    )
 
     ids = [layers] if isinstance(layers, int) else layers
     if isinstance(ids, str) or not isinstance(ids, Sequence) or any(type(layer) is not int for layer in ids):
@@ -66,8 +51,6 @@ def check_modules(modules: Sequence[str]) -> dict[str, str]:
         InputError: one that cannot be imported here, or none of whose constraints a server could import.
         InputTypeError: no sequence of names.
     """
-    from torchrl_sglang_hidden.protocol import CONSTRAINTS_ENV
-    from torchrl_sglang_hidden.spec.constraints import constraints_of
 
     if isinstance(modules, str) or not all(isinstance(name, str) and name for name in modules):
         raise InputTypeError(
@@ -95,3 +78,39 @@ def check_modules(modules: Sequence[str]) -> dict[str, str]:
     # What this process found through sys.path the server must find too.
     path = os.pathsep.join(dict.fromkeys((*roots, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))))
     return {CONSTRAINTS_ENV: ",".join(modules), "PYTHONPATH": path}
+
+
+def check_model(model: str | os.PathLike[str]) -> str:
+    """The model as SGLang takes it: an absolute directory, or a model hub's name, which is left as it is.
+
+    Raises:
+        InputTypeError: neither a string nor a path.
+        InputError: it looks like a path (it exists, starts with ``.``, ``~`` or ``/``, or is a path object) and is no
+            directory with a ``config.json``.
+    """
+    if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
+        raise InputTypeError(f"model={model!r}: expected a model directory or a model hub's name")
+    name = os.fspath(model)
+    path = Path(name).expanduser()
+    if isinstance(model, str) and not name.startswith((".", "~", "/")) and not path.exists():
+        return name
+    if (path / "config.json").is_file():
+        return str(path.absolute())
+    found = "does not exist" if not path.exists() else "is not a directory with a config.json"
+    raise InputError(
+        f"model={name!r}: {path.absolute()} {found}; pass a directory written by save_pretrained, a model hub's name "
+        "such as 'Qwen/Qwen3-0.6B', or demo_model()"
+    )
+
+
+def require_sglang() -> None:
+    """Looks for SGLang without importing it.
+
+    Raises:
+        CapabilityError: it is not installed.
+    """
+    if importlib.util.find_spec("sglang") is None:
+        raise CapabilityError(
+            "sglang is not installed in this environment; "
+            "install it with pip install 'torchrl-sglang-hidden[sglang]', or connect to a server that runs elsewhere"
+        )

@@ -1,0 +1,194 @@
+"""The process of a launched server: started, waited for, and ended with whoever started it.
+
+Knows processes and logs; nothing of arguments that a user gives, nor of requests.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+import httpx
+from rich.console import Console
+from rich.markup import escape
+
+from torchrl_sglang_hidden.errors import EngineError, LaunchError
+from torchrl_sglang_hidden.protocol import LAYERS_ENV
+from torchrl_sglang_hidden.protocol.shared_memory import remove_leftovers
+from torchrl_sglang_hidden.server.__main__ import API_KEY_ENV, PARENT_PID_ENV
+
+__all__ = ["ServerProcess"]
+
+_SERVER_MODULE = "torchrl_sglang_hidden.server"
+_TAIL_LINES = 20
+_TAIL_BYTES = 64 * 1024
+_POLL_INTERVAL_S = 0.25
+# SGLang's health check itself waits a second for the token it asks for.
+_PROBE_TIMEOUT_S = 10.0
+_TERMINATE_TIMEOUT_S = 10.0
+
+
+class ServerProcess:
+    """The child process, its group, its log and the pipe that tells it that its parent lives.
+
+    Args:
+        arguments: of ``python -m torchrl_sglang_hidden.server``.
+        log_path: file that its output is appended to; made, with its directory, if it is not there.
+        api_key: handed over in the environment.
+        layers: likewise, as `check_layers` writes them.
+        modules: likewise, as `check_modules` writes them.
+
+    Raises:
+        LaunchError: the log file cannot be written.
+    """
+
+    def __init__(
+        self,
+        arguments: list[str],
+        *,
+        log_path: Path,
+        api_key: str | None,
+        layers: str = "-1",
+        modules: Mapping[str, str] | None = None,
+    ) -> None:
+        self.log_path = log_path
+        self._api_key = api_key
+        self._owner_pid = os.getpid()
+        environment = {**os.environ, PARENT_PID_ENV: str(self._owner_pid), "PYTHONUNBUFFERED": "1"}
+        environment |= {LAYERS_ENV: layers, **(modules or {})}
+        # Not the parent's: the server would want a key that its own client does not send.
+        environment.pop(API_KEY_ENV, None)
+        if api_key is not None:
+            environment[API_KEY_ENV] = api_key
+        with _open_log(log_path) as log:
+            self._log_start = log.tell()
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", _SERVER_MODULE, *arguments],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                # A group of its own: Ctrl-C in the terminal is the parent's to handle, and one kill ends all of SGLang.
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def wait_until_ready(self, url: str, *, timeout_s: float, progress: bool) -> None:
+        """Returns once the server at ``url`` has generated a token.
+
+        Raises:
+            LaunchError: the process ended, or ``timeout_s`` passed.
+        """
+        start = time.monotonic()
+        # A proxy from the environment is never on the way to this machine.
+        with httpx.Client(timeout=_PROBE_TIMEOUT_S, trust_env=False) as client, _status_line(progress) as show:
+            while not _generates(client, url):
+                elapsed_s = time.monotonic() - start
+                if elapsed_s > timeout_s:
+                    raise LaunchError(
+                        f"the server generated nothing within timeout_s={timeout_s:g}; raise timeout_s, or read why in "
+                        f"{self.log_path}. {self._last_words()}"
+                    )
+                with suppress(subprocess.TimeoutExpired):
+                    code = self._process.wait(_POLL_INTERVAL_S)
+                    raise LaunchError(
+                        f"the server ended with {_exit_reason(code)} after {elapsed_s:.0f} s, before it was ready; the "
+                        f"whole log is {self.log_path}. {self._last_words()}"
+                    )
+                last_line = (self.log_tail(1) or ["Python starts"])[0]
+                show(f"Starting SGLang, {elapsed_s:.0f} s: {_without_timestamp(last_line)}")
+
+    def wait(self) -> NoReturn:
+        """Blocks until the process has ended, and raises an `EngineError` that tells how."""
+        while (code := self._process.poll()) is None:
+            # Short waits: a signal that comes just before one is seen only after it.
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_POLL_INTERVAL_S)
+        raise EngineError(
+            f"the server ended by itself, with {_exit_reason(code)}; the whole log is {self.log_path}. "
+            f"{self._last_words()}"
+        )
+
+    def log_tail(self, limit: int = _TAIL_LINES) -> list[str]:
+        """The last ``limit`` lines that this start wrote, oldest first, without blank ones and without the API key."""
+        with self.log_path.open("rb") as log:
+            log.seek(max(self._log_start, log.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            text = log.read().decode(errors="replace")
+        if self._api_key is not None:
+            text = text.replace(self._api_key, "***")
+        # Progress bars rewrite their line with \r: each rewrite is a line here, the last one stays.
+        return [line.rstrip() for line in re.split(r"[\r\n]+", text) if line.strip()][-limit:]
+
+    def stop(self) -> None:
+        """Ends the process and its group: SIGINT, then SIGKILL. Idempotent; does nothing in a forked child."""
+        if os.getpid() != self._owner_pid:
+            return
+        if self._process.poll() is None:
+            # To the leader alone: SGLang reports a crash when its workers end before it. SIGINT is uvicorn's way out,
+            # about 2 s; SIGTERM has SGLang poll and drain for 5 to 10.
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_TERMINATE_TIMEOUT_S)
+        # Also where the leader has ended by itself: SGLang's workers outlive it when it was killed.
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.wait()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        remove_leftovers()
+
+    def _last_words(self) -> str:
+        lines = self.log_tail()
+        return "Last log lines:\n" + "\n".join(f"    {line}" for line in lines) if lines else "The log is empty."
+
+
+@contextmanager
+def _open_log(path: Path) -> Iterator[Any]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Readable by its owner only: prompts and settings end up in it.
+        log = open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab")  # noqa: SIM115
+    except OSError as error:
+        raise LaunchError(f"the log file {path} cannot be written: {error}; pass log_file=…") from error
+    with log:
+        yield log
+
+
+@contextmanager
+def _status_line(progress: bool) -> Iterator[Callable[[str], None]]:
+    console = Console(stderr=True)
+    # rich's live display in a notebook needs ipywidgets, and warns in every cell without it.
+    live = importlib.util.find_spec("ipywidgets") is not None if console.is_jupyter else console.is_terminal
+    if not progress or not live:
+        yield lambda text: None
+        return
+    with console.status("Starting SGLang") as status:
+        yield lambda text: status.update(escape(text[: max(20, console.width - 4)]))
+
+
+def _generates(client: httpx.Client, url: str) -> bool:
+    try:
+        return client.get(f"{url}/health_generate").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def _exit_reason(code: int) -> str:
+    return f"exit code {code}" if code >= 0 else f"signal {-code} ({signal.strsignal(-code)})"
+
+
+def _without_timestamp(line: str) -> str:
+    return re.sub(r"^\[[\d: .-]+[^\]]*\]\s*", "", line)
