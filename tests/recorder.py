@@ -24,7 +24,6 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from torchrl_sglang_hidden.engines import Engine
 from torchrl_sglang_hidden.engines.sessions import Session, SessionHost
 from torchrl_sglang_hidden.engines.streams import AsyncStream, Stream, check_stream
-from torchrl_sglang_hidden.engines.weights import next_version
 from torchrl_sglang_hidden.errors import RequestRejectedError
 from torchrl_sglang_hidden.protocol import CHANNEL, Status, pack_answer, unpack_options
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
@@ -35,6 +34,7 @@ from torchrl_sglang_hidden.sglang_api.payload import to_payload
 from torchrl_sglang_hidden.sglang_api.responses import read_responses
 from torchrl_sglang_hidden.spec.constraints import known_constraints
 from torchrl_sglang_hidden.spec.hidden import SEGMENTS, Pooling, Segment
+from torchrl_sglang_hidden.weights.validation import next_version
 
 # A busy machine is no fault of the code; and a failure says how to repeat itself without a database.
 settings.register_profile("tests", deadline=None, database=None)

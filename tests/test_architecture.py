@@ -19,7 +19,7 @@ PACKAGE = "torchrl_sglang_hidden"
 ROOT = Path(torchrl_sglang_hidden.__file__).parent
 ORDER: list[set[str]] = [
     {"_version"},
-    {"errors", "spec", "reduce", "sglang_api"},
+    {"errors", "spec", "reduce", "sglang_api", "weights"},
     {"spec.spans", "spec.constraints"},
     {"spec.hidden"},
     {"spec.logits"},
@@ -30,7 +30,8 @@ ORDER: list[set[str]] = [
     {"protocol"},
     {"sglang_api.payload", "sglang_api.server_info"},
     {"sglang_api.checks", "sglang_api.responses"},
-    {"server", "prompts"},
+    {"server", "weights.validation", "weights.control", "prompts"},
+    {"weights.disk", "weights.network"},
     {"engines", "assemble"},
     {"distributions", "options"},
     {"calls", "configured"},

@@ -32,19 +32,13 @@ from torchrl_sglang_hidden import (
     SGLangServer,
     WeightsError,
 )
-from torchrl_sglang_hidden.engines import weights as module
-from torchrl_sglang_hidden.engines.weights import (
-    check_weights,
-    checkpoint,
-    load_from_disk,
-    new_version,
-    next_version,
-    open_weights,
-    paused,
-)
 from torchrl_sglang_hidden.protocol import CHANNEL
 from torchrl_sglang_hidden.protocol.served_weights import PUSHED_PREFIX, ServedWeights, served_weights
 from torchrl_sglang_hidden.server import plugin
+from torchrl_sglang_hidden.weights import disk as module
+from torchrl_sglang_hidden.weights.control import paused
+from torchrl_sglang_hidden.weights.disk import checkpoint, load_from_disk
+from torchrl_sglang_hidden.weights.validation import check_weights, new_version, next_version, open_weights
 
 SIZES = {
     "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,

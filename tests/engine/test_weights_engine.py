@@ -51,11 +51,11 @@ from torchrl_sglang_hidden import (
     WeightsError,
     connect,
 )
-from torchrl_sglang_hidden.engines import weights as weights_module
 from torchrl_sglang_hidden.protocol import CHANNEL, unpack_answer
 from torchrl_sglang_hidden.records import Completion, Request
 from torchrl_sglang_hidden.sglang_api.payload import to_payload
 from torchrl_sglang_hidden.spec.spans import PromptSpan
+from torchrl_sglang_hidden.weights import disk as disk_module
 
 ChatIds = Callable[[str], list[int]]
 
@@ -124,7 +124,7 @@ def test_every_answer_is_of_the_new_weights(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(weights_module, "TMPFS", tmp_path)
+    monkeypatch.setattr(disk_module, "TMPFS", tmp_path)
     prompts = tokens_input([chat_ids(question) for question in QUESTIONS[:2]])
     # Response states alone leave the prompt in the prefix cache, and read from it.
     policies = {
@@ -452,8 +452,8 @@ def test_a_request_whose_client_hung_up_leaves_no_stale_cache(
 DYING_TRAINER = """
 import os, sys
 from torchrl_sglang_hidden import connect
-from torchrl_sglang_hidden.engines import broadcast
-from torchrl_sglang_hidden.engines.weights import open_weights
+from torchrl_sglang_hidden.weights import network
+from torchrl_sglang_hidden.weights.validation import open_weights
 
 def send(group, values):
     for index, value in enumerate(values.values()):
@@ -461,7 +461,7 @@ def send(group, values):
             os._exit(9)
         group.broadcast(value, 0).wait()
 
-broadcast._send = send
+network._send = send
 weights = {name: 2 * value for name, value in open_weights(sys.argv[2]).items()}
 connect(sys.argv[1]).update_weights(weights, transport="network", version="dead")
 """

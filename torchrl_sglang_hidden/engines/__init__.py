@@ -7,8 +7,8 @@ from typing import Any
 from torchrl_sglang_hidden.engines.base import Engine
 from torchrl_sglang_hidden.engines.batching import BatchingEngine, check_batching
 from torchrl_sglang_hidden.engines.samples import generate_samples
-from torchrl_sglang_hidden.engines.weights import check_options
 from torchrl_sglang_hidden.errors import InputTypeError
+from torchrl_sglang_hidden.weights.validation import check_options
 
 __all__ = ["BatchingEngine", "Engine", "as_engine", "check_batching", "check_options", "generate_samples"]
 

@@ -14,12 +14,12 @@ from typing import Self
 
 from torchrl_sglang_hidden.engines.sessions import Session
 from torchrl_sglang_hidden.engines.streams import AsyncStream, Stream
-from torchrl_sglang_hidden.engines.weights import Running, Transport, Weights
 from torchrl_sglang_hidden.errors import CapabilityError
 from torchrl_sglang_hidden.protocol import PLUGIN_ENV
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
 from torchrl_sglang_hidden.sglang_api.checks import check_requests
 from torchrl_sglang_hidden.sglang_api.server_info import ModelSizes
+from torchrl_sglang_hidden.weights.validation import Running, Transport, Weights
 
 FALLBACK_WARNING = (
     "the server has no torchrl_sglang_hidden server half: falling back to SGLang's own return_hidden_states, the same "

@@ -17,7 +17,6 @@ from torchrl_sglang_hidden.engines.base import Engine
 from torchrl_sglang_hidden.engines.callers import Batch, Call, TaskCall, ThreadCall
 from torchrl_sglang_hidden.engines.sessions import Session
 from torchrl_sglang_hidden.engines.streams import AsyncStream, Stream
-from torchrl_sglang_hidden.engines.weights import Running, Transport, Weights
 from torchrl_sglang_hidden.errors import (
     AuthenticationError,
     BatchCancelledError,
@@ -30,6 +29,7 @@ from torchrl_sglang_hidden.errors import (
     SGLangHiddenError,
 )
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
+from torchrl_sglang_hidden.weights.validation import Running, Transport, Weights
 
 __all__ = ["BatchingEngine", "check_batching"]
 

@@ -14,11 +14,9 @@ from urllib.parse import SplitResult, urlsplit
 
 import httpx
 
-from torchrl_sglang_hidden.engines import broadcast
 from torchrl_sglang_hidden.engines.base import ask_model
 from torchrl_sglang_hidden.engines.replies import read_event, read_json, reason, translated
 from torchrl_sglang_hidden.engines.sessions import SessionHost
-from torchrl_sglang_hidden.engines.weights import Running, Transport, Weights, load_from_disk
 from torchrl_sglang_hidden.errors import (
     CapabilityError,
     EngineError,
@@ -33,6 +31,9 @@ from torchrl_sglang_hidden.records import Completion, Request
 from torchrl_sglang_hidden.sglang_api.payload import to_payload
 from torchrl_sglang_hidden.sglang_api.responses import read_responses
 from torchrl_sglang_hidden.sglang_api.server_info import read_info, warm_up
+from torchrl_sglang_hidden.weights import network
+from torchrl_sglang_hidden.weights.disk import load_from_disk
+from torchrl_sglang_hidden.weights.validation import Running, Transport, Weights
 
 __all__ = ["Endpoint"]
 
@@ -190,12 +191,12 @@ class Endpoint:
         if way == "disk" and path is not None:
             load_from_disk(self.call, path, version, running)
         else:
-            broadcast.broadcast(
+            network.broadcast(
                 self.call,
                 tensors,
                 version,
                 server_info=self._get("/server_info"),
-                address=broadcast.own_address(self._host, self._port),
+                address=network.own_address(self._host, self._port),
                 running=running,
                 timeout_s=self._read_timeout_s,
             )

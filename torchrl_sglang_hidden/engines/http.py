@@ -17,16 +17,6 @@ from torchrl_sglang_hidden.engines.base import Engine
 from torchrl_sglang_hidden.engines.endpoint import Endpoint
 from torchrl_sglang_hidden.engines.sessions import Session
 from torchrl_sglang_hidden.engines.streams import AsyncStream, Stream, check_stream
-from torchrl_sglang_hidden.engines.weights import (
-    Running,
-    Transport,
-    Weights,
-    check_options,
-    check_weights,
-    checkpoint,
-    new_version,
-    open_weights,
-)
 from torchrl_sglang_hidden.errors import (
     EngineError,
     InputError,
@@ -35,6 +25,16 @@ from torchrl_sglang_hidden.errors import (
 )
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
 from torchrl_sglang_hidden.sglang_api.payload import to_payload
+from torchrl_sglang_hidden.weights.disk import checkpoint
+from torchrl_sglang_hidden.weights.validation import (
+    Running,
+    Transport,
+    Weights,
+    check_options,
+    check_weights,
+    new_version,
+    open_weights,
+)
 
 __all__ = ["SGLangServer", "connect"]
 

@@ -16,17 +16,6 @@ from weakref import WeakValueDictionary
 from torchrl_sglang_hidden.engines.base import Engine, ask_model
 from torchrl_sglang_hidden.engines.sessions import Session, SessionHost
 from torchrl_sglang_hidden.engines.streams import AsyncStream, Stream, check_stream
-from torchrl_sglang_hidden.engines.weights import (
-    Running,
-    Transport,
-    Weights,
-    check_options,
-    check_weights,
-    checkpoint,
-    load_from_disk,
-    next_version,
-    open_weights,
-)
 from torchrl_sglang_hidden.errors import (
     CapabilityError,
     EngineError,
@@ -41,6 +30,16 @@ from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
 from torchrl_sglang_hidden.sglang_api.payload import to_payload
 from torchrl_sglang_hidden.sglang_api.responses import read_responses
 from torchrl_sglang_hidden.sglang_api.server_info import read_info, warm_up
+from torchrl_sglang_hidden.weights.disk import checkpoint, load_from_disk
+from torchrl_sglang_hidden.weights.validation import (
+    Running,
+    Transport,
+    Weights,
+    check_options,
+    check_weights,
+    next_version,
+    open_weights,
+)
 
 __all__ = ["SGLangOffline"]
 

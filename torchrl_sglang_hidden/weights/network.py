@@ -17,8 +17,9 @@ from typing import Any
 import torch
 import torch.distributed
 
-from torchrl_sglang_hidden.engines.weights import Call, Running, finish_update, paused, succeeded
 from torchrl_sglang_hidden.errors import CapabilityError, EngineError
+from torchrl_sglang_hidden.weights.control import Call, finish_update, paused, succeeded
+from torchrl_sglang_hidden.weights.validation import Running
 
 __all__ = ["broadcast", "own_address"]
 

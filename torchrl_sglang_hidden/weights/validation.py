@@ -1,54 +1,40 @@
-"""New weights for a running engine: what they are, whether they fit, and the order of SGLang's calls.
+"""New weights, and whether they fit the served model: checked whole before any of them is sent.
 
-Knows SGLang's control routes by name and payload, not how they are called: `http` and `offline` pass that in. All
-checks come first, for SGLang 0.5.23 checks nothing: a missing name leaves the old tensor in place without a word, and a
-wrong shape ends the whole server (it "rolls back" by loading the same wrong checkpoint again).
+SGLang 0.5.23 checks nothing: a missing name leaves the old tensor in place without a word, and a wrong shape ends the
+whole server (it "rolls back" by loading the same wrong checkpoint again). Knows nothing of how weights travel.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 
-from torchrl_sglang_hidden.errors import EngineError, InputError, InputTypeError, RequestRejectedError, WeightsError
-from torchrl_sglang_hidden.protocol.served_weights import PUSHED_PREFIX, ServedWeights, read_header, safetensors_files
+from torchrl_sglang_hidden.errors import InputError, InputTypeError, WeightsError
+from torchrl_sglang_hidden.protocol.served_weights import ServedWeights, read_header, safetensors_files
 
 __all__ = [
-    "Call",
     "Running",
     "Transport",
     "Weights",
     "check_options",
     "check_weights",
-    "checkpoint",
-    "load_from_disk",
     "new_version",
     "next_version",
     "open_weights",
-    "paused",
-    "succeeded",
 ]
 
 Weights = str | os.PathLike[str] | Mapping[str, torch.Tensor] | torch.nn.Module
 Transport = Literal["auto", "disk", "network"]
 Running = Literal["finish", "continue"]
 
-# A control route of SGLang's and its payload → its answer.
-Call = Callable[[str, dict[str, Any]], dict[str, Any]]
-
 HEAD = "lm_head.weight"
 # Computed from the config. Old checkpoints carry it, and so does what TensorDict.from_module takes; no model loads it.
 CONSTANT = re.compile(r"rotary_emb\.(original_)?inv_freq$")
-TMPFS = Path("/dev/shm")
-NOT_FLUSHED = "Weights were updated, but the cache was not flushed"
 
 
 def check_options(version: object, transport: object, running: object) -> None:
@@ -75,9 +61,6 @@ def next_version(current: str) -> str:
         return "1"
     match = re.fullmatch(r"(.*?)(\d+)", current, flags=re.DOTALL)
     return f"{match[1]}{int(match[2]) + 1}" if match else f"{current}-1"
-
-
-# --- what they are --------------------------------------------------------------------------------------------------
 
 
 def open_weights(weights: Weights) -> Mapping[str, torch.Tensor]:
@@ -148,9 +131,6 @@ def _state_dict(module: torch.nn.Module) -> Mapping[str, torch.Tensor]:
     return state
 
 
-# --- whether they fit -----------------------------------------------------------------------------------------------
-
-
 def check_weights(tensors: Mapping[str, torch.Tensor], served: ServedWeights) -> Mapping[str, torch.Tensor]:
     """Holds names, shapes, kinds and values against the checkpoint that is served.
 
@@ -219,111 +199,3 @@ def _check_tensor(name: str, tensor: torch.Tensor, dtype: str, shape: tuple[int,
 
 def _some(names: list[str]) -> str:
     return f"{len(names)} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})" if names else "0"
-
-
-# --- how they get there ---------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def checkpoint(tensors: Mapping[str, torch.Tensor]) -> Iterator[Path]:
-    """Writes weights as a checkpoint that is deleted afterwards: to memory (tmpfs) where it has room, else to disk.
-
-    Raises:
-        EngineError: no room for it.
-    """
-    from safetensors.torch import save_file
-
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    rooms = {place: _room(place) for place in (TMPFS, Path(tempfile.gettempdir())) if os.access(place, os.W_OK)}
-    place = next((place for place, room in rooms.items() if room > 1.05 * size), None)
-    if place is None:
-        room = ", ".join(f"{room} in {place}" for place, room in rooms.items())
-        raise EngineError(
-            f"the weights take {size} bytes, and there is room for {room}; free some, set TMPDIR, or use "
-            "transport='network'"
-        )
-    _sweep(place)
-    directory = Path(tempfile.mkdtemp(prefix=f"{PUSHED_PREFIX}{os.getpid()}-", dir=place))
-    try:
-        save_file(_apart(tensors), directory / "model.safetensors", metadata={"format": "pt"})
-        yield directory
-    finally:
-        shutil.rmtree(directory)
-
-
-def _sweep(place: Path) -> None:
-    """Deletes what processes left that were killed in the middle of an update."""
-    for directory in place.glob(f"{PUSHED_PREFIX}*"):
-        pid = directory.name.removeprefix(PUSHED_PREFIX).split("-")[0]
-        try:
-            os.kill(int(pid), 0)
-        except ProcessLookupError:
-            shutil.rmtree(directory, ignore_errors=True)
-        except (PermissionError, ValueError):
-            continue  # another user's, or nothing of ours
-
-
-def _room(place: Path) -> int:
-    free = shutil.disk_usage(place).free
-    if place != TMPFS:
-        return free
-    # What is in it is in memory, whatever its own limit says. Half stays for the server, which loads from it.
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 0
-    available_kb = next((int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), 0)
-    return min(free, available_kb * 1024 // 2)
-
-
-def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors in main memory, each with a storage of its own, as safetensors wants them."""
-    apart: dict[str, torch.Tensor] = {}
-    storages: set[int] = set()
-    for name, tensor in tensors.items():
-        value = tensor.detach().cpu().contiguous()
-        apart[name] = value.clone() if value.untyped_storage().data_ptr() in storages else value
-        storages.add(apart[name].untyped_storage().data_ptr())
-    return apart
-
-
-def succeeded(answer: Mapping[str, Any], what: str) -> None:
-    """Raises when a control route says that it failed."""
-    if not answer.get("success"):
-        raise RequestRejectedError(f"SGLang refused to {what}: {answer.get('message')}")
-
-
-@contextmanager
-def paused(call: Call) -> Iterator[None]:
-    """Stops generation. Running requests are retracted, and computed again from their tokens when it goes on."""
-    # Inside: the server may have paused although its answer did not come.
-    try:
-        call("pause_generation", {"mode": "retract"})
-        yield
-    finally:
-        call("continue_generation", {"torch_empty_cache": False})
-
-
-def load_from_disk(call: Call, path: Path, version: str, running: Running) -> None:
-    """Has a server load a checkpoint that was checked before.
-
-    Raises:
-        RequestRejectedError: it did not, and keeps its weights.
-    """
-    with paused(call) if running == "continue" else nullcontext():
-        answer = call("update_weights_from_disk", {"model_path": str(path), "weight_version": version})
-    finish_update(call, answer, version, f"load {path}, which it must see under that path, else transport='network'")
-
-
-def finish_update(call: Call, answer: Mapping[str, Any], version: str, what: str) -> None:
-    """Reads the answer of an update; where only the flush of the prefix cache failed, makes up for it.
-
-    SGLang's update waits for the requests that clients wait for. One whose client hung up in the middle of a stream may
-    still run: then the weights are in, the cache is the old ones', and the version that clients see has not moved.
-    """
-    if str(answer.get("message")).startswith(NOT_FLUSHED):
-        with paused(call):
-            succeeded(call("flush_cache", {}), "flush its cache after an update")
-            call("update_weight_version", {"new_version": version, "abort_all_requests": False})
-        return
-    succeeded(answer, what)

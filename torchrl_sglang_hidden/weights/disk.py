@@ -1,0 +1,95 @@
+"""Weights through a directory that the server reads: a checkpoint in memory (tmpfs), or the user's own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+
+from torchrl_sglang_hidden.errors import EngineError
+from torchrl_sglang_hidden.protocol.served_weights import PUSHED_PREFIX
+from torchrl_sglang_hidden.weights.control import Call, finish_update, paused
+from torchrl_sglang_hidden.weights.validation import Running
+
+__all__ = ["checkpoint", "load_from_disk"]
+
+TMPFS = Path("/dev/shm")
+
+
+@contextmanager
+def checkpoint(tensors: Mapping[str, torch.Tensor]) -> Iterator[Path]:
+    """Writes weights as a checkpoint that is deleted afterwards: to memory (tmpfs) where it has room, else to disk.
+
+    Raises:
+        EngineError: no room for it.
+    """
+    from safetensors.torch import save_file
+
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    rooms = {place: _room(place) for place in (TMPFS, Path(tempfile.gettempdir())) if os.access(place, os.W_OK)}
+    place = next((place for place, room in rooms.items() if room > 1.05 * size), None)
+    if place is None:
+        room = ", ".join(f"{room} in {place}" for place, room in rooms.items())
+        raise EngineError(
+            f"the weights take {size} bytes, and there is room for {room}; free some, set TMPDIR, or use "
+            "transport='network'"
+        )
+    _sweep(place)
+    directory = Path(tempfile.mkdtemp(prefix=f"{PUSHED_PREFIX}{os.getpid()}-", dir=place))
+    try:
+        save_file(_apart(tensors), directory / "model.safetensors", metadata={"format": "pt"})
+        yield directory
+    finally:
+        shutil.rmtree(directory)
+
+
+def _sweep(place: Path) -> None:
+    """Deletes what processes left that were killed in the middle of an update."""
+    for directory in place.glob(f"{PUSHED_PREFIX}*"):
+        pid = directory.name.removeprefix(PUSHED_PREFIX).split("-")[0]
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            shutil.rmtree(directory, ignore_errors=True)
+        except (PermissionError, ValueError):
+            continue  # another user's, or nothing of ours
+
+
+def _room(place: Path) -> int:
+    free = shutil.disk_usage(place).free
+    if place != TMPFS:
+        return free
+    # What is in it is in memory, whatever its own limit says. Half stays for the server, which loads from it.
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0
+    available_kb = next((int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), 0)
+    return min(free, available_kb * 1024 // 2)
+
+
+def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors in main memory, each with a storage of its own, as safetensors wants them."""
+    apart: dict[str, torch.Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        apart[name] = value.clone() if value.untyped_storage().data_ptr() in storages else value
+        storages.add(apart[name].untyped_storage().data_ptr())
+    return apart
+
+
+def load_from_disk(call: Call, path: Path, version: str, running: Running) -> None:
+    """Has a server load a checkpoint that was checked before.
+
+    Raises:
+        RequestRejectedError: it did not, and keeps its weights.
+    """
+    with paused(call) if running == "continue" else nullcontext():
+        answer = call("update_weights_from_disk", {"model_path": str(path), "weight_version": version})
+    finish_update(call, answer, version, f"load {path}, which it must see under that path, else transport='network'")
