@@ -1,7 +1,7 @@
 """The order of the package, read from the imports of every module, those inside functions too.
 
-`ORDER` lists packages and modules; what it names imports what stands before it, or itself. A module belongs to the
-longest name that fits it.
+`FLOORS` says which package stands on which, and in which order a package's own modules stand. Each floor imports those
+below it; packages of one floor know nothing of each other. CONTRIBUTING's table is held against it.
 """
 
 from __future__ import annotations
@@ -17,87 +17,68 @@ import torchrl_sglang_hidden
 
 PACKAGE = "torchrl_sglang_hidden"
 ROOT = Path(torchrl_sglang_hidden.__file__).parent
-ORDER: list[set[str]] = [
-    {"_version"},
-    {"errors", "spec", "reduce", "sglang_api", "weights"},
-    {"spec.spans", "spec.constraints"},
-    {"spec.hidden"},
-    {"spec.logits"},
-    {"records"},
-    {"reduce.pooling", "heads", "reduce.token_logits", "sglang_api.sampling", "places", "actions", "outputs"},
-    {"protocol.shared_memory", "protocol.served_weights"},
-    {"protocol.tensors"},
-    {"protocol"},
-    {"sglang_api.payload", "sglang_api.server_info"},
-    {"sglang_api.checks", "sglang_api.responses"},
-    {"server", "weights.validation", "weights.control", "prompts"},
-    {"weights.disk", "weights.network"},
-    {"engines", "assemble"},
-    {"distributions", "options"},
-    {"calls", "configured"},
-    {"candidates"},
-    {"policy"},
-    {"weight_sync"},
-    {"demo"},
-    {"cli"},
-    {"__main__", "__init__"},
+# From the bottom up. A floor is a list of steps: inside one package a module imports those of the steps before its own.
+# A module that is not named stands where its package is named.
+FLOORS: list[list[set[str]]] = [
+    [{"errors", "_version"}],
+    [{"spec"}, {"spec.spans", "spec.constraints"}, {"spec.hidden"}, {"spec.logits"}],
+    [{"records"}],
+    [{"reduce"}],
+    [{"protocol.shared_memory", "protocol.served_weights"}, {"protocol.tensors"}, {"protocol"}],
+    [
+        {"server", "sglang_api", "weights"},
+        {"sglang_api.sampling", "sglang_api.payload", "sglang_api.server_info"},
+        {"weights.validation", "weights.control"},
+        {"sglang_api.checks", "sglang_api.responses"},
+        {"weights.disk", "weights.network"},
+    ],
+    [{"engines"}],
+    [
+        {"policy"},
+        {"policy.outputs", "policy.action_masks", "policy.chat_text", "policy.logits_from_hidden"},
+        {"policy.prompts"},
+        {"policy.assemble", "policy.config"},
+        {"policy.requests", "policy.configured"},
+        {"policy.distributions", "policy.candidates"},
+        {"policy.wrapper", "policy.weight_sync"},
+    ],
+    [{"demo"}],
+    [{"cli"}, {"__main__", "__init__"}],
 ]
-LEVELS = {name: level for level, names in enumerate(ORDER) for name in names}
+LEVELS = {
+    name: (floor, step) for floor, steps in enumerate(FLOORS, 1) for step, names in enumerate(steps) for name in names
+}
+MAX_FLOORS, MAX_ROOT_FILES = 10, 8
 
-# What a package or module must not import beyond the order: others of this package, or libraries.
+FOREIGN = {"sglang", "tensordict", "torchrl", "transformers", "httpx"}
+# What a package or module must not import although the order allows it: libraries, or others of this package.
 FORBIDDEN: dict[str, set[str]] = {
-    "spec.spans": {"sglang", "tensordict", "torchrl", "transformers", "httpx", "torch"},
-    "spec.constraints": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
-    "spec.hidden": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
-    "spec.logits": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
-    "records": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
-    "reduce.token_logits": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
-    "protocol.tensors": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
-    "sglang_api.checks": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
-    "reduce.pooling": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
-    "heads": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
-    "protocol.shared_memory": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
-    "sglang_api.sampling": {"sglang", "tensordict", "torchrl", "transformers", "httpx", "torch"},
-    "protocol": {"sglang", "tensordict", "torchrl", "httpx"},
+    "spec": FOREIGN,
+    "spec.spans": {"torch"},
+    "records": FOREIGN,
+    "reduce": FOREIGN,
+    "protocol": FOREIGN - {"transformers"},
     **{part: {"transformers"} for part in ("protocol.status", "protocol.request_options", "protocol.answer")},
-    "sglang_api.server_info": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
-    "sglang_api.payload": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
-    "sglang_api.responses": {"sglang", "tensordict", "torchrl", "transformers", "httpx"},
-    "server": {"tensordict", "torchrl", f"{PACKAGE}.wire", f"{PACKAGE}.sampling"},
-    "engines": {"tensordict", "torchrl", f"{PACKAGE}.sampling"},
-    "prompts": {
-        "sglang",
-        "httpx",
-        *(f"{PACKAGE}.{room}" for room in ("sglang_api.payload", "protocol", "sglang_api.sampling", "reduce.pooling")),
-    },
-    "assemble": {
-        "sglang",
-        "httpx",
-        *(f"{PACKAGE}.{room}" for room in ("server", "engines", "sglang_api.payload", "protocol")),
-    },
-    "places": {"sglang", "httpx"},
-    "actions": {"sglang", "httpx", "torchrl"},
-    "outputs": {"sglang", "httpx"},
-    "calls": {
-        "sglang",
-        "httpx",
-        *(f"{PACKAGE}.{room}" for room in ("sglang_api.payload", "protocol", "reduce.pooling", "server")),
-    },
-    "candidates": {
-        "sglang",
-        "httpx",
-        *(f"{PACKAGE}.{room}" for room in ("sglang_api.payload", "protocol", "reduce.pooling", "server")),
-    },
+    "sglang_api": FOREIGN,
+    "sglang_api.sampling": {"torch"},
+    "weights": FOREIGN - {"transformers"},
+    "server": {"tensordict", "torchrl", "httpx"},
+    "engines": {"tensordict", "torchrl", f"{PACKAGE}.sglang_api.sampling"},
     "policy": {
         "sglang",
         "httpx",
-        *(f"{PACKAGE}.{room}" for room in ("sglang_api.payload", "protocol", "reduce.pooling", "server")),
+        *(f"{PACKAGE}.{part}" for part in ("reduce", "protocol", "server", "weights")),
+        *(f"{PACKAGE}.sglang_api.{part}" for part in ("payload", "responses", "server_info", "checks")),
     },
+    **{
+        f"policy.{part}": {f"{PACKAGE}.engines"}
+        for part in ("outputs", "chat_text", "prompts", "assemble", "distributions")
+    },
+    "policy.action_masks": {"torchrl", f"{PACKAGE}.engines"},
+    "policy.logits_from_hidden": FOREIGN | {f"{PACKAGE}.engines"},
 }
-# What reaches the engines by their front door.
-FRONT_DOORS = {
-    room: {f"{PACKAGE}.engines"} for room in ("options", "calls", "configured", "candidates", "policy", "weight_sync")
-}
+# What reaches a package by its front door alone.
+FRONT_DOORS = {"policy": {f"{PACKAGE}.engines"}}
 
 
 class Import(NamedTuple):
@@ -129,10 +110,23 @@ def imports_of(source: str, module: str) -> Iterator[Import]:
 
 
 def part_of(module: str) -> str:
-    """The longest name of the order that a module's full name fits; its first part where there is none."""
+    """The longest name of `FLOORS` that a module's full name fits; its first part where there is none."""
     parts = module.split(".")[1:] or ["__init__"]
     names = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
     return next((name for name in names if name in LEVELS), names[-1])
+
+
+def package_of(part: str) -> str:
+    """The package that a part is in; the root's own modules are in none."""
+    top = part.split(".")[0]
+    return top if (ROOT / top).is_dir() else ""
+
+
+def is_below(other: str, part: str) -> bool:
+    """Whether a part may import another."""
+    if LEVELS[other][0] == LEVELS[part][0]:
+        return package_of(other) == package_of(part) and LEVELS[other] < LEVELS[part]
+    return LEVELS[other] < LEVELS[part]
 
 
 def rules_of(rules: dict[str, set[str]], module: str) -> set[str]:
@@ -151,7 +145,7 @@ def breaches(source: str, module: str) -> list[str]:
             other = part_of(target)
             if other not in LEVELS:
                 found.append(f"{where}, which has no place in the order")
-            elif other != part and LEVELS[other] >= LEVELS[part]:
+            elif other != part and not is_below(other, part):
                 found.append(f"{where}, upward")
             if any(target.startswith(f"{door}.") for door in rules_of(FRONT_DOORS, module)):
                 found.append(f"{where}, past the front door")
@@ -178,8 +172,17 @@ def test_imports_go_one_way(path: Path) -> None:
 
 
 def test_every_module_has_its_place() -> None:
-    assert {part_of(module_of(path)) for path in modules()} <= set(LEVELS)
-    assert len(modules()) > 15
+    found = {module_of(path) for path in modules()}
+    assert {part_of(module) for module in found} <= set(LEVELS)
+    assert len(found) > 15
+    missing = {name for name in LEVELS if f"{PACKAGE}.{name}" not in found} - {"__init__"}
+    assert not missing, "named, and not there"
+
+
+def test_the_root_shows_the_architecture() -> None:
+    assert len(FLOORS) <= MAX_FLOORS
+    files = [path for path in ROOT.iterdir() if path.is_file()]
+    assert len(files) <= MAX_ROOT_FILES, sorted(path.name for path in files)
 
 
 @pytest.mark.parametrize(
@@ -187,6 +190,9 @@ def test_every_module_has_its_place() -> None:
     [
         ("errors", "from torchrl_sglang_hidden.records import Request", "upward"),
         ("spec.hidden", "def f():\n    from torchrl_sglang_hidden import policy", "upward"),
+        ("spec.hidden", "from torchrl_sglang_hidden.spec.logits import LogitsSpec", "upward"),
+        ("server.capture", "from torchrl_sglang_hidden.sglang_api import payload", "upward"),
+        ("policy.outputs", "from torchrl_sglang_hidden.policy.wrapper import SGLangHiddenWrapper", "upward"),
         ("reduce.pooling", "import torchrl_sglang_hidden.sglang_api.sampling", "upward"),
         ("sglang_api.payload", "from torchrl_sglang_hidden import HiddenSpec", "has no place"),
         ("sglang_api.payload", "import torchrl_sglang_hidden", "upward"),
@@ -194,17 +200,17 @@ def test_every_module_has_its_place() -> None:
         ("sglang_api.payload", "from ..engines import http", "upward"),
         ("server.capture", "from ..engines import base", "upward"),
         ("server.capture", "async def f():\n    import torchrl_sglang_hidden.engines.http", "upward"),
-        ("assemble", "from torchrl_sglang_hidden.engines import Engine", "upward"),
-        ("assemble", "from torchrl_sglang_hidden.sglang_api.payload import to_payload", "knows nothing of"),
-        ("engines.http", "from torchrl_sglang_hidden.assemble import Row", "upward"),
+        ("policy.assemble", "from torchrl_sglang_hidden.engines import Engine", "knows nothing of"),
+        ("policy.assemble", "from torchrl_sglang_hidden.sglang_api.payload import to_payload", "knows nothing of"),
+        ("engines.http", "from torchrl_sglang_hidden.policy.assemble import Row", "upward"),
         ("engines.http", "import tensordict", "knows nothing of"),
         ("server.plugin", "def f():\n    from torchrl.data import x", "knows nothing of"),
         ("server.plugin", "import sglang", "when it is imported itself"),
         ("server.plugin", "class A:\n    import sglang.srt", "when it is imported itself"),
-        ("policy", "from torchrl_sglang_hidden.sglang_api.payload import to_payload", "knows nothing of"),
-        ("policy", "from torchrl_sglang_hidden.engines.http import SGLangServer", "front door"),
+        ("policy.wrapper", "from torchrl_sglang_hidden.sglang_api.payload import to_payload", "knows nothing of"),
+        ("policy.wrapper", "from torchrl_sglang_hidden.engines.http import SGLangServer", "front door"),
         ("cli", "from torchrl_sglang_hidden.__main__ import main", "upward"),
-        ("policy", "from torchrl_sglang_hidden.new_room import x", "has no place"),
+        ("policy.wrapper", "from torchrl_sglang_hidden.new_room import x", "has no place"),
     ],
 )
 def test_the_check_goes_red(module: str, source: str, words: str) -> None:
@@ -217,7 +223,7 @@ def test_the_check_goes_red(module: str, source: str, words: str) -> None:
     [
         ("server.plugin", "def f():\n    import sglang"),
         ("engines.launch", "from torchrl_sglang_hidden.server.cpu import x\nfrom .http import y"),
-        ("policy", "from torchrl_sglang_hidden.engines import Engine"),
+        ("policy.wrapper", "from torchrl_sglang_hidden.engines import Engine"),
         ("__init__", "from torchrl_sglang_hidden import policy, cli"),
     ],
 )

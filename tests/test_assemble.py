@@ -16,9 +16,9 @@ from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, LogProbs, Masks, Text, Tokens
 
 from torchrl_sglang_hidden import LastTokens
-from torchrl_sglang_hidden.assemble import assemble, assemble_scores
-from torchrl_sglang_hidden.outputs import HiddenStates, OutputKeys, TokenHiddenStates
-from torchrl_sglang_hidden.prompts import Row
+from torchrl_sglang_hidden.policy.assemble import assemble, assemble_scores
+from torchrl_sglang_hidden.policy.outputs import HiddenStates, OutputKeys, TokenHiddenStates
+from torchrl_sglang_hidden.policy.prompts import Row
 from torchrl_sglang_hidden.records import Completion, Pooled, TokenRows
 from torchrl_sglang_hidden.spec.hidden import SEGMENTS, HiddenSpec, Segment, rows_expected
 

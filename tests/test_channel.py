@@ -26,13 +26,13 @@ from torchrl_sglang_hidden.protocol import (
     Status,
     Way,
     answer_of,
-    answers,
     drop_shared,
     pack_answer,
     pack_options,
     unpack_answer,
     unpack_options,
 )
+from torchrl_sglang_hidden.protocol import answer as answer_module
 from torchrl_sglang_hidden.protocol import tensors as blocks
 from torchrl_sglang_hidden.protocol.shared_memory import MIN_BYTES, SharedFiles, discard, fetch
 from torchrl_sglang_hidden.protocol.tensors import pack_tensor
@@ -359,7 +359,7 @@ def test_an_answer_without_logits_has_none() -> None:
 def test_many_logits_go_through_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the log-probs, one number for each token, do not."""
     monkeypatch.setattr(blocks, "fetch", functools.partial(fetch, directory=tmp_path))
-    monkeypatch.setattr(answers, "discard", functools.partial(discard, directory=tmp_path))
+    monkeypatch.setattr(answer_module, "discard", functools.partial(discard, directory=tmp_path))
     files, logits = SharedFiles(tmp_path), found_logits(MIN_BYTES // 8, MIN_BYTES // 12 + 1)
     logits = dataclasses.replace(logits, log_probs_N=numbers(MIN_BYTES // 4))
     answer, dropped = (sent(pools_of(), "shared", files.share, logits) for _ in range(2))
@@ -376,7 +376,7 @@ def test_many_logits_go_through_shared_memory(tmp_path: Path, monkeypatch: pytes
 def test_an_answer_without_room_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And nothing of it stays in shared memory."""
     monkeypatch.setattr(blocks, "fetch", functools.partial(fetch, directory=tmp_path))
-    monkeypatch.setattr(answers, "discard", functools.partial(discard, directory=tmp_path))
+    monkeypatch.setattr(answer_module, "discard", functools.partial(discard, directory=tmp_path))
     monkeypatch.setattr(blocks, "MAX_TEXT_BYTES", 4 * MIN_BYTES - 1)
     logits = found_logits(MIN_BYTES // 2, MIN_BYTES // 12 + 1)  # four times MIN_BYTES, their ids as many
     wide, tight = SharedFiles(tmp_path), SharedFiles(tmp_path, max_bytes=5 * MIN_BYTES)
@@ -523,7 +523,7 @@ def test_vectors_are_never_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_shared_states_that_are_not_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "discard", functools.partial(discard, directory=tmp_path))
+    monkeypatch.setattr(answer_module, "discard", functools.partial(discard, directory=tmp_path))
     files, pools = SharedFiles(tmp_path), pools_of(2, MIN_BYTES // (2 * D))
     answer, other = (sent(pools, "shared", files.share) for _ in range(2))
     for _ in range(2):
@@ -546,7 +546,7 @@ def test_no_answer_is_too_bad_to_drop(answer: Any) -> None:
 
 
 def test_what_cannot_be_removed_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "discard", functools.partial(discard, directory=tmp_path))
+    monkeypatch.setattr(answer_module, "discard", functools.partial(discard, directory=tmp_path))
     name = f"torchrl_sglang_hidden-{'0' * 16}-1"
     (tmp_path / name).mkdir()
     with pytest.raises(OSError, match=name):

@@ -34,7 +34,7 @@ from torchrl_sglang_hidden import (
     TokenIdError,
     UnknownOptionError,
 )
-from torchrl_sglang_hidden.actions import responses_of
+from torchrl_sglang_hidden.policy.action_masks import responses_of
 
 TOKENIZER = tiny_tokenizer()
 V = len(WORDS)

@@ -34,7 +34,7 @@ from torchrl_sglang_hidden.errors import (
     SpanError,
     TokenIdError,
 )
-from torchrl_sglang_hidden.prompts import InputMode
+from torchrl_sglang_hidden.policy.prompts import InputMode
 from torchrl_sglang_hidden.spec.spans import PromptSpan, Span
 
 TOKENIZER = tiny_tokenizer()

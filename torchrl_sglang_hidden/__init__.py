@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from torchrl_sglang_hidden._version import __version__
 
 if TYPE_CHECKING:
-    from torchrl_sglang_hidden.candidates import CandidateActor as CandidateActor
     from torchrl_sglang_hidden.demo.model import demo_model as demo_model
     from torchrl_sglang_hidden.engines.http import SGLangServer as SGLangServer
     from torchrl_sglang_hidden.engines.http import connect as connect
@@ -44,11 +43,13 @@ if TYPE_CHECKING:
     from torchrl_sglang_hidden.errors import TokenIdError as TokenIdError
     from torchrl_sglang_hidden.errors import UnknownOptionError as UnknownOptionError
     from torchrl_sglang_hidden.errors import WeightsError as WeightsError
-    from torchrl_sglang_hidden.heads import logits_from_hidden as logits_from_hidden
-    from torchrl_sglang_hidden.outputs import HiddenStates as HiddenStates
-    from torchrl_sglang_hidden.outputs import Logits as Logits
-    from torchrl_sglang_hidden.outputs import TokenHiddenStates as TokenHiddenStates
-    from torchrl_sglang_hidden.policy import SGLangHiddenWrapper as SGLangHiddenWrapper
+    from torchrl_sglang_hidden.policy.candidates import CandidateActor as CandidateActor
+    from torchrl_sglang_hidden.policy.logits_from_hidden import logits_from_hidden as logits_from_hidden
+    from torchrl_sglang_hidden.policy.outputs import HiddenStates as HiddenStates
+    from torchrl_sglang_hidden.policy.outputs import Logits as Logits
+    from torchrl_sglang_hidden.policy.outputs import TokenHiddenStates as TokenHiddenStates
+    from torchrl_sglang_hidden.policy.weight_sync import SGLangHiddenWeightSyncScheme as SGLangHiddenWeightSyncScheme
+    from torchrl_sglang_hidden.policy.wrapper import SGLangHiddenWrapper as SGLangHiddenWrapper
     from torchrl_sglang_hidden.spec.constraints.base import ConstraintStep as ConstraintStep
     from torchrl_sglang_hidden.spec.constraints.base import LogitConstraint as LogitConstraint
     from torchrl_sglang_hidden.spec.constraints.base import known_constraints as known_constraints
@@ -65,11 +66,10 @@ if TYPE_CHECKING:
     from torchrl_sglang_hidden.spec.spans import Role as Role
     from torchrl_sglang_hidden.spec.spans import TokenMask as TokenMask
     from torchrl_sglang_hidden.spec.spans import Turn as Turn
-    from torchrl_sglang_hidden.weight_sync import SGLangHiddenWeightSyncScheme as SGLangHiddenWeightSyncScheme
 
 _ROOMS = {
     **dict.fromkeys(("AsyncStream", "Stream", "StreamChunk"), "engines.streams"),
-    "CandidateActor": "candidates",
+    "CandidateActor": "policy.candidates",
     "Session": "engines.sessions",
     **dict.fromkeys(("Between", "LastTokens", "Role", "TokenMask", "Turn"), "spec.spans"),
     **dict.fromkeys(("ConstraintStep", "LogitConstraint", "known_constraints"), "spec.constraints.base"),
@@ -77,15 +77,15 @@ _ROOMS = {
     **dict.fromkeys(("ExponentialSchedule", "LinearSchedule", "TemperatureScale"), "spec.constraints.temperature"),
     "HiddenSpec": "spec.hidden",
     "LogitsSpec": "spec.logits",
-    **dict.fromkeys(("HiddenStates", "Logits", "TokenHiddenStates"), "outputs"),
-    "SGLangHiddenWeightSyncScheme": "weight_sync",
-    "SGLangHiddenWrapper": "policy",
+    **dict.fromkeys(("HiddenStates", "Logits", "TokenHiddenStates"), "policy.outputs"),
+    "SGLangHiddenWeightSyncScheme": "policy.weight_sync",
+    "SGLangHiddenWrapper": "policy.wrapper",
     "SGLangOffline": "engines.offline",
     "SGLangServer": "engines.http",
     "connect": "engines.http",
     "demo_model": "demo.model",
     "launch": "engines.launch",
-    "logits_from_hidden": "heads",
+    "logits_from_hidden": "policy.logits_from_hidden",
     **dict.fromkeys(
         (
             "AlignmentError", "AuthenticationError", "BatchCancelledError", "CapabilityError", "ConstraintError",

@@ -31,7 +31,7 @@ from torchrl_sglang_hidden.demo.model import demo_model
 from torchrl_sglang_hidden.demo.prompts import MAX_NEW_TOKENS, PROMPTS, SYSTEM_PROMPT
 from torchrl_sglang_hidden.engines.launch import launch
 from torchrl_sglang_hidden.errors import CapabilityError, InputError
-from torchrl_sglang_hidden.policy import SGLangHiddenWrapper
+from torchrl_sglang_hidden.policy.wrapper import SGLangHiddenWrapper
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from tensordict.utils import NestedKey
 from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, LogProbs, Masks, Text, Tokens
 
-from torchrl_sglang_hidden.outputs import HiddenStates, Logits, OutputKeys, TokenHiddenStates
-from torchrl_sglang_hidden.prompts import Row
+from torchrl_sglang_hidden.policy.outputs import HiddenStates, Logits, OutputKeys, TokenHiddenStates
+from torchrl_sglang_hidden.policy.prompts import Row
 from torchrl_sglang_hidden.records import Completion, Pooled, TokenLogits, TokenRows
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec, Segment
 from torchrl_sglang_hidden.spec.logits import LogitsSpec

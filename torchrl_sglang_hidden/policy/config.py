@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden.engines import BatchingEngine, Engine, check_batching
 from torchrl_sglang_hidden.errors import InputError, InputTypeError, TokenIdError
-from torchrl_sglang_hidden.outputs import OutputKeys
-from torchrl_sglang_hidden.prompts import INPUT_MODES
+from torchrl_sglang_hidden.policy.outputs import OutputKeys
+from torchrl_sglang_hidden.policy.prompts import INPUT_MODES
 from torchrl_sglang_hidden.sglang_api.sampling import standardize
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec
 from torchrl_sglang_hidden.spec.logits import LogitsSpec

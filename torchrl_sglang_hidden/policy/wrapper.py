@@ -15,21 +15,18 @@ from tensordict.utils import NestedKey, unravel_key
 from torchrl.modules.llm.policies import LLMWrapperBase
 from transformers import PreTrainedTokenizerBase
 
-from torchrl_sglang_hidden.actions import (
+from torchrl_sglang_hidden.engines import Engine, as_engine, generate_samples
+from torchrl_sglang_hidden.errors import InputError
+from torchrl_sglang_hidden.policy.action_masks import (
     ActionMaskReader,
     option_constraints,
     read_action_ids,
     read_constraints,
     read_options,
 )
-from torchrl_sglang_hidden.assemble import assemble, assemble_scores
-from torchrl_sglang_hidden.calls import check_responses, read_call, read_target, to_requests, write
-from torchrl_sglang_hidden.candidates import CandidateScoring
-from torchrl_sglang_hidden.configured import Configured
-from torchrl_sglang_hidden.distributions import Distributions
-from torchrl_sglang_hidden.engines import Engine, as_engine, generate_samples
-from torchrl_sglang_hidden.errors import InputError
-from torchrl_sglang_hidden.options import (
+from torchrl_sglang_hidden.policy.assemble import assemble, assemble_scores
+from torchrl_sglang_hidden.policy.candidates import CandidateScoring
+from torchrl_sglang_hidden.policy.config import (
     check_arguments,
     check_chat_template,
     default_key,
@@ -42,8 +39,11 @@ from torchrl_sglang_hidden.options import (
     read_num_samples,
     read_tokenizer,
 )
-from torchrl_sglang_hidden.outputs import OutputKeys
-from torchrl_sglang_hidden.prompts import InputMode, PromptReader
+from torchrl_sglang_hidden.policy.configured import Configured
+from torchrl_sglang_hidden.policy.distributions import Distributions
+from torchrl_sglang_hidden.policy.outputs import OutputKeys
+from torchrl_sglang_hidden.policy.prompts import InputMode, PromptReader
+from torchrl_sglang_hidden.policy.requests import check_responses, read_call, read_target, to_requests, write
 from torchrl_sglang_hidden.sglang_api.sampling import standardize
 from torchrl_sglang_hidden.spec.constraints import LogitConstraint
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec

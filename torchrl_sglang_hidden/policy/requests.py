@@ -16,11 +16,11 @@ from tensordict import LazyStackedTensorDict, TensorDictBase, is_non_tensor, is_
 from tensordict.utils import NestedKey
 from transformers import PreTrainedTokenizerBase
 
-from torchrl_sglang_hidden.actions import native_processor, option_constraints, read_options, responses_of
 from torchrl_sglang_hidden.errors import AlignmentError, InputError, SpanError
-from torchrl_sglang_hidden.options import logits_of_given, of_given, only_logits, read_hidden, read_num_samples
-from torchrl_sglang_hidden.places import decode_all
-from torchrl_sglang_hidden.prompts import InputMode, Row
+from torchrl_sglang_hidden.policy.action_masks import native_processor, option_constraints, read_options, responses_of
+from torchrl_sglang_hidden.policy.chat_text import decode_all
+from torchrl_sglang_hidden.policy.config import logits_of_given, of_given, only_logits, read_hidden, read_num_samples
+from torchrl_sglang_hidden.policy.prompts import InputMode, Row
 from torchrl_sglang_hidden.records import DEFAULT_NEW_TOKENS, READING, Completion, Request
 from torchrl_sglang_hidden.sglang_api.sampling import NOT_OF_SAMPLING, override, standardize, to_sglang
 from torchrl_sglang_hidden.spec.constraints import LogitConstraint

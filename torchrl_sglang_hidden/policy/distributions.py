@@ -13,8 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torchrl.modules import LLMMaskedCategorical
 
 from torchrl_sglang_hidden.errors import CapabilityError, InputError
-from torchrl_sglang_hidden.outputs import OutputKeys
-from torchrl_sglang_hidden.prompts import InputMode
+from torchrl_sglang_hidden.policy.outputs import OutputKeys
+from torchrl_sglang_hidden.policy.prompts import InputMode
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 
 __all__ = ["Distributions"]

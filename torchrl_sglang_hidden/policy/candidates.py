@@ -19,8 +19,6 @@ from torchrl.data import TensorSpec
 from torchrl.modules import MaskedCategorical, ProbabilisticActor
 from transformers import PreTrainedTokenizerBase
 
-from torchrl_sglang_hidden.actions import ActionMaskReader
-from torchrl_sglang_hidden.calls import Call, read_call
 from torchrl_sglang_hidden.engines import Engine
 from torchrl_sglang_hidden.errors import (
     ConstraintError,
@@ -30,7 +28,9 @@ from torchrl_sglang_hidden.errors import (
     PromptLengthError,
     TokenIdError,
 )
-from torchrl_sglang_hidden.prompts import InputMode, PromptReader, Row
+from torchrl_sglang_hidden.policy.action_masks import ActionMaskReader
+from torchrl_sglang_hidden.policy.prompts import InputMode, PromptReader, Row
+from torchrl_sglang_hidden.policy.requests import Call, read_call
 from torchrl_sglang_hidden.records import READING, EngineInfo, Request
 from torchrl_sglang_hidden.spec.constraints import LogitConstraint, check_constraints
 

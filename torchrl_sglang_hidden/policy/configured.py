@@ -7,8 +7,8 @@ from typing import Any, Self
 from tensordict.utils import NestedKey
 
 from torchrl_sglang_hidden.engines import BatchingEngine, Engine
-from torchrl_sglang_hidden.options import changed_config, default_key
-from torchrl_sglang_hidden.prompts import InputMode
+from torchrl_sglang_hidden.policy.config import changed_config, default_key
+from torchrl_sglang_hidden.policy.prompts import InputMode
 
 __all__ = ["Configured"]
 

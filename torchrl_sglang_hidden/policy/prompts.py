@@ -18,7 +18,6 @@ from torchrl.data.llm import History
 from torchrl.data.llm.history import _CHAT_TEMPLATES as CHAT_TEMPLATES
 from transformers import PreTrainedTokenizerBase
 
-from torchrl_sglang_hidden.actions import ActionMaskReader
 from torchrl_sglang_hidden.errors import (
     ConstraintError,
     InputError,
@@ -27,7 +26,8 @@ from torchrl_sglang_hidden.errors import (
     PromptLengthError,
     SpanError,
 )
-from torchrl_sglang_hidden.places import Chat, decode_all, last_tokens, spoken_tokens, tokens_at
+from torchrl_sglang_hidden.policy.action_masks import ActionMaskReader
+from torchrl_sglang_hidden.policy.chat_text import Chat, decode_all, last_tokens, spoken_tokens, tokens_at
 from torchrl_sglang_hidden.spec.constraints import ActionMask
 from torchrl_sglang_hidden.spec.spans import (
     Between,
