@@ -7,6 +7,7 @@ below it; packages of one floor know nothing of each other. CONTRIBUTING's table
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -183,6 +184,18 @@ def test_the_root_shows_the_architecture() -> None:
     assert len(FLOORS) <= MAX_FLOORS
     files = [path for path in ROOT.iterdir() if path.is_file()]
     assert len(files) <= MAX_ROOT_FILES, sorted(path.name for path in files)
+
+
+def table_of_contributing() -> dict[str, int]:
+    """Floor by package or root module, as CONTRIBUTING's first table has them."""
+    text = (ROOT.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| ([^|]+) \|", text, flags=re.MULTILINE)
+    return {name: int(floor) for floor, cell in rows for name in re.findall(r"`(\w+)/?`", cell)}
+
+
+def test_contributing_has_the_same_order() -> None:
+    floors = {name.split(".")[0]: floor for name, (floor, _) in LEVELS.items()}
+    assert table_of_contributing() == floors
 
 
 @pytest.mark.parametrize(
