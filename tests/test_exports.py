@@ -70,6 +70,13 @@ def test_every_error_is_exported() -> None:
     assert defined == set(errors.__all__) <= set(NAMES)
 
 
+def test_whoever_talks_to_an_engine_has_its_contract() -> None:
+    """What `Engine.stream` takes, what comes back, and the annotations of its records."""
+    contract = {"Engine", "EngineInfo", "Request", "Completion", "Pooled", "TokenRows", "TokenLogits"}
+    assert contract <= set(NAMES)
+    assert loaded_by(f"from {PACKAGE} import {', '.join(contract)}", "sglang", "torchrl") == []
+
+
 def test_dir_lists_the_public_names() -> None:
     assert set(torchrl_sglang_hidden.__all__) <= set(dir(torchrl_sglang_hidden))
 

@@ -13,6 +13,7 @@ from torchrl_sglang_hidden._version import __version__
 
 if TYPE_CHECKING:
     from torchrl_sglang_hidden.demo.model import demo_model as demo_model
+    from torchrl_sglang_hidden.engines.base import Engine as Engine
     from torchrl_sglang_hidden.engines.http import SGLangServer as SGLangServer
     from torchrl_sglang_hidden.engines.http import connect as connect
     from torchrl_sglang_hidden.engines.launch import launch as launch
@@ -50,6 +51,12 @@ if TYPE_CHECKING:
     from torchrl_sglang_hidden.policy.outputs import TokenHiddenStates as TokenHiddenStates
     from torchrl_sglang_hidden.policy.weight_sync import SGLangHiddenWeightSyncScheme as SGLangHiddenWeightSyncScheme
     from torchrl_sglang_hidden.policy.wrapper import SGLangHiddenWrapper as SGLangHiddenWrapper
+    from torchrl_sglang_hidden.records import Completion as Completion
+    from torchrl_sglang_hidden.records import EngineInfo as EngineInfo
+    from torchrl_sglang_hidden.records import Pooled as Pooled
+    from torchrl_sglang_hidden.records import Request as Request
+    from torchrl_sglang_hidden.records import TokenLogits as TokenLogits
+    from torchrl_sglang_hidden.records import TokenRows as TokenRows
     from torchrl_sglang_hidden.spec.constraints.base import ConstraintStep as ConstraintStep
     from torchrl_sglang_hidden.spec.constraints.base import LogitConstraint as LogitConstraint
     from torchrl_sglang_hidden.spec.constraints.base import known_constraints as known_constraints
@@ -70,6 +77,8 @@ if TYPE_CHECKING:
 _ROOMS = {
     **dict.fromkeys(("AsyncStream", "Stream", "StreamChunk"), "engines.streams"),
     "CandidateActor": "policy.candidates",
+    "Engine": "engines.base",
+    **dict.fromkeys(("Completion", "EngineInfo", "Pooled", "Request", "TokenLogits", "TokenRows"), "records"),
     "Session": "engines.sessions",
     **dict.fromkeys(("Between", "LastTokens", "Role", "TokenMask", "Turn"), "spec.spans"),
     **dict.fromkeys(("ConstraintStep", "LogitConstraint", "known_constraints"), "spec.constraints.base"),
