@@ -29,9 +29,11 @@ FLOORS: list[list[set[str]]] = [
     [
         {"server", "sglang_api", "weights"},
         {"sglang_api.sampling", "sglang_api.payload", "sglang_api.server_info"},
-        {"weights.validation", "weights.control"},
         {"sglang_api.checks", "sglang_api.responses"},
+        {"weights.validation"},
+        {"weights.control"},
         {"weights.disk", "weights.network"},
+        {"weights.transports"},
     ],
     [{"engines"}],
     [

@@ -229,11 +229,11 @@ def test_a_checkpoint_is_gone_after_an_error() -> None:
 
 def test_a_checkpoint_goes_where_there_is_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(module.tempfile, "gettempdir", lambda: str(tmp_path))
-    monkeypatch.setattr(module, "_room", lambda place: 1000 if place == tmp_path else 10)
+    monkeypatch.setattr(module, "_free_bytes", lambda place: 1000 if place == tmp_path else 10)
     with checkpoint(FITTING) as path:
         assert path.parent == tmp_path
-    monkeypatch.setattr(module, "_room", lambda place: 10)
-    with pytest.raises(EngineError, match=r"take 56 bytes, and there is room for 10 in"), checkpoint(FITTING):
+    monkeypatch.setattr(module, "_free_bytes", lambda place: 10)
+    with pytest.raises(EngineError, match=r"take 56 bytes, and 10 in .* are free; "), checkpoint(FITTING):
         pass
 
 
@@ -360,17 +360,17 @@ def test_the_way_is_disk_on_this_machine_alone(tmp_path: Path) -> None:
     for server, way in ((near, "disk"), (elsewhere, "network")):
         with SGLangServer(server.url) as engine:
             (endpoint,) = engine._endpoints
-            assert endpoint.way("auto", {}) == way
-            assert endpoint.way("network", {}) == "network"
+            assert endpoint.choose_transport("auto", {}) == way
+            assert endpoint.choose_transport("network", {}) == "network"
             # Stock SGLang would go on naming a checkpoint that is deleted; a directory of the user's stays.
             ours, endpoint.info = endpoint.info, dataclasses.replace(endpoint.info, pools_in_server=False)
-            assert endpoint.way("auto", {}) == "network"
-            assert endpoint.way("disk", tmp_path) == "disk"
+            assert endpoint.choose_transport("auto", {}) == "network"
+            assert endpoint.choose_transport("disk", tmp_path) == "disk"
             with pytest.raises(CapabilityError, match=r"transport='disk' for a dict: .*pass a directory"):
-                endpoint.way("disk", {})
+                endpoint.choose_transport("disk", {})
             endpoint.info, endpoint._host = ours, "10.0.0.1"
-            assert endpoint.way("auto", {}) == "network"
-            assert endpoint.way("disk", {}) == "disk"
+            assert endpoint.choose_transport("auto", {}) == "network"
+            assert endpoint.choose_transport("disk", {}) == "disk"
         server.stop()
 
 

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import os
+import json
 import threading
-from collections.abc import AsyncGenerator, Generator, Sequence
-from contextlib import ExitStack
-from pathlib import Path
+from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 import httpx
 
 from torchrl_sglang_hidden.engines.base import ask_model
-from torchrl_sglang_hidden.engines.replies import read_event, read_json, reason, translated
 from torchrl_sglang_hidden.engines.sessions import SessionHost
 from torchrl_sglang_hidden.errors import (
+    AuthenticationError,
     CapabilityError,
     EngineError,
+    EngineTimeoutError,
+    EngineUnreachableError,
     InputError,
     InputTypeError,
     ProtocolError,
@@ -31,15 +32,18 @@ from torchrl_sglang_hidden.records import Completion, Request
 from torchrl_sglang_hidden.sglang_api.payload import to_payload
 from torchrl_sglang_hidden.sglang_api.responses import read_responses
 from torchrl_sglang_hidden.sglang_api.server_info import read_info, warm_up
-from torchrl_sglang_hidden.weights import network
-from torchrl_sglang_hidden.weights.disk import load_from_disk
-from torchrl_sglang_hidden.weights.validation import Running, Transport, Weights
+from torchrl_sglang_hidden.weights.network import NetworkPath
+from torchrl_sglang_hidden.weights.transports import ChosenTransport, Receiver, WeightUpdate, choose_transport, send
+from torchrl_sglang_hidden.weights.validation import Transport, Weights
 
 __all__ = ["Endpoint"]
 
 # uvicorn closes an idle connection after 5 s; one reused in that instant would fail.
 KEEPALIVE_S = 2.0
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+_EVENT = "data: "
+_LAST_EVENT = "data: [DONE]"
 
 
 class Endpoint:
@@ -71,8 +75,8 @@ class Endpoint:
             server_info = self._get("/server_info")
             payload = warm_up(server_info)
             if payload is not None:
-                with translated(self.url):
-                    read_json(self._client.post("/generate", json=payload), self.url)
+                with _translated(self.url):
+                    _read_json(self._client.post("/generate", json=payload), self.url)
                 server_info = self._get("/server_info")
             self.info = read_info(self._get("/model_info"), server_info, ask_model)
             stack.pop_all()
@@ -81,9 +85,9 @@ class Endpoint:
         self.session_host = SessionHost(lambda: self.info, self.call, self.ask, binary=False, num_ranks=ranks)
 
     def _get(self, path: str) -> dict[str, Any]:
-        with translated(self.url):
+        with _translated(self.url):
             response = self._client.get(path)
-        body = read_json(response, self.url)
+        body = _read_json(response, self.url)
         if not isinstance(body, dict):
             raise ProtocolError(f"{self.url}{path} answered {str(body)[:80]!r}; is that an SGLang server?")
         return body
@@ -93,47 +97,47 @@ class Endpoint:
         return read_responses(requests, rows, self.info, first_row=first_row)
 
     def ask(self, payload: dict[str, Any]) -> Any:
-        with translated(self.url):
+        with _translated(self.url):
             response = self._client.post("/generate", json=payload)
-        return read_json(response, self.url)
+        return _read_json(response, self.url)
 
     async def agenerate(self, requests: Sequence[Request], first_row: int) -> list[Completion]:
         payload = to_payload(requests, self.info, binary=False)
-        with translated(self.url):
+        with _translated(self.url):
             response = await self._async_client().post("/generate", json=payload)
-        return read_responses(requests, read_json(response, self.url), self.info, first_row=first_row)
+        return read_responses(requests, _read_json(response, self.url), self.info, first_row=first_row)
 
     def stream(self, payload: dict[str, Any]) -> Generator[Any, None, None]:
         """See `Stream`. Closing it closes the connection, on which SGLang drops the request."""
-        with translated(self.url), self._client.stream("POST", "/generate", json=payload) as response:
+        with _translated(self.url), self._client.stream("POST", "/generate", json=payload) as response:
             if response.is_error:
                 response.read()
-                read_json(response, self.url)
+                _read_json(response, self.url)
             yield None
             for line in response.iter_lines():
-                event = read_event(line, self.url)
+                event = _read_event(line, self.url)
                 if event is not None:
                     yield event
 
     async def astream(self, payload: dict[str, Any]) -> AsyncGenerator[Any, None]:
         """As `stream`."""
-        with translated(self.url):
+        with _translated(self.url):
             async with self._async_client().stream("POST", "/generate", json=payload) as response:
                 if response.is_error:
                     await response.aread()
-                    read_json(response, self.url)
+                    _read_json(response, self.url)
                 yield None
                 async for line in response.aiter_lines():
-                    event = read_event(line, self.url)
+                    event = _read_event(line, self.url)
                     if event is not None:
                         yield event
 
     def call(self, route: str, payload: dict[str, Any]) -> dict[str, Any]:
         """One of SGLang's control routes. Some say in words what others say in JSON."""
-        with translated(self.url):
+        with _translated(self.url):
             response = self._client.post(f"/{route}", json=payload)
         if response.status_code not in (200, 400):
-            return dict(read_json(response, self.url))
+            return dict(_read_json(response, self.url))
         try:
             body = response.json()
         except ValueError:
@@ -141,7 +145,7 @@ class Endpoint:
         if isinstance(body, str):
             return {"success": response.status_code == 200, "message": body}
         if not isinstance(body, dict) or (response.status_code == 400 and "success" not in body):
-            raise RequestRejectedError(f"{self.url}/{route} answered {response.status_code}: {reason(response)}")
+            raise RequestRejectedError(f"{self.url}/{route} answered {response.status_code}: {_reason(response)}")
         return body
 
     def weight_version(self) -> str:
@@ -169,38 +173,29 @@ class Endpoint:
                 "`torchrl-sglang-hidden serve`"
             ) from error
 
-    def way(self, transport: Transport, weights: Weights) -> Transport:
-        """How weights get to this server: ``"disk"`` or ``"network"``."""
-        # Without the server half SGLang would go on naming the deleted checkpoint as its model, and later clients would
-        # fail on it. A directory of the user's stays.
-        stays = self.info.pools_in_server or isinstance(weights, (str, os.PathLike))
-        if transport == "disk" and not stays:
-            raise CapabilityError(
-                f"transport='disk' for a {type(weights).__name__}: {self.url} has no torchrl_sglang_hidden server half "
-                "and would go on naming the deleted checkpoint as its model; pass a directory, or use "
-                "transport='network'"
-            )
-        if transport != "auto":
-            return transport
-        # A loopback address may be a tunnel to another machine.
-        near = self._host in LOOPBACK and is_readable(self.info.model_path)
-        return "disk" if near and self.info.pools_in_server else "network"
+    def choose_transport(self, transport: Transport, weights: Weights) -> ChosenTransport:
+        """Resolve ``"auto"``, and refuse a transport that cannot serve this server."""
+        return choose_transport(transport, weights, self._receiver())
 
-    def load(self, way: Transport, path: Path | None, tensors: Any, version: str, running: Running) -> None:
-        """Sends checked weights, and takes note of their version."""
-        if way == "disk" and path is not None:
-            load_from_disk(self.call, path, version, running)
-        else:
-            network.broadcast(
-                self.call,
-                tensors,
-                version,
-                server_info=self._get("/server_info"),
-                address=network.own_address(self._host, self._port),
-                running=running,
+    def load(self, transport: ChosenTransport, update: WeightUpdate) -> None:
+        """Send checked weights to the server, and note their version."""
+        send(transport, update, self._receiver())
+        self.info = dataclasses.replace(self.info, weight_version=update.version)
+
+    def _receiver(self) -> Receiver:
+        return Receiver(
+            name=self.url,
+            call=self.call,
+            has_server_half=self.info.pools_in_server,
+            # A loopback address may be a tunnel to another machine, which has other files.
+            reads_local_files=self._host in LOOPBACK and is_readable(self.info.model_path),
+            network=NetworkPath(
+                host=self._host,
+                port=self._port,
+                server_info=lambda: self._get("/server_info"),
                 timeout_s=self._read_timeout_s,
-            )
-        self.info = dataclasses.replace(self.info, weight_version=version)
+            ),
+        )
 
     def _async_client(self) -> httpx.AsyncClient:
         loop = asyncio.get_running_loop()
@@ -241,3 +236,70 @@ def _split(url: object) -> SplitResult:
     if not valid:
         raise InputError(f"url={url!r}: expected http://host:port, such as 'http://127.0.0.1:30000'")
     return parts
+
+
+# --- SGLang's answers, and what can go wrong with a call --------------------------------------------------------------
+
+
+@contextmanager
+def _translated(url: str) -> Iterator[None]:
+    """The one place where httpx's exceptions become this package's."""
+    try:
+        yield
+    except httpx.ConnectError as error:
+        raise EngineUnreachableError(f"nothing answers at {url} ({error}); is the server running?") from error
+    except httpx.ConnectTimeout as error:
+        raise EngineUnreachableError(f"{url} did not accept a connection in time; is the address right?") from error
+    except httpx.TimeoutException as error:
+        raise EngineTimeoutError(f"{url} did not answer in time; raise read_timeout_s, or ask for less") from error
+    except httpx.TransportError as error:
+        raise EngineUnreachableError(f"{url} went away while answering ({error}); look at the server's log") from error
+    except httpx.HTTPError as error:
+        raise ProtocolError(f"{url} answered what cannot be read ({error}); is that an SGLang server?") from error
+    except RuntimeError as error:
+        if "client has been closed" not in str(error):
+            raise
+        raise EngineError(f"the connection to {url} was closed by close(); connect again") from error
+
+
+def _read_json(response: httpx.Response, url: str) -> Any:
+    """The answer's body, or the error that its status means."""
+    if response.status_code in (401, 403):
+        raise AuthenticationError(f"{url} refused the API key (status {response.status_code}); pass the right api_key")
+    if response.status_code >= 400:
+        message = f"{url} answered {response.status_code}: {_reason(response)}"
+        raise (RequestRejectedError if response.status_code < 500 else EngineError)(message)
+    try:
+        return response.json()
+    except ValueError as error:
+        raise ProtocolError(f"{url} answered no JSON: {response.text[:80]!r}; is that an SGLang server?") from error
+
+
+def _read_event(line: str, url: str) -> Any:
+    """One line of a streamed answer: what SGLang says in it, or None where it says nothing.
+
+    SGLang's status is 200 by the time that it refuses a request, so that the refusal is an event.
+    """
+    if not line or line == _LAST_EVENT:
+        return None
+    try:
+        if not line.startswith(_EVENT):
+            raise ValueError("no event")
+        event = json.loads(line.removeprefix(_EVENT))
+    except ValueError as error:
+        raise ProtocolError(f"{url} streamed {line[:80]!r} ({error}); is that an SGLang server?") from error
+    if isinstance(event, dict) and isinstance(event.get("error"), dict):
+        refused, code = event["error"], event["error"].get("code")
+        kind = EngineError if isinstance(code, int) and code >= 500 else RequestRejectedError
+        raise kind(f"{url} answered {code}: {str(refused.get('message', refused))[:300]}")
+    return event
+
+
+def _reason(response: httpx.Response) -> str:
+    """The server's own words about an error."""
+    try:
+        body = response.json()
+    except ValueError:
+        return response.text[:300]
+    error = body.get("error", body) if isinstance(body, dict) else body
+    return str(error.get("message", error) if isinstance(error, dict) else error)[:300]

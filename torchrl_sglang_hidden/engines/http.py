@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 import threading
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from torchrl_sglang_hidden.engines.base import Engine
@@ -25,7 +23,7 @@ from torchrl_sglang_hidden.errors import (
 )
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
 from torchrl_sglang_hidden.sglang_api.payload import to_payload
-from torchrl_sglang_hidden.weights.disk import checkpoint
+from torchrl_sglang_hidden.weights.transports import open_update
 from torchrl_sglang_hidden.weights.validation import (
     Running,
     Transport,
@@ -181,18 +179,11 @@ class SGLangServer(Engine):
                     f"version={version!r} is that of the weights already served, so that no sample could tell the two "
                     "apart; pass another, or None"
                 )
-            ways = [endpoint.way(transport, weights) for endpoint in self._endpoints]
-            path = None
-            if "disk" in ways:
-                # One checkpoint for all servers of this machine; a directory of the user's is one already.
-                if isinstance(weights, (str, os.PathLike)):
-                    path = Path(weights).expanduser().absolute()
-                else:
-                    path = stack.enter_context(checkpoint(tensors))
-            pool = stack.enter_context(ThreadPoolExecutor(len(ways), thread_name_prefix="sglang-weights"))
+            chosen = [endpoint.choose_transport(transport, weights) for endpoint in self._endpoints]
+            update = stack.enter_context(open_update(chosen, weights, tensors, version=version, running=running))
+            pool = stack.enter_context(ThreadPoolExecutor(len(chosen), thread_name_prefix="sglang-weights"))
             calls = [
-                pool.submit(endpoint.load, way, path, tensors, version, running)
-                for endpoint, way in zip(self._endpoints, ways, strict=True)
+                pool.submit(endpoint.load, name, update) for endpoint, name in zip(self._endpoints, chosen, strict=True)
             ]
             errors = [call.exception() for call in calls]
         return self._all_updated(version, errors)

@@ -30,7 +30,7 @@ from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
 from torchrl_sglang_hidden.sglang_api.payload import to_payload
 from torchrl_sglang_hidden.sglang_api.responses import read_responses
 from torchrl_sglang_hidden.sglang_api.server_info import read_info, warm_up
-from torchrl_sglang_hidden.weights.disk import checkpoint, load_from_disk
+from torchrl_sglang_hidden.weights.transports import Receiver, choose_transport, open_update, send
 from torchrl_sglang_hidden.weights.validation import (
     Running,
     Transport,
@@ -185,8 +185,14 @@ class SGLangOffline(Engine):
         """See `Engine.update_weights`. The engine is on this machine: there is no network to take."""
         self._check_open()
         check_options(version, transport, running)
-        if transport == "network":
-            raise CapabilityError("transport='network' is for servers; an engine in this process reads from disk")
+        receiver = Receiver(
+            name="an engine in this process",
+            call=self._call,
+            has_server_half=self._info.pools_in_server,
+            reads_local_files=True,
+            network=None,
+        )
+        chosen = choose_transport(transport, weights, receiver)
         with self._updating:
             try:
                 served = served_weights(self._info.model_path)
@@ -200,11 +206,8 @@ class SGLangOffline(Engine):
             version = next_version(before) if version is None else version
             if version == before:
                 raise InputError(f"version={version!r} is that of the weights already served; pass another, or None")
-            if isinstance(weights, (str, os.PathLike)):
-                load_from_disk(self._call, Path(weights).expanduser().absolute(), version, running)
-            else:
-                with checkpoint(tensors) as path:
-                    load_from_disk(self._call, path, version, running)
+            with open_update([chosen], weights, tensors, version=version, running=running) as update:
+                send(chosen, update, receiver)
             self._info = dataclasses.replace(self._info, weight_version=version)
         return version
 

@@ -1,4 +1,4 @@
-"""New weights for a running server: held against the served ones first, then sent through memory or the network.
+"""New weights for a running engine: compared with the served ones first, then sent through disk or the network.
 
-Knows SGLang's control routes, not how they are called; nothing of requests.
+Knows which of SGLang's control routes to call, not how they are called. Knows nothing of requests.
 """

@@ -1,6 +1,7 @@
 """Weights to a server that shares no file system: SGLang's own update group, gloo over TCP, this process as rank 0.
 
-The server connects to this process, not the other way round, and its scheduler waits while it does.
+The server connects to this process, not the other way round, and the server's scheduler waits while it connects. Which
+server gets weights this way is decided in `transports`.
 """
 
 from __future__ import annotations
@@ -8,9 +9,10 @@ from __future__ import annotations
 import socket
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -18,10 +20,10 @@ import torch
 import torch.distributed
 
 from torchrl_sglang_hidden.errors import CapabilityError, EngineError
-from torchrl_sglang_hidden.weights.control import Call, finish_update, paused, succeeded
+from torchrl_sglang_hidden.weights.control import ControlCall, finish_update, running_requests, succeeded
 from torchrl_sglang_hidden.weights.validation import Running
 
-__all__ = ["broadcast", "own_address"]
+__all__ = ["NetworkPath", "broadcast", "own_address"]
 
 # Untyped, and in part private: what SGLang uses on its side too.
 dist: Any = torch.distributed
@@ -31,8 +33,25 @@ c10d: Any = torch.distributed.distributed_c10d
 _GROUPS = threading.Lock()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkPath:
+    """The way to a server over the network.
+
+    Args:
+        host: the server's host name or address.
+        port: the server's TCP port.
+        server_info: asks the server for SGLang's ``/server_info``.
+        timeout_s: seconds for the update group to form, and for each tensor.
+    """
+
+    host: str
+    port: int
+    server_info: Callable[[], Mapping[str, Any]]
+    timeout_s: float
+
+
 def own_address(host: str, port: int) -> str:
-    """This machine's address on the way to ``host``."""
+    """Return the address of this machine from which packets to ``host`` leave."""
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(address)  # UDP: asks the routing table, sends nothing
@@ -40,33 +59,25 @@ def own_address(host: str, port: int) -> str:
 
 
 def broadcast(
-    call: Call,
-    tensors: Mapping[str, torch.Tensor],
-    version: str,
-    *,
-    server_info: Mapping[str, Any],
-    address: str,
-    running: Running,
-    timeout_s: float,
+    call: ControlCall, tensors: Mapping[str, torch.Tensor], version: str, *, path: NetworkPath, running: Running
 ) -> None:
-    """Sends checked weights to one server.
+    """Send checked weights to one server.
 
-    All of them go in one call: the server loads them only when it has them all, and needs room for a second copy of the
-    model meanwhile.
+    All tensors go in one call: the server loads them only when it has received every one, and needs memory for a second
+    copy of the model until then.
 
     Args:
-        call: the server's control routes.
-        tensors: the weights.
-        version: their name.
-        server_info: SGLang's ``/server_info``.
-        address: of this machine, as the server can reach it.
-        running: see `Engine.update_weights`.
-        timeout_s: seconds for the group to form, and for each tensor.
+        call: calls one of the server's control routes.
+        tensors: the weights, by Hugging Face's checkpoint names.
+        version: the name of the new weights.
+        path: the way to the server.
+        running: what becomes of requests under way; see `Engine.update_weights`.
 
     Raises:
         CapabilityError: the server has data- or pipeline-parallel replicas, which SGLang's update group does not serve.
-        EngineError: it did not work; the server keeps its weights.
+        EngineError: the server refused the weights or did not connect, and keeps its own.
     """
+    server_info, address = path.server_info(), own_address(path.host, path.port)
     for name in ("dp_size", "pp_size"):
         if server_info.get(name, 1) > 1:
             raise CapabilityError(
@@ -82,8 +93,8 @@ def broadcast(
     }
     with (
         ThreadPoolExecutor(2, thread_name_prefix="sglang-weights") as pool,
-        _group(call, pool, address, 1 + int(server_info.get("tp_size", 1)), timeout_s) as (group, group_name),
-        paused(call) if running == "continue" else nullcontext(),
+        _group(call, pool, address, 1 + int(server_info.get("tp_size", 1)), path.timeout_s) as (group, group_name),
+        running_requests(running, call),
         _session(call),
     ):
         update = pool.submit(call, "update_weights_from_distributed", {**payload, "group_name": group_name})
@@ -91,7 +102,7 @@ def broadcast(
         done: list[Future[Any]] = [update, sending]
         wait(done, return_when=FIRST_COMPLETED)
         if update.done() and (update.exception() is not None or not update.result().get("success")):
-            # It left before it had all: ending its side of the group ends the sending here.
+            # The server gave up before it had every tensor: ending its side of the group ends the sending here.
             call("destroy_weights_update_group", {"group_name": group_name})
             wait([sending])
             error = update.exception()
@@ -105,7 +116,9 @@ def broadcast(
 
 def _raise_lost(error: BaseException | None) -> None:
     if error is not None:
-        raise EngineError(f"the connection for the weights was lost ({error}); the server keeps its weights") from error
+        raise EngineError(
+            f"the connection for the weights was lost ({error}); the server keeps its weights: update again"
+        ) from error
 
 
 def _send(group: Any, values: Mapping[str, torch.Tensor]) -> None:
@@ -114,8 +127,8 @@ def _send(group: Any, values: Mapping[str, torch.Tensor]) -> None:
 
 
 @contextmanager
-def _session(call: Call) -> Iterator[None]:
-    """SGLang takes weights over the network between these two calls only."""
+def _session(call: ControlCall) -> Iterator[None]:
+    """Begin and end a weight update: SGLang takes weights over the network only in between."""
     answer = call("begin_weight_update", {})
     if not answer.get("success"):
         raise EngineError(
@@ -130,9 +143,16 @@ def _session(call: Call) -> Iterator[None]:
 
 @contextmanager
 def _group(
-    call: Call, pool: ThreadPoolExecutor, address: str, size: int, timeout_s: float
+    call: ControlCall, pool: ThreadPoolExecutor, address: str, size: int, timeout_s: float
 ) -> Iterator[tuple[Any, str]]:
-    """A process group of this process and the server's ranks, under a name of its own."""
+    """Form a process group of this process and the server's ranks, under a name of its own.
+
+    Yields:
+        The group, and its name.
+
+    Raises:
+        EngineError: the server did not connect in time.
+    """
     name, timeout = f"torchrl-sglang-hidden-{uuid.uuid4().hex}", timedelta(seconds=timeout_s)
     # A listener of our own: torch's would be open on every interface, to whoever comes.
     listener = socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
@@ -170,7 +190,10 @@ def _group(
 
 
 def _join(store: Any, name: str, size: int, timeout: timedelta) -> Any:
-    """What ``sglang.srt.utils.init_custom_process_group`` does on the server's side: both must use the same keys."""
+    """Join a process group as rank 0.
+
+    Does what ``sglang.srt.utils.init_custom_process_group`` does on the server's side: both must use the same keys.
+    """
     group, _ = c10d._new_process_group_helper(
         size, 0, [], c10d.Backend("gloo"), store, group_name=name, backend_options=None, timeout=timeout
     )
