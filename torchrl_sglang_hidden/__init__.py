@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from torchrl_sglang_hidden.policy.outputs import HiddenStates as HiddenStates
     from torchrl_sglang_hidden.policy.outputs import Logits as Logits
     from torchrl_sglang_hidden.policy.outputs import TokenHiddenStates as TokenHiddenStates
+    from torchrl_sglang_hidden.policy.ragged import ragged as ragged
     from torchrl_sglang_hidden.policy.weight_sync import SGLangHiddenWeightSyncScheme as SGLangHiddenWeightSyncScheme
     from torchrl_sglang_hidden.policy.wrapper import SGLangHiddenWrapper as SGLangHiddenWrapper
     from torchrl_sglang_hidden.records import Completion as Completion
@@ -95,6 +96,7 @@ _ROOMS = {
     "demo_model": "demo.model",
     "launch": "engines.launch",
     "logits_from_hidden": "policy.logits_from_hidden",
+    "ragged": "policy.ragged",
     **dict.fromkeys(
         (
             "AlignmentError", "AuthenticationError", "BatchCancelledError", "CapabilityError", "ConstraintError",
