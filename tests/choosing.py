@@ -252,7 +252,7 @@ def _scored(request: Request, all_NV: torch.Tensor) -> torch.Tensor:
     if not (request.score_prompt and request.constraints):
         return rows_NV
     rows_NV = rows_NV.clone()
-    for start, stop in request.responses:
+    for start, stop in request.response_ranges:
         for place in range(start, stop):
             row_V, before = rows_NV[place - 1], ids[start:place]
             changed_V = constrained(request.constraints, row_V, ids[:start], before, request.response_limit)

@@ -28,8 +28,15 @@ from torchrl_sglang_hidden.errors import RequestRejectedError
 from torchrl_sglang_hidden.protocol import CHANNEL, Status, pack_answer, unpack_options
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
 from torchrl_sglang_hidden.reduce.pooling import RequestPools, sum_rows
-from torchrl_sglang_hidden.reduce.token_logits import Choosing, FoundLogits, RequestLogits, WantedLogits, constrain, cut
-from torchrl_sglang_hidden.server.next_tokens import Given, StepChoices
+from torchrl_sglang_hidden.reduce.token_logits import (
+    FoundLogits,
+    NextToken,
+    RequestLogits,
+    WantedLogits,
+    constrain,
+    select_columns,
+)
+from torchrl_sglang_hidden.server.next_tokens import PromptPart, StepLogits
 from torchrl_sglang_hidden.sglang_api.payload import to_payload
 from torchrl_sglang_hidden.sglang_api.responses import read_responses
 from torchrl_sglang_hidden.spec.constraints import known_constraints
@@ -305,13 +312,13 @@ def choose(
     Returns the ids, their log-probs where the request has constraints or wants logits of the response, and its logits.
     """
     one = RequestLogits(wanted, prompt_ids)
-    step = one.plan_given(0, len(prompt_ids))
+    step = one.plan_prompt(0, len(prompt_ids))
     if step is not None:
         rows_ND = torch.stack([logits_V(prompt_ids[: place + 1]) for place in range(len(prompt_ids))])
-        choices = StepChoices((), (Given(0, 0, *step, one),), (None,), len(WORDS), len(rows_ND))
-        choices.take_given(rows_ND, lambda rows: rows)
-        choices.rows().copy_to_host(lambda tensor: tensor).consume(None, [None])
-    if not wanted.chooses:
+        taking = StepLogits((), (PromptPart(0, 0, *step, one),), (None,), len(WORDS), len(rows_ND))
+        taking.take_prompts(rows_ND, lambda rows: rows)
+        taking.taken().copy_to_host(lambda tensor: tensor).consume(None, [None])
+    if not wanted.wants_sampled:
         return preferred, None, one.finish()
     ids: list[int] = []
     log_probs: list[float] = []
@@ -320,13 +327,13 @@ def choose(
         if len(ids) < len(preferred):
             raw_V[preferred[len(ids)]] = 20.0
         before = torch.tensor(ids, dtype=torch.int64)
-        rows_1V, alive_1 = constrain(raw_V[None], [Choosing(one, len(ids), limit, lambda before=before: before)])
-        if not alive_1.all():
+        rows_1V, choosable_1 = constrain(raw_V[None], [NextToken(one, len(ids), limit, lambda before=before: before)])
+        if not choosable_1.all():
             one.fail(f"token {len(ids)} of the response: 0 tokens are left", len(ids))
         processed_1V = rows_1V / temperature
         spec = wanted.spec
-        row = None if spec is None else cut(raw_V[None] if spec.stage == "raw" else processed_1V, spec)
-        one.add(len(ids), row if spec is not None and spec.of_response else None)
+        row = None if spec is None else select_columns(raw_V[None] if spec.stage == "raw" else processed_1V, spec)
+        one.add_response(len(ids), row if spec is not None and spec.of_response else None)
         ids.append(int(processed_1V[0].argmax()))
         log_probs.append(float(processed_1V[0].log_softmax(-1)[ids[-1]]))
     return ids, log_probs, one.finish()

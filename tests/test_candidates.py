@@ -224,7 +224,7 @@ def test_constraints_act_on_the_candidates_tokens_and_on_nothing_else() -> None:
     allowed = [11, 12, 13, 15]
     policy, engine = make(constraints=ActionMask(allowed))
     out = policy.score(prompts(), CANDIDATES)
-    assert [request.responses for request in engine.requests[2:5]] == [((3, 4),), ((3, 6),), ((3, 5),)]
+    assert [request.response_ranges for request in engine.requests[2:5]] == [((3, 4),), ((3, 6),), ((3, 5),)]
     # 14 and 16 are taken away.
     assert out["mask"].tolist() == [[True, False, False]] * 2
     for row, prompt in enumerate(PROMPTS):

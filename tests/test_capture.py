@@ -27,11 +27,11 @@ from torchrl_sglang_hidden.protocol import CHANNEL, pack_options, unpack_answer,
 from torchrl_sglang_hidden.protocol import tensors as blocks
 from torchrl_sglang_hidden.protocol.shared_memory import MIN_BYTES, SharedFiles, fetch
 from torchrl_sglang_hidden.reduce.pooling import BLOCK, Wanted
-from torchrl_sglang_hidden.reduce.token_logits import WantedLogits, cut
+from torchrl_sglang_hidden.reduce.token_logits import WantedLogits, select_columns
 from torchrl_sglang_hidden.server import capture as capture_module
 from torchrl_sglang_hidden.server import plugin
 from torchrl_sglang_hidden.server.capture import Capture, HostRows, _Tokens
-from torchrl_sglang_hidden.server.next_tokens import HostLogits, StepChoices
+from torchrl_sglang_hidden.server.next_tokens import HostLogits, StepLogits
 from torchrl_sglang_hidden.server.prefix_sums import ENTRY_BYTES
 from torchrl_sglang_hidden.spec.constraints import ActionMask, ConstraintStep, DisallowedTokens, LogitConstraint
 from torchrl_sglang_hidden.spec.hidden import POOLINGS, SEGMENTS
@@ -137,15 +137,15 @@ class Scheduler:
         """Forward pass and copy. The device's buffers are overwritten at once, as a CUDA graph's are."""
         batch = step.batch()
         plan = self.capture.plan_step(batch)
-        choices = self.capture.plan_choices(batch, VOCAB)
+        step_logits = self.capture.plan_logits(batch, VOCAB)
         parts = [states_of([*req.ids, 0])[start:stop] for req, (start, stop) in zip(step.reqs, step.spans, strict=True)]
         parts.append(torch.full((step.padding, len(LAYERS), HIDDEN_SIZE), POISON))
         states = {
             layer: rows.to(self.dtype).clone() for layer, rows in zip(LAYERS, torch.cat(parts).unbind(1), strict=True)
         }
         devices = [plan.gather(states) if plan is not None else None]
-        if choices is not None:
-            devices.append(self.choose(step, choices, states[-1]))
+        if step_logits is not None:
+            devices.append(self.choose(step, step_logits, states[-1]))
         for state_ND in states.values():
             state_ND.fill_(POISON)
         hosts = [device.copy_to_host(torch.clone) for device in devices if device is not None]
@@ -156,16 +156,16 @@ class Scheduler:
                 req.output_ids.append((len(req.ids) + req.ids[-1]) % 3)
         self.waiting.append((hosts, batch, commits))
 
-    def choose(self, step: Step, choices: StepChoices, last_ND: torch.Tensor) -> Any:
+    def choose(self, step: Step, step_logits: StepLogits, last_ND: torch.Tensor) -> Any:
         """What the head and the sampler see of a step."""
         ends = torch.tensor([stop - start for start, stop in step.spans]).cumsum(0) - 1
         ids = [i for req, (start, stop) in zip(step.reqs, step.spans, strict=True) for i in [*req.ids, 0][start:stop]]
-        choices.input_ids = torch.tensor(ids + [77] * step.padding)
-        choices.take_given(last_ND, head)
+        step_logits.input_ids = torch.tensor(ids + [77] * step.padding)
+        step_logits.take_prompts(last_ND, head)
         next_BV = head(last_ND[ends])
-        choices.take_raw(next_BV)
-        choices.constrain(next_BV, torch.ones(len(step.reqs), 1))
-        device = choices.rows()
+        step_logits.take_raw(next_BV)
+        step_logits.constrain(next_BV, torch.ones(len(step.reqs), 1))
+        device = step_logits.taken()
         next_BV.fill_(POISON)
         return device
 
@@ -221,13 +221,13 @@ def assert_logits(req: Req, raw_NV: torch.Tensor, found: Any) -> None:
     wanted, num_prompt = req.logits, len(req.origin_input_ids)
     assert wanted is not None
     processed_NV = raw_NV.clone()
-    denied = range(num_prompt - 1, len(raw_NV)) if wanted.constrains else ()
+    denied = range(num_prompt - 1, len(raw_NV)) if wanted.constrains_sampled else ()
     if wanted.scored:
-        denied = [token - 1 for start, stop in wanted.responses for token in range(start, stop)]
+        denied = [token - 1 for start, stop in wanted.response_ranges for token in range(start, stop)]
     if wanted.constraints:
         processed_NV[list(denied), DENIED] = -torch.inf
-    assert found.constrained == (len(req.output_ids) if wanted.chooses else 0)
-    first = num_prompt if wanted.given is None else wanted.given
+    assert found.constrained == (len(req.output_ids) if wanted.wants_sampled else 0)
+    first = num_prompt if wanted.prompt_from is None else wanted.prompt_from
     if wanted.scored and first < num_prompt:
         ids = torch.tensor(req.origin_input_ids[first:])[:, None]
         log_probs_N = processed_NV[first - 1 : num_prompt - 1].log_softmax(-1).gather(1, ids)[:, 0]
@@ -237,11 +237,11 @@ def assert_logits(req: Req, raw_NV: torch.Tensor, found: Any) -> None:
     spec = wanted.spec
     for rows, places, asked in (
         (found.response, slice(num_prompt - 1, None), spec is not None and spec.of_response),
-        (found.given, slice(first - 1, num_prompt - 1), spec is not None and spec.of_prompt and first < num_prompt),
+        (found.prompt, slice(first - 1, num_prompt - 1), spec is not None and spec.of_prompt and first < num_prompt),
     ):
         assert (rows is not None) is asked
         if rows is not None:
-            expected = cut((raw_NV if spec.stage == "raw" else processed_NV)[places], spec)
+            expected = select_columns((raw_NV if spec.stage == "raw" else processed_NV)[places], spec)
             torch.testing.assert_close(rows.values_NC, expected.values_NC)
             assert spec.top_k is None or torch.equal(rows.token_ids_NC, expected.token_ids_NC)
 
@@ -584,12 +584,12 @@ def test_what_is_not_understood_is_not_answered(custom: Any) -> None:
         logits_of(constraints=['disallowed_tokens:{"ids":"0-99999"}']),
         logits_of(constraints=[f'disallowed_tokens:{{"ids":"0-{VOCAB - 1}"}}']),
         logits_of(constraints=[f'disallowed_tokens:{{"ids":"{10**30}"}}']),
-        logits_of(given=10**30),
-        logits_of(given=3),
-        logits_of(responses=[-5, 2]),
-        logits_of(responses=[1, 10**30]),
-        logits_of(responses=[1, 3, 1, 3, 2, 9]),
-        logits_of(scored=True, responses=[]),
+        logits_of(prompt_from=10**30),
+        logits_of(prompt_from=3),
+        logits_of(response_ranges=[-5, 2]),
+        logits_of(response_ranges=[1, 10**30]),
+        logits_of(response_ranges=[1, 3, 1, 3, 2, 9]),
+        logits_of(scored=True, response_ranges=[]),
         logits_of(scored=False),
     ],
     ids=range(23),
@@ -610,11 +610,11 @@ def test_options_that_no_client_sends_harm_nobody(custom: Any) -> None:
 def test_columns_that_the_model_does_not_have_are_not_taken(asked: Any, mode: str) -> None:
     """The count of rows then tells, and the constraints of the others are kept."""
     scheduler, good = Scheduler(), choosing(9, 8, spec=LogitsSpec(full=True), constraints=DENY)
-    req = Req([5, 6, 7], logits=WantedLogits(LogitsSpec(**asked, segments=("full",)), given=1))
+    req = Req([5, 6, 7], logits=WantedLogits(LogitsSpec(**asked, segments=("full",)), prompt_from=1))
     scheduler.prefill(req, good)
     scheduler.decode(req, good)
     found = unpack_answer(scheduler.finish(req), "row 0", HIDDEN_SIZE).logits
-    assert (found.response, found.given, found.constrained) == (None, None, 0)
+    assert (found.response, found.prompt, found.constrained) == (None, None, 0)
     scheduler.assert_right(good)
 
 
@@ -985,26 +985,27 @@ BOTH = LogitsSpec(top_k=3, segments=("full",))
 def planned(capture: Capture, step: Step) -> tuple[list[Any], list[Any]]:
     """Of each choice its row, input row and index; of each given run its row, offset, first and last."""
     capture.plan_step(step.batch())
-    found = capture.plan_choices(step.batch(), VOCAB)
+    found = capture.plan_logits(step.batch(), VOCAB)
     if found is None:
         return [], []
     assert (found.reqs, found.vocab_size) == (tuple(step.reqs), VOCAB)
     assert found.num_rows == sum(stop - start for start, stop in step.spans)
-    assert all(choice.max_new_tokens == 128 for choice in found.choices), "as asked; SGLang lowered its own to 9"
+    assert all(row.max_new_tokens == 128 for row in found.sampling_rows), "as asked; SGLang lowered its own to 9"
     return (
-        [(choice.row, choice.last, choice.index) for choice in found.choices],
-        [(given.row, given.offset, given.first, given.stop) for given in found.given],
+        [(row.row, row.input_row, row.index) for row in found.sampling_rows],
+        [(part.row, part.offset, part.first, part.stop) for part in found.prompts],
     )
 
 
 def test_what_a_prefill_chooses() -> None:
-    reqs = [Req([1, 1]), choosing(9, 8, 7, spec=FULL), asking(3, 2), choosing(5, 4, spec=BOTH, given=1)]
+    reqs = [Req([1, 1]), choosing(9, 8, 7, spec=FULL), asking(3, 2), choosing(5, 4, spec=BOTH, prompt_from=1)]
     step = Step("EXTEND", reqs, [(0, len(req.ids)) for req in reqs], [True] * 4)
     assert planned(capturing(), step) == ([(1, 4, 0), (3, 8, 0)], [(3, 7, 1, 2)])
 
 
 def test_what_a_decode_step_chooses() -> None:
-    capture, reqs = capturing(), [Req([1, 1]), choosing(9, 8, 7, spec=BOTH, given=1), choosing(4, constraints=DENY)]
+    capture = capturing()
+    reqs = [Req([1, 1]), choosing(9, 8, 7, spec=BOTH, prompt_from=1), choosing(4, constraints=DENY)]
     for index in (1, 2, 5):
         step = Step("DECODE", reqs, [(len(r.ids) + index - 1, len(r.ids) + index) for r in reqs], [True] * 3)
         assert planned(capture, step) == ([(1, 1, index), (2, 2, index)], [])
@@ -1012,7 +1013,7 @@ def test_what_a_decode_step_chooses() -> None:
 
 def test_the_middle_of_a_prompt_chooses_nothing() -> None:
     capture = capturing()
-    req, other = choosing(*range(7), spec=BOTH, given=2), choosing(5, 4, constraints=DENY)
+    req, other = choosing(*range(7), spec=BOTH, prompt_from=2), choosing(5, 4, constraints=DENY)
     chunks = [(0, 1), (1, 4), (4, 6), (6, 7)]
     found = [planned(capture, Step("EXTEND", [req], [chunk], [False])) for chunk in chunks]
     assert found == [([], []), ([], [(0, -1, 2, 5)]), ([], [(0, -4, 5, 7)]), ([(0, 0, 0)], [])]
@@ -1021,13 +1022,13 @@ def test_the_middle_of_a_prompt_chooses_nothing() -> None:
 
 
 def test_a_mixed_step_chooses_for_both() -> None:
-    late, early = choosing(9, 8, 7, spec=BOTH, given=1), choosing(5, 4, spec=FULL, constraints=DENY)
+    late, early = choosing(9, 8, 7, spec=BOTH, prompt_from=1), choosing(5, 4, spec=FULL, constraints=DENY)
     step = Step("MIXED", [early, late], [(4, 5), (0, 3)], [True, True])
     assert planned(capturing(), step) == ([(0, 0, 3), (1, 3, 0)], [(1, 1, 1, 3)])
 
 
 def test_after_a_retraction_the_next_token_is_chosen() -> None:
-    capture, req = capturing(), choosing(9, 8, 7, spec=BOTH, constraints=DENY, given=1)
+    capture, req = capturing(), choosing(9, 8, 7, spec=BOTH, constraints=DENY, prompt_from=1)
     scheduler = Scheduler(capture)
     scheduler.prefill(req)
     scheduler.decode(req)
@@ -1042,7 +1043,7 @@ def test_after_a_retraction_the_next_token_is_chosen() -> None:
 
 def test_a_chunk_that_never_ran_is_planned_again() -> None:
     """The request went back into the queue behind it."""
-    capture, req = capturing(), choosing(9, 8, 7, 6, spec=BOTH, given=1)
+    capture, req = capturing(), choosing(9, 8, 7, 6, spec=BOTH, prompt_from=1)
     Scheduler(capture).run(Step("EXTEND", [req], [(0, 2)], [False]))
     assert planned(capture, Step("EXTEND", [req], [(2, 4)], [True]))[1] == [(0, -2, 3, 4)]
     assert planned(capture, Step("EXTEND", [req], [(2, 4)], [True]))[1] == []
@@ -1053,13 +1054,13 @@ def test_a_chunk_that_never_ran_is_planned_again() -> None:
 def test_nobody_who_asks_for_logits_plans_nothing() -> None:
     capture = capturing()
     assert planned(capture, Step("EXTEND", [asking(9, 8), Req([1])], [(0, 2), (0, 1)], [True] * 2)) == ([], [])
-    scored = choosing(9, 8, constraints=DENY, given=1, scored=True, responses=((1, 2),))
+    scored = choosing(9, 8, constraints=DENY, prompt_from=1, scored=True, response_ranges=((1, 2),))
     assert planned(capture, Step("EXTEND", [scored], [(0, 2)], [True])) == ([], [(0, 0, 1, 2)])
     assert planned(capture, Step("TARGET_VERIFY", [choosing(9, spec=FULL)], [(0, 1)], [True])) == ([], [])
 
 
 def test_who_wants_logits_only_takes_no_rows() -> None:
-    req = choosing(9, 8, 7, spec=BOTH, given=1)
+    req = choosing(9, 8, 7, spec=BOTH, prompt_from=1)
     assert capturing().plan_step(Step("EXTEND", [req], [(0, 3)], [True]).batch()) is None
 
 
@@ -1072,10 +1073,10 @@ def test_the_ids_before_are_those_of_the_response() -> None:
     step, last_id = Step("DECODE", [Req([1]), req], [(0, 1), last(req)], [True] * 2), req.output_ids[-1]
     batch = step.batch()
     lagging = req.output_ids.pop()
-    choices = scheduler.capture.plan_choices(batch, VOCAB)
-    assert [choice.before for choice in choices.choices] == [tuple(req.output_ids)]
+    step_logits = scheduler.capture.plan_logits(batch, VOCAB)
+    assert [row.ids_before for row in step_logits.sampling_rows] == [tuple(req.output_ids)]
     req.output_ids.append(lagging)
-    scheduler.choose(step, choices, torch.zeros(2, HIDDEN_SIZE))
+    scheduler.choose(step, step_logits, torch.zeros(2, HIDDEN_SIZE))
     assert asked == [(index, 11, [9, 8, 7], req.output_ids[:index]) for index in range(3)]
     assert asked[-1][-1][-1] == last_id
 
@@ -1083,8 +1084,8 @@ def test_the_ids_before_are_those_of_the_response() -> None:
 def test_the_ids_before_are_not_copied_for_nobody() -> None:
     scheduler, req = Scheduler(), choosing(9, 8, constraints=DENY)
     scheduler.prefill(req)
-    (choice,) = scheduler.capture.plan_choices(Step("DECODE", [req], [last(req)], [True]).batch(), VOCAB).choices
-    assert choice.before == ()
+    (row,) = scheduler.capture.plan_logits(Step("DECODE", [req], [last(req)], [True]).batch(), VOCAB).sampling_rows
+    assert row.ids_before == ()
 
 
 @pytest.mark.parametrize("cuts", [[6], [2, 6], [1, 2, 3, 4, 5, 6], [4, 6]])
@@ -1092,9 +1093,9 @@ def test_the_ids_before_are_not_copied_for_nobody() -> None:
 @pytest.mark.parametrize("scored", [False, True])
 def test_logits_of_a_prompt_in_chunks(cuts: list[int], spec: Any, scored: bool) -> None:
     given_from = 1 if spec is not None and spec.of_prompt else 3 if scored else None
-    more = {"scored": True, "responses": ((2, 4), (5, 6))} if scored else {}
+    more = {"scored": True, "response_ranges": ((2, 4), (5, 6))} if scored else {}
     wanted = Wanted(("prompt",), spans={"p": PromptSpan(((1, 3),))})
-    req = choosing(5, 4, 3, 6, 1, 7, wanted=wanted, spec=spec, constraints=DENY, given=given_from, **more)
+    req = choosing(5, 4, 3, 6, 1, 7, wanted=wanted, spec=spec, constraints=DENY, prompt_from=given_from, **more)
     scheduler = Scheduler()
     for start, stop in zip([0, *cuts], cuts, strict=False):
         scheduler.run(Step("EXTEND", [req], [(start, stop)], [stop == 6]))
@@ -1124,8 +1125,8 @@ def test_how_far_logits_let_a_request_hit_the_prefix_cache(wanted: Any, given_fr
     scored = given_from not in (None, 1)
     capture = capturing()
     req = choosing(
-        5, 4, 3, 6, 1, 7, wanted=wanted, spec=spec, constraints=DENY, given=given_from, scored=scored,
-        responses=((given_from, 6),) if scored and given_from < 6 else (),
+        5, 4, 3, 6, 1, 7, wanted=wanted, spec=spec, constraints=DENY, prompt_from=given_from, scored=scored,
+        response_ranges=((given_from, 6),) if scored and given_from < 6 else (),
     )  # fmt: skip
     one = capture.open(req)
     assert capture.prefix_limit(one, 6) == limit
@@ -1149,10 +1150,10 @@ def test_a_kept_sum_is_no_use_where_logits_need_more() -> None:
 
 
 def test_a_hit_that_went_too_far_leaves_the_count_of_logits_short() -> None:
-    scheduler, req = Scheduler(), choosing(5, 4, 3, 6, spec=BOTH, given=1)
+    scheduler, req = Scheduler(), choosing(5, 4, 3, 6, spec=BOTH, prompt_from=1)
     scheduler.run(Step("EXTEND", [req], [(2, 4)], [True]))
     found = unpack_answer(scheduler.finish(req), "row 0", HIDDEN_SIZE).logits
-    assert (found.given, found.response.values_NC.shape) == (None, (1, 3))
+    assert (found.prompt, found.response.values_NC.shape) == (None, (1, 3))
 
 
 def test_a_finished_request_answers_with_what_it_asked_for() -> None:

@@ -88,9 +88,9 @@ chosen = st.builds(
     WantedLogits,
     spec=st.none() | specs,
     constraints=st.lists(constraints, max_size=3).map(tuple),
-    given=st.none() | st.integers(1, 10**6),
+    prompt_from=st.none() | st.integers(1, 10**6),
     scored=st.booleans(),
-    responses=st.lists(st.tuples(st.integers(0, 99), st.integers(1, 99)), max_size=3).map(
+    response_ranges=st.lists(st.tuples(st.integers(0, 99), st.integers(1, 99)), max_size=3).map(
         lambda parts: tuple((start, start + size) for start, size in parts)
     ),
     response_limit=st.integers(0, 10**6),
@@ -188,9 +188,9 @@ GARBAGE = [
         {"dtype": "float16"}, {"dtype": "float64"}, {"dtype": "int32"}, {"dtype": None}, {"dtype": ["float32"]})),
     *(logits_of(constraints=value) for value in (None, 7, "action_mask:{}", ["nobody:{}"], [None], [7], ["action_mask"],
                                                  ['action_mask:{"valid_token_ids":""}'], ["channel_bad:{}"], [DEEP])),
-    *(logits_of(given=value) for value in (0, -1, "a", [1], INFINITY)),
+    *(logits_of(prompt_from=value) for value in (0, -1, "a", [1], INFINITY)),
     *(logits_of(response_limit=value) for value in (None, "a", [1], INFINITY)),
-    *(logits_of(responses=value) for value in (None, 7, [1], [2, 1], [1, 1], [1, 2, 3], [1, 2, 4, 3], ["a", 2],
+    *(logits_of(response_ranges=value) for value in (None, 7, [1], [2, 1], [1, 1], [1, 2, 3], [1, 2, 4, 3], ["a", 2],
                                                [[1, 2]], [1, INFINITY])),
     *(custom_of(segments=value) for value in (None, "prompt", ["answer"], ["prompt", "prompt"], 1, [["prompt"]])),
     *(custom_of(pooling=value) for value in ("max", 1, ["mean"], {})),
@@ -291,7 +291,7 @@ def found_logits(num_response: int = 3, num_given: int = 4, dtype: torch.dtype =
     response_NC[0, 0] = -INFINITY
     return FoundLogits(
         response=TokenLogits(response_NC, torch.arange(num_response * 2).reshape(num_response, 2) + 10**5),
-        given=TokenLogits(numbers(num_given, 3, seed=6, dtype=dtype), None),
+        prompt=TokenLogits(numbers(num_given, 3, seed=6, dtype=dtype), None),
         log_probs_N=numbers(num_given, seed=7),
         constrained=num_response,
     )
@@ -328,7 +328,7 @@ def assert_same_logits(found: FoundLogits | None, expected: FoundLogits) -> None
     assert found is not None
     assert (found.constrained, found.fault) == (expected.constrained, expected.fault)
     pairs = [(found.log_probs_N, expected.log_probs_N)]
-    for ours, theirs in ((found.response, expected.response), (found.given, expected.given)):
+    for ours, theirs in ((found.response, expected.response), (found.prompt, expected.prompt)):
         assert (ours is None) is (theirs is None)
         if ours is not None and theirs is not None:
             pairs += [(ours.values_NC, theirs.values_NC), (ours.token_ids_NC, theirs.token_ids_NC)]
@@ -339,7 +339,7 @@ def assert_same_logits(found: FoundLogits | None, expected: FoundLogits) -> None
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("gone", [None, "response", "given", "log_probs_N"])
+@pytest.mark.parametrize("gone", [None, "response", "prompt", "log_probs_N"])
 def test_logits_round_trip(way: Way, dtype: torch.dtype, gone: str | None) -> None:
     logits = found_logits(dtype=dtype)
     if gone is not None:
@@ -668,7 +668,7 @@ def test_no_answer_is_read_wrongly(data: st.DataObject) -> None:
     except (ProtocolError, SpanError, ConstraintError, CapabilityError):
         return
     found = read.pools
-    for name in ("response", "given") if read.logits is not None else ():
+    for name in ("response", "prompt") if read.logits is not None else ():
         ours, theirs = getattr(read.logits, name), getattr(logits, name)
         assert ours is None or torch.equal(ours.values_NC.flatten(), theirs.values_NC.flatten())
         assert ours is None or ours.token_ids_NC is None or torch.equal(ours.token_ids_NC, theirs.token_ids_NC)

@@ -13,7 +13,7 @@ import torch
 
 from torchrl_sglang_hidden.reduce.token_logits import FoundLogits, RequestLogits, WantedLogits
 from torchrl_sglang_hidden.server import next_tokens as room
-from torchrl_sglang_hidden.server.next_tokens import Choice, Given, HostLogits, StepChoices
+from torchrl_sglang_hidden.server.next_tokens import HostLogits, PromptPart, SamplingRow, StepLogits
 from torchrl_sglang_hidden.spec.constraints import (
     ActionMask,
     ConstraintStep,
@@ -64,20 +64,20 @@ class Batch:
     def __init__(self, *ones: RequestLogits | None, index: int = 0, before: Sequence[int] = (), padding: int = 0):
         self.ones = ones
         self.reqs = [object() for _ in ones]
-        found = [Choice(row, row, index, one, 9, tuple(before)) for row, one in enumerate(ones) if one is not None]
-        self.choices = StepChoices(tuple(found), (), tuple(self.reqs), V, len(ones))
+        found = [SamplingRow(row, row, index, one, 9, tuple(before)) for row, one in enumerate(ones) if one is not None]
+        self.step = StepLogits(tuple(found), (), tuple(self.reqs), V, len(ones))
         self.index = index
         self.logits_BV = numbers(len(ones), V + padding, seed=index)
 
     def run(self, temperature: float = 1.0) -> torch.Tensor:
         """As SGLang samples: what the sampler sees."""
-        self.choices.take_raw(self.logits_BV)
+        self.step.take_raw(self.logits_BV)
         self.logits_BV += 1  # a penalty
-        self.choices.constrain(self.logits_BV, torch.full((len(self.ones), 1), temperature))
+        self.step.constrain(self.logits_BV, torch.full((len(self.ones), 1), temperature))
         return self.logits_BV
 
     def host(self) -> HostLogits:
-        device = self.choices.rows()
+        device = self.step.taken()
         host = device.copy_to_host(torch.clone)
         self.logits_BV.fill_(7.0)  # a CUDA graph's buffer
         return host
@@ -138,7 +138,7 @@ def test_a_row_where_nothing_is_left_is_a_fault() -> None:
     assert torch.equal(found_BV[0], before_BV[0])
     for one in (dead, good):
         for index in range(3):
-            one.add(index, None)
+            one.add_response(index, None)
     batch.consume()
     assert found_of(dead).fault.startswith("token 3 of the response: 0 tokens are left to choose from by the constrai")
     assert "(choices_nothing; one that gives NaN" in found_of(dead).fault
@@ -172,14 +172,14 @@ def test_a_dead_row_behind_the_response_is_no_fault() -> None:
 def test_a_sampler_that_none_of_it_went_through_leaves_the_count_short() -> None:
     masked, watched = asking(TOP, ActionMask((1,))), asking(TOP)
     batch = Batch(masked, watched)
-    batch.choices.take_raw(batch.logits_BV)
+    batch.step.take_raw(batch.logits_BV)
     batch.consume()
     assert (found_of(masked).constrained, found_of(masked).response) == (0, None)
     assert found_of(watched).constrained == 1
 
 
 def test_constraints_of_a_scored_prompt_leave_the_token_behind_it_alone() -> None:
-    one = asking(TOP, Nothing(), given=1, scored=True, responses=((1, 2),))
+    one = asking(TOP, Nothing(), prompt_from=1, scored=True, response_ranges=((1, 2),))
     batch = Batch(one)
     before_BV = batch.logits_BV + 1
     assert torch.equal(batch.run(), before_BV)
@@ -196,10 +196,10 @@ def test_raw_is_before_everything_and_processed_behind_the_temperature() -> None
     raw_both = asking(LogitsSpec(full=True), DisallowedTokens((0,)))
     batch = Batch(raw, processed, both, raw_both)
     head_BV = batch.logits_BV.clone()
-    batch.choices.take_raw(batch.logits_BV)
+    batch.step.take_raw(batch.logits_BV)
     batch.logits_BV += 1
     temperatures_B1 = torch.tensor([[1.0], [2.0], [0.5], [8.0]])
-    batch.choices.constrain(batch.logits_BV, temperatures_B1)
+    batch.step.constrain(batch.logits_BV, temperatures_B1)
     batch.consume()
     assert torch.equal(found_of(raw).response.values_NC, head_BV[:1])
     assert torch.equal(found_of(raw_both).response.values_NC, head_BV[3:])
@@ -214,8 +214,8 @@ def test_processed_without_a_temperature() -> None:
     processed, both = asking(PROCESSED), asking(PROCESSED, TemperatureScale(4.0))
     batch = Batch(processed, both)
     head_BV = batch.logits_BV.clone()
-    batch.choices.take_raw(batch.logits_BV)
-    batch.choices.constrain(batch.logits_BV, None)
+    batch.step.take_raw(batch.logits_BV)
+    batch.step.constrain(batch.logits_BV, None)
     batch.consume()
     assert torch.equal(found_of(processed).response.values_NC, head_BV[:1])
     assert torch.equal(found_of(both).response.values_NC, head_BV[1:] / 4)
@@ -236,7 +236,7 @@ def test_different_specs_in_one_step() -> None:
     batch = Batch(*ones)
     head_BV = batch.logits_BV.clone()
     batch.run(temperature=2.0)
-    assert [cut.places for cut in batch.choices._cuts] == [(0, 3), (1,), (2,), (4,), (5,), (6,)]
+    assert [group.batch_rows for group in batch.step._sampled] == [(0, 3), (1,), (2,), (4,), (5,), (6,)]
     batch.consume()
     for row, (one, spec) in enumerate(zip(ones, specs, strict=True)):
         found, found_V = found_of(one).response, head_BV[row]
@@ -258,7 +258,7 @@ def test_a_requests_row_does_not_keep_the_whole_step() -> None:
     batch = Batch(*ones)
     batch.run()
     batch.consume()
-    for rows in (ones[0]._rows[0].values_NC, ones[0]._rows[0].token_ids_NC):
+    for rows in (ones[0]._response_rows[0].values_NC, ones[0]._response_rows[0].token_ids_NC):
         assert rows.untyped_storage().nbytes() == rows.nbytes
 
 
@@ -271,8 +271,8 @@ def test_rows_go_to_those_who_committed_their_token() -> None:
     ones = {name: asking(TOP, TemperatureScale(2.0)) for name in names}
     batch = Batch(*ones.values(), index=2)
     for one in ones.values():
-        one.add(0, None)
-        one.add(1, None)
+        one.add_response(0, None)
+        one.add_response(1, None)
     head_BV = batch.logits_BV.clone()
     batch.run()
     moved = [batch.reqs[0], batch.reqs[1], object(), batch.reqs[3]]
@@ -317,7 +317,7 @@ def test_the_ids_before_a_token(index: int, before: tuple[int, ...], input_ids: 
     seen.clear()
     batch = Batch(None, asking(None, Seen()), index=index, before=before)
     if input_ids is not None:
-        batch.choices.input_ids = torch.tensor(input_ids, dtype=torch.int32)
+        batch.step.input_ids = torch.tensor(input_ids, dtype=torch.int32)
     found_BV = batch.run()
     assert seen == [(index, [1, 2, 3], ids)]
     assert [i for i in range(V) if found_BV[1, i] == -INF] == sorted(ids)
@@ -343,10 +343,10 @@ def given_rows(one: RequestLogits, states_ND: torch.Tensor, parts: Any, padding:
     for first, stop in parts:
         # Positions first-1 … stop-2, behind seven rows of somebody else.
         step_ND = torch.cat([torch.full((7, states_ND.shape[1]), 1e4), states_ND[first - 1 : stop - 1]])
-        given = Given(1, 7 - (first - 1), first, stop, one)
-        choices = StepChoices((), (given,), (object(), object()), WIDE, len(step_ND))
-        choices.take_given(step_ND.clone(), head)
-        host = choices.rows().copy_to_host(torch.clone)
+        given = PromptPart(1, 7 - (first - 1), first, stop, one)
+        step = StepLogits((), (given,), (object(), object()), WIDE, len(step_ND))
+        step.take_prompts(step_ND.clone(), head)
+        host = step.taken().copy_to_host(torch.clone)
         host.consume(SimpleNamespace(reqs=[]), [])
     return sizes
 
@@ -361,13 +361,13 @@ def head_rows(states_ND: torch.Tensor, padding: int = 4) -> torch.Tensor:
 def test_rows_of_a_prompt_in_pieces(parts: Any, scored: bool) -> None:
     states_ND = numbers(len(PROMPT), 8)
     spec = LogitsSpec(full=True, segments=("prompt",))
-    one = asking(spec, given=1, scored=scored, prompt_ids=PROMPT)
+    one = asking(spec, prompt_from=1, scored=scored, prompt_ids=PROMPT)
     sizes = given_rows(one, states_ND, parts)
     assert max(sizes) <= room.PIECE == 128
     assert sum(sizes) == len(PROMPT) - 1
     expected_NV = head_rows(states_ND)
     found = found_of(one)
-    torch.testing.assert_close(found.given.values_NC, expected_NV)
+    torch.testing.assert_close(found.prompt.values_NC, expected_NV)
     if scored:
         log_probs_N = expected_NV.log_softmax(-1)[torch.arange(len(expected_NV)), torch.tensor(PROMPT[1:])]
         torch.testing.assert_close(found.log_probs_N, log_probs_N)
@@ -384,7 +384,7 @@ def test_constraints_act_inside_the_responses_of_a_prompt(stage: Any, parts: Any
     states_ND, responses = numbers(len(PROMPT), 8), ((126, 131), (131, 132), (290, 300))
     constraints = (Seen(positions=(3,)), TemperatureScale([2.0, 4.0]), DisallowedTokens((7,), first_tokens=1))
     spec = LogitsSpec(full=True, stage=stage, segments=("full",))
-    one = asking(spec, *constraints, given=1, scored=True, responses=responses, prompt_ids=PROMPT)
+    one = asking(spec, *constraints, prompt_from=1, scored=True, response_ranges=responses, prompt_ids=PROMPT)
     given_rows(one, states_ND, parts)
     raw_NV = head_rows(states_ND)
     expected_NV = raw_NV.clone()
@@ -397,7 +397,7 @@ def test_constraints_act_inside_the_responses_of_a_prompt(stage: Any, parts: Any
             if index == 0:
                 row_V[7] = -INF
     found = found_of(one)
-    torch.testing.assert_close(found.given.values_NC, expected_NV if stage == "processed" else raw_NV)
+    torch.testing.assert_close(found.prompt.values_NC, expected_NV if stage == "processed" else raw_NV)
     log_probs_N = expected_NV.log_softmax(-1)[torch.arange(len(raw_NV)), torch.tensor(PROMPT[1:])]
     torch.testing.assert_close(found.log_probs_N, log_probs_N)
     assert (found.fault, found.constrained) == ("", 0)
@@ -411,8 +411,8 @@ def test_a_schedule_of_a_scored_response_goes_by_its_limit(limit: int, temperatu
     """It may have ended before that."""
     states_ND = numbers(4, 8)
     scale = TemperatureScale(LinearSchedule(2.0, 1.0))
-    more = {"responses": ((1, 4),), "response_limit": limit, "prompt_ids": (1, 2, 3, 4)}
-    one = asking(None, scale, given=1, scored=True, **more)
+    more = {"response_ranges": ((1, 4),), "response_limit": limit, "prompt_ids": (1, 2, 3, 4)}
+    one = asking(None, scale, prompt_from=1, scored=True, **more)
     given_rows(one, states_ND, [(1, 4)])
     logits_NV = head_rows(states_ND)[:3] / torch.tensor(temperatures)[:, None]
     torch.testing.assert_close(found_of(one).log_probs_N, logits_NV.log_softmax(-1)[range(3), [2, 3, 4]])
@@ -420,7 +420,9 @@ def test_a_schedule_of_a_scored_response_goes_by_its_limit(limit: int, temperatu
 
 def test_a_token_that_constraints_take_away_has_no_probability() -> None:
     states_ND = numbers(4, 8)
-    one = asking(None, DisallowedTokens((2,)), given=1, scored=True, responses=((1, 4),), prompt_ids=(1, 2, 3, 4))
+    one = asking(
+        None, DisallowedTokens((2,)), prompt_from=1, scored=True, response_ranges=((1, 4),), prompt_ids=(1, 2, 3, 4)
+    )
     given_rows(one, states_ND, [(1, 4)])
     found = found_of(one).log_probs_N
     assert found[0] == -INF
@@ -429,7 +431,9 @@ def test_a_token_that_constraints_take_away_has_no_probability() -> None:
 
 def test_nothing_left_inside_a_prompt_is_a_fault() -> None:
     states_ND = numbers(len(PROMPT), 8)
-    one = asking(None, Nothing(positions=(4,)), given=1, scored=True, responses=((200, 300),), prompt_ids=PROMPT)
+    one = asking(
+        None, Nothing(positions=(4,)), prompt_from=1, scored=True, response_ranges=((200, 300),), prompt_ids=PROMPT
+    )
     given_rows(one, states_ND, PARTS[0])
     assert found_of(one).fault.startswith("token 204 of the sequence: 0 tokens are left to choose from")
     assert found_of(one).log_probs_N.isfinite().all()
@@ -437,39 +441,39 @@ def test_nothing_left_inside_a_prompt_is_a_fault() -> None:
 
 @pytest.mark.parametrize("states", [numbers(3, 8), numbers(5), numbers(1, 5, 8)])
 def test_states_that_are_not_one_per_position_are_left_out(states: torch.Tensor) -> None:
-    one = asking(LogitsSpec(full=True, segments=("prompt",)), given=1)
-    choices = StepChoices((), (Given(0, 0, 1, 3, one),), (object(),), WIDE, 5)
-    choices.take_given(states, lambda rows: numbers(len(rows), WIDE))
-    assert choices.rows().given == ()
+    one = asking(LogitsSpec(full=True, segments=("prompt",)), prompt_from=1)
+    step = StepLogits((), (PromptPart(0, 0, 1, 3, one),), (object(),), WIDE, 5)
+    step.take_prompts(states, lambda rows: numbers(len(rows), WIDE))
+    assert step.taken().prompts == ()
 
 
 def test_padding_behind_the_positions_is_no_harm() -> None:
-    one = asking(LogitsSpec(full=True, segments=("prompt",)), given=1)
-    choices = StepChoices((), (Given(0, 0, 1, 3, one),), (object(),), V, 3)
-    choices.take_given(numbers(8, V), lambda rows: rows)
-    choices.rows().copy_to_host(torch.clone).consume(SimpleNamespace(reqs=[]), [])
-    assert torch.equal(found_of(one).given.values_NC, numbers(8, V)[:2])
+    one = asking(LogitsSpec(full=True, segments=("prompt",)), prompt_from=1)
+    step = StepLogits((), (PromptPart(0, 0, 1, 3, one),), (object(),), V, 3)
+    step.take_prompts(numbers(8, V), lambda rows: rows)
+    step.taken().copy_to_host(torch.clone).consume(SimpleNamespace(reqs=[]), [])
+    assert torch.equal(found_of(one).prompt.values_NC, numbers(8, V)[:2])
 
 
 def test_several_prompts_and_choices_in_one_step() -> None:
     """The rows of the second prompt stand behind those of the first."""
     spec = LogitsSpec(token_ids=(1, 0), segments=("full",))
-    ones = [asking(spec, given=1, prompt_ids=(1, 2, 3)), asking(spec, given=2, prompt_ids=(4, 5, 6, 7))]
+    ones = [asking(spec, prompt_from=1, prompt_ids=(1, 2, 3)), asking(spec, prompt_from=2, prompt_ids=(4, 5, 6, 7))]
     reqs = [object(), object()]
-    choices = StepChoices(
-        (Choice(0, 2, 0, ones[0], 9, ()), Choice(1, 6, 0, ones[1], 9, ())),
-        (Given(0, 0, 1, 3, ones[0]), Given(1, 3, 2, 4, ones[1])),
+    step = StepLogits(
+        (SamplingRow(0, 2, 0, ones[0], 9, ()), SamplingRow(1, 6, 0, ones[1], 9, ())),
+        (PromptPart(0, 0, 1, 3, ones[0]), PromptPart(1, 3, 2, 4, ones[1])),
         tuple(reqs),
         V,
         7,
     )
     states_NV, last = numbers(7, V), [2, 6]
-    choices.take_given(states_NV, lambda rows: rows)
+    step.take_prompts(states_NV, lambda rows: rows)
     next_BV = states_NV[last].clone()
-    choices.take_raw(next_BV)
-    choices.constrain(next_BV, torch.ones(2, 1))
-    host = choices.rows().copy_to_host(torch.clone)
+    step.take_raw(next_BV)
+    step.constrain(next_BV, torch.ones(2, 1))
+    host = step.taken().copy_to_host(torch.clone)
     host.consume(SimpleNamespace(reqs=reqs), [SimpleNamespace(output_index=0)] * 2)
     for one, places, end in ((ones[0], [0, 1], 2), (ones[1], [4, 5], 6)):
-        assert torch.equal(found_of(one).given.values_NC, states_NV[places][:, [1, 0]])
+        assert torch.equal(found_of(one).prompt.values_NC, states_NV[places][:, [1, 0]])
         assert torch.equal(found_of(one).response.values_NC, states_NV[end : end + 1, [1, 0]])

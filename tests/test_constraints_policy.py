@@ -108,7 +108,7 @@ def test_without_constraints_nothing_is_asked_for() -> None:
     policy, engine = make()
     out = policy(prompts())
     assert responses(out) == [response_of(ids) for ids in PROMPTS]
-    assert {(request.constraints, request.responses, request.processor) for request in engine.requests} == {
+    assert {(request.constraints, request.response_ranges, request.processor) for request in engine.requests} == {
         ((), (), None)
     }
 
@@ -447,7 +447,7 @@ def test_given_responses_are_scored_as_if_they_were_sampled() -> None:
     )
     policy, engine = make(generate=False, action_mask_key=KEY)
     out = policy(sequences(ids, assistant, **{KEY: [torch.tensor([20, 21]), torch.tensor([20])]}))
-    assert [request.responses for request in engine.requests] == [((2, 4), (5, 6)), ((1, 2),)]
+    assert [request.response_ranges for request in engine.requests] == [((2, 4), (5, 6)), ((1, 2),)]
     for index, row in enumerate(out.unbind(0)):
         expected = expected_log_probs(ids[index], assistant[index], [{20, 21}, {20}][index])
         assert row["log_probs"].full.tolist() == pytest.approx(expected, abs=1e-5)
@@ -475,7 +475,7 @@ def test_a_chat_of_several_answers() -> None:
     policy, engine = make("history", generate=False, constraints=ActionMask([20, 21]))
     policy(data)
     (request,) = engine.requests
-    ((start, stop),) = request.responses
+    ((start, stop),) = request.response_ranges
     assert request.prompt_ids[start:stop] == tuple(TOKENIZER("w14 w15")["input_ids"]) == (20, 21)
 
 
@@ -498,7 +498,7 @@ def test_nothing_says_what_the_constraints_act_on(mode: str, batch: Callable[[],
 def test_a_sequence_without_a_response_is_scored_as_it_is() -> None:
     policy, engine = make(generate=False, constraints=ActionMask([20]))
     policy(sequences([[6, 7], [20, 7]], [[False, False], [True, False]]))
-    assert [(request.constraints, request.responses) for request in engine.requests] == [((), ())] * 2
+    assert [(request.constraints, request.response_ranges) for request in engine.requests] == [((), ())] * 2
 
 
 def test_padded_sequences_count_their_responses_without_pads() -> None:
@@ -511,7 +511,7 @@ def test_padded_sequences_count_their_responses_without_pads() -> None:
         batch_size=1,
     )
     policy(TensorDict(tokens=tokens, masks=masks, batch_size=1))
-    assert engine.requests[0].responses == ((1, 2),)
+    assert engine.requests[0].response_ranges == ((1, 2),)
 
 
 # --- configuration ---------------------------------------------------------------------------------------------------

@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 
 from torchrl_sglang_hidden.records import TokenLogits
 from torchrl_sglang_hidden.reduce import token_logits as logits_module
-from torchrl_sglang_hidden.reduce.token_logits import Choosing, RequestLogits, WantedLogits, constrain, cut, on_device
+from torchrl_sglang_hidden.reduce.token_logits import (
+    NextToken,
+    RequestLogits,
+    WantedLogits,
+    constrain,
+    on_device,
+    select_columns,
+)
 from torchrl_sglang_hidden.spec.constraints import (
     ActionMask,
     ConstraintStep,
@@ -137,22 +144,22 @@ def one_of(*constraints: LogitConstraint, prompt_ids: Sequence[int] = (1, 2, 3))
     return RequestLogits(WantedLogits(None, constraints), prompt_ids)
 
 
-def at(one: RequestLogits, index: int, limit: int = 8, ids: Iterable[int] | None = None) -> Choosing:
+def at(one: RequestLogits, index: int, limit: int = 8, ids: Iterable[int] | None = None) -> NextToken:
     given_ids = list(range(index)) if ids is None else list(ids)
-    return Choosing(one, index, limit, lambda: torch.tensor(given_ids, dtype=torch.int64))
+    return NextToken(one, index, limit, lambda: torch.tensor(given_ids, dtype=torch.int64))
 
 
 def fault_of(one: RequestLogits, last: int) -> str:
     """Of the response up to token ``last``."""
     for index in range(last + 1):
-        one.add(index, None)
+        one.add_response(index, None)
     return one.finish().fault
 
 
 def changed(logits_V: Sequence[float], *constraints: LogitConstraint, index: int = 0) -> list[float]:
     one = one_of(*constraints)
-    found_1V, alive_1 = constrain(torch.tensor([logits_V]), [at(one, index)])
-    assert (alive_1.tolist(), fault_of(one, index)) == ([True], "")
+    found_1V, choosable_1 = constrain(torch.tensor([logits_V]), [at(one, index)])
+    assert (choosable_1.tolist(), fault_of(one, index)) == ([True], "")
     return list(found_1V[0].tolist())
 
 
@@ -163,13 +170,13 @@ def changed(logits_V: Sequence[float], *constraints: LogitConstraint, index: int
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_columns_that_are_asked_for(source: torch.dtype, dtype: torch.dtype) -> None:
     logits_NV = torch.tensor([[0.0, 3.0, -INF, 1.0], [4.0, 1.0, 2.0, 3.0]], dtype=source)
-    top = cut(logits_NV, LogitsSpec(top_k=3, dtype=dtype))
+    top = select_columns(logits_NV, LogitsSpec(top_k=3, dtype=dtype))
     assert top.values_NC.tolist() == [[3.0, 1.0, 0.0], [4.0, 3.0, 2.0]]
     assert top.token_ids_NC.tolist() == [[1, 3, 0], [0, 3, 2]]
     assert top.token_ids_NC.dtype == torch.int64
-    some = cut(logits_NV, LogitsSpec(token_ids=(3, 0), dtype=dtype))
+    some = select_columns(logits_NV, LogitsSpec(token_ids=(3, 0), dtype=dtype))
     assert (some.values_NC.tolist(), some.token_ids_NC) == ([[1.0, 0.0], [3.0, 4.0]], None)
-    full = cut(logits_NV, LogitsSpec(full=True, dtype=dtype))
+    full = select_columns(logits_NV, LogitsSpec(full=True, dtype=dtype))
     assert (full.values_NC.tolist(), full.token_ids_NC) == (logits_NV.tolist(), None)
     assert {top.values_NC.dtype, some.values_NC.dtype, full.values_NC.dtype} == {dtype}
 
@@ -179,7 +186,7 @@ def test_the_columns_that_are_asked_for(source: torch.dtype, dtype: torch.dtype)
 def test_columns_are_copies(asked: Any, dtype: torch.dtype) -> None:
     """The logits are a buffer that the next step overwrites."""
     logits_NV = numbers(3, 4).to(dtype)
-    found = cut(logits_NV, LogitsSpec(**asked, dtype=dtype))
+    found = select_columns(logits_NV, LogitsSpec(**asked, dtype=dtype))
     before_NC = found.values_NC.clone()
     logits_NV.fill_(9.0)
     assert torch.equal(found.values_NC, before_NC)
@@ -190,7 +197,7 @@ def test_the_same_columns_in_another_order() -> None:
     """Column ids are cached."""
     logits_NV = numbers(1, 4)
     for ids in ((0, 1), (1, 0), (0, 1)):
-        assert torch.equal(cut(logits_NV, LogitsSpec(token_ids=ids)).values_NC, logits_NV[:, list(ids)])
+        assert torch.equal(select_columns(logits_NV, LogitsSpec(token_ids=ids)).values_NC, logits_NV[:, list(ids)])
 
 
 # --- constraints ------------------------------------------------------------------------------------------------------
@@ -238,9 +245,9 @@ def test_each_acts_on_its_own_tokens_only() -> None:
     constraints = [Add(1.0, first_tokens=1), TemperatureScale(2.0, positions=(1,)), ActionMask((0,), positions=(2,))]
     one = one_of(*constraints)
     logits_NV = torch.tensor([[4.0, 6.0]] * 4)
-    found_NV, alive_N = constrain(logits_NV, [at(one, index) for index in range(4)])
+    found_NV, choosable_N = constrain(logits_NV, [at(one, index) for index in range(4)])
     assert found_NV.tolist() == [[5.0, 7.0], [2.0, 3.0], [4.0, -INF], [4.0, 6.0]]
-    assert alive_N.tolist() == [True] * 4
+    assert choosable_N.tolist() == [True] * 4
 
 
 def test_each_row_is_of_its_own_request() -> None:
@@ -255,13 +262,13 @@ def test_each_row_is_of_its_own_request() -> None:
         one_of(TemperatureScale(LinearSchedule(4.0, 2.0))),
     ]
     before_NV = logits_NV.clone()
-    found_NV, alive_N = constrain(logits_NV, [at(one, 2, limit=3) for one in ones])
+    found_NV, choosable_N = constrain(logits_NV, [at(one, 2, limit=3) for one in ones])
     assert torch.equal(logits_NV.view(torch.int32), before_NV.view(torch.int32))
     base_V = logits_NV[0]
     expected = [base_V + 1, base_V / 3, torch.tensor([0.1, -INF, -INF, -INF]), base_V, base_V, base_V / 2]
     assert torch.equal(found_NV, torch.stack(expected))
     assert torch.equal(found_NV[3:5].view(torch.int32), before_NV[3:5].view(torch.int32)), "-0.0 too"
-    assert alive_N.all()
+    assert choosable_N.all()
 
 
 @settings(max_examples=30)
@@ -277,11 +284,11 @@ def test_rows_together_are_as_rows_alone(data: st.DataObject) -> None:
     )
     rows = data.draw(st.lists(st.lists(make, max_size=3), min_size=1, max_size=4))
     logits_NV, steps = numbers(len(rows), V), [data.draw(st.integers(0, 2)) for _ in rows]
-    found_NV, alive_N = constrain(logits_NV, [at(one_of(*row), i) for row, i in zip(rows, steps, strict=True)])
+    found_NV, choosable_N = constrain(logits_NV, [at(one_of(*row), i) for row, i in zip(rows, steps, strict=True)])
     for place, (row, index) in enumerate(zip(rows, steps, strict=True)):
-        alone_1V, alive_1 = constrain(logits_NV[place : place + 1], [at(one_of(*row), index)])
+        alone_1V, choosable_1 = constrain(logits_NV[place : place + 1], [at(one_of(*row), index)])
         assert torch.equal(found_NV[place], alone_1V[0])
-        assert alive_N[place] == alive_1[0]
+        assert choosable_N[place] == choosable_1[0]
 
 
 @pytest.mark.parametrize(
@@ -300,9 +307,9 @@ def test_a_row_where_nothing_can_be_chosen_is_as_it_was(constraint: LogitConstra
     """A probability of nothing would end the scheduler. Other rows are changed as they should be."""
     logits_NV = torch.tensor([[1.0, 2.0, -INF], [1.0, 2.0, -INF]])
     bad, good = one_of(constraint, TemperatureScale(2.0)), one_of(TemperatureScale(2.0), DisallowedTokens((0,)))
-    found_NV, alive_N = constrain(logits_NV, [at(bad, 0), at(good, 0)])
+    found_NV, choosable_N = constrain(logits_NV, [at(bad, 0), at(good, 0)])
     assert found_NV.tolist() == [[1.0, 2.0, -INF], [-INF, 1.0, -INF]]
-    assert alive_N.tolist() == [False, True]
+    assert choosable_N.tolist() == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -326,9 +333,9 @@ def test_a_constraint_that_fails_is_a_fault_of_its_request(bad: LogitConstraint,
     """It is anybody's code inside the scheduler. What the others did stays, and other rows are not touched."""
     one, other = one_of(Add(2.0), bad, DisallowedTokens((0,))), one_of(TemperatureScale(2.0))
     logits_NV = torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]])
-    found_NV, alive_N = constrain(logits_NV, [at(one, 4), at(other, 4)])
+    found_NV, choosable_N = constrain(logits_NV, [at(one, 4), at(other, 4)])
     assert words in fault_of(one, 4)
-    assert (fault_of(other, 4), alive_N.tolist()) == ("", [True, True])
+    assert (fault_of(other, 4), choosable_N.tolist()) == ("", [True, True])
     assert found_NV.tolist() == [[-INF, 4.0, 5.0], [0.5, 1.0, 1.5]]
     assert logits_NV.tolist() == [[1.0, 2.0, 3.0]] * 2
 
@@ -353,7 +360,7 @@ def test_what_fails_inside_a_given_sequence_counts() -> None:
     """None of its tokens are sampled, and all of them are there."""
     for bad in (Fail(positions=(1,)), BadMask(positions=(1,)), BadWhen(1.0), BadTemperature(1.0)):
         one = one_of(bad, prompt_ids=(4, 5, 6, 7))
-        constrain(torch.zeros(1, 3), [Choosing(one, 1, 2, lambda: torch.tensor([6]), start=2)])
+        constrain(torch.zeros(1, 3), [NextToken(one, 1, 2, lambda: torch.tensor([6]), response_start=2)])
         found = one.finish()
         assert (found.constrained, f"{bad.name} failed at token 1" in found.fault) == (0, True)
 
@@ -392,7 +399,7 @@ def test_inside_a_given_sequence_the_prompt_ends_where_the_response_starts() -> 
     ASKED.clear()
     one = one_of(Ask(), prompt_ids=(4, 5, 6, 7))
     before = torch.tensor([6])
-    constrain(torch.zeros(1, 3), [Choosing(one, 1, 2, lambda: before, start=2)])
+    constrain(torch.zeros(1, 3), [NextToken(one, 1, 2, lambda: before, response_start=2)])
     assert (list(ASKED[0].prompt_ids), ASKED[0].response_ids.tolist()) == ([4, 5], [6])
 
 
@@ -403,7 +410,7 @@ def test_the_ids_before_are_not_made_for_nobody() -> None:
         raise AssertionError("asked for")
 
     one = one_of(TemperatureScale(2.0), ActionMask((1,)), Add(1.0, positions=(3,)))
-    constrain(torch.zeros(1, 3), [Choosing(one, 1, 8, never)])
+    constrain(torch.zeros(1, 3), [NextToken(one, 1, 8, never)])
     assert one.reads_response
     assert not one_of(TemperatureScale(2.0), ActionMask((1,))).reads_response
 
@@ -418,22 +425,22 @@ def rows_of(first: int, stop: int) -> TokenLogits:
 
 def prompt_of(num_prompt: int, start: int = 1, scored: bool = False) -> RequestLogits:
     spec = LogitsSpec(top_k=1, segments=("prompt",))
-    return RequestLogits(WantedLogits(spec, given=start, scored=scored), range(num_prompt))
+    return RequestLogits(WantedLogits(spec, prompt_from=start, scored=scored), range(num_prompt))
 
 
 def bring(one: RequestLogits, first: int, stop: int) -> None:
-    one.add_given(first, rows_of(first, stop), torch.arange(first, stop).float(), stop - first)
+    one.add_prompt(first, rows_of(first, stop), torch.arange(first, stop).float(), stop - first)
 
 
 def found_of(one: RequestLogits) -> list[int]:
     found = one.finish()
-    if found.given is None:
+    if found.prompt is None:
         return []
-    assert found.given.token_ids_NC is not None
-    assert found.given.token_ids_NC.flatten().tolist() == found.given.values_NC.flatten().tolist()
+    assert found.prompt.token_ids_NC is not None
+    assert found.prompt.token_ids_NC.flatten().tolist() == found.prompt.values_NC.flatten().tolist()
     assert found.log_probs_N is not None
-    assert found.log_probs_N.tolist() == found.given.values_NC.flatten().tolist()
-    return found.given.token_ids_NC.flatten().tolist()
+    assert found.log_probs_N.tolist() == found.prompt.values_NC.flatten().tolist()
+    return found.prompt.token_ids_NC.flatten().tolist()
 
 
 @pytest.mark.parametrize(
@@ -459,7 +466,7 @@ def found_of(one: RequestLogits) -> list[int]:
 )
 def test_which_rows_a_step_brings(start: int, chunks: Any, planned: Any) -> None:
     one = prompt_of(6, start)
-    assert [one.plan_given(*chunk) for chunk in chunks] == planned
+    assert [one.plan_prompt(*chunk) for chunk in chunks] == planned
     for step in planned:
         if step is not None:
             bring(one, *step)
@@ -469,20 +476,20 @@ def test_which_rows_a_step_brings(start: int, chunks: Any, planned: Any) -> None
 
 def test_nothing_of_the_prompt_is_wanted() -> None:
     one = RequestLogits(WantedLogits(LogitsSpec(full=True)), range(6))
-    assert (one.plan_given(0, 6), one.first_needed) == (None, None)
-    assert one.finish().given is None
+    assert (one.plan_prompt(0, 6), one.first_needed) == (None, None)
+    assert one.finish().prompt is None
 
 
 @pytest.mark.parametrize(("num_prompt", "start"), [(1, 1), (6, 6), (6, 7)])
 def test_a_prompt_without_a_row(num_prompt: int, start: int) -> None:
     one = prompt_of(num_prompt, start)
-    assert (one.first_needed, one.plan_given(0, num_prompt)) == (None, None)
+    assert (one.first_needed, one.plan_prompt(0, num_prompt)) == (None, None)
 
 
 def test_what_must_be_computed() -> None:
     one = prompt_of(6, 3)
     assert one.first_needed == 2, "the row of token 3 is at the position of token 2"
-    one.plan_given(0, 4)
+    one.plan_prompt(0, 4)
     assert one.first_needed == 2, "planned is not arrived"
     bring(one, 3, 5)
     assert one.first_needed == 4
@@ -492,12 +499,12 @@ def test_what_must_be_computed() -> None:
 
 def test_what_was_planned_and_never_ran_is_planned_again() -> None:
     one = prompt_of(6)
-    assert one.plan_given(0, 3) == (1, 4)
+    assert one.plan_prompt(0, 3) == (1, 4)
     bring(one, 1, 4)
-    assert one.plan_given(3, 6) == (4, 6)
+    assert one.plan_prompt(3, 6) == (4, 6)
     one.restart()
-    assert one.plan_given(0, 3) is None, "it is there"
-    assert one.plan_given(3, 6) == (4, 6)
+    assert one.plan_prompt(0, 3) is None, "it is there"
+    assert one.plan_prompt(3, 6) == (4, 6)
     bring(one, 4, 6)
     assert found_of(one) == [1, 2, 3, 4, 5]
 
@@ -527,7 +534,7 @@ def test_any_chunks_bring_every_row_once(data: st.DataObject) -> None:
             most = num_prompt - 1 if one.first_needed is None else one.first_needed
             position = data.draw(st.integers(0, most))
         stop = data.draw(st.integers(position + 1, num_prompt))
-        step = one.plan_given(position, stop)
+        step = one.plan_prompt(position, stop)
         if step is not None and data.draw(st.integers(0, 4)) == 0:
             one.restart()  # it never ran
             position = 0
@@ -542,8 +549,8 @@ def test_any_chunks_bring_every_row_once(data: st.DataObject) -> None:
 
 
 def test_places_of_a_response_in_a_given_sequence() -> None:
-    one = RequestLogits(WantedLogits(given=1, responses=((2, 4), (4, 5), (7, 9))), range(9))
-    found = [one.place_of(token) for token in range(10)]
+    one = RequestLogits(WantedLogits(prompt_from=1, response_ranges=((2, 4), (4, 5), (7, 9))), range(9))
+    found = [one.response_range_at(token) for token in range(10)]
     assert found == [None, None, (2, 4), (2, 4), (4, 5), None, None, (7, 9), (7, 9), None]
 
 
@@ -553,16 +560,16 @@ def test_places_of_a_response_in_a_given_sequence() -> None:
 def test_rows_of_the_response_in_order() -> None:
     one = RequestLogits(WantedLogits(LogitsSpec(top_k=1)), (1,))
     for index in (0, 2, 1, 1, 3, 2, 3):
-        one.add(index, rows_of(index, index + 1))
+        one.add_response(index, rows_of(index, index + 1))
     found = one.finish()
     assert (found.constrained, found.response.token_ids_NC.flatten().tolist()) == (4, [0, 1, 2, 3])
-    assert (found.given, found.log_probs_N, found.fault) == (None, None, "")
+    assert (found.prompt, found.log_probs_N, found.fault) == (None, None, "")
 
 
 def test_a_gap_leaves_the_count_short() -> None:
     one = RequestLogits(WantedLogits(LogitsSpec(full=True)), (1,))
     for index in (0, 2, 3):
-        one.add(index, TokenLogits(torch.zeros(1, V), None))
+        one.add_response(index, TokenLogits(torch.zeros(1, V), None))
     found = one.finish()
     assert (found.constrained, found.response.values_NC.shape, found.response.token_ids_NC) == (1, (1, V), None)
 
@@ -570,7 +577,7 @@ def test_a_gap_leaves_the_count_short() -> None:
 def test_tokens_are_counted_without_rows() -> None:
     one = one_of(ActionMask((1,)))
     for index in range(3):
-        one.add(index, None)
+        one.add_response(index, None)
     assert (one.finish().constrained, one.finish().response) == (3, None)
 
 
@@ -578,20 +585,20 @@ def test_tokens_are_counted_without_rows() -> None:
 def test_more_bytes_than_there_may_be_are_refused(monkeypatch: pytest.MonkeyPatch, ids: bool) -> None:
     """Of prompt and response together. What was kept is dropped, what comes is not kept, and tokens are counted on."""
     monkeypatch.setattr(logits_module, "MAX_ANSWER_BYTES", 5 * 2 * (4 + 8 * ids))
-    one = RequestLogits(WantedLogits(LogitsSpec(top_k=2, segments=("full",)), given=1), range(4))
+    one = RequestLogits(WantedLogits(LogitsSpec(top_k=2, segments=("full",)), prompt_from=1), range(4))
 
     def rows(count: int) -> TokenLogits:
         return TokenLogits(torch.zeros(count, 2), torch.zeros(count, 2, dtype=torch.int64) if ids else None)
 
-    one.add_given(1, rows(3), None, 3)
-    one.add(0, rows(1))
-    one.add(1, rows(1))
+    one.add_prompt(1, rows(3), None, 3)
+    one.add_response(0, rows(1))
+    one.add_response(1, rows(1))
     found = one.finish()
-    assert (found.refused, len(found.given.values_NC), len(found.response.values_NC)) == ("", 3, 2)
-    one.add(2, rows(1))
-    one.add(3, rows(1))
+    assert (found.refused, len(found.prompt.values_NC), len(found.response.values_NC)) == ("", 3, 2)
+    one.add_response(2, rows(1))
+    one.add_response(3, rows(1))
     found = one.finish()
-    assert (found.given, found.response, found.constrained, found.fault) == (None, None, 4, "")
+    assert (found.prompt, found.response, found.constrained, found.fault) == (None, None, 4, "")
     assert found.refused == "the logits are over 0 MiB for one request; ask for fewer tokens or columns"
 
 
@@ -599,7 +606,7 @@ def test_nothing_is_kept_of_logits_that_were_refused() -> None:
     """Such as those of a request whose prompt a head with adapters gave none of."""
     one = RequestLogits(WantedLogits(LogitsSpec(top_k=1)), (1,))
     one.refused = "the server's LoRA adapters act on the head"
-    one.add(0, rows_of(0, 1))
+    one.add_response(0, rows_of(0, 1))
     found = one.finish()
     assert (found.constrained, found.response, found.refused) == (1, None, one.refused)
 
@@ -610,22 +617,22 @@ def test_a_prompt_of_more_bytes_than_there_may_be_is_refused(monkeypatch: pytest
     one = prompt_of(6)
     bring(one, 1, 5)
     found = one.finish()
-    assert (found.given, found.log_probs_N.tolist()) == (None, [1, 2, 3, 4])
+    assert (found.prompt, found.log_probs_N.tolist()) == (None, [1, 2, 3, 4])
     assert found.refused != ""
     assert one.first_needed == 4
 
 
 @pytest.mark.parametrize(
-    ("wanted", "chooses"),
+    ("wanted", "wants_sampled"),
     [
         (WantedLogits(), False),
         (WantedLogits(LogitsSpec(full=True)), True),
-        (WantedLogits(LogitsSpec(full=True, segments=("prompt",)), given=1), False),
-        (WantedLogits(LogitsSpec(full=True, segments=("full",)), given=1), True),
+        (WantedLogits(LogitsSpec(full=True, segments=("prompt",)), prompt_from=1), False),
+        (WantedLogits(LogitsSpec(full=True, segments=("full",)), prompt_from=1), True),
         (WantedLogits(constraints=(ActionMask((1,)),)), True),
         # The one token that SGLang draws behind a sequence that is scored is nobody's.
-        (WantedLogits(constraints=(ActionMask((1,)),), given=1, scored=True, responses=((1, 2),)), False),
+        (WantedLogits(constraints=(ActionMask((1,)),), prompt_from=1, scored=True, response_ranges=((1, 2),)), False),
     ],
 )
-def test_what_wants_the_sampled_tokens(wanted: WantedLogits, chooses: bool) -> None:
-    assert wanted.chooses is chooses
+def test_what_wants_the_sampled_tokens(wanted: WantedLogits, wants_sampled: bool) -> None:
+    assert wanted.wants_sampled is wants_sampled

@@ -520,36 +520,38 @@ def test_what_an_earlier_step_chose_is_cleared() -> None:
     sampling_info, model_runner = sampling_of(asked), runner()
     run_step(model_runner, asked, sampling_info=sampling_info)
     assert asked.logits_BV[0, 2] == float("-inf")
-    assert getattr(sampling_info, plugin._CHOICES) is not None
+    assert getattr(sampling_info, plugin._STEP_LOGITS) is not None
     assert run_step(model_runner, quiet, sampling_info=sampling_info) == []
     assert torch.equal(quiet.logits_BV, stock_logits(quiet))
-    assert getattr(sampling_info, plugin._CHOICES) is None
+    assert getattr(sampling_info, plugin._STEP_LOGITS) is None
 
 
 @pytest.mark.usefixtures("auxiliary", "capture")
 def test_a_step_takes_logits_of_prompt_and_response() -> None:
-    logits = [WantedLogits(LogitsSpec(full=True, segments=("full",), stage=s), given=1) for s in ("raw", "processed")]
+    logits = [
+        WantedLogits(LogitsSpec(full=True, segments=("full",), stage=s), prompt_from=1) for s in ("raw", "processed")
+    ]
     batch = batch_of(Req(Wanted(("response",)), 2, logits[0]), Req(None, 3, logits[1]))
     processor = Processor(batch)
-    choices, rows = run_step(runner(), batch, processor=processor)
+    found, rows = run_step(runner(), batch, processor=processor)
     assert processor.asked == [1, 2]
     raw_NV = Model()(torch.arange(float(NUM_ROWS))[:, None].expand(NUM_ROWS, 3)) @ HEAD_DV[:, :VOCAB]
-    assert [cut.places for cut in choices.cuts] == [(0,), (1,)]
-    torch.testing.assert_close(choices.cuts[0].rows.values_NC, raw_NV[1:2])
-    torch.testing.assert_close(choices.cuts[1].rows.values_NC, (raw_NV[4:] + 1) / 2)
-    torch.testing.assert_close(choices.given[0].rows.values_NC, raw_NV[:1])
-    torch.testing.assert_close(choices.given[1].rows.values_NC, raw_NV[2:4])
-    assert torch.equal(choices.step.input_ids, torch.arange(NUM_ROWS))
+    assert [group.batch_rows for group in found.sampled] == [(0,), (1,)]
+    torch.testing.assert_close(found.sampled[0].logits.values_NC, raw_NV[1:2])
+    torch.testing.assert_close(found.sampled[1].logits.values_NC, (raw_NV[4:] + 1) / 2)
+    torch.testing.assert_close(found.prompts[0].logits.values_NC, raw_NV[:1])
+    torch.testing.assert_close(found.prompts[1].logits.values_NC, raw_NV[2:4])
+    assert torch.equal(found.step.input_ids, torch.arange(NUM_ROWS))
     assert rows.sums_MD.shape == (1, 3)
 
 
 @pytest.mark.usefixtures("auxiliary", "capture")
 def test_a_head_that_is_a_collective_is_asked_for_nothing_more() -> None:
     """Ranks that have no such rows would wait for ever. The count tells."""
-    batch = batch_of(Req(None, 5, WantedLogits(LogitsSpec(full=True, segments=("prompt",)), given=1)))
+    batch = batch_of(Req(None, 5, WantedLogits(LogitsSpec(full=True, segments=("prompt",)), prompt_from=1)))
     processor = Processor(batch, parallel=True)
-    (choices,) = run_step(runner(), batch, processor=processor)
-    assert (processor.asked, choices.given) == ([], ())
+    (found,) = run_step(runner(), batch, processor=processor)
+    assert (processor.asked, found.prompts) == ([], ())
 
 
 @pytest.mark.usefixtures("auxiliary")
@@ -563,10 +565,10 @@ def test_a_head_with_adapters_gives_no_logits_of_prompts(capture: Capture, score
     head = SimpleNamespace(set_lora=None)
     batch = batch_of(asked, watched)
     processor = Processor(batch, head=head)
-    (choices,) = run_step(runner(), batch, processor=processor)
-    assert (processor.asked, choices.given) == ([], ())
+    (found,) = run_step(runner(), batch, processor=processor)
+    assert (processor.asked, found.prompts) == ([], ())
     assert torch.equal(batch.logits_BV, stock_logits(batch))
-    assert [cut.places for cut in choices.cuts] == ([(1,)] if scored else [(0,), (1,)])
+    assert [group.batch_rows for group in found.sampled] == ([(1,)] if scored else [(0,), (1,)])
     found = [capture.opened[req].logits.finish() for req in (asked, watched)]
     assert found[0].refused == "the server's LoRA adapters act on the head, which then gives no logits of prompts"
     assert found[1].refused == "", "of its response they are"
@@ -574,7 +576,7 @@ def test_a_head_with_adapters_gives_no_logits_of_prompts(capture: Capture, score
 
 @pytest.mark.usefixtures("auxiliary")
 def test_a_step_that_fails_leaves_nothing_for_the_next(capture: Capture) -> None:
-    batch = batch_of(Req(None, 5, WantedLogits(LogitsSpec(full=True, segments=("prompt",)), given=1)))
+    batch = batch_of(Req(None, 5, WantedLogits(LogitsSpec(full=True, segments=("prompt",)), prompt_from=1)))
     with pytest.raises(RuntimeError, match="out of memory"):
         run_step(runner(), batch, fails=True)
     assert capture.running is None
@@ -584,10 +586,10 @@ def test_a_step_that_fails_leaves_nothing_for_the_next(capture: Capture) -> None
 def test_the_temperature_of_a_request_is_divided_by_once() -> None:
     wanted = WantedLogits(LogitsSpec(full=True, stage="processed"), (TemperatureScale(4.0),))
     batch = batch_of(Req(None, 5, wanted))
-    (choices,) = run_step(runner(), batch)
+    (found,) = run_step(runner(), batch)
     expected_1V = stock_logits(batch)[:, :VOCAB] / 4
     torch.testing.assert_close(batch.logits_BV[:, :VOCAB], expected_1V)
-    torch.testing.assert_close(choices.cuts[0].rows.values_NC, expected_1V / 2)
+    torch.testing.assert_close(found.sampled[0].logits.values_NC, expected_1V / 2)
 
 
 @pytest.mark.usefixtures("auxiliary", "capture")
@@ -595,10 +597,10 @@ def test_a_greedy_batch_is_divided_by_nothing() -> None:
     """So that its processed logits are those of its log-probs. Constraints' own temperatures stay."""
     wanted = WantedLogits(LogitsSpec(full=True, stage="processed"), (TemperatureScale(4.0),))
     batch = batch_of(Req(None, 5, wanted))
-    (choices,) = run_step(runner(), batch, sampling_info=sampling_of(batch, greedy=True))
+    (found,) = run_step(runner(), batch, sampling_info=sampling_of(batch, greedy=True))
     expected_1V = stock_logits(batch)[:, :VOCAB] / 4
     torch.testing.assert_close(batch.logits_BV[:, :VOCAB], expected_1V)
-    torch.testing.assert_close(choices.cuts[0].rows.values_NC, expected_1V)
+    torch.testing.assert_close(found.sampled[0].logits.values_NC, expected_1V)
 
 
 @pytest.mark.parametrize(

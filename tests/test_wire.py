@@ -956,7 +956,7 @@ def scores(*constraints: LogitConstraint, first: int = 0, spec: LogitsSpec | Non
     """A sequence that is scored; a constraint acts on all of it behind its first two tokens."""
     responses = ((2, len(ids)),) if constraints and len(ids) > 2 else ((1, len(ids)),) if constraints else ()
     return asks(
-        *constraints, spec=spec, ids=ids, score_prompt=True, score_from=first, responses=responses,
+        *constraints, spec=spec, ids=ids, score_prompt=True, score_from=first, response_ranges=responses,
         sampling={"max_new_tokens": 0}, return_log_probs=False,
     )  # fmt: skip
 
@@ -1112,7 +1112,7 @@ def test_a_token_that_the_constraints_take_away() -> None:
 
 @pytest.mark.parametrize("constraints", [(), MASKED])
 def test_a_sequence_of_one_token_has_no_log_prob(constraints: Any) -> None:
-    one = Request((9,), {"max_new_tokens": 0}, False, score_prompt=True, constraints=constraints, responses=())
+    one = Request((9,), {"max_new_tokens": 0}, False, score_prompt=True, constraints=constraints, response_ranges=())
     payload = to_payload([one], make_info(), binary=False)
     (found,) = read_responses([one], RecordingEngine().answer(payload), make_info())
     assert (found.prompt_log_probs_P.shape, found.prompt_log_probs_P.isnan().all().item()) == ((1,), True)
@@ -1277,37 +1277,37 @@ REFUSED: dict[str, tuple[Request, dict[str, Any], type[SGLangHiddenError], str]]
         r"row 1: .*leave 0 of 96 tokens for token 3 of the response",
     ),
     "no responses": (
-        dataclasses.replace(scores(*MASKED), responses=()),
+        dataclasses.replace(scores(*MASKED), response_ranges=()),
         {},
         InputError,
         r"row 1: constraints on a scored prompt without responses: nothing says which of its tokens they act on",
     ),
     "responses out of order": (
-        dataclasses.replace(scores(*MASKED), responses=((4, 5), (1, 2))),
+        dataclasses.replace(scores(*MASKED), response_ranges=((4, 5), (1, 2))),
         {},
         InputError,
-        r"row 1: responses=\(\(4, 5\), \(1, 2\)\): expected parts of the prompt, in order and apart",
+        r"row 1: response_ranges=\(\(4, 5\), \(1, 2\)\): expected parts of the prompt, in order and apart",
     ),
     "responses that overlap": (
-        dataclasses.replace(scores(*MASKED), responses=((1, 4), (3, 5))),
+        dataclasses.replace(scores(*MASKED), response_ranges=((1, 4), (3, 5))),
         {},
         InputError,
         r"in order and apart",
     ),
     "a response of no tokens": (
-        dataclasses.replace(scores(*MASKED), responses=((1, 1),)),
+        dataclasses.replace(scores(*MASKED), response_ranges=((1, 1),)),
         {},
         InputError,
-        r"responses=\(\(1, 1\),\): expected parts",
+        r"response_ranges=\(\(1, 1\),\): expected parts",
     ),
     "a response that begins at token 0": (
-        dataclasses.replace(scores(*MASKED), responses=((0, 3),)),
+        dataclasses.replace(scores(*MASKED), response_ranges=((0, 3),)),
         {},
         InputError,
-        r"responses=\(\(0, 3\),\): they are within tokens 1\.\.6, for nothing is before token 0",
+        r"response_ranges=\(\(0, 3\),\): they are within tokens 1\.\.6, for nothing is before token 0",
     ),
     "a response beyond the end": (
-        dataclasses.replace(scores(*MASKED), responses=((1, 2), (4, 7))),
+        dataclasses.replace(scores(*MASKED), response_ranges=((1, 2), (4, 7))),
         {},
         InputError,
         r"they are within tokens 1\.\.6",
@@ -1359,7 +1359,7 @@ def test_what_is_asked_of_logits_and_cannot_be_had(case: str) -> None:
         (asks(spec=LogitsSpec(token_ids=(95, 0))), {}),
         (asks(spec=PROMPTS, sampling={"max_new_tokens": 0}), {}),
         (scores(first=5), STOCK),
-        (dataclasses.replace(scores(*MASKED), responses=((1, 2), (2, 6))), {}),
+        (dataclasses.replace(scores(*MASKED), response_ranges=((1, 2), (2, 6))), {}),
         (scores(ActionMask((5,)), DisallowedTokens((5,), positions=(4,))), {}),  # its response has 4 tokens
     ],
 )

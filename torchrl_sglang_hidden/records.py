@@ -1,6 +1,6 @@
-"""Frozen records: what is sent to an engine, what comes back, and what an engine says of itself.
+"""Defines the frozen records: what is sent to an engine, what comes back, and the description of an engine.
 
-Knows nothing of how they travel, nor of TensorDicts.
+Knows nothing of TensorDicts, nor of how the records travel.
 """
 
 from __future__ import annotations
@@ -18,34 +18,36 @@ from torchrl_sglang_hidden.spec.spans import ResolvedSpan
 
 # SGLang's own default for max_new_tokens.
 DEFAULT_NEW_TOKENS = 128
-# The sampling of a prompt that is only read: SGLang must sample a token, which is dropped.
+# Sampling parameters for a prompt that is only read: SGLang samples at least one token, which is dropped.
 READING: Mapping[str, Any] = {"max_new_tokens": 1, "temperature": 0.0}
-# Of the states and logits that one server process holds for answers at a time.
+# Most bytes of states and logits that one server process holds at a time for clients to fetch.
 MAX_ANSWER_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt on its way to an engine.
+    """Says what to do with one prompt: what to generate, and what comes back.
 
     Args:
-        prompt_ids: the P token ids that the engine gets, unpadded, exactly these.
-        sampling: SGLang's sampling parameters, by SGLang's names. ``max_new_tokens=0`` reads the prompt only, and
-            generates nothing.
+        prompt_ids: the P token ids of the prompt, without padding. The engine gets exactly these.
+        sampling: SGLang's sampling parameters by SGLang's names. ``max_new_tokens=0`` reads the prompt and generates
+            nothing.
         return_log_probs: whether the log-prob of every sampled token comes back.
-        hidden: which hidden states come back, or None.
-        score_prompt: whether log-probs of prompt tokens come back.
-        score_from: the first prompt token whose log-prob comes back; those before it may be in the prefix cache. 0
-            gives all, of which the first is NaN.
-        logits: which logits come back, or None.
-        constraints: on the tokens that are sampled; in a prompt that is scored on those in ``responses``.
-        responses: the parts of a scored prompt that constraints act on as if they were being sampled: each ``(start,
-            stop)``, in order and apart, 1 ≤ start < stop ≤ P. A constraint counts tokens from each start.
-        response_limit: the ``max_new_tokens`` that those were sampled with, which a schedule may go by.
-        processor: SGLang's own custom logit processor as its ``to_str`` writes it, or None.
-        spans: the spans of ``hidden``, resolved for this prompt, under their names.
+        hidden: the hidden states that come back, or None.
+        score_prompt: whether the log-probs of prompt tokens come back.
+        spans: the spans of ``hidden`` by name, each resolved for this prompt.
         lora: the name of a LoRA adapter that the server has loaded, or None.
-        priority: of the request in the server's queue, where it schedules by priority; or None.
+        priority: the request's priority in the server's queue, for a server that schedules by priority; or None.
+        score_from: index of the first prompt token whose log-prob comes back. Earlier tokens may come from the prefix
+            cache. 0 gives the log-probs of all P tokens, and the first is NaN.
+        logits: the logits that come back, or None.
+        constraints: constrain the sampled tokens; in a scored prompt, the tokens inside ``response_ranges``.
+        response_ranges: the responses inside a scored prompt, each ``(start, stop)`` with 1 ≤ start < stop ≤ P, in
+            order and without overlap. Constraints act on their tokens as if they were being sampled, and count tokens
+            from each start.
+        response_limit: the ``max_new_tokens`` that the responses of a scored prompt were sampled with. A
+            `TemperatureScale` without ``steps`` of its own depends on it.
+        processor: a serialised native SGLang logit processor (its ``to_str()``), or None.
     """
 
     prompt_ids: tuple[int, ...]
@@ -59,23 +61,23 @@ class Request:
     score_from: int = 0
     logits: LogitsSpec | None = None
     constraints: tuple[LogitConstraint, ...] = ()
-    responses: tuple[tuple[int, int], ...] = ()
+    response_ranges: tuple[tuple[int, int], ...] = ()
     response_limit: int = DEFAULT_NEW_TOKENS
     processor: str | None = None
 
     @property
     def reads_only(self) -> bool:
-        """Whether nothing is generated."""
+        """Whether the prompt is read and nothing is generated."""
         return self.sampling.get("max_new_tokens") == 0
 
 
 @dataclass(frozen=True, slots=True)
 class Pooled:
-    """One pooled segment or span of one request.
+    """Holds the pooled hidden state of one segment or span of one request.
 
     Args:
-        vector: float32 ``[D]``, or ``[K, D]`` where the layers were given as a tuple.
-        count: the rows it was pooled over. Checked against the tokens before this record exists.
+        vector: float32 ``[D]``; ``[K, D]`` where the layers were given as a tuple.
+        count: the number of rows that were pooled. It was checked against the number of tokens.
     """
 
     vector: torch.Tensor
@@ -84,12 +86,12 @@ class Pooled:
 
 @dataclass(frozen=True, slots=True)
 class TokenRows:
-    """The states of one run of a request's positions, one row each.
+    """Holds the hidden states of N consecutive positions of one request, one row each.
 
     Args:
-        first: the position of the first row.
-        rows_ND: ``[N, D]``, or ``[N, K, D]`` where the layers were given as a tuple; float32, or the dtype asked for
-            where that is narrower.
+        first: the position of the first row, from 0 at the prompt's first token.
+        rows_ND: ``[N, D]``; ``[N, K, D]`` where the layers were given as a tuple. float32, or the requested dtype
+            where it is narrower.
     """
 
     first: int
@@ -98,11 +100,12 @@ class TokenRows:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogits:
-    """The logits that some tokens were drawn from, one row each.
+    """Holds the logits of N consecutive tokens of one request: row n is what token n was drawn from.
 
     Args:
-        values_NC: ``[N, C]``, float32 or bfloat16 as asked for.
-        token_ids_NC: int64 ``[N, C]``, the tokens of the columns, for ``top_k``; None else: they are those asked for.
+        values_NC: ``[N, C]``, float32 or bfloat16, as the `LogitsSpec` asks.
+        token_ids_NC: int64 ``[N, C]``, the token id of each value, for ``top_k``. None otherwise: the columns are the
+            spec's ``token_ids``, or the vocabulary in order.
     """
 
     values_NC: torch.Tensor
@@ -110,32 +113,33 @@ class TokenLogits:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both."""
+        """The number of bytes of values and token ids together."""
         return self.values_NC.nbytes + (0 if self.token_ids_NC is None else self.token_ids_NC.nbytes)
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What came back for one `Request`. All per-token fields have the same T, checked when it was read.
+    """Holds what came back for one `Request`. All per-token fields were checked to have the same T.
 
     Args:
-        prompt_ids: the ids that were sent, ``[P]``.
-        response_ids: every sampled id up to and with the one that ended the response, ``[T]``, T ≥ 1; T = 0 where
-            nothing was to be generated.
+        prompt_ids: the P prompt ids that were sent.
+        response_ids: the T sampled ids, with the one that ended the response. T ≥ 1; T = 0 where the request generates
+            nothing.
         text: the response as text, without special tokens and without a matched stop string.
-        log_probs_T: float32 ``[T]``, or None when not asked for.
-        hidden: the segments asked for, pooled.
+        log_probs_T: float32 ``[T]``, the log-prob of each sampled token; None where the request does not ask.
+        hidden: the pooled segments that the request asks for.
         finish_reason: ``"stop"`` or ``"length"``.
-        weight_version: the engine's name for the weights that the last token was sampled with.
-        mixed_weights: whether tokens before it were sampled with other weights, because of an update in between.
-        prompt_log_probs_P: float32 ``[P - score_from]``, when asked for: each prompt token's log-prob given those
-            before it, of the model's own distribution, without temperature or penalties; inside ``responses`` under
-            the request's constraints, ``-inf`` for a token that they take away. That of token 0 is NaN: nothing is
-            before it.
-        spans: the spans asked for, pooled.
-        token_rows: every position that ``tokens=True`` asks for, from the first of them to the last; or None.
-        logits: of the T response tokens, when asked for.
-        prompt_logits: of the prompt's tokens 1 … P-1, when asked for.
+        weight_version: the engine's name for the weights that sampled the last token.
+        mixed_weights: whether earlier tokens were sampled with other weights, because of an update in between.
+        prompt_log_probs_P: float32 ``[P - score_from]``, the log-prob of each prompt token given the tokens before it;
+            NaN for token 0, and None where the request does not ask. It is of the model's own distribution, without
+            temperature or penalties. Inside ``response_ranges`` the request's constraints apply, and a token that they
+            remove has ``-inf``.
+        spans: the pooled spans that the request asks for, by name.
+        token_rows: the states of every position that ``HiddenSpec(tokens=True)`` asks for, from the first position to
+            the last; or None.
+        logits: the logits of the T response tokens, or None.
+        prompt_logits: the logits of the prompt tokens 1 … P-1, or None.
     """
 
     prompt_ids: tuple[int, ...]
@@ -155,28 +159,29 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What an engine says of itself when a client connects.
+    """Describes an engine, as read when a client connects.
 
     Args:
-        model_path: where the engine read the weights from, in its own file system.
-        tokenizer_path: likewise for the tokenizer.
-        vocab_size: ids are in ``[0, vocab_size)``.
+        model_path: where the engine read the weights from, in the engine's own file system.
+        tokenizer_path: where the engine read the tokenizer from, in the engine's own file system.
+        vocab_size: V; token ids are in ``[0, V)``.
         hidden_size: D.
+        num_layers: the number of the model's decoder layers.
+        layers: canonical ids of the layers whose states the engine gives.
         context_length: most tokens of prompt and response together.
         max_prompt_tokens: most tokens of one prompt; less than the context length when the KV cache is small.
         weight_version: the engine's name for its weights at connect, or since the last update through this engine.
-        num_layers: the model's decoder layers.
-        layers: the layers whose states can be had, by their canonical ids.
-        pools_in_server: whether the server half is there and speaks this version's protocol.
+        pools_in_server: whether the server half runs there and speaks this version's protocol.
         returns_hidden_states: whether the engine serves stock ``return_hidden_states``.
-        honours_seeds: whether a request's ``sampling_seed`` has an effect: SGLang reads it only under
+        honours_seeds: whether a request's ``sampling_seed`` has an effect. SGLang reads it only under
             ``--enable-deterministic-inference``.
-        honours_priorities: likewise for its ``priority``, under ``--enable-priority-scheduling``.
-        no_states_because: why the engine gives no hidden states, or not those of other layers than the last; empty
-            where it gives all that it was started for.
-        shares_memory: whether many bytes may come through shared memory: the engine is on this machine.
-        constraints: the names of the constraints that the server half has the code of.
-        takes_processors: whether it takes SGLang's own custom logit processors, under
+        honours_priorities: whether a request's ``priority`` has an effect. SGLang reads it only under
+            ``--enable-priority-scheduling``.
+        no_states_because: why the engine gives no hidden states, or those of the last layer only. Empty where it gives
+            every layer that it was started for.
+        shares_memory: whether the engine is on this machine, so that large results can come through shared memory.
+        constraints: the names of the constraints whose code the server half has.
+        takes_processors: whether the engine takes native SGLang logit processors, under
             ``--enable-custom-logit-processor``.
     """
 

@@ -139,7 +139,7 @@ WORSE: dict[str, tuple[Callable[[], Request], type[Exception], str]] = {
         "row 1: .*without responses",
     ),
     "a part outside of the prompt": (
-        lambda: replace(GOOD, score_prompt=True, constraints=(ActionMask([5]),), responses=((1, 4),)),
+        lambda: replace(GOOD, score_prompt=True, constraints=(ActionMask([5]),), response_ranges=((1, 4),)),
         InputError,
         "row 1: .*responses",
     ),

@@ -273,7 +273,7 @@ class InProcess:
             score_prompt=True,
             logits=replace(spec, stage="processed", segments=("prompt",)),
             constraints=(ActionMask(ids[:70]),),
-            responses=((50, 90),),
+            response_ranges=((50, 90),),
         )
         for _ in range(2):
             check_choices(in_process, [sampled, scored, replace(scored, score_from=60, logits=None)], smol_dir)
@@ -352,7 +352,7 @@ def test_one_that_fails_harms_nobody_else(chooser: LaunchedServer, qwen3_dir: st
 
 def test_one_that_fails_where_a_prompt_is_scored(chooser: LaunchedServer, qwen3_dir: str) -> None:
     ids = tuple(prompt_of(20, 9000))
-    scored = Request(ids, {"max_new_tokens": 0}, False, score_prompt=True, responses=((5, 20),))
+    scored = Request(ids, {"max_new_tokens": 0}, False, score_prompt=True, response_ranges=((5, 20),))
     for how in FAULTS:
         with pytest.raises(ConstraintError):
             chooser.generate([replace(scored, constraints=(Fails(how, at=3),))])
@@ -405,7 +405,7 @@ def test_scores_under_constraints(chooser: LaunchedServer, qwen3_dir: str, stage
                     False,
                     score_prompt=True,
                     constraints=constraints,
-                    responses=parts,
+                    response_ranges=parts,
                     response_limit=(7, 128)[len(requests) % 2],
                     logits=LogitsSpec(**selection, stage=stage, segments=("prompt",)),
                     hidden=HiddenSpec(("prompt",)) if index == 1 else None,
@@ -421,7 +421,7 @@ def test_scores_from_a_place_on(chooser: LaunchedServer, qwen3_dir: str, cached:
     """They are the slice of the whole, and what is before them comes from the prefix cache."""
     ids, start = tuple(prompt_of(140, 9200)), 110
     whole = Request(ids, {"max_new_tokens": 0}, False, score_prompt=True)
-    masked = replace(whole, constraints=(ActionMask([*ids[::2], 5]),), responses=((start, 140),))
+    masked = replace(whole, constraints=(ActionMask([*ids[::2], 5]),), response_ranges=((start, 140),))
     httpx.post(f"{chooser.url}/flush_cache", timeout=60).raise_for_status()
     for request in (whole, masked):
         [complete] = check_choices(chooser, [request], qwen3_dir)

@@ -197,7 +197,7 @@ def _scored(request: Request, ids: Ids) -> Request:
         prompt_ids=request.prompt_ids + ids,
         score_prompt=True,
         score_from=start,
-        responses=((start, stop),) if request.constraints else (),
+        response_ranges=((start, stop),) if request.constraints else (),
     )
 
 

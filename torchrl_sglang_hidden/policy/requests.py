@@ -203,7 +203,7 @@ def to_requests(rows: Sequence[Row], call: Call, *, return_log_probs: bool) -> l
                 priority=call.priority,
                 logits=call.logits,
                 constraints=constraints if call.generate or responses else (),
-                responses=responses,
+                response_ranges=responses,
                 response_limit=call.response_limit,
                 processor=call.processor,
             )

@@ -77,7 +77,7 @@ def pack_answer(
         answer["rows"] = {"first": pools.rows.first, **pack_tensor(pools.rows.rows_NKD, way, share)}
     if logits is not None:
         answer |= {"constrained": logits.constrained, "fault": logits.fault, "refused": logits.refused}
-        for name, rows in (("logits", logits.response), ("prompt_logits", logits.given)):
+        for name, rows in (("logits", logits.response), ("prompt_logits", logits.prompt)):
             if rows is not None:
                 answer[name] = pack_tensor(rows.values_NC, way, share)
                 if rows.token_ids_NC is not None:
@@ -183,7 +183,7 @@ def _unpack_found(fields: Mapping[str, Any]) -> FoundLogits:
         raise ValueError(f"log-probs of shape {tuple(log_probs_N.shape)}, expected [N]")
     return FoundLogits(
         response=found.get("logits"),
-        given=found.get("prompt_logits"),
+        prompt=found.get("prompt_logits"),
         log_probs_N=log_probs_N,
         constrained=int(fields["constrained"]),
         fault=str(fields["fault"]),

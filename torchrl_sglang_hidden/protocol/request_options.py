@@ -82,9 +82,9 @@ def unpack_options(custom_params: object) -> Options | None:
 def _pack_logits(logits: WantedLogits) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "constraints": [constraint.to_str() for constraint in logits.constraints],
-        "given": logits.given,
+        "prompt_from": logits.prompt_from,
         "scored": logits.scored,
-        "responses": [place for part in logits.responses for place in part],
+        "response_ranges": [place for part in logits.response_ranges for place in part],
         "response_limit": logits.response_limit,
     }
     if logits.spec is not None:
@@ -96,18 +96,18 @@ def _pack_logits(logits: WantedLogits) -> dict[str, Any]:
 
 def _unpack_logits(fields: Mapping[str, Any]) -> WantedLogits:
     spec = fields.get("spec")
-    places = [int(place) for place in fields["responses"]]
+    places = [int(place) for place in fields["response_ranges"]]
     if any(a >= b for a, b in zip(places[::2], places[1::2], strict=True)):
         raise ValueError(f"{places} are no parts of a prompt")
-    given = fields["given"]
-    if given is not None and int(given) < 1:
-        raise ValueError(f"given={given}: nothing is before the first token")
+    prompt_from = fields["prompt_from"]
+    if prompt_from is not None and int(prompt_from) < 1:
+        raise ValueError(f"prompt_from={prompt_from}: nothing is before the first token")
     return WantedLogits(
         spec=None if spec is None else LogitsSpec(**{**spec, "dtype": _FLOATS[spec["dtype"]]}),
         constraints=tuple(_read_constraint(str(text)) for text in _few(fields["constraints"])),
-        given=None if given is None else int(given),
+        prompt_from=None if prompt_from is None else int(prompt_from),
         scored=fields["scored"] is True,
-        responses=tuple(zip(places[::2], places[1::2], strict=True)),
+        response_ranges=tuple(zip(places[::2], places[1::2], strict=True)),
         response_limit=int(fields["response_limit"]),
     )
 

@@ -23,7 +23,7 @@ from torchrl_sglang_hidden.protocol.shared_memory import SharedFiles
 from torchrl_sglang_hidden.reduce.pooling import PromptStep, RequestPools, sum_rows
 from torchrl_sglang_hidden.reduce.token_logits import RequestLogits
 from torchrl_sglang_hidden.server.layer_taps import LayerTaps
-from torchrl_sglang_hidden.server.next_tokens import Choice, Given, StepChoices
+from torchrl_sglang_hidden.server.next_tokens import PromptPart, SamplingRow, StepLogits
 from torchrl_sglang_hidden.server.prefix_sums import PrefixKeys, PrefixSums
 
 __all__ = ["Capture", "DeviceRows", "HostRows", "Open", "StepPlan"]
@@ -59,7 +59,7 @@ class Open:
     @property
     def reads_prompt(self) -> bool:
         """Whether anything of the prompt is wanted, so that not all of it may come from the prefix cache."""
-        return self.pools.reads_prompt or self.logits.wanted.given is not None
+        return self.pools.reads_prompt or self.logits.wanted.prompt_from is not None
 
     def restart(self) -> None:
         """Plans from what has arrived, after the request went back into the queue."""
@@ -212,7 +212,7 @@ class Capture:
         self.taps = LayerTaps()
         self.sums = PrefixSums()
         self.page_size = 1
-        self.running: StepChoices | None = None
+        self.running: StepLogits | None = None
         self.opened: WeakKeyDictionary[Any, Open] = WeakKeyDictionary()
         self._refused: WeakSet[Any] = WeakSet()
         self._epoch = 0
@@ -276,7 +276,7 @@ class Capture:
             first += length
         return StepPlan(tuple(takes), first, tuple(batch.reqs), opened, self) if takes else None
 
-    def plan_choices(self, batch: Any, vocab_size: int) -> StepChoices | None:
+    def plan_logits(self, batch: Any, vocab_size: int) -> StepLogits | None:
         """Notes which tokens the coming step chooses for requests that asked something of it; None for none.
 
         Args:
@@ -286,8 +286,8 @@ class Capture:
         mode = batch.forward_mode.name
         if not self.opened or mode not in (*_PREFILL_MODES, _DECODE_MODE):
             return None
-        choices: list[Choice] = []
-        given: list[Given] = []
+        sampling_rows: list[SamplingRow] = []
+        prompts: list[PromptPart] = []
         first = 0
         for row, req in enumerate(batch.reqs):
             length = batch.extend_lens[row] if mode in _PREFILL_MODES else 1
@@ -298,16 +298,39 @@ class Capture:
                 # Overlap scheduling lets the request's own ids lag by one; the lengths are those of the step.
                 stop = batch.prefix_lens[row] + length if mode in _PREFILL_MODES else int(batch.seq_lens_cpu[row])
                 index, wanted = stop - len(one.logits.prompt_ids), one.logits.wanted
-                if index >= 0 and wanted.chooses:
+                if index >= 0 and wanted.wants_sampled:
                     before = tuple(req.output_ids) if one.logits.reads_response else ()
-                    choices.append(Choice(row, first + length - 1, index, one.logits, wanted.response_limit, before))
-                tokens = one.logits.plan_given(stop - length, stop) if mode in _PREFILL_MODES else None
+                    sampling_rows.append(
+                        SamplingRow(
+                            row=row,
+                            input_row=first + length - 1,
+                            index=index,
+                            logits=one.logits,
+                            max_new_tokens=wanted.response_limit,
+                            ids_before=before,
+                        )
+                    )
+                tokens = one.logits.plan_prompt(stop - length, stop) if mode in _PREFILL_MODES else None
                 if tokens is not None:
-                    given.append(Given(row, first - (stop - length), *tokens, one.logits))
+                    prompts.append(
+                        PromptPart(
+                            row=row,
+                            offset=first - (stop - length),
+                            first=tokens[0],
+                            stop=tokens[1],
+                            logits=one.logits,
+                        )
+                    )
             first += length
-        if not choices and not given:
+        if not sampling_rows and not prompts:
             return None
-        return StepChoices(tuple(choices), tuple(given), tuple(batch.reqs), vocab_size, first)
+        return StepLogits(
+            sampling_rows=tuple(sampling_rows),
+            prompts=tuple(prompts),
+            reqs=tuple(batch.reqs),
+            vocab_size=vocab_size,
+            num_rows=first,
+        )
 
     # --- the prefix cache --------------------------------------------------------------------------------------------
 
@@ -350,7 +373,7 @@ class Capture:
         pools = one.pools.finish(list(req.output_ids_through_stop), _decoder(req.tokenizer))
         self.keep_sums(one)
         wanted = one.logits.wanted
-        logits = one.logits.finish() if wanted.chooses or wanted.given is not None else None
+        logits = one.logits.finish() if wanted.wants_sampled or wanted.prompt_from is not None else None
         return [answer_of(pools, one.options.way, self.shared.share, logits)]
 
 

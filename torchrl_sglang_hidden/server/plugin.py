@@ -29,7 +29,7 @@ SGLANG_VERSION = "0.5.23"
 
 _capture = Capture()
 _PLAN = "_torchrl_sglang_hidden_plan"
-_CHOICES = "_torchrl_sglang_hidden_choices"
+_STEP_LOGITS = "_torchrl_sglang_hidden_logits"
 _STATES = "_torchrl_sglang_hidden_states"
 
 
@@ -62,7 +62,7 @@ def after_forward_batch(forward_batch: Any, cls: type, batch: Any, model_runner:
     if not model_runner.is_draft_worker:
         plan = _capture.plan_step(batch)
         setattr(forward_batch, _PLAN, plan)
-        setattr(forward_batch, _CHOICES, _capture.plan_choices(batch, model_runner.model_config.vocab_size))
+        setattr(forward_batch, _STEP_LOGITS, _capture.plan_logits(batch, model_runner.model_config.vocab_size))
         _capture.taps.open(() if plan is None else plan.layers)
 
 
@@ -71,7 +71,7 @@ def around_forward(original: Any, model_runner: Any, forward_batch: Any, *args: 
     if model_runner.is_draft_worker:
         return original(model_runner, forward_batch, *args, **kwargs)
     # SGLang gives the model a copy of its batch, without what was noted on this one.
-    _capture.running = getattr(forward_batch, _CHOICES, None)
+    _capture.running = getattr(forward_batch, _STEP_LOGITS, None)
     try:
         output = original(model_runner, forward_batch, *args, **kwargs)
     finally:
@@ -92,13 +92,13 @@ def around_logits(
     **kwargs: Any,
 ) -> Any:
     """Takes logits of prompts, which SGLang computes for the last position only."""
-    choices = _capture.running
-    if choices is not None and choices.given and hasattr(lm_head, "set_lora"):
+    step_logits = _capture.running
+    if step_logits is not None and step_logits.prompts and hasattr(lm_head, "set_lora"):
         # SGLang applies adapters by the places that a whole step's rows have.
-        for given in choices.given:
-            given.logits.refused = "the server's LoRA adapters act on the head, which then gives no logits of prompts"
+        for part in step_logits.prompts:
+            part.logits.refused = "the server's LoRA adapters act on the head, which then gives no logits of prompts"
     # Where attention is data-parallel the head is a collective of ranks that do not all have these rows.
-    elif choices is not None and choices.given and not processor.do_tensor_parallel_all_gather_dp_attn:
+    elif step_logits is not None and step_logits.prompts and not processor.do_tensor_parallel_all_gather_dp_attn:
         from sglang.srt.layers.logits_processor import LogitsMetadata
 
         metadata = LogitsMetadata.from_forward_batch(logits_metadata)
@@ -106,16 +106,16 @@ def around_logits(
         def head(rows: Any) -> Any:
             return processor._get_logits(rows, lm_head, metadata, use_logits_buffer=False)
 
-        choices.take_given(hidden_states, head)
+        step_logits.take_prompts(hidden_states, head)
     return original(processor, input_ids, hidden_states, lm_head, logits_metadata, *args, **kwargs)
 
 
 def after_preprocess(result: Any, sampler: Any, logits: Any, sampling_info: Any) -> None:
     """Constrains the logits behind everything that SGLang does to them before the temperature."""
-    choices = getattr(sampling_info, _CHOICES, None)
-    if choices is not None:
+    step_logits = getattr(sampling_info, _STEP_LOGITS, None)
+    if step_logits is not None:
         # A batch of greedy requests alone is not divided by anything.
-        choices.constrain(result, None if sampling_info.is_all_greedy else sampling_info.temperatures)
+        step_logits.constrain(result, None if sampling_info.is_all_greedy else sampling_info.temperatures)
 
 
 def around_sample(original: Any, runner: Any, logits_output: Any, forward_batch: Any) -> Any:
@@ -124,15 +124,15 @@ def around_sample(original: Any, runner: Any, logits_output: Any, forward_batch:
 
     if runner.is_draft_worker:
         return original(runner, logits_output, forward_batch)
-    choices = getattr(forward_batch, _CHOICES, None)
-    if choices is not None:
-        choices.input_ids = forward_batch.input_ids
-        choices.take_raw(logits_output.next_token_logits)
+    step_logits = getattr(forward_batch, _STEP_LOGITS, None)
+    if step_logits is not None:
+        step_logits.input_ids = forward_batch.input_ids
+        step_logits.take_raw(logits_output.next_token_logits)
     # Set at every step: without overlap scheduling SGLang keeps this object from step to step.
-    setattr(forward_batch.sampling_info, _CHOICES, choices)
+    setattr(forward_batch.sampling_info, _STEP_LOGITS, step_logits)
     token_ids = original(runner, logits_output, forward_batch)
-    if choices is not None:
-        outputs = append_auxiliary_output(logits_output.auxiliary_device_output, choices.rows())
+    if step_logits is not None:
+        outputs = append_auxiliary_output(logits_output.auxiliary_device_output, step_logits.taken())
         logits_output.auxiliary_device_output = outputs
     _take_rows(logits_output, forward_batch)
     return token_ids

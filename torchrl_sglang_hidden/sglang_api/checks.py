@@ -93,7 +93,7 @@ def check_requests(requests: Sequence[Request], info: EngineInfo) -> None:
             )
         if request.hidden is not None:
             _check_hidden(row, request, request.hidden, info)
-        _check_choosing(row, request, info)
+        _check_constraints_and_logits(row, request, info)
     sizes = [_logits_bytes(request, info) for request in requests]
     if sum(sizes) > MAX_ANSWER_BYTES:
         raise InputError(
@@ -103,7 +103,7 @@ def check_requests(requests: Sequence[Request], info: EngineInfo) -> None:
         )
 
 
-def _check_choosing(row: int, request: Request, info: EngineInfo) -> None:
+def _check_constraints_and_logits(row: int, request: Request, info: EngineInfo) -> None:
     """Refuses constraints and logits that the engine cannot give, or that would stand in everybody's way."""
     name, num_prompt = f"row {row}:", len(request.prompt_ids)
     if request.processor is not None and not info.takes_processors:
@@ -131,8 +131,8 @@ def _check_choosing(row: int, request: Request, info: EngineInfo) -> None:
             f"{name} the server has no code of the constraint {unknown[0]!r}; it has {list(info.constraints)}. Start "
             "it with the module that defines it: launch(constraint_modules=('my.module',)), or `serve --constraints`"
         )
-    _check_responses(name, request)
-    longest = max((stop - start for start, stop in request.responses), default=0)
+    _check_response_ranges(name, request)
+    longest = max((stop - start for start, stop in request.response_ranges), default=0)
     most = longest if request.score_prompt else request.sampling.get("max_new_tokens", DEFAULT_NEW_TOKENS)
     try:
         check_constraints(request.constraints, info.vocab_size, most)
@@ -142,16 +142,16 @@ def _check_choosing(row: int, request: Request, info: EngineInfo) -> None:
         _check_logits(name, request, request.logits, info)
 
 
-def _check_responses(name: str, request: Request) -> None:
-    places = [place for part in request.responses for place in part]
-    if places != sorted(places) or any(start == stop for start, stop in request.responses):
-        raise InputError(f"{name} responses={request.responses}: expected parts of the prompt, in order and apart")
-    if places and not 1 <= places[0] < places[-1] <= len(request.prompt_ids):
+def _check_response_ranges(name: str, request: Request) -> None:
+    ranges, num_prompt = request.response_ranges, len(request.prompt_ids)
+    bounds = [bound for start_and_stop in ranges for bound in start_and_stop]
+    if bounds != sorted(bounds) or any(start == stop for start, stop in ranges):
+        raise InputError(f"{name} response_ranges={ranges}: expected parts of the prompt, in order and apart")
+    if bounds and not 1 <= bounds[0] < bounds[-1] <= num_prompt:
         raise InputError(
-            f"{name} responses={request.responses}: they are within tokens 1..{len(request.prompt_ids)}, for nothing "
-            "is before token 0"
+            f"{name} response_ranges={ranges}: they are within tokens 1..{num_prompt}, for nothing is before token 0"
         )
-    if request.score_prompt and request.constraints and not request.responses:
+    if request.score_prompt and request.constraints and not request.response_ranges:
         raise InputError(
             f"{name} constraints on a scored prompt without responses: nothing says which of its tokens they act on"
         )

@@ -88,8 +88,15 @@ def logits_of(request: Request) -> WantedLogits | None:
     if not request.score_prompt:
         # Not SGLang's own number, which it lowers where the context ends: a schedule goes by what was asked for.
         limit = request.sampling.get("max_new_tokens", DEFAULT_NEW_TOKENS)
-    given = 1 if spec is not None and spec.of_prompt else max(request.score_from, 1) if scored else None
-    return WantedLogits(spec, request.constraints, given, scored, request.responses, limit)
+    prompt_from = 1 if spec is not None and spec.of_prompt else max(request.score_from, 1) if scored else None
+    return WantedLogits(
+        spec=spec,
+        constraints=request.constraints,
+        prompt_from=prompt_from,
+        scored=scored,
+        response_ranges=request.response_ranges,
+        response_limit=limit,
+    )
 
 
 def shares(request: Request) -> bool:

@@ -111,7 +111,7 @@ def _read_row(index: int, request: Request, row: Any, info: EngineInfo) -> Compl
         spans={} if states is None else states.spans,
         token_rows=None if states is None else states.token_rows,
         logits=None if logits is None else logits.response,
-        prompt_logits=None if logits is None else logits.given,
+        prompt_logits=None if logits is None else logits.prompt,
     )
 
 
@@ -136,7 +136,7 @@ def _read_logits(
     """Counts the logits of one answer against its tokens, and those that constraints were applied to."""
     if found is None:
         raise ProtocolError(f"{name}: logits or constraints were asked for and are not in the answer; send it again")
-    expected = 0 if wanted.given is None else len(request.prompt_ids) - wanted.given
+    expected = 0 if wanted.prompt_from is None else len(request.prompt_ids) - wanted.prompt_from
     if wanted.constraints and not request.score_prompt and found.constrained != num_response:
         raise AlignmentError(
             f"{name}: the constraints were applied to {found.constrained} of {num_response} response tokens; the "
@@ -152,7 +152,7 @@ def _read_logits(
     columns = spec.num_columns(info.vocab_size)
     return FoundLogits(
         response=_counted(name, "response", found.response, spec, num_response, columns) if spec.of_response else None,
-        given=_counted(name, "prompt", found.given, spec, expected, columns) if spec.of_prompt else None,
+        prompt=_counted(name, "prompt", found.prompt, spec, expected, columns) if spec.of_prompt else None,
         log_probs_N=found.log_probs_N,
     )
 
