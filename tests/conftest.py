@@ -1,4 +1,4 @@
-"""The fixtures that every room shares: one real server per session, for all the tests that can use it."""
+"""The fixtures that all tests share: one real server per session, for all the tests that can use it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import models
 import pytest
 import torch
-from checks import CHUNKED_PREFILL_SIZE, make_policy
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden import SGLangHiddenWrapper, SGLangServer, connect, demo_model, launch
+
+# Before they are imported, so that their failed assertions show the values too.
+pytest.register_assert_rewrite("helpers")
+
+from helpers import random_models  # noqa: E402
+from helpers.policy_checks import CHUNKED_PREFILL_SIZE, make_policy  # noqa: E402
 
 # A running server for the `smol` fixture, started with the arguments below: saves its start on each run at work.
 TEST_URL_ENV = "TORCHRL_SGLANG_HIDDEN_TEST_URL"
@@ -69,7 +73,7 @@ def tokenizer(smol_dir: str) -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="session")
 def qwen3_dir(smol_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(models.save_random_qwen3(tmp_path_factory.mktemp("models") / "random-qwen3", smol_dir))
+    return str(random_models.save_random_qwen3(tmp_path_factory.mktemp("models") / "random-qwen3", smol_dir))
 
 
 @pytest.fixture(scope="session")
@@ -86,7 +90,7 @@ def smol(smol_dir: str) -> Iterator[SGLangServer]:
 
 @pytest.fixture
 def policy(smol: SGLangServer, tokenizer: PreTrainedTokenizerBase) -> Callable[..., SGLangHiddenWrapper]:
-    """`checks.make_policy` over the session's server."""
+    """`policy_checks.make_policy` over the session's server."""
     return functools.partial(make_policy, smol, tokenizer)
 
 

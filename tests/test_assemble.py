@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.fake_engine import HIDDEN_SIZE, PAD_ID, log_prob_of
 from hypothesis import given
 from hypothesis import strategies as st
-from recorder import HIDDEN_SIZE, PAD_ID, log_prob_of
 from tensordict import TensorDict, TensorDictBase, lazy_stack
 from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, LogProbs, Masks, Text, Tokens

@@ -18,10 +18,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers.engine_contract import BAD_ROWS, EngineContract, assert_all_same, request
+from helpers.fake_engine import Answer, RecordingEngine, RecordingServer, response_of
 from hypothesis import given
 from hypothesis import strategies as st
-from recorder import Answer, RecordingEngine, RecordingServer, response_of
-from test_engine_contract import BAD_ROWS, EngineContract, assert_all_same, request
 from torchrl.modules.llm.policies import LLMWrapperBase
 
 from torchrl_sglang_hidden import SGLangServer, connect

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.fake_engine import CONTEXT_LENGTH, RecordingEngine, log_prob_of, logits_V, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from recorder import CONTEXT_LENGTH, RecordingEngine, log_prob_of, logits_V, tiny_tokenizer
 from tensordict import TensorDict, TensorDictBase, lazy_stack
 from tensordict.nn import InteractionType, set_interaction_type
 from torchrl.data import Categorical

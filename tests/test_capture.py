@@ -1,8 +1,8 @@
 """Capture inside the scheduler, step by step, with batches and requests of SGLang's shape.
 
 `Scheduler` here drives what SGLang drives: it plans, "runs" the model, copies, commits and consumes, in that order. The
-states are those of tests/recorder.py, so a pool that got a wrong row has a wrong value. `World` adds a prefix cache,
-and goes through the plugin's hooks as SGLang does.
+states are those of helpers/fake_engine.py, so a pool that got a wrong row has a wrong value. `World` adds a prefix
+cache, and goes through the plugin's hooks as SGLang does.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.bad_options import CHOICES, GARBAGE, anything, custom_of, logits_of, span_of
+from helpers.fake_engine import HIDDEN_SIZE, of_layer
+from helpers.reference_pooling import DTYPES, SUBSETS, Case, assert_pools, decode, wanted_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plain import DTYPES, SUBSETS, Case, assert_pools, decode, wanted_of
-from recorder import HIDDEN_SIZE, of_layer
-from test_channel import CHOICES, GARBAGE, anything, custom_of, logits_of, span_of
 
 from torchrl_sglang_hidden.errors import CapabilityError, ConstraintError, SpanError
 from torchrl_sglang_hidden.protocol import CHANNEL, pack_options, unpack_answer, unpack_options

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.fake_engine import PAD_ID, WORDS, RecordingEngine, logits_V, response_of, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from recorder import PAD_ID, WORDS, RecordingEngine, logits_V, response_of, tiny_tokenizer
 from tensordict import TensorDict, TensorDictBase, lazy_stack
 from tensordict.tensorclass import NonTensorData, NonTensorStack
 from torchrl.data.llm import History

@@ -12,9 +12,9 @@ from typing import Any
 import matplotlib.image
 import pytest
 import torch
+from helpers.fake_engine import EOS_ID, RecordingEngine, response_of, tiny_tokenizer
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
-from recorder import EOS_ID, RecordingEngine, response_of, tiny_tokenizer
 from rich.console import Console
 from tensordict import TensorDict, TensorDictBase, lazy_stack
 from torchrl.modules.llm.policies import LogProbs, Text, Tokens

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from recorder import HIDDEN_SIZE, PAD_ID, WORDS, RecordingEngine, log_prob_of, logits_V, tiny_tokenizer
+from helpers.fake_engine import HIDDEN_SIZE, PAD_ID, WORDS, RecordingEngine, log_prob_of, logits_V, tiny_tokenizer
 from tensordict import TensorDict, TensorDictBase, lazy_stack
 from tensordict.nn import TensorDictModule
 from torch import nn

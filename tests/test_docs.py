@@ -5,22 +5,12 @@ from __future__ import annotations
 import ast
 import re
 from collections import Counter
-from pathlib import Path
 
 import pytest
+from helpers.doc_tables import NAMED, ROOT, rows_of
 
-ROOT = Path(__file__).parents[1]
-NAMED = re.compile(r"`(tests/(?:engine/)?test_\w+\.py)::(test_\w+)`")
 # Columns of each page's tables, and fewest rows.
 PAGES = {"faults.md": (3, 41), "engine_features.md": (4, 18), "logits_and_constraints.md": (3, 13)}
-
-
-def rows_of(page: str) -> list[list[str]]:
-    """The rows of the page's tables; the last cell names the tests that hold the others."""
-    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    return [row for row in rows if row[-1] != "held by" and set("".join(row)) != {"-"}]
 
 
 def names_in(path: str) -> set[str]:

@@ -7,8 +7,8 @@
 from __future__ import annotations
 
 import pytest
-from pipelines import chat_env, collector
-from recorder import RecordingEngine, tiny_tokenizer
+from helpers.fake_engine import RecordingEngine, tiny_tokenizer
+from helpers.torchrl_pipelines import chat_env, collector
 
 from torchrl_sglang_hidden import SGLangHiddenWrapper
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from recorder import RecordingEngine, tiny_tokenizer
+from helpers.fake_engine import RecordingEngine, tiny_tokenizer
 from tensordict import TensorDict, lazy_stack
 from torch import nn
 from torchrl.modules.llm.policies import Tokens

@@ -1,7 +1,7 @@
 """The HTTP client against a local server of a few lines: errors, connections, keys, threads and event loops.
 
-The server is that of tests/recorder.py, so that what is read here is what a good server says, and a test spoils one
-thing of it. What a real SGLang says is tested in tests/engine/.
+The server is that of helpers/fake_engine.py, so that what is read here is what a good server says, and a test spoils
+one thing of it. What a real SGLang says is tested in tests/engine/.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from recorder import Handler, RecordingEngine, RecordingServer, Respond, abort_a_row
+from helpers.fake_engine import Handler, RecordingEngine, RecordingServer, Respond, abort_a_row
 
 from torchrl_sglang_hidden import SGLangServer, connect
 from torchrl_sglang_hidden.errors import (

@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 import pytest
-from processes import still_running, watched
+from helpers.process_watch import still_running, watched
 
 from torchrl_sglang_hidden import EngineError, InputError, LaunchError, UnknownOptionError, launch
 from torchrl_sglang_hidden.engines import launch as launch_module

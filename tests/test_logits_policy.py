@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.fake_engine import PAD_ID, WORDS, RecordingEngine, logits_V, response_of, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from recorder import PAD_ID, WORDS, RecordingEngine, logits_V, response_of, tiny_tokenizer
 from tensordict import TensorDict, TensorDictBase, lazy_stack
 from torchrl.modules.llm.policies import Masks, Text, Tokens
 

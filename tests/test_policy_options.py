@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from recorder import PAD_ID, WORDS, RecordingEngine, RecordingServer, tiny_tokenizer
+from helpers.fake_engine import PAD_ID, WORDS, RecordingEngine, RecordingServer, tiny_tokenizer
+from helpers.policy_batches import ALL, TOKENIZER, batch_of, flat, make, plain, tokens_batch
 from tensordict import TensorDict, TensorDictBase
-from test_policy import ALL, TOKENIZER, batch_of, flat, make, plain, tokens_batch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast

@@ -8,10 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.fake_engine import feed
+from helpers.reference_pooling import (
+    DTYPES,
+    SUBSETS,
+    Case,
+    assert_pools,
+    assert_value,
+    decode,
+    expected_count,
+    token_places,
+    wanted_of,
+)
 from hypothesis import given
 from hypothesis import strategies as st
-from plain import DTYPES, SUBSETS, Case, assert_pools, assert_value, decode, expected_count, token_places, wanted_of
-from recorder import feed
 
 from torchrl_sglang_hidden.reduce.pooling import BLOCK, Pools, PromptStep, RequestPools, Wanted, sum_rows
 from torchrl_sglang_hidden.spec.hidden import POOLINGS, SEGMENTS

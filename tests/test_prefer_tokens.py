@@ -9,53 +9,27 @@
 from __future__ import annotations
 
 import pickle
-import string
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from helpers.fake_engine import EOS_ID, PAD_ID, RecordingEngine, log_prob_of
+from helpers.small_tokenizers import ID_OF, TEMPLATE, VOCABULARY, letter_by_letter, letters_tokenizer
+from helpers.torchrl_pipelines import UserAsksOn
 from hypothesis import given
 from hypothesis import strategies as st
-from pipelines import UserAsksOn
-from recorder import EOS_ID, PAD_ID, RecordingEngine, log_prob_of
 from tensordict import TensorDict, TensorDictBase, lazy_stack
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import Tokenizer, decoders, normalizers
 from torchrl.data.llm import History
 from torchrl.envs import EnvBase
 from torchrl.envs.llm import ChatEnv
 from torchrl.envs.llm.transforms import IncrementalTokenizer
 from torchrl.modules.llm.policies import ChatHistory, Tokens
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from torchrl_sglang_hidden import SGLangHiddenWrapper
 from torchrl_sglang_hidden.errors import InputError, InputTypeError
-
-# As ChatML: nothing between a message and the token that ends it, so that a turn's ids begin the next turn's prompt.
-TEMPLATE = (
-    "{% for message in messages %}<|start|>{{ message.role }}\n{{ message.content }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
-)
-PIECES = ("us", "er", "as", "si", "st", "ab", "cd", "abc", "an", "ant", "he", "el", "lo")
-VOCABULARY = ("<unk>", "<|end|>", "<|start|>", *string.ascii_lowercase, " ", "\n", "?", *PIECES)
-MERGES = [("u", "s"), ("e", "r"), ("a", "s"), ("s", "i"), ("s", "t"), ("a", "b"), ("c", "d"), ("ab", "c"), ("a", "n"),
-          ("an", "t"), ("h", "e"), ("e", "l"), ("l", "o")]  # fmt: skip
-ID_OF = {piece: token_id for token_id, piece in enumerate(VOCABULARY)}
-
-
-def letters_tokenizer(**options: str) -> PreTrainedTokenizerBase:
-    """A tokenizer of letters and pairs of them: most texts can be cut in several ways, and one is its own."""
-    tokenizer = Tokenizer(models.BPE(ID_OF, MERGES, unk_token="<unk>"))
-    tokenizer.decoder = decoders.Fuse()
-    special = {
-        "unk_token": "<unk>",
-        "eos_token": "<|end|>",
-        "pad_token": "<|end|>",
-        "bos_token": "<|start|>",
-        **options,
-    }
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TEMPLATE, **special)
-
 
 TOKENIZER = letters_tokenizer()
 # What is sampled: "ab" and "cd" cut otherwise than the tokenizer would.
@@ -79,16 +53,6 @@ def asked(question: str) -> list[dict[str, str]]:
 
 def own_ids(chat: Sequence[dict[str, str]]) -> list[int]:
     return TOKENIZER(rendered(chat))["input_ids"]
-
-
-def letter_by_letter(text: str) -> list[int]:
-    """The text cut into letters, which the tokenizer would not do."""
-    ids: list[int] = []
-    while text:
-        special = next((piece for piece in ("<|end|>", "<|start|>") if text.startswith(piece)), text[0])
-        ids.append(ID_OF[special])
-        text = text[len(special) :]
-    return ids
 
 
 def row(chat: Sequence[dict[str, str]], ids: Any = None, key: Any = "tokens", **of_tokens: Any) -> TensorDictBase:

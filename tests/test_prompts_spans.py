@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.byte_tokenizers import byte_tokenizer, fallback_tokenizer
+from helpers.fake_engine import PAD_ID, RecordingEngine, tiny_tokenizer
+from helpers.small_tokenizers import letter_by_letter, letters_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from recorder import PAD_ID, RecordingEngine, tiny_tokenizer
 from tensordict import TensorDict, TensorDictBase, lazy_stack
-from test_prefer_tokens import letter_by_letter, letters_tokenizer
-from test_spans import byte_tokenizer, fallback_tokenizer
 from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, Text, Tokens
 from transformers import PreTrainedTokenizerBase

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from recorder import RecordingEngine, pooled_D, response_of, states_ND, tiny_tokenizer
+from helpers.fake_engine import RecordingEngine, pooled_D, response_of, states_ND, tiny_tokenizer
 from tensordict import TensorDictBase, lazy_stack
 from torchrl.data import LazyStackStorage, ReplayBuffer
 from torchrl.data.llm import History

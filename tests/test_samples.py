@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.fake_engine import RecordingEngine, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from recorder import RecordingEngine, tiny_tokenizer
 from tensordict import TensorDict, lazy_stack
 from torchrl.modules.llm.policies import Text, Tokens
 

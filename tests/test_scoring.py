@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.fake_engine import EOS_ID, HIDDEN_SIZE, PAD_ID, RecordingEngine, log_prob_of, states_ND, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from recorder import EOS_ID, HIDDEN_SIZE, PAD_ID, RecordingEngine, log_prob_of, states_ND, tiny_tokenizer
 from tensordict import TensorDict, TensorDictBase, lazy_stack
 from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, Masks, Text, Tokens

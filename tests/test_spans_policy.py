@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.fake_engine import EOS_ID, HIDDEN_SIZE, PAD_ID, RecordingEngine, of_layer, response_of, states_ND
+from helpers.policy_batches import TOKENIZER, batch_of, flat, make, plain, tokens_batch
 from hypothesis import given
 from hypothesis import strategies as st
-from recorder import EOS_ID, HIDDEN_SIZE, PAD_ID, RecordingEngine, of_layer, response_of, states_ND
 from tensordict import TensorDict, TensorDictBase, lazy_stack
-from test_policy import TOKENIZER, batch_of, flat, make, plain, tokens_batch
 from torchrl.modules.llm.policies import Tokens
 
 from torchrl_sglang_hidden import Between, HiddenSpec, LastTokens, Role, SGLangHiddenWrapper, TokenMask, Turn

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from recorder import Handler, RecordingEngine, RecordingServer
+from helpers.fake_engine import Handler, RecordingEngine, RecordingServer
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3MoeConfig

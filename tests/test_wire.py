@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from plain import Case, expected_count, token_places
-from recorder import (
+from helpers.fake_engine import (
     ALL_SEGMENTS,
     WORDS,
     RecordingEngine,
@@ -27,6 +26,7 @@ from recorder import (
     response_of,
     states_ND,
 )
+from helpers.reference_pooling import Case, expected_count, token_places
 
 from torchrl_sglang_hidden import AlignmentError, CapabilityError, HiddenSpec, ProtocolError, RequestAbortedError
 from torchrl_sglang_hidden.errors import (

@@ -7,10 +7,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-import own_constraints
 import pytest
-from checks import CHUNKED_PREFILL_SIZE
-from trainee import restore
+from helpers import user_constraints
+from helpers.policy_checks import CHUNKED_PREFILL_SIZE
+from helpers.weight_changes import restore
 
 from torchrl_sglang_hidden import SGLangOffline, SGLangServer, connect, launch
 
@@ -58,7 +58,7 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 @pytest.fixture(scope="session")
 def in_process(smol_dir: str) -> Iterator[SGLangOffline]:
     """An engine in this process, for the classes named ``InProcess``: in the process that `in_process_log` starts."""
-    modules = (own_constraints.__name__,)
+    modules = (user_constraints.__name__,)
     with SGLangOffline(
         smol_dir, dtype="float32", chunked_prefill_size=CHUNKED_PREFILL_SIZE, constraint_modules=modules
     ) as engine:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from checks import QUESTIONS, assert_rows, history_input, make_policy, prompt_of, rows_of, tokens_input
+from helpers.policy_checks import QUESTIONS, assert_rows, history_input, make_policy, prompt_of, rows_of, tokens_input
 from torchrl.modules.llm.backends.sglang import AsyncSGLang
 from transformers import PreTrainedTokenizerBase
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from checks import (
+from helpers.policy_checks import (
     CHUNKED_PREFILL_SIZE,
     POOLINGS,
     QUESTIONS,

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from checks import assert_greedy, prompt_of, rows_of, text_input, tokens_input
+from helpers.policy_checks import assert_greedy, prompt_of, rows_of, text_input, tokens_input
 from tensordict import TensorDict, TensorDictBase
 from torchrl.modules.llm.policies import Text, Tokens
 from transformers import PreTrainedTokenizerBase

@@ -9,8 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from checks import QUESTIONS, prompt_of
-from test_engine_contract import assert_all_same, assert_same, request
+from helpers.engine_contract import assert_all_same, assert_same, request
+from helpers.policy_checks import QUESTIONS, prompt_of
 
 from torchrl_sglang_hidden import InputError, RequestRejectedError, SGLangServer, TokenIdError
 from torchrl_sglang_hidden.engines.batching import BatchingEngine

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from checks import CHUNKED_PREFILL_SIZE, POOLINGS, SEGMENTS, assert_rows, prompt_of, tokens_input
+from helpers.policy_checks import CHUNKED_PREFILL_SIZE, POOLINGS, SEGMENTS, assert_rows, prompt_of, tokens_input
 from tensordict import TensorDict
 
 from torchrl_sglang_hidden import SGLangHiddenWrapper

@@ -6,10 +6,10 @@ import functools
 from collections.abc import Callable, Sequence
 
 import httpx
-import oracle
 import pytest
 import torch
-from checks import (
+from helpers import hf_oracle
+from helpers.policy_checks import (
     CHUNKED_PREFILL_SIZE,
     LOG_PROB_ATOL,
     QUESTIONS,
@@ -45,7 +45,7 @@ def truth(model_dir: str, prompt: Sequence[int], candidate: Sequence[int], reduc
 
 @functools.cache
 def _log_probs(model_dir: str, prompt: tuple[int, ...], candidate: tuple[int, ...]) -> torch.Tensor:
-    return oracle.teacher_force(model_dir, prompt, candidate).log_probs_T
+    return hf_oracle.teacher_force(model_dir, prompt, candidate).log_probs_T
 
 
 def candidates_of(count: int, longest: int, seed: int) -> list[list[int]]:
@@ -96,8 +96,8 @@ def test_words_in_every_mode(policy: Policy, tokenizer: PreTrainedTokenizerBase,
 
 @torch.inference_mode()
 def constrained(model_dir: str, prompt: Sequence[int], candidate: Sequence[int], allowed: set[int]) -> float:
-    rows_CD = oracle.teacher_force(model_dir, prompt, candidate).rows("response")
-    logits_CV = oracle.load(model_dir).get_output_embeddings()(rows_CD)
+    rows_CD = hf_oracle.teacher_force(model_dir, prompt, candidate).rows("response")
+    logits_CV = hf_oracle.load(model_dir).get_output_embeddings()(rows_CD)
     denied_V = torch.ones(logits_CV.shape[-1], dtype=torch.bool)
     denied_V[list(allowed)] = False
     log_probs_CV = logits_CV.masked_fill(denied_V, -torch.inf).log_softmax(-1)
@@ -126,8 +126,8 @@ def test_a_temperature_that_changes_with_the_candidates_tokens(policy: Policy, s
     prompt, candidate = prompt_of(40, seed=3600), prompt_of(3, seed=3601)
     scorer = policy("tokens").get_new_version(constraints=TemperatureScale(LinearSchedule(0.5, 2.0, steps=4)))
     out = scorer.score(tokens_input([prompt]), [candidate, candidate[:1]])
-    rows_CD = oracle.teacher_force(smol_dir, prompt, candidate).rows("response")
-    logits_CV = oracle.load(smol_dir).get_output_embeddings()(rows_CD) / torch.tensor([[0.5], [1.0], [1.5]])
+    rows_CD = hf_oracle.teacher_force(smol_dir, prompt, candidate).rows("response")
+    logits_CV = hf_oracle.load(smol_dir).get_output_embeddings()(rows_CD) / torch.tensor([[0.5], [1.0], [1.5]])
     expected_C = logits_CV.log_softmax(-1).gather(-1, torch.tensor(candidate)[:, None])[:, 0]
     expected = torch.stack([expected_C.sum(), expected_C[0]])
     torch.testing.assert_close(out["logits"][0], expected, atol=2 * LOG_PROB_ATOL, rtol=0)

@@ -15,11 +15,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import oracle
 import pytest
 import torch
-from checks import QUESTIONS, SEGMENTS, STATE_RTOL, assert_row, history_input, relative_error
-from pipelines import FOLLOW_UPS, UserAsksOn, chat_of, flat, unpadded
+from helpers import hf_oracle
+from helpers.policy_checks import QUESTIONS, SEGMENTS, STATE_RTOL, assert_row, history_input, relative_error
+from helpers.torchrl_pipelines import FOLLOW_UPS, UserAsksOn, chat_of, flat, unpadded
 from tensordict import NonTensorData, NonTensorStack, TensorDict, TensorDictBase, lazy_stack
 from torchrl.data.llm.history import _CHAT_TEMPLATES
 from torchrl.envs.llm import ChatEnv
@@ -281,7 +281,7 @@ def test_a_response_that_the_tokenizer_would_write_otherwise(
     assert second.prompt_ids != template_ids(tokenizer, chat)
     assert tokenizer.decode(second.prompt_ids) == tokenizer.decode(template_ids(tokenizer, chat))
     # The log-probs are those of the biased distribution; the states are the model's.
-    truth = oracle.teacher_force(smol_dir, second.prompt_ids, second.response_ids)
+    truth = hf_oracle.teacher_force(smol_dir, second.prompt_ids, second.response_ids)
     for segment in SEGMENTS:
         assert relative_error(second.vectors[segment], truth.pooled(segment, "mean")) < STATE_RTOL
 

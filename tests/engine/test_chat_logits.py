@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from checks import QUESTIONS
-from choosing import LOGITS_ATOL, logits_of
-from pipelines import chat_env, collector, flat
+from helpers.logits_checks import LOGITS_ATOL, logits_of
+from helpers.policy_checks import QUESTIONS
+from helpers.torchrl_pipelines import chat_env, collector, flat
 from tensordict import TensorDictBase
 from torchrl.data import Composite, Unbounded
 from torchrl.envs import Transform

@@ -14,8 +14,18 @@ from typing import Any
 
 import pytest
 import torch
-from checks import SEGMENTS, assert_row, make_policy
-from pipelines import FOLLOW_UPS, AnswerReward, Direct, buffer, chat_env, chat_of, collector, flat, unpadded
+from helpers.policy_checks import SEGMENTS, assert_row, make_policy
+from helpers.torchrl_pipelines import (
+    FOLLOW_UPS,
+    AnswerReward,
+    Direct,
+    buffer,
+    chat_env,
+    chat_of,
+    collector,
+    flat,
+    unpadded,
+)
 from tensordict import TensorDictBase
 from torchrl.collectors.llm import LLMCollector
 from torchrl.envs import AsyncEnvPool

@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from checks import prompt_of
-from choosing import assert_choices, check_choices, positioned
-from own_constraints import NoImmediateRepeat
+from helpers.logits_checks import assert_choices, check_choices, positioned
+from helpers.policy_checks import prompt_of
+from helpers.user_constraints import NoImmediateRepeat
 
 from torchrl_sglang_hidden import (
     ActionMask,

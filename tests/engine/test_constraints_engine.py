@@ -1,7 +1,8 @@
 """Constraints on a real server: every token of every response, and what a user's own constraint is told.
 
 Most of it on a random Qwen3 behind overlap scheduling, with chunks of 32, mixed chunks and a KV cache so small that
-requests are retracted. What each token was drawn from is held against Hugging Face's logits, changed by choosing.py.
+requests are retracted. What each token was drawn from is held against Hugging Face's logits, which
+helpers/logits_checks.py changes.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import own_constraints
 import pytest
 import torch
-from checks import SEGMENTS, assert_rows, make_policy, prompt_of, tokens_input
-from choosing import SUM_ATOL, assert_choices, check_choices, logits_of, positioned, with_context
-from own_constraints import FAR, NUM_TOLD, Fails, NoImmediateRepeat, Tell
-from states import assert_completion
+from helpers import user_constraints
+from helpers.completion_checks import assert_completion
+from helpers.logits_checks import SUM_ATOL, assert_choices, check_choices, logits_of, positioned, with_context
+from helpers.policy_checks import SEGMENTS, assert_rows, make_policy, prompt_of, tokens_input
+from helpers.user_constraints import FAR, NUM_TOLD, Fails, NoImmediateRepeat, Tell
 from transformers import PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden import (
@@ -56,7 +57,7 @@ def chooser(qwen3_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     with launch(
         qwen3_dir,
         dtype="float32",
-        constraint_modules=(own_constraints.__name__,),
+        constraint_modules=(user_constraints.__name__,),
         enable_custom_logit_processor=True,
         context_length=512,
         chunked_prefill_size=CHUNK,

@@ -14,11 +14,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import oracle
 import pytest
 import torch
-from checks import LOG_PROB_ATOL, QUESTIONS, STATE_RTOL, relative_error, tokens_input
-from pipelines import buffer, chat_env, collector
+from helpers import hf_oracle
+from helpers.policy_checks import LOG_PROB_ATOL, QUESTIONS, STATE_RTOL, relative_error, tokens_input
+from helpers.torchrl_pipelines import buffer, chat_env, collector
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import nn
@@ -185,7 +185,7 @@ def test_gae_unshifted_on_encoded_next_states(dialogues: Any, smol_dir: str, tur
         for t in range(turns - 1):
             assert relative_error(next_state_BTD[row, t], state_BTD[row, t + 1]) < STATE_RTOL
         ids = batch[row, -1]["next", "tokens", "prompt"].tolist()
-        truth_D = oracle.teacher_force(smol_dir, ids, [0]).pooled("prompt", "mean")
+        truth_D = hf_oracle.teacher_force(smol_dir, ids, [0]).pooled("prompt", "mean")
         assert relative_error(next_state_BTD[row, -1], truth_D) < STATE_RTOL
 
 

@@ -16,7 +16,7 @@ import matplotlib.image
 import psutil
 import pytest
 import torch
-from checks import assert_row, rows_of
+from helpers.policy_checks import assert_row, rows_of
 from rich.console import Console
 from tensordict import TensorDict, TensorDictBase
 

@@ -12,10 +12,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import oracle
 import pytest
 import torch
-from checks import LOG_PROB_ATOL, QUESTIONS
+from helpers import hf_oracle
+from helpers.policy_checks import LOG_PROB_ATOL, QUESTIONS
 from tensordict import TensorDict, TensorDictBase, lazy_stack
 from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, Tokens, TransformersWrapper
@@ -46,7 +46,7 @@ def make(smol: SGLangServer, smol_dir: str, tokenizer: PreTrainedTokenizerBase) 
             options["chat_template"] = TEMPLATE
         if kind == "engine":
             return SGLangHiddenWrapper(smol, hidden=None, **options)
-        return TransformersWrapper(oracle.load(smol_dir), **options)
+        return TransformersWrapper(hf_oracle.load(smol_dir), **options)
 
     return make
 
@@ -154,7 +154,7 @@ def test_each_row_chooses_among_its_own_actions(
     for row, mask_A in zip(out.unbind(0), masks, strict=True):
         response_T, prompt = row["tokens"].response, row["tokens"].prompt.tolist()
         assert torch.isin(response_T, ids_A[mask_A]).all()
-        model = oracle.load(smol_dir)
+        model = hf_oracle.load(smol_dir)
         with torch.no_grad():
             fed = torch.tensor([[*prompt, *response_T.tolist()]])
             raw_TA = model(fed).logits[0, len(prompt) - 1 : -1][:, ids_A]

@@ -18,14 +18,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
-import oracle
 import pytest
 import requests
 import torch
-from checks import LOG_PROB_ATOL, QUESTIONS, history_input, text_input, tokens_input
-from pipelines import FOLLOW_UPS, chat_env, collector
+from helpers import hf_oracle
+from helpers.doc_tables import rows_of
+from helpers.policy_checks import LOG_PROB_ATOL, QUESTIONS, history_input, text_input, tokens_input
+from helpers.torchrl_pipelines import FOLLOW_UPS, chat_env, collector
 from tensordict import TensorDict, TensorDictBase, lazy_stack
-from test_docs import rows_of
 from tokenizers import models
 from torchrl.data.llm import History
 from torchrl.modules.llm.backends.sglang import AsyncSGLang
@@ -238,7 +238,7 @@ class Bench:
     def measured(self, row: TensorDictBase) -> bool:
         """Whether a row's log-probs are those of its recorded ids."""
         prompt, response = row["tokens"].prompt.tolist(), row["tokens"].response.tolist()
-        expected_T = oracle.teacher_force(self.model_dir, prompt, response).log_probs_T
+        expected_T = hf_oracle.teacher_force(self.model_dir, prompt, response).log_probs_T
         return torch.allclose(row["log_probs"].response, expected_T, atol=LOG_PROB_ATOL, rtol=0)
 
 

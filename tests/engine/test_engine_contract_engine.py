@@ -1,9 +1,9 @@
-"""The contract of ../test_engine_contract.py on real engines: HTTP here, in-process in a process of its own."""
+"""The contract of engines on real engines: HTTP here, in-process in a process of its own."""
 
 from __future__ import annotations
 
 import pytest
-from test_engine_contract import EngineContract
+from helpers.engine_contract import EngineContract
 
 from torchrl_sglang_hidden import SGLangOffline, SGLangServer, connect
 

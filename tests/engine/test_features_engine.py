@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import models
 import pytest
 import torch
-from checks import make_policy, prompt_of, relative_error, tokens_input
-from choosing import SUM_ATOL, check_choices, positioned
-from states import assert_completion
+from helpers import random_models
+from helpers.completion_checks import assert_completion
+from helpers.logits_checks import SUM_ATOL, check_choices, positioned
+from helpers.policy_checks import make_policy, prompt_of, relative_error, tokens_input
 from transformers import PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden import ActionMask, EngineUnreachableError, HiddenSpec, LastTokens, LogitsSpec, launch
@@ -215,14 +215,14 @@ def test_data_parallel(qwen3_dir: str, tmp_path: Path) -> None:
 
 def test_lora(qwen3_dir: str, tmp_path: Path) -> None:
     """Rows of one batch under different adapters: each has the states of its own model."""
-    adapter_dir = str(models.save_random_lora(tmp_path / "adapter", qwen3_dir))
-    merged_dir = str(models.save_merged(tmp_path / "merged", qwen3_dir, adapter_dir))
+    adapter_dir = str(random_models.save_random_lora(tmp_path / "adapter", qwen3_dir))
+    merged_dir = str(random_models.save_merged(tmp_path / "merged", qwen3_dir, adapter_dir))
     with serving(
         qwen3_dir,
         tmp_path,
         enable_lora=True,
         lora_paths=[f"mine={adapter_dir}"],
-        max_lora_rank=models.LORA_RANK,
+        max_lora_rank=random_models.LORA_RANK,
         lora_backend="torch_native",
     ) as server:
         ids = prompt_of(70, 1200)

@@ -14,18 +14,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import oracle
 import pytest
 import torch
-from checks import LOG_PROB_ATOL, QUESTIONS, history_input
-from pipelines import AnswerReward, chat_env, collector
+from helpers import hf_oracle
+from helpers.policy_checks import LOG_PROB_ATOL, QUESTIONS, history_input
+from helpers.torchrl_pipelines import AnswerReward, chat_env, collector
+from helpers.weight_changes import load_trainer, perturb
 from tensordict import TensorDict, TensorDictBase
 from torchrl.collectors.llm import LLMCollector
 from torchrl.data import Composite, LazyStackStorage, ReplayBuffer, Unbounded
 from torchrl.data.replay_buffers.samplers import SamplerWithoutReplacement
 from torchrl.modules.llm import TransformersWrapper
 from torchrl.objectives.llm import GRPOLoss, MCAdvantage
-from trainee import load_trainer, perturb
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden import SGLangHiddenWeightSyncScheme, SGLangHiddenWrapper, SGLangServer
@@ -314,7 +314,9 @@ def test_trainer_and_sampler_agree_before_and_after_an_update(
     score_reference(reference, fresh)
     with torch.no_grad():
         found = make_loss(trainer, entropy_bonus=False)(fresh)
-        ref = [oracle.teacher_force(smol_dir, row.prompt_ids, row.response_ids).log_probs_T for row in rows_of(fresh)]
+        ref = [
+            hf_oracle.teacher_force(smol_dir, row.prompt_ids, row.response_ids).log_probs_T for row in rows_of(fresh)
+        ]
         expected = plain_loss(model, rows_of(fresh), ref, padded_width(fresh))
     assert float(found.loss_kl_to_ref) > 1e-5
     torch.testing.assert_close(found.loss_kl_to_ref, expected["loss_kl_to_ref"], atol=1e-6, rtol=1e-2)
@@ -340,7 +342,7 @@ def test_loss_and_gradients_are_those_of_the_formula(
     total(losses).backward()
     found = gradients(model)
     rows = rows_of(batch)
-    ref = [oracle.teacher_force(smol_dir, row.prompt_ids, row.response_ids).log_probs_T for row in rows]
+    ref = [hf_oracle.teacher_force(smol_dir, row.prompt_ids, row.response_ids).log_probs_T for row in rows]
     expected_losses = plain_loss(model, rows, ref, padded_width(batch))
     torch.stack(list(expected_losses.values())).sum().backward()
     expected = gradients(model)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from processes import still_running, watched
+from helpers.process_watch import still_running, watched
 
 from torchrl_sglang_hidden import (
     AuthenticationError,

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from checks import CHUNKED_PREFILL_SIZE, prompt_of
-from choosing import Grammar, assert_choices, check_choices
+from helpers.logits_checks import Grammar, assert_choices, check_choices
+from helpers.policy_checks import CHUNKED_PREFILL_SIZE, prompt_of
 from transformers import PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden import (

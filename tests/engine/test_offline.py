@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from checks import CHUNKED_PREFILL_SIZE, POOLINGS, SEGMENTS, Row, assert_row, prompt_of
-from offline_check import run_cases
+from helpers.policy_checks import CHUNKED_PREFILL_SIZE, POOLINGS, SEGMENTS, Row, assert_row, prompt_of
+from helpers.user_engine_program import run_cases
 from transformers import PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden import SGLangOffline
 
-SCRIPT = Path(__file__).with_name("offline_check.py")
+TESTS = Path(__file__).parents[1]
+SCRIPT = TESTS / "helpers" / "user_engine_program.py"
 TIMEOUT_S = 400
 
 CASES: list[dict[str, Any]] = [
@@ -42,12 +43,12 @@ CASES: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def given(qwen3_dir: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What offline_check.py found: Qwen3 in an engine of the user's."""
+    """What user_engine_program.py found: Qwen3 in an engine of the user's."""
     directory = tmp_path_factory.mktemp("offline")
     job, result, log = directory / "job.json", directory / "result.json", directory / "log.txt"
     server_args = {"dtype": "float32", "chunked_prefill_size": CHUNKED_PREFILL_SIZE}
     job.write_text(json.dumps({"model_dir": qwen3_dir, "server_args": server_args, "cases": CASES}))
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
     with log.open("w") as output:
         done = subprocess.run(
             [sys.executable, str(SCRIPT), str(job), str(result)],

@@ -11,8 +11,8 @@ from typing import Any
 
 import httpx
 import pytest
-from checks import CHUNKED_PREFILL_SIZE, prompt_of
-from states import assert_completion
+from helpers.completion_checks import assert_completion
+from helpers.policy_checks import CHUNKED_PREFILL_SIZE, prompt_of
 
 from torchrl_sglang_hidden import HiddenSpec, LastTokens, SGLangServer, TokenMask
 from torchrl_sglang_hidden.protocol import CHANNEL

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import httpx
 import pytest
-from checks import (
+from helpers.policy_checks import (
     CHUNKED_PREFILL_SIZE,
     POOLINGS,
     QUESTIONS,
@@ -21,7 +21,7 @@ from checks import (
     text_input,
     tokens_input,
 )
-from storm import resident_bytes, storm
+from helpers.request_storm import resident_bytes, storm
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden import AuthenticationError, PromptLengthError, SGLangHiddenWrapper, connect, launch

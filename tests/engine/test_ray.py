@@ -26,9 +26,9 @@ from typing import Any
 import psutil
 import pytest
 import ray
-from checks import make_policy
-from pipelines import AnswerReward, Direct, chat_env, chat_of, flat
-from processes import still_running, watched
+from helpers.policy_checks import make_policy
+from helpers.process_watch import still_running, watched
+from helpers.torchrl_pipelines import AnswerReward, Direct, chat_env, chat_of, flat
 from torchrl.collectors.llm import RayLLMCollector
 from torchrl.data import LazyStackStorage, RayReplayBuffer
 from torchrl.data.replay_buffers.samplers import SamplerWithoutReplacement

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import httpx
 import pytest
-from checks import SEGMENTS, assert_rows, history_input, prompt_of, text_input, tokens_input
+from helpers.policy_checks import SEGMENTS, assert_rows, history_input, prompt_of, text_input, tokens_input
 
 from torchrl_sglang_hidden import HiddenSpec, SGLangHiddenWrapper, SGLangServer
 from torchrl_sglang_hidden.engines import generate_samples

@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import oracle
 import pytest
 import torch
-from checks import CHUNKED_PREFILL_SIZE, LOG_PROB_ATOL, QUESTIONS, STATE_RTOL, prompt_of, relative_error, tokens_input
+from helpers import hf_oracle
+from helpers.policy_checks import (
+    CHUNKED_PREFILL_SIZE,
+    LOG_PROB_ATOL,
+    QUESTIONS,
+    STATE_RTOL,
+    prompt_of,
+    relative_error,
+    tokens_input,
+)
 from tensordict import TensorDict, TensorDictBase, lazy_stack
 from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, Text, Tokens, TransformersWrapper
@@ -54,7 +62,7 @@ def scorer(smol: SGLangServer, tokenizer: PreTrainedTokenizerBase) -> Policy:
 @torch.inference_mode()
 def assert_scored(row: TensorDictBase, ids: Sequence[int], model_dir: str, pooling: str = "mean") -> None:
     """One unpadded row: every id's log-prob given those before it, and the states of all positions."""
-    model = oracle.load(model_dir)
+    model = hf_oracle.load(model_dir)
     out = model(torch.tensor([list(ids)]), output_hidden_states=True)
     expected_N = out.logits[0, :-1].log_softmax(-1).gather(-1, torch.tensor(ids)[1:, None])[:, 0]
     log_probs_N = row["log_probs"].full
@@ -124,7 +132,7 @@ def test_scores_equal_those_of_torchrls_transformers_wrapper(
     scorer: Policy, tokenizer: PreTrainedTokenizerBase, smol_dir: str, mode: str, pad_output: bool
 ) -> None:
     reference = TransformersWrapper(
-        oracle.load(smol_dir),
+        hf_oracle.load(smol_dir),
         tokenizer=tokenizer,
         input_mode=mode,
         generate=False,

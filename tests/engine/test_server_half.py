@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from checks import SEGMENTS, assert_rows, make_policy, prompt_of, tokens_input
+from helpers.policy_checks import SEGMENTS, assert_rows, make_policy, prompt_of, tokens_input
 from transformers import PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden import HiddenSpec, SGLangServer

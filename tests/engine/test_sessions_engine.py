@@ -1,4 +1,4 @@
-"""The contract of ../test_sessions.py over HTTP, and what only a real server shows: the numbers of a whole context, and
+"""The contract of sessions over HTTP, and what only a real server shows: the numbers of a whole context, and
 what becomes of a session whose turn or cache is lost. In-process: test_streams_engine.py."""
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from checks import CHUNKED_PREFILL_SIZE, LOG_PROB_ATOL, SEGMENTS, STATE_RTOL, prompt_of, relative_error
-from oracle import teacher_force
-from test_sessions import SessionContract
+from helpers.hf_oracle import teacher_force
+from helpers.policy_checks import CHUNKED_PREFILL_SIZE, LOG_PROB_ATOL, SEGMENTS, STATE_RTOL, prompt_of, relative_error
+from helpers.session_contract import SessionContract
 from transformers import PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden import HiddenSpec, RequestAbortedError, RequestRejectedError, SGLangServer, connect

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import oracle
 import pytest
 import torch
-from checks import STATE_RTOL, history_input, relative_error, tokens_input
+from helpers import hf_oracle
+from helpers.policy_checks import STATE_RTOL, history_input, relative_error, tokens_input
 from tensordict import TensorDict, lazy_stack
 from torchrl.data import LazyStackStorage, ReplayBuffer
 from torchrl.data.llm import History
@@ -90,7 +90,7 @@ def test_turns_roles_and_markers_of_a_chat(wrapper: Any, smol_dir: str, tokenize
     hidden = out["hidden_states"]
     for row, chat in enumerate((CHAT, CHAT[:2])):
         prompt, response = row_of(out, row)
-        truth = oracle.teacher_force(smol_dir, prompt, response)
+        truth = hf_oracle.teacher_force(smol_dir, prompt, response)
         rows = {"prompt": truth.rows("prompt"), "response": truth.rows("response")}
         said = [words_of(tokenizer, prompt, turn["content"], f"<|im_start|>{turn['role']}") for turn in chat]
         users = [place for turn, places in zip(chat, said, strict=True) if turn["role"] == "user" for place in places]
@@ -125,7 +125,7 @@ def test_between_markers_of_a_response(wrapper: Any, smol_dir: str, tokenizer: P
     policy = wrapper("history", HiddenSpec(("response",), spans=spans))
     out = policy(history_input(["What is the capital of France?"]))
     prompt, response = row_of(out)
-    truth_ND = oracle.teacher_force(smol_dir, prompt, response).rows("response")
+    truth_ND = hf_oracle.teacher_force(smol_dir, prompt, response).rows("response")
     capital = words_of(tokenizer, response, " capital")
     stop = words_of(tokenizer, response, ".")
     expected = {
@@ -166,7 +166,7 @@ def test_a_mask_of_the_tensordict(wrapper: Any, smol_dir: str) -> None:
     )
     out = wrapper("tokens", HiddenSpec(("prompt",), spans={"marked": TokenMask("marked")}))(batch)
     for row, (ids, mask) in enumerate(rows):
-        rows_ND = oracle.teacher_force(smol_dir, ids, row_of(out, row)[1]).rows("prompt")
+        rows_ND = hf_oracle.teacher_force(smol_dir, ids, row_of(out, row)[1]).rows("prompt")
         assert_mean(out["hidden_states"].spans["marked"][row], rows_ND[torch.tensor(mask, dtype=torch.bool)])
 
 
@@ -187,7 +187,7 @@ def test_token_states_fit_the_tokens(wrapper: Any, smol_dir: str, pad_output: bo
             "full": len(tokens["full"]) - 1,
         }
         response = tokens["response"][mask[row][len(tokens["prompt"]) :]].tolist()
-        truth = oracle.teacher_force(smol_dir, ids, response)
+        truth = hf_oracle.teacher_force(smol_dir, ids, response)
         left = len(tokens["prompt"]) - len(ids)
         assert relative_error(states["prompt"][left:], truth.rows("prompt")) < STATE_RTOL
         assert relative_error(states["response"][: len(response)], truth.rows("response")) < STATE_RTOL
@@ -211,7 +211,7 @@ def test_a_prompt_alone_is_encoded(wrapper: Any, smol_dir: str) -> None:
     prompts = [[11, 12, 13, 14, 15], [21, 22, 23], [31]]
     out = policy(tokens_input(prompts))
     for row, ids in enumerate(prompts):
-        assert_mean(out["hidden_states", "prompt"][row], oracle.teacher_force(smol_dir, ids, [0]).rows("prompt"))
+        assert_mean(out["hidden_states", "prompt"][row], hf_oracle.teacher_force(smol_dir, ids, [0]).rows("prompt"))
     assert [row_of(out, row) for row in range(3)] == [(ids, []) for ids in prompts]
     assert out["text"].response == ["", "", ""]
 

@@ -11,13 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import models
-import oracle
 import pytest
 import torch
-from checks import CHUNKED_PREFILL_SIZE, make_policy, prompt_of, tokens_input
-from choosing import assert_choices
-from states import assert_completion
+from helpers import hf_oracle, random_models
+from helpers.completion_checks import assert_completion
+from helpers.logits_checks import assert_choices
+from helpers.policy_checks import CHUNKED_PREFILL_SIZE, make_policy, prompt_of, tokens_input
 from tensordict import TensorDict, TensorDictBase, lazy_stack
 from torchrl.modules.llm.policies import Tokens
 from transformers import PreTrainedTokenizerBase
@@ -44,11 +43,11 @@ from torchrl_sglang_hidden.spec.spans import PromptSpan
 # Small random models, and how many layers they have: heads tied and not, scaled, softcapped, and one whose vocabulary
 # SGLang pads.
 ARCHITECTURES = {
-    "llama": (models.save_random_llama, 5),
-    "granite": (models.save_random_granite, 3),
-    "qwen3": (models.save_random_qwen3, 4),
-    "gemma3": (models.save_random_gemma3, 6),
-    "qwen3_moe": (models.save_random_qwen3_moe, 4),
+    "llama": (random_models.save_random_llama, 5),
+    "granite": (random_models.save_random_granite, 3),
+    "qwen3": (random_models.save_random_qwen3, 4),
+    "gemma3": (random_models.save_random_gemma3, 6),
+    "qwen3_moe": (random_models.save_random_qwen3_moe, 4),
 }
 GREEDY = {"max_new_tokens": 6, "temperature": 0.0}
 # Below, at and above the chunk size; the first is one token, which is prompt, boundary and all.
@@ -205,7 +204,7 @@ def case(served: Served, tokenizer: PreTrainedTokenizerBase) -> Case:
 
 @torch.inference_mode()
 def hugging_face(model_dir: str, ids: list[int]) -> torch.Tensor:
-    logits: torch.Tensor = oracle.load(model_dir)(torch.tensor([ids])).logits[0]
+    logits: torch.Tensor = hf_oracle.load(model_dir)(torch.tensor([ids])).logits[0]
     return logits
 
 
@@ -222,7 +221,7 @@ def of(out: TensorDictBase, name: str, segment: str) -> list[torch.Tensor]:
 @torch.no_grad()
 def test_logits_of_every_segment_are_hugging_faces(case: Case) -> None:
     out = generated(case)
-    model = oracle.load(case.model_dir)
+    model = hf_oracle.load(case.model_dir)
     logits = {
         segment: logits_from_hidden(of(out, "token_hidden_states", segment), model)
         for segment in ("prompt", "response", "full")
@@ -243,7 +242,7 @@ def test_logits_of_every_segment_are_hugging_faces(case: Case) -> None:
 @torch.no_grad()
 def test_the_sampled_log_probs_agree(case: Case) -> None:
     out = generated(case)
-    model = oracle.load(case.model_dir)
+    model = hf_oracle.load(case.model_dir)
     tokens, log_probs = of(out, "tokens", "response"), of(out, "log_probs", "response")
     states = of(out, "token_hidden_states", "response")
     version = case.policy.model.info.weight_version
@@ -281,7 +280,7 @@ def test_a_scored_sequence_agrees(case: Case) -> None:
     scored = scorer(lazy_stack([TensorDict(tokens=Tokens(full=torch.tensor(ids)), batch_size=())]))[0]
     logits = logits_from_hidden(
         scored["token_hidden_states"].full[:-1],
-        oracle.load(case.model_dir),
+        hf_oracle.load(case.model_dir),
         tokens=scored["tokens"].full[1:],
         log_probs=scored["log_probs"].full[1:],
     )
@@ -293,7 +292,7 @@ def test_a_scored_sequence_agrees(case: Case) -> None:
 def test_the_head_alone_does_where_nothing_follows_it(case: Case) -> None:
     """And of the others it does not, which the check finds: else these tests would not see a cap or a scale."""
     out = generated(case)
-    model = oracle.load(case.model_dir)
+    model = hf_oracle.load(case.model_dir)
     head = model.get_output_embeddings()
     check = {"tokens": of(out, "tokens", "response"), "log_probs": of(out, "log_probs", "response")}
     states = of(out, "token_hidden_states", "response")

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
-from checks import (
+from helpers.completion_checks import assert_completion
+from helpers.policy_checks import (
     CHUNKED_PREFILL_SIZE,
     POOLINGS,
     SEGMENTS,
@@ -19,7 +20,6 @@ from checks import (
     text_input,
     tokens_input,
 )
-from states import assert_completion
 from transformers import PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden import (

@@ -1,6 +1,6 @@
-"""The contract of ../test_streams.py on real engines, and what only they show: the numbers, stop strings, hanging up.
+"""The contract of streams on real engines, and what only they show: the numbers, stop strings, hanging up.
 
-In-process, the contract of ../test_sessions.py runs here too.
+In-process, the contract of sessions runs here too.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from checks import LOG_PROB_ATOL, SEGMENTS, STATE_RTOL, prompt_of, relative_error
-from oracle import teacher_force
-from test_sessions import SessionContract
-from test_streams import StreamContract, assert_adds_up, collect
+from helpers.hf_oracle import teacher_force
+from helpers.policy_checks import LOG_PROB_ATOL, SEGMENTS, STATE_RTOL, prompt_of, relative_error
+from helpers.session_contract import SessionContract
+from helpers.stream_contract import StreamContract, assert_adds_up, collect
 from transformers import PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden import HiddenSpec, RequestAbortedError, SGLangOffline, SGLangServer

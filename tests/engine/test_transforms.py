@@ -17,11 +17,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import oracle
 import pytest
 import torch
-from checks import LOG_PROB_ATOL, QUESTIONS, tokens_input
-from pipelines import AnswerReward, chat_env, chat_of, collector
+from helpers import hf_oracle
+from helpers.policy_checks import LOG_PROB_ATOL, QUESTIONS, tokens_input
+from helpers.torchrl_pipelines import AnswerReward, chat_env, chat_of, collector
+from helpers.weight_changes import load_trainer, perturb
 from tensordict import TensorDict, TensorDictBase, lazy_stack
 from torchrl.data import Composite, Unbounded
 from torchrl.data.llm import History
@@ -36,7 +37,6 @@ from torchrl.envs.llm.transforms import (
 )
 from torchrl.modules.llm.policies import ChatHistory, TransformersWrapper
 from torchrl.objectives.llm import DistillationLoss, SFTLoss
-from trainee import load_trainer, perturb
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden import SGLangHiddenWrapper, SGLangServer
@@ -129,7 +129,7 @@ def scorer(smol: SGLangServer, smol_dir: str, tokenizer: PreTrainedTokenizerBase
 
 @pytest.fixture(scope="module")
 def truths(smol_dir: str, tokenizer: PreTrainedTokenizerBase, other: PreTrainedModel) -> dict[str, list[Scored]]:
-    models = {"engine": oracle.load(smol_dir), "other": other}
+    models = {"engine": hf_oracle.load(smol_dir), "other": other}
     return {kind: [truth(model, tokenizer, chat) for chat in CHATS] for kind, model in models.items()}
 
 
@@ -245,7 +245,7 @@ def test_kl_of_what_was_sampled_is_measured_on_the_response_alone(
     for row, kl_N in zip(out.unbind(0), kl, strict=True):
         real_N, response_N = row["masks"].all_attention_mask, row["masks"].all_assistant_mask
         ids = row["tokens"].full[real_N].tolist()
-        diff_N = log_probs_of(oracle.load(smol_dir), ids) - log_probs_of(other, ids)
+        diff_N = log_probs_of(hf_oracle.load(smol_dir), ids) - log_probs_of(other, ids)
         assert diff_N.abs().max() > SEEN
         torch.testing.assert_close(kl_N[response_N], diff_N[response_N[real_N]], atol=LOG_PROB_ATOL, rtol=0)
         assert not kl_N[~response_N].any(), "what nobody measured does not diverge"
@@ -326,7 +326,7 @@ def test_retrieve_kl_with_the_collectors_policy(
     (batch,) = batches
     batches.shutdown()
 
-    model = oracle.load(smol_dir)
+    model = hf_oracle.load(smol_dir)
     turns = [row[0] for row in batch.unbind(0)]
     scored = [truth(model, tokenizer, chat_of(turn["history"].full)).masked(True) for turn in turns]
     kl = [kl_of(model, other if ref == "other" else model, tokenizer, turn) for turn in turns]
@@ -357,7 +357,7 @@ def test_the_version_and_the_divergence_move_with_the_generators_weights(
     )
     batches.env.append_transform(kl)
     before = trainee.info.weight_version
-    weights, turns = [oracle.load(smol_dir), other], []
+    weights, turns = [hf_oracle.load(smol_dir), other], []
     for batch in batches:
         turns.append(batch[0, 0])
         if len(turns) == 1:
@@ -404,7 +404,7 @@ def test_policy_version_beside_any_generator_and_reference(
         turn = batch[0, 0]
         versions.append(turn["next", "policy_version"])
         assert turn["policy_version"] == versions[-1] == batches.policy_version
-        model = other if ref == "other" else oracle.load(smol_dir)
+        model = other if ref == "other" else hf_oracle.load(smol_dir)
         expected_N = truth(model, tokenizer, chat_of(turn["history"].full)).masked(True)
         torch.testing.assert_close(turn["next", *REF], expected_N, atol=LOG_PROB_ATOL, rtol=0)
         batches.increment_version()
@@ -549,7 +549,7 @@ def test_a_thinking_prompt_is_what_the_next_turn_answers(
         )
         turn = second[row]
         assert turn["tokens"].prompt.tolist() == prompt_ids
-        expected = oracle.teacher_force(smol_dir, prompt_ids, turn["tokens"].response.tolist())
+        expected = hf_oracle.teacher_force(smol_dir, prompt_ids, turn["tokens"].response.tolist())
         torch.testing.assert_close(turn["log_probs"].response, expected.log_probs_T, atol=LOG_PROB_ATOL, rtol=0)
 
 
@@ -571,12 +571,12 @@ def test_the_legacy_kl_reward_of_padded_turns(
         return env.rollout(1, generator(smol, tokenizer, pad_output=pad_output))[:, 0]
 
     out = rollout(pad_output=True)
-    model = other if ref == "other" else oracle.load(smol_dir)
+    model = other if ref == "other" else hf_oracle.load(smol_dir)
     for turn in out.unbind(0):
         real_N, response_N = turn["masks"].all_attention_mask, turn["masks"].all_assistant_mask
         ids = turn["tokens"].full[real_N].tolist()
         kl_N = torch.zeros(real_N.shape)
-        kl_N[real_N] = log_probs_of(oracle.load(smol_dir), ids) - log_probs_of(model, ids)
+        kl_N[real_N] = log_probs_of(hf_oracle.load(smol_dir), ids) - log_probs_of(model, ids)
         kl_N = kl_N.masked_fill(~response_N, 0.0)
         assert (kl_N.abs().max() > SEEN) == (ref == "other")
         torch.testing.assert_close(turn["next", "kl_penalty"][:, 0], kl_N, atol=LOG_PROB_ATOL, rtol=0)

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import oracle
 import pytest
 import torch
-from checks import (
+from helpers import hf_oracle
+from helpers.completion_checks import assert_completion as assert_equals_hugging_face
+from helpers.policy_checks import (
     LOG_PROB_ATOL,
     QUESTIONS,
     SEGMENTS,
@@ -32,11 +33,10 @@ from checks import (
     rows_of,
     tokens_input,
 )
-from states import assert_completion as assert_equals_hugging_face
+from helpers.weight_changes import load_trainer, perturb, restore
 from tensordict import TensorDict
 from torchrl.modules.llm import TransformersWrapper
 from torchrl.weight_update.llm import SGLangWeightSyncScheme
-from trainee import load_trainer, perturb, restore
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden import (
@@ -84,7 +84,7 @@ def answers(engine: Any, prompts: list[list[int]], num_tokens: int = 8) -> list[
 
 def assert_completion(completion: Completion, model_dir: str) -> None:
     """Log-probs and pools are those of Hugging Face on the weights of a directory."""
-    truth = oracle.teacher_force(model_dir, completion.prompt_ids, completion.response_ids)
+    truth = hf_oracle.teacher_force(model_dir, completion.prompt_ids, completion.response_ids)
     torch.testing.assert_close(completion.log_probs_T, truth.log_probs_T, atol=LOG_PROB_ATOL, rtol=0)
     for segment, pooled in completion.hidden.items():
         assert relative_error(pooled.vector, truth.pooled(segment, "mean")) < STATE_RTOL
@@ -147,7 +147,7 @@ def test_every_answer_is_of_the_new_weights(
 
 def test_the_perturbation_would_be_seen(trained_dir: str, smol_dir: str, chat_ids: ChatIds) -> None:
     prompt = chat_ids(QUESTIONS[0])
-    old, new = (oracle.teacher_force(path, prompt, [5, 6, 7]) for path in (smol_dir, trained_dir))
+    old, new = (hf_oracle.teacher_force(path, prompt, [5, 6, 7]) for path in (smol_dir, trained_dir))
     assert (old.log_probs_T - new.log_probs_T).abs().max() > 100 * LOG_PROB_ATOL
     assert relative_error(old.pooled("prompt", "mean"), new.pooled("prompt", "mean")) > 100 * STATE_RTOL
 
@@ -370,7 +370,7 @@ def test_a_trajectory_across_an_update_goes_on_with_the_new_weights_and_says_so(
     # Tokens, log-probs and states up to the cut are the old model's; behind it they are the new one's, which read the
     # whole prefix again.
     ids = row["output_ids"]
-    old, new = (oracle.teacher_force(path, prompt, ids) for path in (smol_dir, trained_dir))
+    old, new = (hf_oracle.teacher_force(path, prompt, ids) for path in (smol_dir, trained_dir))
     log_probs_T = torch.tensor([entry[0] for entry in row["meta_info"]["output_token_logprobs"]])
     expected_T = torch.cat([old.log_probs_T[:cut], new.log_probs_T[cut:]])
     torch.testing.assert_close(log_probs_T, expected_T, atol=LOG_PROB_ATOL, rtol=0)
@@ -526,7 +526,7 @@ def test_the_scheme_as_torchrl_uses_it(
     scheme.send()
     (after,) = answers(trainee, [chat_ids(QUESTIONS[0])])
     assert_completion(after, trained_dir)
-    scheme.send(TensorDict.from_module(oracle.load(smol_dir)))
+    scheme.send(TensorDict.from_module(hf_oracle.load(smol_dir)))
     (after,) = answers(trainee, [chat_ids(QUESTIONS[0])])
     assert_completion(after, smol_dir)
     with pytest.raises(InputError, match="worker_ids=1"):

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from checks import LOG_PROB_ATOL, SEGMENTS, STATE_RTOL, Row, relative_error
 from tensordict import TensorDict, TensorDictBase, lazy_stack
 from torch.utils.data import DataLoader
 from torchrl.collectors.llm import LLMCollector
@@ -25,6 +24,7 @@ from torchrl.envs import EnvBase, StepCounter, Transform
 from torchrl.envs.llm import ChatEnv
 from torchrl.modules.llm.policies import ChatHistory
 
+from helpers.policy_checks import LOG_PROB_ATOL, SEGMENTS, STATE_RTOL, Row, relative_error
 from torchrl_sglang_hidden import SGLangHiddenWrapper
 
 FOLLOW_UPS = ("Why?", "Say that in fewer words, please.")

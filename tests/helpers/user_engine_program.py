@@ -1,6 +1,6 @@
 """An in-process engine that a user made, in a process of its own, which `sglang.Engine` changes for good.
 
-    python offline_check.py JOB.json RESULT.json
+    python user_engine_program.py JOB.json RESULT.json
 
 Run by test_offline.py, which compares what this finds against the oracle.
 """
@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from checks import make_policy, rows_of, tokens_input
 from transformers import AutoTokenizer
 
+from helpers.policy_checks import make_policy, rows_of, tokens_input
 from torchrl_sglang_hidden import InputError, SGLangOffline
 from torchrl_sglang_hidden.server.cpu import has_accelerator, use_cpu_engine
 

@@ -11,10 +11,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import oracle
 import torch
-from own_constraints import NoImmediateRepeat, Tell
 
+from helpers import hf_oracle
+from helpers.user_constraints import NoImmediateRepeat, Tell
 from torchrl_sglang_hidden import ActionMask, ConstraintStep, DisallowedTokens, LogitConstraint, TemperatureScale
 from torchrl_sglang_hidden.engines import Engine
 from torchrl_sglang_hidden.records import Completion, Request, TokenLogits
@@ -33,7 +33,7 @@ Grammar = Callable[[Sequence[int]], torch.Tensor]
 @torch.inference_mode()
 def logits_of(model_dir: str, ids: tuple[int, ...]) -> torch.Tensor:
     """``[N, V]``: row n is what the token behind the first n+1 is drawn from."""
-    return oracle.load(model_dir)(torch.tensor([list(ids)]), use_cache=False).logits[0]
+    return hf_oracle.load(model_dir)(torch.tensor([list(ids)]), use_cache=False).logits[0]
 
 
 def temperature_at(scale: TemperatureScale, index: int, most: int) -> float:
@@ -177,7 +177,7 @@ def assert_choices(
     name = f"P={num_prompt} T={num_response} {request.sampling} {spec} {str(request.constraints)[:300]}"
     assert prompt_ids == request.prompt_ids, name
     all_NV = logits_of(model_dir, (*prompt_ids, *response_ids))
-    eos_id = oracle.load(model_dir).config.eos_token_id
+    eos_id = hf_oracle.load(model_dir).config.eos_token_id
     sharpest = 1.0
     if num_response:
         raw_TV = all_NV[num_prompt - 1 : -1]
@@ -277,7 +277,7 @@ def positioned(prompts: Sequence[Sequence[int]], length: int, *, own: bool) -> l
     Args:
         prompts: taken in turn.
         length: of the responses.
-        own: whether the server has the constraints of own_constraints.py.
+        own: whether the server has the constraints of user_constraints.py.
     """
     few, most = ActionMask(range(500, 520)), DisallowedTokens(range(0, 49000, 3))
     sets: list[tuple[LogitConstraint, ...]] = [

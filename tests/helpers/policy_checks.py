@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import oracle
 import torch
 from tensordict import TensorDict, lazy_stack
 from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, Text, Tokens
 from transformers import PreTrainedTokenizerBase
 
+from helpers import hf_oracle
 from torchrl_sglang_hidden import HiddenSpec, SGLangHiddenWrapper
 
 LOG_PROB_ATOL = 1e-3
@@ -102,13 +102,13 @@ def rows_of(out: TensorDict, segments: Sequence[str]) -> list[Row]:
     ]
 
 
-def assert_row(row: Row, model_dir: str, pooling: str = "mean", temperature: float = 1.0) -> oracle.Truth:
+def assert_row(row: Row, model_dir: str, pooling: str = "mean", temperature: float = 1.0) -> hf_oracle.Truth:
     """Tokens, log-probs, counts and vectors of one row belong together and equal Hugging Face's."""
     num_prompt, num_response = len(row.prompt_ids), len(row.response_ids)
     expected_counts = {"prompt": num_prompt, "response": num_response, "full": num_prompt + num_response - 1}
     assert row.full_ids == row.prompt_ids + row.response_ids
     assert row.counts == {segment: expected_counts[segment] for segment in row.counts}
-    truth = oracle.teacher_force(model_dir, row.prompt_ids, row.response_ids, temperature)
+    truth = hf_oracle.teacher_force(model_dir, row.prompt_ids, row.response_ids, temperature)
     assert row.log_probs_T.dtype == torch.float32
     torch.testing.assert_close(row.log_probs_T, truth.log_probs_T, atol=LOG_PROB_ATOL, rtol=0)
     for segment, vector in row.vectors.items():
@@ -129,7 +129,7 @@ def assert_rows(
 
 def assert_greedy(row: Row, model_dir: str, max_new_tokens: int, eos_id: int | None = None) -> None:
     """Each token is the best one behind those before it, and the response ends where it should."""
-    assert row.response_ids == oracle.teacher_force(model_dir, row.prompt_ids, row.response_ids).argmax_T
+    assert row.response_ids == hf_oracle.teacher_force(model_dir, row.prompt_ids, row.response_ids).argmax_T
     assert eos_id not in row.response_ids[:-1]
     assert row.response_ids[-1] == eos_id or len(row.response_ids) == max_new_tokens
 

@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import psutil
 import torch
-from checks import prompt_of
-from states import assert_completion
 
+from helpers.completion_checks import assert_completion
+from helpers.policy_checks import prompt_of
 from torchrl_sglang_hidden import HiddenSpec, LastTokens, TokenMask
 from torchrl_sglang_hidden.engines.launch import LaunchedServer
 from torchrl_sglang_hidden.records import Request

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import oracle
 import torch
-from checks import LOG_PROB_ATOL, STATE_RTOL, relative_error
 
+from helpers import hf_oracle
+from helpers.policy_checks import LOG_PROB_ATOL, STATE_RTOL, relative_error
 from torchrl_sglang_hidden.records import Completion, Request
 from torchrl_sglang_hidden.spec.hidden import canonical_layer
 from torchrl_sglang_hidden.spec.spans import LastTokens, PromptSpan
@@ -15,7 +15,7 @@ Stack = torch.Tensor
 
 def assert_completion(
     request: Request, completion: Completion, model_dir: str, num_layers: int, *, rtol: float = STATE_RTOL
-) -> oracle.Truth:
+) -> hf_oracle.Truth:
     """Every log-prob, segment, span and token state of one completion equals Hugging Face's.
 
     A prompt that was only read has no response; its truth is that of any one token.
@@ -24,7 +24,7 @@ def assert_completion(
     response_ids = completion.response_ids or (0,)
     layers = () if spec is None else tuple(canonical_layer(layer, num_layers) for layer in spec.layer_ids)
     temperature = request.sampling.get("temperature", 1.0) or 1.0
-    truth = oracle.teacher_force(model_dir, prompt_ids, response_ids, temperature, layers)
+    truth = hf_oracle.teacher_force(model_dir, prompt_ids, response_ids, temperature, layers)
     name = f"P={len(prompt_ids)} T={len(completion.response_ids)} {spec}"
     assert prompt_ids == request.prompt_ids, name
     if completion.log_probs_T is not None:

@@ -1,0 +1,17 @@
+"""The tables of docs/, whose last column names the tests that hold the row."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+NAMED = re.compile(r"`(tests/(?:engine/)?test_\w+\.py)::(test_\w+)`")
+
+
+def rows_of(page: str) -> list[list[str]]:
+    """The rows of the page's tables; the last cell names the tests that hold the others."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [row for row in rows if row[-1] != "held by" and set("".join(row)) != {"-"}]

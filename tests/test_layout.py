@@ -1,0 +1,52 @@
+"""How the tests themselves are laid out: what several files share is in helpers/, and no file grows without end."""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+FILES = sorted(TESTS.rglob("*.py"))
+TEST_MODULES = {path.stem for path in FILES if path.stem.startswith("test_") or path.stem == "conftest"}
+
+
+def imported_tests(source: str) -> Iterator[str]:
+    """Yield the test modules that a file imports, under any path and in functions too."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or "", *(alias.name for alias in node.names)]
+        else:
+            continue
+        yield from (name for name in names if not TEST_MODULES.isdisjoint(name.split(".")))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(TESTS)))
+def test_no_file_imports_a_test_file(path: Path) -> None:
+    assert list(imported_tests(path.read_text())) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import test_layout",
+        "from test_layout import FILES",
+        "from . import test_layout",
+        "from .test_layout import FILES",
+        "import tests.conftest as shared",
+        "def f():\n    from engine.test_chat import x",
+    ],
+)
+def test_the_check_of_imports_goes_red(source: str) -> None:
+    assert list(imported_tests(source))
+
+
+def test_base_names_are_unique() -> None:
+    """pytest imports a test file by its base name, and the groups of several processes have it too."""
+    counts = Counter(path.name for path in FILES if path.stem.startswith("test_"))
+    assert [name for name, count in counts.items() if count > 1] == []
