@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.fake_engine import RecordingEngine, pooled_D, response_of, states_ND, tiny_tokenizer
-from tensordict import TensorDictBase, lazy_stack
+from tensordict import TensorDict, TensorDictBase, lazy_stack
 from torchrl.data import LazyStackStorage, ReplayBuffer
 from torchrl.data.llm import History
 from torchrl.data.llm.history import ContentBase
@@ -287,3 +287,23 @@ def test_a_vocabulary_is_the_engines_to_know(mode: str) -> None:
 def wrong_kind(mode: str) -> TensorDictBase:
     other = MODES[MODES.index(mode) - 1]
     return ragged(**{other: ROWS[other]})
+
+
+@pytest.mark.parametrize(
+    ("mode", "value"),
+    [
+        ("tokens", torch.ones(2, 3, 4).long()),
+        ("tokens", "w1"),
+        ("text", torch.tensor([[1, 2], [3, 4]])),
+        ("history", ["w1", "w2"]),
+    ],
+)
+def test_what_the_policy_cannot_read_names_ragged(mode: str, value: Any) -> None:
+    wrong = TensorDict({mode: TensorDict({"prompt": value}, batch_size=2)}, batch_size=2)
+    with pytest.raises(InputTypeError, match=rf"row 0.*ragged\({mode}=…\)"):
+        make(mode)(wrong)
+
+
+def test_what_is_no_tensordict_names_ragged() -> None:
+    with pytest.raises(InputTypeError, match=r"the policy reads a TensorDict, such as ragged\(…\)"):
+        make("text")(TEXTS)

@@ -116,7 +116,9 @@ class PromptReader:
             ConstraintError: an action mask that allows nothing.
         """
         if not is_tensor_collection(tensordict):
-            raise InputTypeError(f"{tensordict!r:.80} is a {type(tensordict).__name__}; the policy reads a TensorDict")
+            raise InputTypeError(
+                f"{tensordict!r:.80} is a {type(tensordict).__name__}; the policy reads a TensorDict, such as ragged(…)"
+            )
         rows = [self._read_row(index, row) for index, row in enumerate(_unbind(tensordict))]
         if not rows:
             raise PromptLengthError(
@@ -161,7 +163,9 @@ class PromptReader:
 
     def _read_history(self, name: str, row: TensorDictBase, history: Any) -> Row:
         if not isinstance(history, History):
-            raise InputTypeError(f"{name} a {type(history).__name__}; history mode reads a torchrl.data.llm.History")
+            raise InputTypeError(
+                f"{name} a {type(history).__name__}; history mode reads a History: use ragged(history=…)"
+            )
         if history.ndim == 0:
             raise InputTypeError(
                 f"{name} one message without a dimension of turns; give History.from_chats([[…]]) one list of messages "
@@ -258,7 +262,7 @@ class PromptReader:
 
     def _read_text(self, name: str, text: Any) -> Row:
         if not isinstance(text, str):
-            raise InputTypeError(f"{name} a {type(text).__name__}, {text!r:.80}; text mode reads one string per row")
+            raise InputTypeError(f"{name} a {type(text).__name__}, {text!r:.80}; expected a string: use ragged(text=…)")
         if not text:
             raise PromptLengthError(f"{name} an empty string, 0 tokens; SGLang needs at least 1")
         return Row(self._encode(text), text)
@@ -380,7 +384,7 @@ def _keys_of(row: TensorDictBase) -> list[str]:
 def _check_ids(name: str, ids: Any) -> None:
     if not isinstance(ids, torch.Tensor) or ids.ndim != 1:
         shape = f" of shape {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else ""
-        raise InputTypeError(f"{name} a {type(ids).__name__}{shape}; expected one tensor of ids per row, [P]")
+        raise InputTypeError(f"{name} a {type(ids).__name__}{shape}; expected ids [P] per row: use ragged(tokens=…)")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise InputTypeError(f"{name} of dtype {ids.dtype}; token ids are integers, such as torch.int64")
 
