@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from torchrl_sglang_hidden.spec.constraints import LogitConstraint
-from torchrl_sglang_hidden.spec.hidden import HiddenSpec, Segment
+from torchrl_sglang_hidden.spec.hidden import HiddenSpec
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 from torchrl_sglang_hidden.spec.spans import ResolvedSpan
 
@@ -146,7 +146,7 @@ class Completion:
     response_ids: tuple[int, ...]
     text: str
     log_probs_T: torch.Tensor | None
-    hidden: Mapping[Segment, Pooled]
+    hidden: Mapping[str, Pooled]
     finish_reason: str
     weight_version: str
     mixed_weights: bool = False

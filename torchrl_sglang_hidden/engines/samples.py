@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal, cast
+from typing import cast
 
 import torch
 
 from torchrl_sglang_hidden.engines.base import Engine
 from torchrl_sglang_hidden.records import READING, Completion, Pooled, Request, TokenRows
 from torchrl_sglang_hidden.sglang_api.checks import check_requests
-from torchrl_sglang_hidden.spec.hidden import HiddenSpec, Segment, rows_expected
+from torchrl_sglang_hidden.spec.hidden import HiddenSpec, Segment, SegmentName, reads_prompt
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 from torchrl_sglang_hidden.spec.spans import PromptSpan, ResolvedSpan
 
@@ -55,10 +55,10 @@ def _ahead(request: Request) -> Request:
     spec = request.hidden
     spans = {name: span for name, span in request.spans.items() if isinstance(span, PromptSpan)}
     if spec is not None:
-        tokens = spec.tokens and not {"prompt", "full"}.isdisjoint(spec.segments)
+        tokens = spec.tokens and reads_prompt(spec.segments)
         # For a mean of `full` the server half must have summed the prompt.
-        whole = tokens or "prompt" in spec.segments or ("full" in spec.segments and spec.pooling == "mean")
-        spec = _narrowed(spec, ("prompt",) if whole else (), tokens, spans)
+        whole = tokens or Segment.PROMPT in spec.segments or (reads_prompt(spec.segments) and spec.pooling == "mean")
+        spec = _narrowed(spec, (Segment.PROMPT,) if whole else (), tokens, spans)
     return replace(
         request,
         sampling=READING,
@@ -66,7 +66,7 @@ def _ahead(request: Request) -> Request:
         hidden=spec,
         spans=spans,
         # Of the token that is dropped nothing is asked, and what is chosen may not be chosen here.
-        logits=_of_segment(request.logits, "prompt"),
+        logits=_of_segment(request.logits, Segment.PROMPT),
         constraints=(),
         processor=None,
     )
@@ -81,23 +81,23 @@ def _sample(request: Request, index: int) -> Request:
     spec = request.hidden
     spans = {name: span for name, span in request.spans.items() if not isinstance(span, PromptSpan)}
     if spec is not None:
-        segments = tuple(segment for segment in spec.segments if segment != "prompt")
+        segments = tuple(segment for segment in spec.segments if segment != Segment.PROMPT)
         if spec.tokens and segments:
             # Every token's state of `full` would come with the whole prompt each time.
-            segments = ("response",)
+            segments = (Segment.RESPONSE,)
         spec = _narrowed(spec, segments, spec.tokens and bool(segments), spans)
-    return replace(request, hidden=spec, spans=spans, logits=_of_segment(request.logits, "response"))
+    return replace(request, hidden=spec, spans=spans, logits=_of_segment(request.logits, Segment.RESPONSE))
 
 
-def _of_segment(spec: LogitsSpec | None, segment: Literal["prompt", "response"]) -> LogitsSpec | None:
+def _of_segment(spec: LogitsSpec | None, segment: Segment) -> LogitsSpec | None:
     """The logits of one segment only; None where it is not asked for."""
-    if spec is None or not (spec.of_prompt if segment == "prompt" else spec.of_response):
+    if spec is None or not (spec.of_prompt if segment is Segment.PROMPT else spec.of_response):
         return None
     return replace(spec, segments=(segment,))
 
 
 def _narrowed(
-    spec: HiddenSpec, segments: tuple[Segment, ...], tokens: bool, spans: Mapping[str, ResolvedSpan]
+    spec: HiddenSpec, segments: tuple[Segment | SegmentName, ...], tokens: bool, spans: Mapping[str, ResolvedSpan]
 ) -> HiddenSpec | None:
     """A spec of these parts only; None where they are nothing."""
     if not segments and not spans:
@@ -118,14 +118,14 @@ def _merged(request: Request, sample: Completion, first: Completion) -> Completi
     spec = request.hidden
     if spec is None or _ahead(request).hidden is None:
         return sample
-    hidden: dict[Segment, Pooled] = {**sample.hidden}
-    if spec.pooling is not None and "prompt" in spec.segments:
-        hidden["prompt"] = first.hidden["prompt"]
+    hidden: dict[str, Pooled] = {**sample.hidden}
+    if spec.pooling is not None and Segment.PROMPT in spec.segments:
+        hidden[Segment.PROMPT] = first.hidden[Segment.PROMPT]
     token_rows = sample.token_rows
     if spec.tokens and first.token_rows is not None:
         token_rows = _joined(first.token_rows, sample.token_rows)
-        if "full" in spec.segments and spec.pooling is not None:
-            hidden["full"] = _full(spec, sample, first)
+        if Segment.FULL in spec.segments and spec.pooling is not None:
+            hidden[Segment.FULL] = _full(spec, sample, first)
     return replace(
         sample,
         hidden={segment: hidden[segment] for segment in spec.segments if segment in hidden},
@@ -145,9 +145,9 @@ def _joined(prompt: TokenRows, response: TokenRows | None) -> TokenRows:
 
 def _full(spec: HiddenSpec, sample: Completion, first: Completion) -> Pooled:
     """``full`` of a sample that brought its response's rows."""
-    count = rows_expected("full", len(sample.prompt_ids), len(sample.response_ids))
+    count = len(Segment.FULL.positions(len(sample.prompt_ids), len(sample.response_ids)))
     if spec.pooling == "last":
-        return Pooled(sample.hidden["response"].vector, count)
-    prompt, rows_TD = first.hidden["prompt"], cast("TokenRows", sample.token_rows).rows_ND
+        return Pooled(sample.hidden[Segment.RESPONSE].vector, count)
+    prompt, rows_TD = first.hidden[Segment.PROMPT], cast("TokenRows", sample.token_rows).rows_ND
     total_D = prompt.vector * prompt.count + rows_TD[1:].sum(0, dtype=torch.float32)
     return Pooled(total_D / count, count)

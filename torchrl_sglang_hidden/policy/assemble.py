@@ -154,17 +154,17 @@ def _row(
             response=log_probs_T, full=torch.cat([prompt_nan_P, log_probs_T]), padded=padded, batch_size=()
         )
     if hidden is not None and hidden.pooling is not None:
-        own: dict[str, Segment] = {segment: segment for segment in hidden.segments}
+        own: dict[str, str] = {str(segment): segment for segment in hidden.segments}
         values[keys.hidden_states] = _hidden_states(row, completion, hidden, hidden_size, own)
     if hidden is not None and hidden.tokens:
-        num_prompt, num_read = len(row.prompt_ids), len(row.prompt_ids) + len(completion.response_ids) - 1
-        places = {"prompt": (0, num_prompt), "response": (num_prompt - 1, num_read), "full": (0, num_read)}
+        num_prompt, num_response = len(row.prompt_ids), len(completion.response_ids)
+        positions = {str(name): Segment(name).positions(num_prompt, num_response) for name in hidden.segments}
         values[keys.token_hidden_states] = _token_states(
             row,
             completion,
             hidden,
             hidden_size,
-            {segment: places[segment] for segment in hidden.segments},
+            positions,
             pad=(lambda field, rows_ND: _pad(rows_ND, *pads[field], 0)) if padded else None,
         )
     if logits is not None:
@@ -217,7 +217,7 @@ def _scored_row(
             completion,
             hidden,
             hidden_size,
-            {"full": (0, len(row.prompt_ids))},
+            {"full": range(len(row.prompt_ids))},
             pad=(lambda field, rows_ND: placed(rows_ND, 0)) if padded else None,
         )
     if logits is not None:
@@ -248,7 +248,7 @@ def _state_shape(spec: HiddenSpec, hidden_size: int) -> tuple[int, ...]:
 
 
 def _hidden_states(
-    row: Row, completion: Completion, spec: HiddenSpec, hidden_size: int, sources: Mapping[str, Segment]
+    row: Row, completion: Completion, spec: HiddenSpec, hidden_size: int, sources: Mapping[str, str]
 ) -> HiddenStates:
     """The pooled states of one row; ``sources`` tells the segment that each field is of."""
 
@@ -272,27 +272,27 @@ def _token_states(
     completion: Completion,
     spec: HiddenSpec,
     hidden_size: int,
-    places: Mapping[str, tuple[int, int]],
+    places: Mapping[str, range],
     *,
     pad: Callable[[str, torch.Tensor], torch.Tensor] | None,
 ) -> TokenHiddenStates:
     """The states of one row's tokens; ``places`` tells the positions that each field has, and ``pad`` pads it."""
     fields = {}
-    for field, (start, stop) in places.items():
+    for field, positions in places.items():
         if row.wants_states is False:
-            num_rows = 0 if pad is None else stop - start
+            num_rows = 0 if pad is None else len(positions)
             none_ND = torch.empty((num_rows, *_state_shape(spec, hidden_size)), dtype=spec.dtype)
             fields[field] = none_ND if pad is None else torch.full_like(pad(field, none_ND), NOT_MEASURED)
         else:
             rows = cast("TokenRows", completion.token_rows)
             # Copied: the fields overlap, and several samples of a prompt have the same rows.
-            rows_ND = rows.rows_ND[start - rows.first : stop - rows.first].to(spec.dtype, copy=True)
+            rows_ND = rows.rows_ND[positions.start - rows.first : positions.stop - rows.first].to(spec.dtype, copy=True)
             fields[field] = rows_ND if pad is None else pad(field, rows_ND)
     return TokenHiddenStates(**fields, batch_size=())
 
 
 def _logits(
-    completion: Completion, segments: Sequence[Segment], *, pad: Callable[[str, torch.Tensor], torch.Tensor]
+    completion: Completion, segments: Sequence[str], *, pad: Callable[[str, torch.Tensor], torch.Tensor]
 ) -> Logits:
     """The logits of one row's tokens; ``pad`` pads the rows of a field."""
     parts: dict[str, TokenLogits] = {}
@@ -304,7 +304,7 @@ def _logits(
         parts["full"] = _joined(parts["prompt"], parts["response"])
     fields: dict[str, torch.Tensor] = {}
     for segment in segments:
-        fields[segment] = pad(segment, parts[segment].values_NC)
+        fields[str(segment)] = pad(segment, parts[segment].values_NC)
         ids_NC = parts[segment].token_ids_NC
         if ids_NC is not None:
             fields["token_ids" if segment == "response" else f"{segment}_token_ids"] = pad(segment, ids_NC)

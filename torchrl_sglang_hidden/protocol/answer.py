@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -25,7 +25,6 @@ from torchrl_sglang_hidden.protocol.tensors import (
 from torchrl_sglang_hidden.records import TokenLogits
 from torchrl_sglang_hidden.reduce.pooling import Pools, WantedRows
 from torchrl_sglang_hidden.reduce.token_logits import FoundLogits
-from torchrl_sglang_hidden.spec.hidden import Segment
 
 __all__ = ["Answer", "answer_of", "drop_shared", "pack_answer", "unpack_answer"]
 
@@ -145,7 +144,7 @@ def unpack_answer(answer: object, row: str, hidden_size: int, *, shared: bool = 
         raise SpanError(f"{row}, span {name!r}: {fault}")
     if logits is not None and logits.fault:
         raise ConstraintError(f"{row}: {logits.fault}")
-    segments = {cast("Segment", name): value for (kind, name), value in found.items() if kind == "segment"}
+    segments = {name: value for (kind, name), value in found.items() if kind == "segment"}
     spans = {name: value for (kind, name), value in found.items() if kind == "span"}
     return Answer(Pools(segments, spans, faults, rows), logits)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from torchrl_sglang_hidden.errors import SpanError
-from torchrl_sglang_hidden.spec.hidden import Pooling, Segment, rows_expected
+from torchrl_sglang_hidden.spec.hidden import Pooling, Segment, SegmentName, reads_prompt, reads_response
 from torchrl_sglang_hidden.spec.spans import Between, Decode, LastTokens, PromptSpan, ResolvedSpan, find_between
 
 __all__ = ["BLOCK", "Pools", "PromptStep", "RequestPools", "Wanted", "WantedRows", "sum_rows"]
@@ -39,32 +39,35 @@ class Wanted:
         row_dtype: in which dtype those rows are kept.
     """
 
-    segments: tuple[Segment, ...]
+    segments: tuple[Segment | SegmentName, ...]
     pooling: Pooling | None = "mean"
     layers: tuple[int, ...] = (-1,)
     spans: Mapping[str, ResolvedSpan] = field(default_factory=dict)
     tokens: bool = False
     row_dtype: torch.dtype = torch.float32
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "segments", tuple(map(Segment, self.segments)))
+
     @property
     def sums_prefix(self) -> bool:
         """Whether a sum from the first position on is wanted."""
-        return self.pooling == "mean" and ("prompt" in self.segments or "full" in self.segments)
+        return self.pooling == "mean" and reads_prompt(self.segments)
 
     @property
     def prompt_rows(self) -> bool:
         """Whether the prompt's rows are wanted as they are."""
-        return self.tokens and ("prompt" in self.segments or "full" in self.segments)
+        return self.tokens and reads_prompt(self.segments)
 
     @property
     def response_rows(self) -> bool:
         """Whether the rows that produced the response are wanted as they are."""
-        return self.tokens and ("response" in self.segments or "full" in self.segments)
+        return self.tokens and reads_response(self.segments)
 
     @property
     def produced(self) -> bool:
         """Whether anything needs the rows that produce tokens."""
-        pooled = self.pooling is not None and ("response" in self.segments or "full" in self.segments)
+        pooled = self.pooling is not None and reads_response(self.segments)
         return pooled or self.response_rows or any(not isinstance(span, PromptSpan) for span in self.spans.values())
 
     def prompt_places(self, num_prompt: int) -> dict[str, PromptSpan]:
@@ -72,7 +75,7 @@ class Wanted:
         places = {name: span for name, span in self.spans.items() if isinstance(span, PromptSpan)}
         if self.pooling == "last":
             places = {name: PromptSpan(((span.end - 1, span.end),)) for name, span in places.items()}
-            if "prompt" in self.segments:
+            if Segment.PROMPT in self.segments:
                 places[""] = PromptSpan(((num_prompt - 1, num_prompt),))
         return places
 
@@ -143,7 +146,7 @@ class Pools:
         rows: the rows wanted as they are, or None.
     """
 
-    segments: Mapping[Segment, tuple[torch.Tensor | None, int]]
+    segments: Mapping[str, tuple[torch.Tensor | None, int]]
     spans: Mapping[str, tuple[torch.Tensor | None, int]]
     faults: Mapping[str, str]
     rows: WantedRows | None
@@ -277,9 +280,9 @@ class RequestPools:
             self._window.append(row_KD)
             if self._window_size is not None:
                 del self._window[: -self._window_size]
-        if "full" not in wanted.segments:
+        if Segment.FULL not in wanted.segments:
             return
-        length = rows_expected("full", self.num_prompt, index + 1)
+        length = len(Segment.FULL.positions(self.num_prompt, index + 1))
         if wanted.pooling == "last":
             self._last = (row_KD, length)
         elif wanted.sums_prefix and index > 0 and self._prefix.count == length - 1:
@@ -297,7 +300,7 @@ class RequestPools:
             response_ids: the T tokens of the response.
             decode: turns ids into text, special tokens included; needed for a `Between` of the response.
         """
-        if "full" in self.wanted.segments and self.wanted.sums_prefix:
+        if Segment.FULL in self.wanted.segments and self.wanted.sums_prefix:
             self._keep_sum(self._prefix.count)
         spans: dict[str, tuple[torch.Tensor | None, int]] = {}
         faults: dict[str, str] = {}
@@ -306,19 +309,19 @@ class RequestPools:
                 spans[name] = self._span(name, span, response_ids, decode)
             except SpanError as error:
                 faults[name] = str(error)
-        segments = {} if self.wanted.pooling is None else {s: self._segment(s) for s in self.wanted.segments}
-        return Pools(segments, spans, faults, self._rows())
+        segments = self.wanted.segments if self.wanted.pooling is not None else ()
+        return Pools({str(segment): self._segment(segment) for segment in segments}, spans, faults, self._rows())
 
-    def _segment(self, segment: Segment) -> tuple[torch.Tensor | None, int]:
+    def _segment(self, segment: Segment | SegmentName) -> tuple[torch.Tensor | None, int]:
         if self.wanted.pooling == "last":
-            if segment == "prompt":
+            if segment == Segment.PROMPT:
                 value_KD = self._inside[""].value_KD
                 return value_KD, 0 if value_KD is None else self.num_prompt
-            return self._last if segment == "full" else (self._response.value_KD, self._response.count)
-        if segment == "prompt":
+            return self._last if segment == Segment.FULL else (self._response.value_KD, self._response.count)
+        if segment == Segment.PROMPT:
             # Before its end, what there is: the count is for the error.
             return self._prompt if self._prompt[1] else (None, self._prefix.count)
-        return (self._prefix if segment == "full" else self._response).mean()
+        return (self._prefix if segment == Segment.FULL else self._response).mean()
 
     def _span(
         self, name: str, span: ResolvedSpan, response_ids: Sequence[int], decode: Decode | None

@@ -21,7 +21,7 @@ from torchrl_sglang_hidden.protocol.tensors import MAX_TEXT_BYTES
 from torchrl_sglang_hidden.records import DEFAULT_NEW_TOKENS, MAX_ANSWER_BYTES, EngineInfo, Request
 from torchrl_sglang_hidden.sglang_api.payload import wanted_of
 from torchrl_sglang_hidden.spec.constraints import check_constraints
-from torchrl_sglang_hidden.spec.hidden import HiddenSpec, canonical_layer
+from torchrl_sglang_hidden.spec.hidden import HiddenSpec, canonical_layer, reads_prompt
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 from torchrl_sglang_hidden.spec.spans import Between, LastTokens, PromptSpan
 
@@ -253,7 +253,7 @@ def _check_span(name: str, span: object, request: Request, info: EngineInfo) -> 
 def _check_token_bytes(row: int, request: Request, spec: HiddenSpec, info: EngineInfo) -> None:
     """Refuses token states that would stand in the way of everybody: they pass through all of SGLang's processes."""
     num_new = request.sampling.get("max_new_tokens", DEFAULT_NEW_TOKENS)
-    rows = num_new if spec.segments == ("response",) else len(request.prompt_ids) + num_new
+    rows = num_new if not reads_prompt(spec.segments) else len(request.prompt_ids) + num_new
     size = rows * len(spec.layer_ids) * info.hidden_size * wanted_of(request, spec, info).row_dtype.itemsize
     limit = MAX_SHARED_BYTES if info.shares_memory else MAX_TEXT_BYTES
     if size > limit:

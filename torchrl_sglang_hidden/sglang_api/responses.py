@@ -18,7 +18,7 @@ from torchrl_sglang_hidden.records import Completion, EngineInfo, Pooled, Reques
 from torchrl_sglang_hidden.reduce.pooling import Pools, RequestPools, Wanted, sum_rows
 from torchrl_sglang_hidden.reduce.token_logits import FoundLogits, WantedLogits
 from torchrl_sglang_hidden.sglang_api.payload import logits_of, shares, wanted_of
-from torchrl_sglang_hidden.spec.hidden import HiddenSpec, Segment, rows_expected
+from torchrl_sglang_hidden.spec.hidden import HiddenSpec, Segment, positions_of
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 from torchrl_sglang_hidden.spec.spans import LastTokens, PromptSpan, ResolvedSpan
 
@@ -198,7 +198,7 @@ def _read_log_probs(
 
 
 class _States(NamedTuple):
-    hidden: dict[Segment, Pooled]
+    hidden: dict[str, Pooled]
     spans: dict[str, Pooled]
     token_rows: TokenRows | None
 
@@ -230,8 +230,10 @@ def _read_states(
         return Pooled(_shaped(name, vector_KD, spec, info), count)
 
     hidden = {
-        segment: pooled(
-            f"{segment!r} segment", found.segments.get(segment), rows_expected(segment, num_prompt, num_response)
+        str(segment): pooled(
+            f"{segment!r} segment",
+            found.segments.get(segment),
+            len(Segment(segment).positions(num_prompt, num_response)),
         )
         for segment in (spec.segments if spec.pooling is not None else ())
     }
@@ -241,16 +243,15 @@ def _read_states(
     }
     if not spec.tokens:
         return _States(hidden, spans, None)
-    first = 0 if spec.segments != ("response",) else num_prompt - 1
-    stop = num_prompt if spec.segments == ("prompt",) else num_prompt + num_response - 1
+    positions = positions_of(spec.segments, num_prompt, num_response)
     rows = found.rows
-    if rows is None or (rows.first, len(rows.rows_NKD)) != (first, stop - first):
+    if rows is None or (rows.first, len(rows.rows_NKD)) != (positions.start, len(positions)):
         got = "none" if rows is None else f"those of {len(rows.rows_NKD)} positions from {rows.first} on"
         raise AlignmentError(
-            f"{name}: expected the states of positions {first}..{stop - 1}, {num_prompt} prompt and {num_response} "
-            f"response tokens, and got {got}; {remedy}"
+            f"{name}: expected the states of positions {positions.start}..{positions.stop - 1}, {num_prompt} prompt "
+            f"and {num_response} response tokens, and got {got}; {remedy}"
         )
-    return _States(hidden, spans, TokenRows(first, _shaped(name, rows.rows_NKD, spec, info)))
+    return _States(hidden, spans, TokenRows(positions.start, _shaped(name, rows.rows_NKD, spec, info)))
 
 
 def _shaped(name: str, states: torch.Tensor | None, spec: HiddenSpec, info: EngineInfo) -> torch.Tensor:
@@ -296,7 +297,7 @@ def _pool_stock(name: str, wanted: Wanted, entries: Any, num_prompt: int, respon
         raise SpanError(f"{name}, span {span_name!r}: {fault}")
     if start > 0 and wanted.sums_prefix:
         # Rows are missing before those that came. Their number is for the error that follows.
-        missing = {"prompt": first_ND.shape[0], "full": first_ND.shape[0] + len(steps) - 1}
-        segments = {s: (None, missing[s]) if s in missing else value for s, value in found.segments.items()}
+        missing = {Segment.PROMPT: first_ND.shape[0], Segment.FULL: first_ND.shape[0] + len(steps) - 1}
+        segments = {s: (None, missing[Segment(s)]) if s in missing else value for s, value in found.segments.items()}
         return Pools(segments, found.spans, found.faults, found.rows)
     return found

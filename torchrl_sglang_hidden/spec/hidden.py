@@ -1,7 +1,7 @@
-"""Which hidden states a policy returns, and which rows each segment has.
+"""Describe which hidden states a policy returns, and which rows each segment has.
 
-Positions are those of the tokens fed to the model, 0 … P+T-2; the last sampled token is never fed back, so it has no
-state:
+Knows nothing of how states are pooled or travel. Positions are those of the tokens fed to the model, 0 … P+T-2; the
+last sampled token is never fed back, so it has no state. `Segment` is the one place where these rules stand in code:
 
     prompt     0 … P-1        P rows
     response   P-1 … P+T-2    T rows; row t is the state that produced response token t
@@ -12,8 +12,9 @@ state:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Literal, get_args
 
 import torch
@@ -21,17 +22,64 @@ import torch
 from torchrl_sglang_hidden.errors import InputError, InputTypeError
 from torchrl_sglang_hidden.spec.spans import Between, LastTokens, Span
 
-Segment = Literal["prompt", "response", "full"]
+SegmentName = Literal["prompt", "response", "full"]
 Pooling = Literal["mean", "last"]
 
-SEGMENTS: tuple[Segment, ...] = get_args(Segment)
+
+class Segment(StrEnum):
+    """A part of prompt and response, which knows its rows. Equal to its name: ``Segment.FULL == "full"``."""
+
+    PROMPT = "prompt"
+    RESPONSE = "response"
+    FULL = "full"
+
+    def __repr__(self) -> str:
+        return repr(self.value)  # as it is written in a HiddenSpec
+
+    def positions(self, num_prompt: int, num_response: int) -> range:
+        """Return the positions of the segment's rows, for P prompt and T response tokens (see the module's table)."""
+        start = num_prompt - 1 if self is Segment.RESPONSE else 0
+        stop = num_prompt if self is Segment.PROMPT else num_prompt + num_response - 1
+        return range(start, stop)
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether the segment has rows before the prompt's last one."""
+        return self is not Segment.RESPONSE
+
+    @property
+    def reads_response(self) -> bool:
+        """Whether the segment has rows that produced response tokens, apart from the prompt's own."""
+        return self is not Segment.PROMPT
+
+
+SEGMENTS: tuple[Segment, ...] = tuple(Segment)
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def rows_expected(segment: Segment, num_prompt: int, num_response: int) -> int:
-    """How many positions a segment has, for P prompt and T response tokens (see the module's table)."""
-    return {"prompt": num_prompt, "response": num_response, "full": num_prompt + num_response - 1}[segment]
+def rows_expected(segment: str, num_prompt: int, num_response: int) -> int:
+    """Return how many rows a segment has, for P prompt and T response tokens."""
+    return len(Segment(segment).positions(num_prompt, num_response))
+
+
+def reads_prompt(segments: Iterable[str]) -> bool:
+    """Return whether any of the segments has rows before the prompt's last one."""
+    return any(Segment(segment).reads_prompt for segment in segments)
+
+
+def reads_response(segments: Iterable[str]) -> bool:
+    """Return whether any of the segments has rows that produced response tokens."""
+    return any(Segment(segment).reads_response for segment in segments)
+
+
+def positions_of(segments: Iterable[str], num_prompt: int, num_response: int) -> range:
+    """Return the positions from the first row of any of the segments to the last; empty for no segments.
+
+    Two segments together leave no hole: the prompt's last row is the response's first.
+    """
+    ranges = [Segment(segment).positions(num_prompt, num_response) for segment in segments]
+    return range(min((part.start for part in ranges), default=0), max((part.stop for part in ranges), default=0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +88,8 @@ class HiddenSpec:
 
     Args:
         segments: any of ``"prompt"``, ``"response"``, ``"full"``; none where spans are enough. A policy that reads
-            ``V(s)`` wants ``"prompt"``: the response is the action, not the state.
+            ``V(s)`` wants ``"prompt"``: the response is the action, not the state. Names or `Segment` members; read
+            back as members, which are equal to their names.
         pooling: ``"mean"`` averages a segment's or span's rows, accumulated in float32 whatever the model's dtype;
             ``"last"`` takes its last row; None pools nothing, for ``tokens=True``.
         layers: ``-1``, what the language-model head reads (after the final norm; Hugging Face ``hidden_states[-1]``);
@@ -59,7 +108,7 @@ class HiddenSpec:
         InputTypeError: a value of the wrong type.
     """
 
-    segments: tuple[Segment, ...] = ("response",)
+    segments: tuple[Segment | SegmentName, ...] = (Segment.RESPONSE,)
     pooling: Pooling | None = "mean"
     layers: int | tuple[int, ...] = -1
     tokens: bool = False
@@ -76,6 +125,7 @@ class HiddenSpec:
         unknown = [segment for segment in self.segments if segment not in SEGMENTS]
         if unknown or len(set(self.segments)) != len(self.segments):
             raise InputError(f"HiddenSpec(segments={self.segments!r}): expected one or more of {SEGMENTS}, each once")
+        object.__setattr__(self, "segments", tuple(map(Segment, self.segments)))
         if self.pooling not in (*POOLINGS, None):
             raise InputError(f"HiddenSpec(pooling={self.pooling!r}): expected one of {(*POOLINGS, None)}")
         if not isinstance(self.tokens, bool):
@@ -128,13 +178,13 @@ class HiddenSpec:
     @property
     def needs_response(self) -> bool:
         """Whether anything asked for is of the response, so that a prompt alone does not do."""
-        return self.segments not in ((), ("prompt",)) or any(
+        return reads_response(self.segments) or any(
             isinstance(span, (LastTokens, Between)) and span.segment == "response" for span in self.spans.values()
         )
 
 
 def canonical_layer(layer: int, num_layers: int) -> int:
-    """A layer's one name: -1 for what the head reads, else ``0 … num_layers-1``.
+    """Return a layer's one name: -1 for what the head reads, else ``0 … num_layers-1``.
 
     Raises:
         InputError: the model has no such layer.

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from torchrl_sglang_hidden.errors import InputError, InputTypeError, TokenIdError
-from torchrl_sglang_hidden.spec.hidden import SEGMENTS, Segment
+from torchrl_sglang_hidden.spec.hidden import SEGMENTS, Segment, SegmentName, reads_prompt, reads_response
 
 Stage = Literal["raw", "processed"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -45,7 +45,7 @@ class LogitsSpec:
     token_ids: tuple[int, ...] | None = None
     full: bool = False
     stage: Stage = "raw"
-    segments: tuple[Segment, ...] = ("response",)
+    segments: tuple[Segment | SegmentName, ...] = (Segment.RESPONSE,)
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
@@ -71,6 +71,7 @@ class LogitsSpec:
         object.__setattr__(self, "segments", tuple(self.segments))
         if not self.segments or not set(self.segments) <= set(SEGMENTS) or len(set(self.segments)) < len(self.segments):
             raise InputError(f"LogitsSpec(segments={self.segments!r}): expected one or more of {SEGMENTS}, each once")
+        object.__setattr__(self, "segments", tuple(map(Segment, self.segments)))
         if self.dtype not in (torch.float32, torch.bfloat16):
             raise InputError(f"LogitsSpec(dtype={self.dtype}): expected torch.float32 or torch.bfloat16")
 
@@ -101,9 +102,9 @@ class LogitsSpec:
     @property
     def of_response(self) -> bool:
         """Whether the response's are wanted."""
-        return "response" in self.segments or "full" in self.segments
+        return reads_response(self.segments)
 
     @property
     def of_prompt(self) -> bool:
         """Whether the prompt's are wanted."""
-        return "prompt" in self.segments or "full" in self.segments
+        return reads_prompt(self.segments)
