@@ -20,7 +20,7 @@ from torchrl_sglang_hidden.policy.assemble import assemble, assemble_scores
 from torchrl_sglang_hidden.policy.outputs import HiddenStates, OutputKeys, TokenHiddenStates
 from torchrl_sglang_hidden.policy.prompts import Row
 from torchrl_sglang_hidden.records import Completion, Pooled, TokenRows
-from torchrl_sglang_hidden.spec.hidden import SEGMENTS, HiddenSpec, Segment, rows_expected
+from torchrl_sglang_hidden.spec.hidden import SEGMENTS, HiddenSpec, Segment
 
 ALL = HiddenSpec(SEGMENTS)
 NAMES: dict[str, Any] = {
@@ -47,7 +47,7 @@ def completion(prompt_ids: list[int], response_ids: list[int], spec: HiddenSpec 
     spans, token_rows = {}, None
     if spec is not None:
         for index, segment in enumerate(spec.segments if spec.pooling is not None else ()):
-            count = rows_expected(segment, len(prompt_ids), len(response_ids))
+            count = len(Segment(segment).positions(len(prompt_ids), len(response_ids)))
             hidden[segment] = Pooled(torch.full(shape_of(spec), sum(prompt_ids) + index / 4), count)
         spans = {name: Pooled(torch.full(shape_of(spec), 9.5), place + 1) for place, name in enumerate(spec.spans)}
         if spec.tokens:
@@ -133,7 +133,7 @@ def assert_row(row: TensorDictBase, prompt: list[int], response: list[int], left
     for index, segment in enumerate(SEGMENTS):
         assert getattr(row["hidden_states"], segment).tolist() == [sum(prompt) + index / 4] * HIDDEN_SIZE
         count = getattr(row["hidden_states"], f"{segment}_count")
-        assert (count.dtype, int(count)) == (torch.int64, rows_expected(segment, len(prompt), len(response)))
+        assert (count.dtype, int(count)) == (torch.int64, len(Segment(segment).positions(len(prompt), len(response))))
 
 
 ids = st.lists(st.integers(0, 9), min_size=1, max_size=6)  # PAD_ID among them, anywhere: a genuine EOS is data

@@ -30,9 +30,10 @@ from torchrl_sglang_hidden.reduce.pooling import BLOCK, Wanted
 from torchrl_sglang_hidden.reduce.token_logits import WantedLogits, select_columns
 from torchrl_sglang_hidden.server import capture as capture_module
 from torchrl_sglang_hidden.server import plugin
-from torchrl_sglang_hidden.server.capture import Capture, HostRows, _Tokens
+from torchrl_sglang_hidden.server.capture import Capture, _Tokens
 from torchrl_sglang_hidden.server.next_tokens import HostLogits, StepLogits
 from torchrl_sglang_hidden.server.prefix_sums import ENTRY_BYTES
+from torchrl_sglang_hidden.server.step_rows import HostRows
 from torchrl_sglang_hidden.spec.constraints import ActionMask, ConstraintStep, DisallowedTokens, LogitConstraint
 from torchrl_sglang_hidden.spec.hidden import POOLINGS, SEGMENTS
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
@@ -471,8 +472,8 @@ def test_only_rows_that_are_wanted_are_copied() -> None:
 
     def copied(step: Step) -> tuple[int, int]:
         rows = capture.plan_step(step.batch()).gather(dict.fromkeys(LAYERS, torch.zeros(8, HIDDEN_SIZE)))
-        assert rows.sums_MD.dtype == torch.float32
-        return len(rows.sums_MD), 0 if rows.rows_ND is None else len(rows.rows_ND)
+        assert rows.values_MD.dtype == torch.float32
+        return len(rows.values_MD), 0 if rows.rows_ND is None else len(rows.rows_ND)
 
     def chunk(start: int, stop: int, *reqs: Req) -> Step:
         return Step("EXTEND", list(reqs), [(start, stop)] * len(reqs), [True] * len(reqs))
@@ -489,7 +490,7 @@ def test_a_decode_step_copies_only_the_rows_of_those_who_asked() -> None:
     reqs = [Req([1]), asking(2, 3), Req([4]), asking(5, layers=(0, -1))]
     states = {layer: torch.arange(4.0)[:, None].expand(4, HIDDEN_SIZE) + 10 * layer for layer in (-1, 0)}
     rows = capturing().plan_step(Step("DECODE", reqs, [(1, 2)] * 4, [True] * 4).batch()).gather(states)
-    assert (rows.sums_MD[:, 0].tolist(), rows.rows_ND) == ([-9.0, 3.0, -7.0], None)
+    assert (rows.values_MD[:, 0].tolist(), rows.rows_ND) == ([-9.0, 3.0, -7.0], None)
 
 
 def test_a_requests_rows_do_not_keep_the_whole_step() -> None:

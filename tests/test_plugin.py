@@ -250,7 +250,7 @@ def test_a_request_hits_the_prefix_cache_as_far_as_sums_reach(
     one = capture.open(req)
     assert one.limit is None
     assert plugin.after_max_prefix_len(17, req, 18) is None, "others that ask for the limit get SGLang's own"
-    if found and wanted.sums_prefix:
+    if found and wanted.pools_prefix:
         assert (one.base[0], float(one.base[1][0, 0])) == (found, found)
 
 
@@ -542,7 +542,7 @@ def test_a_step_takes_logits_of_prompt_and_response() -> None:
     torch.testing.assert_close(found.prompts[0].logits.values_NC, raw_NV[:1])
     torch.testing.assert_close(found.prompts[1].logits.values_NC, raw_NV[2:4])
     assert torch.equal(found.step.input_ids, torch.arange(NUM_ROWS))
-    assert rows.sums_MD.shape == (1, 3)
+    assert rows.values_MD.shape == (1, 3)
 
 
 @pytest.mark.usefixtures("auxiliary", "capture")
@@ -641,7 +641,7 @@ def test_a_step_takes_the_layers_that_are_asked_for(capture: Capture, monkeypatc
     assert (capture.taps.checked, capture.taps.problem) == (True, ""), "the first step shows it, whoever asked"
     asked = Req(Wanted(("response",), layers=(2, 0, -1)), 3)
     (rows,) = run_step(model_runner, batch_of(Req(None, 2), asked))
-    assert rows.sums_MD[:, 0].tolist() == [4 + 3.0, 4 + 1.0, 4 + 4.0]
+    assert rows.values_MD[:, 0].tolist() == [4 + 3.0, 4 + 1.0, 4 + 4.0]
     assert capture.taps.take() == {}, "nothing of a step stays"
 
 
@@ -652,7 +652,7 @@ def test_a_server_for_the_last_layer_has_no_hooks(capture: Capture, monkeypatch:
     plugin.after_load_model(None, model_runner)
     assert all(not layer._forward_hooks for layer in model_runner.model.layers)
     (rows,) = run_step(model_runner, batch_of(Req(Wanted(("response",)), 5)))
-    assert rows.sums_MD[:, 0].tolist() == [8.0]
+    assert rows.values_MD[:, 0].tolist() == [8.0]
     assert run_step(model_runner, batch_of(Req(Wanted(("response",)), 5)), token_indices=[4]) == []
 
 

@@ -23,7 +23,8 @@ from helpers.reference_pooling import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchrl_sglang_hidden.reduce.pooling import BLOCK, Pools, PromptStep, RequestPools, Wanted, sum_rows
+from torchrl_sglang_hidden.reduce.pooling import BLOCK, Pools, PromptStep, RequestPools, Wanted, reduce_rows
+from torchrl_sglang_hidden.reduce.reducers import Sum
 from torchrl_sglang_hidden.spec.hidden import POOLINGS, SEGMENTS
 from torchrl_sglang_hidden.spec.spans import Between, LastTokens, PromptSpan, ResolvedSpan
 
@@ -54,8 +55,9 @@ def prefill(pools: RequestPools, hidden_NKD: torch.Tensor, start: int, stop: int
 
 def add(pools: RequestPools, step: PromptStep, rows_NKD: torch.Tensor) -> None:
     _, depth, size = rows_NKD.shape
-    sums = [sum_rows(rows_NKD.flatten(1), ranges).reshape(depth, size) for ranges in step.groups]
-    pools.add_prompt(step, sums, None if step.rows is None else rows_NKD[slice(*step.rows)])
+    flat, reducer = rows_NKD.flatten(1), pools.wanted.reducer
+    values = [reduce_rows(flat, ranges, reducer).reshape(depth, size) for ranges in step.groups]
+    pools.add_prompt(step, values, None if step.rows is None else rows_NKD[slice(*step.rows)])
 
 
 def produce(pools: RequestPools, hidden_NKD: torch.Tensor, index: int) -> None:
@@ -314,7 +316,7 @@ def test_rows_are_summed_in_float32(dtype: torch.dtype) -> None:
     """4096 ones and a half each: a sum in a half dtype stops growing at 256 (bfloat16) or 2048 (float16)."""
     rows_ND = torch.full((4096, D), 1.5, dtype=dtype)
     for ranges in (((0, 4096),), ((0, 1000), (1000, 4096))):
-        total_D = sum_rows(rows_ND, ranges)
+        total_D = reduce_rows(rows_ND, ranges, Sum())
         assert total_D.dtype == torch.float32
         assert total_D.tolist() == [6144.0] * D
     pools = RequestPools(Wanted(("response",)), 1)
@@ -330,7 +332,7 @@ def test_a_sum_does_not_alias_its_input(ranges: Any, dtype: torch.dtype) -> None
     """The input may be a CUDA graph's static buffer, which the next step overwrites."""
     rows_ND = hidden_of(4, seed=5, dtype=dtype)[:, 0]
     expected_D = sum(rows_ND[start:stop].double().sum(0) for start, stop in ranges)
-    row_D = sum_rows(rows_ND, ranges)
+    row_D = reduce_rows(rows_ND, ranges, Sum())
     rows_ND.fill_(7)
     torch.testing.assert_close(row_D.double(), expected_D, rtol=1e-5, atol=1e-6)
 

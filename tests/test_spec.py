@@ -11,7 +11,7 @@ import torch
 
 from torchrl_sglang_hidden import Between, HiddenSpec, InputError, InputTypeError, LastTokens, Role, TokenMask
 from torchrl_sglang_hidden.records import Request
-from torchrl_sglang_hidden.spec.hidden import canonical_layer, rows_expected
+from torchrl_sglang_hidden.spec.hidden import Segment, canonical_layer
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ from torchrl_sglang_hidden.spec.hidden import canonical_layer, rows_expected
     ],
 )
 def test_rows_of_a_segment(segment: Any, num_prompt: int, num_response: int, rows: int) -> None:
-    assert rows_expected(segment, num_prompt, num_response) == rows
+    assert len(Segment(segment).positions(num_prompt, num_response)) == rows
 
 
 def test_defaults_are_the_mean_of_the_response() -> None:

@@ -27,7 +27,7 @@ from torchrl_sglang_hidden.engines.streams import AsyncStream, Stream, check_str
 from torchrl_sglang_hidden.errors import RequestRejectedError
 from torchrl_sglang_hidden.protocol import CHANNEL, Status, pack_answer, unpack_options
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
-from torchrl_sglang_hidden.reduce.pooling import RequestPools, sum_rows
+from torchrl_sglang_hidden.reduce.pooling import RequestPools, reduce_rows
 from torchrl_sglang_hidden.reduce.token_logits import (
     FoundLogits,
     NextToken,
@@ -350,8 +350,8 @@ def feed(pools: RequestPools, hidden_NKD: torch.Tensor) -> None:
     step = pools.plan_prompt(0, num_prompt)
     if step is not None:
         flat = hidden_NKD.flatten(1)
-        sums = [sum_rows(flat, ranges).reshape(depth, size) for ranges in step.groups]
-        pools.add_prompt(step, sums, None if step.rows is None else hidden_NKD[slice(*step.rows)])
+        values = [reduce_rows(flat, ranges, pools.wanted.reducer).reshape(depth, size) for ranges in step.groups]
+        pools.add_prompt(step, values, None if step.rows is None else hidden_NKD[slice(*step.rows)])
     for index, position in enumerate(range(num_prompt - 1, len(hidden_NKD))):
         pools.add_produced(hidden_NKD[position].float(), index)
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 
 from torchrl_sglang_hidden.reduce.pooling import Pools, Wanted
-from torchrl_sglang_hidden.spec.hidden import POOLINGS, SEGMENTS, rows_expected
+from torchrl_sglang_hidden.spec.hidden import POOLINGS, SEGMENTS, Segment
 from torchrl_sglang_hidden.spec.spans import Between, LastTokens, PromptSpan, ResolvedSpan, intervals_of
 
 SUBSETS = [*chain.from_iterable(combinations(SEGMENTS, size) for size in (1, 2, 3))]
@@ -76,7 +76,7 @@ def in_response(span: ResolvedSpan, text: str) -> tuple[int, int] | None:
 
 def expected_count(case: Case, what: str) -> int:
     if what in case.wanted.segments:
-        return rows_expected(what, case.num_prompt, case.num_response)
+        return len(Segment(what).positions(case.num_prompt, case.num_response))
     rows = case.rows(what)
     return 0 if rows is None else len(rows)
 

@@ -1,4 +1,7 @@
-"""Several samples of one prompt, for one prefill of it."""
+"""Sample a prompt several times for one prefill of it.
+
+Knows requests and completions only: any engine samples them.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,9 @@ import torch
 
 from torchrl_sglang_hidden.engines.base import Engine
 from torchrl_sglang_hidden.records import READING, Completion, Pooled, Request, TokenRows
+from torchrl_sglang_hidden.reduce.reducers import reducer_of
 from torchrl_sglang_hidden.sglang_api.checks import check_requests
-from torchrl_sglang_hidden.spec.hidden import HiddenSpec, Segment, SegmentName, reads_prompt
+from torchrl_sglang_hidden.spec.hidden import HiddenSpec, Pooling, Segment, SegmentName, reads_prompt
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 from torchrl_sglang_hidden.spec.spans import PromptSpan, ResolvedSpan
 
@@ -21,12 +25,12 @@ __all__ = ["generate_samples"]
 def generate_samples(
     engine: Engine, requests: Sequence[Request], num_samples: int, *, ahead: Engine | None = None
 ) -> list[Completion]:
-    """Samples every request ``num_samples`` times.
+    """Sample every request ``num_samples`` times.
 
     SGLang computes a prompt again for each of several equal requests that arrive together. So each prompt goes ahead
     once, for a single token: that fills the prefix cache and brings home what is asked of the prompt, and the samples
-    then ask for their responses. Means of ``"full"`` are the samples' own: the server half still knows the sum of the
-    prompt that went ahead. Stock SGLang does not, and computes such a prompt for every sample.
+    then ask for their responses. What pools all rows of ``"full"`` is each sample's own: the server half still has the
+    running value of the prompt that went ahead. Stock SGLang does not, and computes such a prompt for every sample.
 
     Args:
         engine: samples.
@@ -51,13 +55,17 @@ def generate_samples(
 
 
 def _ahead(request: Request) -> Request:
-    """One token of the request, with what it asks of its prompt."""
+    """Make the request of one token that brings what the request asks of its prompt."""
     spec = request.hidden
     spans = {name: span for name, span in request.spans.items() if isinstance(span, PromptSpan)}
     if spec is not None:
         tokens = spec.tokens and reads_prompt(spec.segments)
-        # For a mean of `full` the server half must have summed the prompt.
-        whole = tokens or Segment.PROMPT in spec.segments or (reads_prompt(spec.segments) and spec.pooling == "mean")
+        # For all rows of `full` the server half must have pooled the prompt.
+        whole = (
+            tokens
+            or Segment.PROMPT in spec.segments
+            or (reads_prompt(spec.segments) and spec.pooling is not None and reducer_of(spec.pooling).needs_all_rows)
+        )
         spec = _narrowed(spec, (Segment.PROMPT,) if whole else (), tokens, spans)
     return replace(
         request,
@@ -65,7 +73,7 @@ def _ahead(request: Request) -> Request:
         return_log_probs=False,
         hidden=spec,
         spans=spans,
-        # Of the token that is dropped nothing is asked, and what is chosen may not be chosen here.
+        # This token is discarded: drop its logits, and its constraints too, since they might leave it no choice.
         logits=_of_segment(request.logits, Segment.PROMPT),
         constraints=(),
         processor=None,
@@ -73,7 +81,7 @@ def _ahead(request: Request) -> Request:
 
 
 def _sample(request: Request, index: int) -> Request:
-    """One sample of the request, with what it asks of the response, and of both together."""
+    """Make the request of one sample, with what the request asks of the response, and of both together."""
     if "sampling_seed" in request.sampling:
         # One seed for all would give the same response again and again.
         seed = (request.sampling["sampling_seed"] + index + 2**63) % 2**64 - 2**63
@@ -90,7 +98,7 @@ def _sample(request: Request, index: int) -> Request:
 
 
 def _of_segment(spec: LogitsSpec | None, segment: Segment) -> LogitsSpec | None:
-    """The logits of one segment only; None where it is not asked for."""
+    """Return the logits of one segment only; None where it is not asked for."""
     if spec is None or not (spec.of_prompt if segment is Segment.PROMPT else spec.of_response):
         return None
     return replace(spec, segments=(segment,))
@@ -99,7 +107,7 @@ def _of_segment(spec: LogitsSpec | None, segment: Segment) -> LogitsSpec | None:
 def _narrowed(
     spec: HiddenSpec, segments: tuple[Segment | SegmentName, ...], tokens: bool, spans: Mapping[str, ResolvedSpan]
 ) -> HiddenSpec | None:
-    """A spec of these parts only; None where they are nothing."""
+    """Return a spec of these parts only; None where they are nothing."""
     if not segments and not spans:
         return None
     return replace(
@@ -108,7 +116,7 @@ def _narrowed(
 
 
 def _merged(request: Request, sample: Completion, first: Completion) -> Completion:
-    """A sample with its prompt's part of what was asked."""
+    """Return a sample together with its prompt's part of what was asked."""
     if request.logits is not None and request.logits.of_prompt:
         sample = replace(
             sample,
@@ -137,17 +145,20 @@ def _merged(request: Request, sample: Completion, first: Completion) -> Completi
 
 
 def _joined(prompt: TokenRows, response: TokenRows | None) -> TokenRows:
-    """The rows of the prompt and those behind it. The response's first row is the prompt's last."""
+    """Join the rows of the prompt and the response. The response's first row is the prompt's last."""
     if response is None:
         return prompt
     return TokenRows(prompt.first, torch.cat([prompt.rows_ND, response.rows_ND[1:]]))
 
 
 def _full(spec: HiddenSpec, sample: Completion, first: Completion) -> Pooled:
-    """``full`` of a sample that brought its response's rows."""
+    """Pool ``full`` of a sample that brought its response's rows: the prompt's value, and the rows after its last."""
     count = len(Segment.FULL.positions(len(sample.prompt_ids), len(sample.response_ids)))
-    if spec.pooling == "last":
+    reducer = reducer_of(cast("Pooling", spec.pooling))
+    if not reducer.needs_all_rows:
         return Pooled(sample.hidden[Segment.RESPONSE].vector, count)
     prompt, rows_TD = first.hidden[Segment.PROMPT], cast("TokenRows", sample.token_rows).rows_ND
-    total_D = prompt.vector * prompt.count + rows_TD[1:].sum(0, dtype=torch.float32)
-    return Pooled(total_D / count, count)
+    value_D = reducer.resume(prompt.vector, prompt.count)
+    if len(rows_TD) > 1:
+        value_D = reducer.merge(value_D, reducer.rows(rows_TD[1:]))
+    return Pooled(reducer.result(value_D, count), count)

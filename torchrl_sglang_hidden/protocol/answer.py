@@ -1,4 +1,7 @@
-"""What the server half answers to one request: how it is written, and read by the client."""
+"""Write what the server half answers to one request, and read it on the client.
+
+Knows pools, logits and bytes; nothing of SGLang's own fields, nor of tokens to count rows against.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ __all__ = ["Answer", "answer_of", "drop_shared", "pack_answer", "unpack_answer"]
 
 
 def answer_of(pools: Pools, way: Way, share: Share, logits: FoundLogits | None) -> dict[str, Any]:
-    """As `pack_answer`; where there is no room for it, an answer that says so."""
+    """Write an answer as `pack_answer` does; where shared memory is full, write one that says so."""
     shared: list[str] = []
 
     def noted(data: bytes) -> str | None:
@@ -52,7 +55,7 @@ def pack_answer(
     share: Share | None = None,
     logits: FoundLogits | None = None,
 ) -> dict[str, Any]:
-    """Writes a finished request's pools: counts, and the vectors that have rows, one after another; and its logits.
+    """Write a finished request's pools: counts, and the vectors that have rows, one after another; and its logits.
 
     Args:
         pools: what came of them.
@@ -100,7 +103,7 @@ class Answer:
 
 
 def unpack_answer(answer: object, row: str, hidden_size: int, *, shared: bool = True) -> Answer:
-    """Reads what `pack_answer` wrote; what was in shared memory is removed there.
+    """Read what `pack_answer` wrote; what was in shared memory is removed there.
 
     Args:
         answer: as it came.
@@ -150,7 +153,7 @@ def unpack_answer(answer: object, row: str, hidden_size: int, *, shared: bool = 
 
 
 def drop_shared(answer: object) -> None:
-    """Removes the shared files that an answer names, if any, without reading them: they are not wanted any more.
+    """Remove the shared files that an answer names, if any, without reading them: they are not wanted any more.
 
     Never raises: it is for when something else has failed. Only for answers that were asked for through shared memory,
     as in `unpack_answer`.

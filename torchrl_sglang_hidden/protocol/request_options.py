@@ -1,4 +1,7 @@
-"""What one request asks of the server half: how it is written, and read inside the scheduler."""
+"""Write what one request asks of the server half, and read it inside the scheduler.
+
+Knows nothing of how it travels: SGLang carries it as ``custom_params``.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ class Options:
 
 
 def pack_options(wanted: Wanted, way: Way, logits: WantedLogits | None = None) -> dict[str, str | int]:
-    """Writes a request's options. SGLang carries scalars, flat lists and flat dicts here, hence one text."""
+    """Write a request's options. SGLang carries scalars, flat lists and flat dicts here, hence one text."""
     fields: dict[str, Any] = {
         "segments": wanted.segments,
         "pooling": wanted.pooling,
@@ -53,7 +56,7 @@ def pack_options(wanted: Wanted, way: Way, logits: WantedLogits | None = None) -
 
 
 def unpack_options(custom_params: object) -> Options | None:
-    """Reads a request's options inside the server; None when there are none or they are not ours to read.
+    """Read a request's options inside the server; None when there are none or they are not ours to read.
 
     Never raises: an exception in the scheduler would end the server. What is not understood is not answered, and the
     client reports that.

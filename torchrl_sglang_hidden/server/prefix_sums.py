@@ -1,9 +1,9 @@
-"""Sums over the beginnings of prompts, kept for those that begin alike and find their keys and values in the cache.
+"""Keep running values over the beginnings of prompts, for prompts that begin alike and hit SGLang's prefix cache.
 
 SGLang's prefix cache keeps keys and values and no states, so that a prompt that hits it has rows that nobody computes.
-What a mean needs of them is their sum. Sums are found by what they are of: the tokens, and whatever else makes SGLang
-keep prefixes apart. So no slot of the KV cache is watched: what it forgets is computed again, and the sums are bounded
-by themselves.
+A mean needs their sum, and a maximum their maximum: each is kept under a kind of its own, and none stands for another.
+They are found by what they are of: the kind, the tokens, and whatever else makes SGLang keep prefixes apart. So no slot
+of the KV cache is watched: what it forgets is computed again, and the kept values have a limit of their own.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from torchrl_sglang_hidden.reduce.pooling import BLOCK
+from torchrl_sglang_hidden.reduce.wanted import BLOCK
 
 __all__ = ["PrefixKeys", "PrefixSums"]
 
 MAX_BYTES = 256 * 2**20
 _ID_BYTES = 8
 
-# What a sum costs beside its numbers: the tensor around them, and its places in two dicts.
+# What an entry costs beside its numbers: the tensor around them, and its entries in two dicts.
 ENTRY_BYTES = 1024
 
 _Key = tuple[bytes, bytes]
@@ -31,10 +31,10 @@ _Key = tuple[bytes, bytes]
 
 @dataclass(slots=True)
 class PrefixKeys:
-    """Names of the beginnings of one request's tokens: a digest of all whole blocks, and the ids behind them.
+    """Names the beginnings of one request's tokens: a digest of all whole blocks, and the ids after them.
 
     Args:
-        kind: what keeps prefixes of the same tokens apart.
+        kind: what keeps values over the same tokens apart: the reducer, the layers, an adapter.
         ids: the request's tokens so far; may grow at its end.
     """
 
@@ -46,7 +46,7 @@ class PrefixKeys:
         self._digests.append(hashlib.blake2b(self.kind.encode(), digest_size=16).digest())
 
     def block(self, number: int) -> bytes:
-        """The digest of the first ``number`` blocks."""
+        """Return the digest of the first ``number`` blocks."""
         while len(self._digests) <= number:
             start = (len(self._digests) - 1) * BLOCK
             block = array("q", self.ids[start : start + BLOCK]).tobytes()
@@ -54,39 +54,39 @@ class PrefixKeys:
         return self._digests[number]
 
     def key(self, length: int) -> _Key:
-        """The name of the first ``length`` tokens."""
+        """Return the name of the first ``length`` tokens."""
         number = length // BLOCK
         return self.block(number), array("q", self.ids[number * BLOCK : length]).tobytes()
 
 
 class PrefixSums:
-    """Bounded; forgets what was not used for longest.
+    """Holds running values up to a limit of bytes; forgets what was not used for longest.
 
     Args:
-        max_bytes: of sums and their names.
+        max_bytes: of values and their names.
     """
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         self.max_bytes = max_bytes
         self.bytes = 0
         self._sums: OrderedDict[_Key, torch.Tensor] = OrderedDict()
-        # Which lengths there are behind a block, so that a search need not try all.
+        # Which lengths there are after a block, so that a search need not try all.
         self._lengths: dict[bytes, Counter[int]] = {}
 
-    def put(self, keys: PrefixKeys, length: int, sum_KD: torch.Tensor) -> None:
-        """Keeps the sum over the first ``length`` positions."""
+    def put(self, keys: PrefixKeys, length: int, value_KD: torch.Tensor) -> None:
+        """Keep the running value over the first ``length`` positions."""
         key = keys.key(length)
         if key in self._sums:
             self._sums.move_to_end(key)
             return
-        self._sums[key] = sum_KD
+        self._sums[key] = value_KD
         self._lengths.setdefault(key[0], Counter())[len(key[1]) // _ID_BYTES] += 1
-        self.bytes += _cost(key, sum_KD)
+        self.bytes += _cost(key, value_KD)
         while self.bytes > self.max_bytes:
             self._forget_oldest()
 
     def longest(self, keys: PrefixKeys, limit: int, multiple: int = 1) -> tuple[int, torch.Tensor] | None:
-        """The longest beginning of at most ``limit`` tokens whose sum is kept, or None.
+        """Return the longest beginning of at most ``limit`` tokens whose value is kept, and that value; or None.
 
         Args:
             keys: of the request.
@@ -99,21 +99,21 @@ class PrefixSums:
                 length = number * BLOCK + tail
                 if 0 < length <= limit and length % multiple == 0:
                     key = keys.key(length)
-                    sum_KD = self._sums.get(key)
-                    if sum_KD is not None:
+                    value_KD = self._sums.get(key)
+                    if value_KD is not None:
                         self._sums.move_to_end(key)
-                        return length, sum_KD
+                        return length, value_KD
         return None
 
     def clear(self) -> None:
-        """Forgets all: other weights give other states."""
+        """Forget all: other weights give other states."""
         self._sums.clear()
         self._lengths.clear()
         self.bytes = 0
 
     def _forget_oldest(self) -> None:
-        key, sum_KD = self._sums.popitem(last=False)
-        self.bytes -= _cost(key, sum_KD)
+        key, value_KD = self._sums.popitem(last=False)
+        self.bytes -= _cost(key, value_KD)
         digest, tail = key[0], len(key[1]) // _ID_BYTES
         lengths = self._lengths[digest]
         lengths[tail] -= 1
@@ -123,5 +123,5 @@ class PrefixSums:
             del self._lengths[digest]
 
 
-def _cost(key: _Key, sum_KD: torch.Tensor) -> int:
-    return sum_KD.nbytes + len(key[1]) + ENTRY_BYTES
+def _cost(key: _Key, value_KD: torch.Tensor) -> int:
+    return value_KD.nbytes + len(key[1]) + ENTRY_BYTES

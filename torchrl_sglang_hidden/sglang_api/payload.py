@@ -120,4 +120,4 @@ def _sampling(request: Request) -> dict[str, Any]:
 
 def _reads_prompt(wanted: Wanted, num_prompt: int) -> bool:
     """Whether rows before the prompt's last, which is always computed, are wanted."""
-    return wanted.sums_prefix or RequestPools(wanted, num_prompt).first_needed() < num_prompt - 1
+    return wanted.pools_prefix or RequestPools(wanted, num_prompt).first_needed() < num_prompt - 1

@@ -1,4 +1,4 @@
-"""SGLang's answers to `Completion`s.
+"""Read SGLang's answers into `Completion`s.
 
 The only reader of a finished answer's ``meta_info``, and the place where rows are counted against tokens. Past this
 module there are records, no dicts. Knows nothing of how bytes travel, nor of TensorDicts.
@@ -15,7 +15,7 @@ import torch
 from torchrl_sglang_hidden.errors import AlignmentError, ProtocolError, RequestAbortedError, SpanError
 from torchrl_sglang_hidden.protocol import CHANNEL, FALLBACK_REMEDY, Answer, drop_shared, unpack_answer
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Pooled, Request, TokenLogits, TokenRows
-from torchrl_sglang_hidden.reduce.pooling import Pools, RequestPools, Wanted, sum_rows
+from torchrl_sglang_hidden.reduce.pooling import Pools, RequestPools, Wanted, reduce_rows
 from torchrl_sglang_hidden.reduce.token_logits import FoundLogits, WantedLogits
 from torchrl_sglang_hidden.sglang_api.payload import logits_of, shares, wanted_of
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec, Segment, positions_of
@@ -28,7 +28,7 @@ __all__ = ["read_responses"]
 def read_responses(
     requests: Sequence[Request], rows: object, info: EngineInfo, *, first_row: int = 0
 ) -> list[Completion]:
-    """Reads SGLang's answer to one batched payload, and counts every row.
+    """Read SGLang's answer to one batched payload, and counts every row.
 
     Args:
         requests: what was sent.
@@ -49,7 +49,7 @@ def read_responses(
         for request, row in zip(requests, rows, strict=True):
             completions.append(_read_row(first_row + len(completions), request, row, info))
     finally:
-        # Behind a row that raised nobody reads the others, and what they have in shared memory would stay there.
+        # Nobody reads the rows after one that raised, and what they have in shared memory would stay there.
         for row in rows[len(completions) :] if info.shares_memory else ():
             drop_shared(_meta_of(row).get(CHANNEL))
     return completions
@@ -118,7 +118,7 @@ def _read_row(index: int, request: Request, row: Any, info: EngineInfo) -> Compl
 def _read_prompt_log_probs(
     name: str, request: Request, meta: Mapping[str, Any], logits: FoundLogits | None
 ) -> torch.Tensor:
-    """The log-probs of the prompt's tokens from ``score_from`` on."""
+    """Return the log-probs of the prompt's tokens from ``score_from`` on."""
     first = request.score_from
     if logits is None or not request.constraints:
         # SGLang's start at the token before, without a log-prob.
@@ -133,7 +133,7 @@ def _read_prompt_log_probs(
 def _read_logits(
     name: str, request: Request, wanted: WantedLogits, found: FoundLogits | None, num_response: int, info: EngineInfo
 ) -> FoundLogits:
-    """Counts the logits of one answer against its tokens, and those that constraints were applied to."""
+    """Count the logits of one answer against its tokens, and those that constraints were applied to."""
     if found is None:
         raise ProtocolError(f"{name}: logits or constraints were asked for and are not in the answer; send it again")
     expected = 0 if wanted.prompt_from is None else len(request.prompt_ids) - wanted.prompt_from
@@ -177,7 +177,7 @@ def _counted(
 def _read_log_probs(
     name: str, meta: Mapping[str, Any], side: Literal["input", "output"], ids: tuple[int, ...]
 ) -> torch.Tensor:
-    """The log-prob of each of ``ids``, float32; NaN for the first of the input, which SGLang gives as null."""
+    """Return the log-prob of each of ``ids``, float32; NaN for the first of the input, which SGLang gives as null."""
     entries = meta.get(f"{side}_token_logprobs")
     if entries is None:
         raise ProtocolError(f"{name}: {side} log-probs were asked for and are not in the answer")
@@ -212,7 +212,7 @@ def _read_states(
     info: EngineInfo,
     answer: Answer | None,
 ) -> _States:
-    """Reads the states of one answer, and counts them against the tokens."""
+    """Read the states of one answer, and counts them against the tokens."""
     num_prompt, num_response = len(request.prompt_ids), len(response_ids)
     if answer is not None:
         found = answer.pools
@@ -222,7 +222,8 @@ def _read_states(
 
     def pooled(what: str, value: tuple[torch.Tensor | None, int] | None, expected: int | None) -> Pooled:
         vector_KD, count = value or (None, 0)
-        if vector_KD is None or count != expected if expected is not None else vector_KD is None or count < 1:
+        every_row_counted = count >= 1 if expected is None else count == expected
+        if vector_KD is None or not every_row_counted:
             raise AlignmentError(
                 f"{name}: {count} rows of states for the {what} of {num_prompt} prompt and {num_response} response "
                 f"tokens, expected {'at least 1' if expected is None else expected}; {remedy}"
@@ -255,7 +256,7 @@ def _read_states(
 
 
 def _shaped(name: str, states: torch.Tensor | None, spec: HiddenSpec, info: EngineInfo) -> torch.Tensor:
-    """``[…, K, D]`` as it was asked for: without K where the layers are one id."""
+    """Return states ``[…, K, D]`` as they were asked for: without K if the layers are one id."""
     expected = (len(spec.layer_ids), info.hidden_size)
     if states is None or states.shape[-2:] != expected:
         found = None if states is None else tuple(states.shape)
@@ -264,14 +265,14 @@ def _shaped(name: str, states: torch.Tensor | None, spec: HiddenSpec, info: Engi
 
 
 def _rows_of(span: ResolvedSpan, num_response: int) -> int | None:
-    """How many rows a span has; None where the engine found out."""
+    """Return how many rows a span has; None if only the engine knows, because it looked for the markers."""
     if isinstance(span, PromptSpan):
         return span.count
     return min(span.count, num_response) if isinstance(span, LastTokens) else None
 
 
 def _pool_stock(name: str, wanted: Wanted, entries: Any, num_prompt: int, response_ids: tuple[int, ...]) -> Pools:
-    """Pools stock ``hidden_states``: one entry per forward step, the first with the prompt rows that it computed.
+    """Pool stock ``hidden_states``: one entry per forward step, the first with the prompt rows that it computed.
 
     A later entry of several rows is a prefill repeated after a retraction; its last row produced the next token.
     """
@@ -289,13 +290,13 @@ def _pool_stock(name: str, wanted: Wanted, entries: Any, num_prompt: int, respon
     if step is not None:
         moved = [tuple((begin - start, stop - start) for begin, stop in ranges) for ranges in step.groups]
         kept = None if step.rows is None else first_ND[step.rows[0] - start : step.rows[1] - start, None]
-        pools.add_prompt(step, [sum_rows(first_ND, ranges)[None] for ranges in moved], kept)
+        pools.add_prompt(step, [reduce_rows(first_ND, ranges, wanted.reducer)[None] for ranges in moved], kept)
     for index, step_ND in enumerate(steps):
         pools.add_produced(step_ND[-1][None], index)
     found = pools.finish(response_ids)
     for span_name, fault in found.faults.items():
         raise SpanError(f"{name}, span {span_name!r}: {fault}")
-    if start > 0 and wanted.sums_prefix:
+    if start > 0 and wanted.pools_prefix:
         # Rows are missing before those that came. Their number is for the error that follows.
         missing = {Segment.PROMPT: first_ND.shape[0], Segment.FULL: first_ND.shape[0] + len(steps) - 1}
         segments = {s: (None, missing[Segment(s)]) if s in missing else value for s, value in found.segments.items()}

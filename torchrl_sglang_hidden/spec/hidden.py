@@ -58,11 +58,6 @@ POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def rows_expected(segment: str, num_prompt: int, num_response: int) -> int:
-    """Return how many rows a segment has, for P prompt and T response tokens."""
-    return len(Segment(segment).positions(num_prompt, num_response))
-
-
 def reads_prompt(segments: Iterable[str]) -> bool:
     """Return whether any of the segments has rows before the prompt's last one."""
     return any(Segment(segment).reads_prompt for segment in segments)

@@ -1,0 +1,133 @@
+"""Reduce the rows of a segment or span to one vector: one reducer for each kind of pooling.
+
+Pure torch; knows nothing of requests, positions or chunks. A reducer keeps nothing itself: whoever pools keeps a
+running value, float32 ``[*, K, D]``, and the number of rows that it stands for. `reducer_of` is the one place where
+the name of a pooling becomes code. To add a kind, add its name to `Pooling` in ``spec/hidden.py`` and its case there.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, assert_never
+
+import torch
+
+from torchrl_sglang_hidden.spec.hidden import Pooling
+
+__all__ = ["Last", "Max", "Mean", "Ranges", "Reducer", "Sum", "reduce_rows", "reducer_of"]
+
+Ranges = tuple[tuple[int, int], ...]
+
+
+class Reducer(ABC):
+    """Turns rows into a running value, merges values, and reads the result off the last of them.
+
+    Attributes:
+        running: which running values this reducer makes. Those of the same name are interchangeable, so that a mean
+            can go on from the sum that was kept of a prompt's beginning.
+        needs_all_rows: whether every row of a segment counts; otherwise its last one stands for all of them.
+    """
+
+    running: ClassVar[str]
+    needs_all_rows: ClassVar[bool] = True
+
+    @abstractmethod
+    def rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Reduce one or more rows ``[N, *]`` of any floating dtype to a running value, float32 ``[*]``."""
+
+    @abstractmethod
+    def merge(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        """Merge the running values of two runs of rows, in the order of their positions; writes into neither.
+
+        The running value of a single row is the row itself in float32, so this also adds one row.
+        """
+
+    def result(self, value: torch.Tensor, count: int) -> torch.Tensor:
+        """Return what a running value over ``count`` rows pools to."""
+        return value
+
+    def resume(self, result: torch.Tensor, count: int) -> torch.Tensor:
+        """Return the running value from a result over ``count`` rows, so that more rows can be merged."""
+        return result
+
+
+class Sum(Reducer):
+    """Adds rows up, in float32 whatever their dtype."""
+
+    running = "sum"
+
+    def rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Reduce rows to their sum."""
+        return rows.sum(0, dtype=torch.float32)
+
+    def merge(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        """Add two sums."""
+        return before + after
+
+
+class Mean(Sum):
+    """Adds rows up in float32, and divides by their number at the end."""
+
+    def result(self, value: torch.Tensor, count: int) -> torch.Tensor:
+        """Divide the sum by the number of its rows."""
+        return value / count
+
+    def resume(self, result: torch.Tensor, count: int) -> torch.Tensor:
+        """Multiply the mean by the number of its rows."""
+        return result * count
+
+
+class Max(Reducer):
+    """Takes the largest value in each dimension. NaN wins over every number, so that a broken row shows."""
+
+    running = "max"
+
+    def rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Reduce rows to their elementwise maximum. Exact in any dtype: one of the values, widened to float32."""
+        return rows.amax(0).float()
+
+    def merge(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        """Take the larger of two maxima in each dimension."""
+        return torch.maximum(before, after)
+
+
+class Last(Reducer):
+    """Takes the last row."""
+
+    running = "last"
+    needs_all_rows = False
+
+    def rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Reduce rows to the last one; a copy, never a view."""
+        return rows[-1].to(torch.float32, copy=True)
+
+    def merge(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        """Take the later one."""
+        return after
+
+
+def reducer_of(pooling: Pooling) -> Reducer:
+    """Return the reducer of a kind of pooling. A kind without one fails the type check, and raises here."""
+    match pooling:
+        case "mean":
+            return Mean()
+        case "last":
+            return Last()
+        case _:
+            assert_never(pooling)
+
+
+def reduce_rows(rows_ND: torch.Tensor, ranges: Ranges, reducer: Reducer) -> torch.Tensor:
+    """Reduce the rows in some ranges, in order, to one running value, float32 ``[D]``.
+
+    Never a view of ``rows_ND``: that may be a static buffer of a CUDA graph, which the next step overwrites.
+    """
+    if len(ranges) == 1:
+        chosen_ND = rows_ND[ranges[0][0] : ranges[0][1]]
+    else:
+        # One kernel however many ranges.
+        indices = [index for start, stop in ranges for index in range(start, stop)]
+        chosen_ND = rows_ND.index_select(0, torch.tensor(indices, device=rows_ND.device))
+    if chosen_ND.shape[0] == 1:
+        return chosen_ND[0].to(torch.float32, copy=True)
+    return reducer.rows(chosen_ND)
