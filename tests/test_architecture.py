@@ -39,9 +39,9 @@ FLOORS: list[list[set[str]]] = [
     [
         {"policy"},
         {"policy.outputs", "policy.action_masks", "policy.chat_text", "policy.logits_from_hidden"},
-        {"policy.prompts"},
+        {"policy.prompts", "policy.returned", "policy.tokenizer", "policy.batching"},
         {"policy.assemble", "policy.config"},
-        {"policy.requests", "policy.configured"},
+        {"policy.requests"},
         {"policy.distributions", "policy.candidates"},
         {"policy.wrapper", "policy.weight_sync"},
     ],

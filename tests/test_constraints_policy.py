@@ -224,7 +224,7 @@ def test_sglangs_own_processor_without_constraints_needs_no_words() -> None:
         policy(prompts(), custom_logit_processor=ActionMask([20]))
     assert [request.processor for request in engine.requests[::3]] == [NATIVE, None]
     assert engine.requests[3].constraints == (ActionMask([20]),)
-    assert policy.config["generate_kwargs"] == {"custom_logit_processor": NATIVE}
+    assert policy.config.generate_kwargs == {"custom_logit_processor": NATIVE}
 
 
 def test_sglangs_own_processor_scores_nothing() -> None:
@@ -525,9 +525,9 @@ def test_a_new_version_keeps_constraints_as_they_were_read() -> None:
         generate_kwargs={"action_mask": mask_of([20]), "custom_logit_processor": 'temperature_scale:{"schedule":2.0}'},
     )
     config = policy.config
-    assert config["constraints"] == (ActionMask([20]),)
-    assert config["action_token_ids"] == (3, 2)
-    assert config["generate_kwargs"] == {
+    assert config.constraints == (ActionMask([20]),)
+    assert config.action_token_ids == (3, 2)
+    assert config.generate_kwargs == {
         "action_mask": ActionMask([20]),
         "custom_logit_processor": (TemperatureScale(2.0),),
     }

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 from helpers.fake_engine import PAD_ID, WORDS, RecordingEngine, RecordingServer, tiny_tokenizer
-from helpers.policy_batches import ALL, TOKENIZER, batch_of, flat, make, plain, tokens_batch
+from helpers.policy_batches import FULL_CONFIG, TOKENIZER, batch_of, flat, make, plain, tokens_batch
 from tensordict import TensorDict, TensorDictBase
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from torchrl_sglang_hidden import DisallowedTokens, LogitsSpec, SGLangHiddenWrapper, SGLangServer
+from torchrl_sglang_hidden import SGLangHiddenWrapper, SGLangServer
 from torchrl_sglang_hidden.errors import (
     InputError,
     InputTypeError,
@@ -129,25 +129,10 @@ def test_inputs_that_are_not_sent(mode: str, batch: Any, error: type[SGLangHidde
     assert before is None or plain(batch) == before
 
 
-FULL_CONFIG: dict[str, Any] = {
-    "tokenizer": TOKENIZER, "input_mode": "tokens", "input_key": ("my", "ids"), "attention_mask_key": ("my", "mask"),
-    "generate": True, "generate_kwargs": {"max_new_tokens": 3, "stop_sequences": ["w1"]},
-    "tokenizer_kwargs": {"padding": True}, "pad_output": True, "pad_model_input": False, "inplace": False,
-    "device": torch.device("cpu"), "layout": torch.jagged, "num_samples": 2, "prefer_tokens": True,
-    "chat_template_name": "chatml_format", "chat_template": None, "return_log_probs": False, "history_key": "h",
-"batching": True, "min_batch_size": 1,
-    "max_batch_size": 8, "batching_timeout": 2.5,
-    "text_key": None, "tokens_key": ("a", "b"), "masks_key": "m", "log_probs_key": None, "hidden": ALL,
-    "hidden_states_key": "s", "token_hidden_states_key": ("t", "s"), "logits": LogitsSpec(top_k=3, stage="processed"),
-    "logits_key": ("l", "g"), "constraints": (DisallowedTokens([7]),), "action_mask_key": ("my", "actions"),
-    "action_token_ids": (9, 8, 1),
-}  # fmt: skip
-
-
 def test_a_new_version_loses_nothing() -> None:
     policy, engine = make(**FULL_CONFIG)
     assert set(FULL_CONFIG) == set(inspect.signature(SGLangHiddenWrapper.__init__).parameters) - {"self", "model"}
-    assert policy.config == FULL_CONFIG
+    assert policy.config.arguments() == FULL_CONFIG
     again = policy.get_new_version()
     assert again is not policy
     assert (again.config, again.model) == (policy.config, engine)
@@ -170,8 +155,8 @@ def test_a_new_version_loses_nothing() -> None:
 )
 def test_a_new_version_changes_only_what_is_said(changes: dict[str, Any]) -> None:
     policy, _ = make(**FULL_CONFIG)
-    assert policy.get_new_version(**changes).config == {**FULL_CONFIG, **changes}
-    assert policy.config == FULL_CONFIG
+    assert policy.get_new_version(**changes).config.arguments() == {**FULL_CONFIG, **changes}
+    assert policy.config.arguments() == FULL_CONFIG
 
 
 @pytest.mark.parametrize("mode", ["history", "text", "tokens"])
@@ -183,7 +168,7 @@ def test_the_default_input_key_follows_mode_and_generate(mode: str) -> None:
     # What torchrl's RetrieveKL passes.
     changes = {"generate": False, "return_log_probs": True, "log_probs_key": ("gen", "log_probs"), "pad_output": True}
     gen = policy.get_new_version(**changes, input_mode="tokens", input_key=("tokens", "full"))
-    assert {key: gen.config[key] for key in changes} == changes
+    assert {key: gen.config.arguments()[key] for key in changes} == changes
     assert (gen.input_mode, gen.input_key) == ("tokens", ("tokens", "full"))
 
 
@@ -225,7 +210,7 @@ def test_a_copy_and_a_pickle_lose_nothing() -> None:
             assert same.model is not policy.model
             assert (policy.collector, same.collector) == (server, None)
             assert same._engine.engine is same.model
-            assert {**same.config, "tokenizer": None} == {**policy.config, "tokenizer": None}
+            assert {**same.config.arguments(), "tokenizer": None} == {**policy.config.arguments(), "tokenizer": None}
             assert same.tokenizer.get_vocab() == TOKENIZER.get_vocab()
             out = same(batch_of("text"))
             assert out.batch_size == (3, 2)
@@ -236,7 +221,7 @@ def test_a_copy_and_a_pickle_lose_nothing() -> None:
 def test_the_sizes_switch_batching_on_and_batching_switches_it_off() -> None:
     batched, _ = make(min_batch_size=2, max_batch_size=4)
     off = batched.get_new_version(batching=False)
-    assert (off.batching, off.config["min_batch_size"], off.config["max_batch_size"]) == (False, None, None)
+    assert (off.batching, off.config.queue.min_batch_size, off.config.queue.max_batch_size) == (False, None, None)
     on = off.get_new_version(max_batch_size=4)
     assert on.get_batching_state()["min_batch_size"] == 1
     with pytest.raises(InputError, match="batching=False with min_batch_size=3"):
@@ -297,5 +282,5 @@ def test_the_configuration_is_a_copy() -> None:
     options = {"temperature": 0.5}
     policy, _ = make(generate_kwargs=options)
     options["temperature"] = 9
-    policy.config["generate_kwargs"]["temperature"] = 9
+    policy.config.arguments()["generate_kwargs"]["temperature"] = 9
     assert policy.generate_kwargs == {"temperature": 0.5}

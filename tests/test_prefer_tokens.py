@@ -295,8 +295,8 @@ def test_another_tokens_key() -> None:
 
 def test_the_option_is_kept() -> None:
     policy, _ = make()
-    assert policy.prefer_tokens is policy.config["prefer_tokens"] is policy.get_new_version().prefer_tokens is True
-    assert policy.get_new_version(prefer_tokens=False).config["prefer_tokens"] is False
+    assert policy.prefer_tokens is policy.config.prefer_tokens is policy.get_new_version().prefer_tokens is True
+    assert policy.get_new_version(prefer_tokens=False).config.prefer_tokens is False
     assert SGLangHiddenWrapper(RecordingEngine(), tokenizer=TOKENIZER).prefer_tokens is False
     reader = pickle.loads(pickle.dumps(policy._reader))
     assert reader.prefer_tokens == ("tokens", "prompt")

@@ -13,7 +13,7 @@ from helpers.fake_engine import (
     RecordingEngine,
     tiny_tokenizer,
 )
-from torchrl_sglang_hidden import HiddenSpec, SGLangHiddenWrapper
+from torchrl_sglang_hidden import DisallowedTokens, HiddenSpec, LogitsSpec, SGLangHiddenWrapper
 from torchrl_sglang_hidden.spec.hidden import SEGMENTS
 
 TOKENIZER = tiny_tokenizer()
@@ -65,3 +65,19 @@ def plain(td: TensorDictBase) -> list[dict[str, Any]]:
         {key: value.tolist() if isinstance(value, torch.Tensor) else value for key, value in row.items()}
         for row in rows
     ]
+
+
+# Every argument of the wrapper with a value that is not its default, wherever one can stand beside the others.
+FULL_CONFIG: dict[str, Any] = {
+    "tokenizer": TOKENIZER, "input_mode": "tokens", "input_key": ("my", "ids"), "attention_mask_key": ("my", "mask"),
+    "generate": True, "generate_kwargs": {"max_new_tokens": 3, "stop_sequences": ["w1"]},
+    "tokenizer_kwargs": {"padding": True}, "pad_output": True, "pad_model_input": False, "inplace": False,
+    "device": torch.device("cpu"), "layout": torch.jagged, "num_samples": 2, "prefer_tokens": True,
+    "chat_template_name": "chatml_format", "chat_template": None, "return_log_probs": False, "history_key": "h",
+"batching": True, "min_batch_size": 1,
+    "max_batch_size": 8, "batching_timeout": 2.5,
+    "text_key": None, "tokens_key": ("a", "b"), "masks_key": "m", "log_probs_key": None, "hidden": ALL,
+    "hidden_states_key": "s", "token_hidden_states_key": ("t", "s"), "logits": LogitsSpec(top_k=3, stage="processed"),
+    "logits_key": ("l", "g"), "constraints": (DisallowedTokens([7]),), "action_mask_key": ("my", "actions"),
+    "action_token_ids": (9, 8, 1),
+}  # fmt: skip

@@ -1,15 +1,15 @@
 """Candidate continuations of a prompt: their log-probs, and an actor that chooses among them.
 
-Knows nothing of wire formats. A candidate's tokens go behind the prompt's, token by token: nothing is tokenized across
-the place where they meet.
+Knows nothing of wire formats. A candidate's token ids are appended to the prompt's: no text is tokenized across the
+border between them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
+from typing import Any, Literal, Protocol, TypeAlias, cast, get_args
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -28,13 +28,12 @@ from torchrl_sglang_hidden.errors import (
     PromptLengthError,
     TokenIdError,
 )
-from torchrl_sglang_hidden.policy.action_masks import ActionMaskReader
-from torchrl_sglang_hidden.policy.prompts import InputMode, PromptReader, Row
-from torchrl_sglang_hidden.policy.requests import Call, read_call
+from torchrl_sglang_hidden.policy.prompts import Row
+from torchrl_sglang_hidden.policy.requests import CallOptions
 from torchrl_sglang_hidden.records import READING, EngineInfo, Request
-from torchrl_sglang_hidden.spec.constraints import LogitConstraint, check_constraints
+from torchrl_sglang_hidden.spec.constraints import check_constraints
 
-__all__ = ["CandidateActor", "CandidateScoring", "Candidates", "Reduction"]
+__all__ = ["REDUCTIONS", "CandidateActor", "Candidates", "Reduction", "score_candidates"]
 
 Candidate: TypeAlias = str | Sequence[int] | torch.Tensor
 Candidates: TypeAlias = Sequence[Candidate] | Sequence[Sequence[Candidate]]
@@ -44,27 +43,16 @@ REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 Ids: TypeAlias = tuple[int, ...]
 
 
-class CandidateScoring:
-    """Scores candidates: part of `SGLangHiddenWrapper`."""
+class Scorer(Protocol):
+    """What `CandidateActor` needs of a policy; `SGLangHiddenWrapper` has it."""
 
-    # What the policy is, for this part of it.
-    generate: bool
-    input_mode: InputMode
-    input_key: NestedKey
-    action_mask_key: NestedKey | None
-    generate_kwargs: dict[str, Any]
-    constraints: tuple[LogitConstraint, ...]
-    model: Engine
-    tokenizer: PreTrainedTokenizerBase
-    _device: torch.device | None
-    _mask_reader: Callable[[], ActionMaskReader | None]
-    if TYPE_CHECKING:
+    @property
+    def input_key(self) -> NestedKey:
+        """Where the prompts are read."""
 
-        @property
-        def _engine(self) -> Engine: ...
-
-        @property
-        def _reader(self) -> PromptReader: ...
+    @property
+    def action_mask_key(self) -> NestedKey | None:
+        """Where the rows' token masks are read, or None."""
 
     def score(
         self,
@@ -74,111 +62,88 @@ class CandidateScoring:
         reduction: Reduction = "sum",
         mask: torch.Tensor | None = None,
     ) -> TensorDict:
-        """The log-probs of candidate continuations of each prompt: logits over A actions, ready for a distribution.
+        """Score candidates: see `SGLangHiddenWrapper.score`."""
 
-        Each prompt is computed once: it goes ahead, and its candidates find it in the server's prefix cache. Several
-        servers, or data-parallel parts of one, share the candidates, and each computes the prompts that it is given.
 
-        Args:
-            tensordict: prompts, as for generation, of any batch size; not written to.
-            candidates: A strings or lists of token ids, the same for all rows; or such a list for each row, in
-                row-major order of the batch, of any lengths. A string is tokenized by itself, without special tokens,
-                and its ids are put behind the prompt's: begin it as it goes on there, such as with a space. Where one
-                candidate is the beginning of another, end both with the end-of-sequence token, or the shorter wins.
+def score_candidates(
+    prompts: Sequence[Row],
+    candidates: Candidates,
+    *,
+    call: CallOptions,
+    reduction: Reduction,
+    mask: torch.Tensor | None,
+    batch_size: torch.Size,
+    tokenizer: PreTrainedTokenizerBase,
+    engine: Engine,
+    ahead: Engine,
+) -> TensorDict:
+    """Score candidate continuations of each prompt row; see `SGLangHiddenWrapper.score`.
 
-        Keyword Args:
-            reduction: ``"sum"``, the log-prob of the whole candidate; ``"mean"``, of a token of it on average;
-                ``"first"``, of its first token, and no more than that is computed.
-            mask: bool ``[*batch, A]``, True at the candidates to score, such as an environment's ``action_mask``.
+    Args:
+        prompts: R rows, in row-major order of ``batch_size``.
+        candidates: A for all rows, or as many lists as rows.
+        call: what `read_scoring` returned.
+        reduction: how the log-probs of a candidate's tokens become one number.
+        mask: bool ``[*batch, A]``, True at the candidates to score; None for all.
+        batch_size: of the prompts.
+        tokenizer: the policy's.
+        engine: where the candidates are sent.
+        ahead: the engine that computes each prompt first, so that its candidates find it in the prefix cache. Not a
+            queue, which would wait for other callers twice.
 
-        Returns:
-            A TensorDict of the batch's size:
+    Returns:
+        ``logits``, ``mask`` and ``num_tokens``, each ``[*batch, A]``, on the CPU.
 
-            - logits: float32 ``[*batch, A]``, the log-probs, ``-inf`` where ``mask`` is False. Of the model's own
-              distribution, without temperature or penalties; under the wrapper's constraints and its rows'
-              ``action_mask_key``, which act on a candidate's tokens as if they were being sampled.
-            - mask: bool ``[*batch, A]``, False where ``mask`` was, where a row has fewer candidates than others, and
-              where a constraint takes one of the tokens away.
-            - num_tokens: int64 ``[*batch, A]``, each candidate's tokens, 0 where there is none.
-
-        Raises:
-            InputError: candidates, a mask or prompts that cannot be served, before anything is sent; or a wrapper with
-                ``generate=False``.
-            ConstraintError: a row without a candidate that it may choose; by ``mask`` before anything is sent.
-            EngineError: the engine could not be reached, refused or aborted.
-
-        Example:
-            >>> scores = policy.score(td, [" yes", " no"])
-            >>> action = MaskedCategorical(logits=scores["logits"], mask=scores["mask"]).sample()
-        """
-        if not self.generate:
-            raise InputError(
-                "score with generate=False: this wrapper reads whole sequences, and candidates follow prompts; use "
-                "get_new_version(generate=True)"
+    Raises:
+        InputError, ConstraintError: see `SGLangHiddenWrapper.score`.
+    """
+    rows = _read_candidates(candidates, len(prompts), tokenizer)
+    wanted_RA = _read_mask(mask, rows, batch_size)
+    requests = [_prompt_request(prompt, call) for prompt in prompts]
+    _check(rows, requests, ahead.info, 1 if reduction == "first" else None)
+    logits_RA = _log_probs(requests, rows, wanted_RA, reduction, engine, ahead)
+    # A NaN stays, for the distribution to refuse.
+    mask_RA = wanted_RA & ~logits_RA.isneginf()
+    for row, any_left in enumerate(mask_RA.any(-1).tolist()):
+        if not any_left:
+            raise ConstraintError(
+                f"row {row}: the constraints take away all of its {int(wanted_RA[row].sum())} candidates; allow "
+                "the tokens of one"
             )
-        if reduction not in REDUCTIONS:
-            raise InputError(f"reduction={reduction!r}: expected one of {REDUCTIONS}")
-        # As for a given sequence: nothing is sampled.
-        call = read_call(
-            self.generate_kwargs,
-            {},
-            hidden=None,
-            logits=None,
-            logits_only=False,
-            constraints=self.constraints,
-            action_mask_key=self.action_mask_key,
-            generate=False,
-            input_mode=self.input_mode,
-            num_samples=None,
-            vocab_size=self.model.info.vocab_size,
-        )
-        prompts = replace(self._reader, action_masks=self._mask_reader()).read(tensordict)
-        rows = _read_candidates(candidates, len(prompts), self.tokenizer)
-        wanted_RA = _read_mask(mask, rows, tensordict.batch_size)
-        requests = [_request(prompt, call) for prompt in prompts]
-        _check(rows, requests, self.model.info, 1 if reduction == "first" else None)
-        logits_RA = self._score(requests, rows, wanted_RA, reduction)
-        # A NaN stays, for the distribution to refuse.
-        mask_RA = wanted_RA & ~logits_RA.isneginf()
-        for row, any_left in enumerate(mask_RA.any(-1).tolist()):
-            if not any_left:
-                raise ConstraintError(
-                    f"row {row}: the constraints take away all of its {int(wanted_RA[row].sum())} candidates; allow "
-                    "the tokens of one"
-                )
-        found = {
-            "logits": logits_RA,
-            "mask": mask_RA,
-            "num_tokens": _padded([[len(ids) for ids in row] for row in rows]),
-        }
-        return TensorDict(
-            {name: value.reshape(*tensordict.batch_size, -1) for name, value in found.items()},
-            batch_size=tensordict.batch_size,
-        ).to(self._device or tensordict.device or "cpu")
-
-    def _score(
-        self,
-        requests: Sequence[Request],
-        rows: Sequence[Sequence[Ids]],
-        wanted_RA: torch.Tensor,
-        reduction: Reduction,
-    ) -> torch.Tensor:
-        places = [(int(row), int(place)) for row, place in wanted_RA.nonzero()]
-        ids = [rows[row][place][:1] if reduction == "first" else rows[row][place] for row, place in places]
-        scored = [_scored(requests[row], one) for (row, _), one in zip(places, ids, strict=True)]
-        if len(places) > len(requests):
-            # SGLang computes a prompt again for each of several requests that arrive together. Past the queue, which
-            # would wait twice.
-            self.model.generate(requests)
-        logits_RA = torch.full(wanted_RA.shape, -math.inf)
-        for (row, place), completion in zip(places, self._engine.generate(scored), strict=True):
-            log_probs_C = cast("torch.Tensor", completion.prompt_log_probs_P)
-            logits_RA[row, place] = log_probs_C.mean() if reduction == "mean" else log_probs_C.sum()
-        return logits_RA
+    num_tokens_RA = _padded([[len(ids) for ids in row] for row in rows])
+    scores = {"logits": logits_RA, "mask": mask_RA, "num_tokens": num_tokens_RA}
+    return TensorDict({name: value.reshape(*batch_size, -1) for name, value in scores.items()}, batch_size=batch_size)
 
 
-def _request(prompt: Row, call: Call) -> Request:
-    """One token of the prompt, with the constraints: what a server lacks for them is said before its candidates go."""
+def _log_probs(
+    requests: Sequence[Request],
+    rows: Sequence[Sequence[Ids]],
+    wanted_RA: torch.Tensor,
+    reduction: Reduction,
+    engine: Engine,
+    ahead: Engine,
+) -> torch.Tensor:
+    """Return the reduced log-probs of the wanted candidates, ``[R, A]``, and -inf for the others."""
+    wanted = [(int(row), int(column)) for row, column in wanted_RA.nonzero()]
+    sequences = [
+        _candidate_request(requests[row], rows[row][column][:1] if reduction == "first" else rows[row][column])
+        for row, column in wanted
+    ]
+    if len(sequences) > len(requests):
+        # SGLang computes a prompt again for each of several requests that arrive together.
+        ahead.generate(requests)
+    logits_RA = torch.full(wanted_RA.shape, -math.inf)
+    for (row, column), completion in zip(wanted, engine.generate(sequences), strict=True):
+        log_probs_C = cast("torch.Tensor", completion.prompt_log_probs_P)
+        logits_RA[row, column] = log_probs_C.mean() if reduction == "mean" else log_probs_C.sum()
+    return logits_RA
+
+
+def _prompt_request(prompt: Row, call: CallOptions) -> Request:
+    """Return the request that computes a prompt, and samples one token.
+
+    It has the constraints, so that a server that cannot serve them says so before the candidates are sent.
+    """
     return Request(
         prompt.prompt_ids,
         sampling=READING,
@@ -190,7 +155,8 @@ def _request(prompt: Row, call: Call) -> Request:
     )
 
 
-def _scored(request: Request, ids: Ids) -> Request:
+def _candidate_request(request: Request, ids: Ids) -> Request:
+    """Return the request that scores the ids of a candidate behind the prompt of a request."""
     start, stop = len(request.prompt_ids), len(request.prompt_ids) + len(ids)
     return replace(
         request,
@@ -205,20 +171,20 @@ def _scored(request: Request, ids: Ids) -> Request:
 
 
 def _read_candidates(candidates: Any, num_rows: int, tokenizer: PreTrainedTokenizerBase) -> list[list[Ids]]:
-    """The ids of every row's candidates."""
+    """Return the ids of every row's candidates."""
     if isinstance(candidates, (str, Mapping)) or not isinstance(candidates, Sequence):
         raise InputTypeError(
             f"candidates: a {type(candidates).__name__}; expected a list of strings or of id lists, for all rows, or "
             "one for each"
         )
-    if all(_is_candidate(one) for one in candidates):
+    if all(_is_candidate(candidate) for candidate in candidates):
         return [_read_row("", candidates, tokenizer)] * num_rows
     if len(candidates) != num_rows:
         raise InputError(
             f"{len(candidates)} lists of candidates for a batch of {num_rows} rows; give one for each row, or one list "
             "for all"
         )
-    return [_read_row(f"row {row}, ", one, tokenizer) for row, one in enumerate(candidates)]
+    return [_read_row(f"row {row}, ", of_row, tokenizer) for row, of_row in enumerate(candidates)]
 
 
 def _is_candidate(value: Any) -> bool:
@@ -226,7 +192,7 @@ def _is_candidate(value: Any) -> bool:
         return True
     if isinstance(value, torch.Tensor):
         return value.ndim == 1
-    return isinstance(value, Sequence) and all(isinstance(one, int) for one in value)
+    return isinstance(value, Sequence) and all(isinstance(token_id, int) for token_id in value)
 
 
 def _read_row(name: str, candidates: Any, tokenizer: PreTrainedTokenizerBase) -> list[Ids]:
@@ -234,10 +200,13 @@ def _read_row(name: str, candidates: Any, tokenizer: PreTrainedTokenizerBase) ->
         raise InputTypeError(f"{name}candidates: {candidates!r:.80}; expected a list of strings or of id lists")
     if not candidates:
         raise InputError(f"{name}candidates: an empty list; give at least 1")
-    return [_read_one(f"{name}candidate {place}", one, tokenizer) for place, one in enumerate(candidates)]
+    return [
+        _read_candidate(f"{name}candidate {column}", candidate, tokenizer)
+        for column, candidate in enumerate(candidates)
+    ]
 
 
-def _read_one(name: str, candidate: Any, tokenizer: PreTrainedTokenizerBase) -> Ids:
+def _read_candidate(name: str, candidate: Any, tokenizer: PreTrainedTokenizerBase) -> Ids:
     if isinstance(candidate, str):
         ids = tokenizer(candidate, add_special_tokens=False)["input_ids"]
     elif isinstance(candidate, torch.Tensor):
@@ -257,7 +226,7 @@ def _padded(values_RA: Sequence[Sequence[int]]) -> torch.Tensor:
 
 
 def _read_mask(mask: Any, rows: Sequence[Sequence[Ids]], batch_size: torch.Size) -> torch.Tensor:
-    """Bool ``[R, A]``, True at the candidates that are there and wanted."""
+    """Return a bool mask ``[R, A]``, True at the candidates that are there and wanted."""
     there_RA = _padded([[1] * len(row) for row in rows]).bool()
     if mask is None:
         return there_RA
@@ -277,7 +246,7 @@ def _read_mask(mask: Any, rows: Sequence[Sequence[Ids]], batch_size: torch.Size)
 
 
 def _check(rows: Sequence[Sequence[Ids]], requests: Sequence[Request], info: EngineInfo, num_sent: int | None) -> None:
-    """Refuses here what the engine's own check would name by another row: it sees one row for each candidate.
+    """Refuse what the engine's own check would name by another row, because it sees one row for each candidate.
 
     ``num_sent`` is how many of a candidate's tokens are sent; None for all.
     """
@@ -289,8 +258,8 @@ def _check(rows: Sequence[Sequence[Ids]], requests: Sequence[Request], info: Eng
             check_constraints(request.constraints, info.vocab_size, num_sent or max(map(len, candidates)))
         except (TokenIdError, ConstraintError) as error:
             raise type(error)(f"row {row}: {error}") from error
-        for place, ids in enumerate(candidates):
-            name = f"row {row}, candidate {place}:"
+        for column, ids in enumerate(candidates):
+            name = f"row {row}, candidate {column}:"
             for extreme in (min(ids), max(ids)):
                 if not 0 <= extreme < info.vocab_size:
                     raise TokenIdError(
@@ -312,7 +281,7 @@ def _check(rows: Sequence[Sequence[Ids]], requests: Sequence[Request], info: Eng
 class _CandidateLogits(TensorDictModuleBase):  # type: ignore[misc]
     def __init__(
         self,
-        policy: CandidateScoring,
+        policy: Scorer,
         candidates: Candidates,
         reduction: Reduction,
         mask_key: NestedKey | None,
@@ -347,7 +316,7 @@ class CandidateActor(ProbabilisticActor):  # type: ignore[misc]
         candidates: see `SGLangHiddenWrapper.score`: a list of A for every row, where action a is candidate a.
 
     Keyword Args:
-        reduction: likewise.
+        reduction: see `SGLangHiddenWrapper.score`.
         action_mask_key: where the environment says which of the A candidates it allows now, bool ``[*batch, A]``. The
             others are not scored. None allows all.
         logits_key: where the candidates' log-probs are written, float32 ``[*batch, A]``.
@@ -370,7 +339,7 @@ class CandidateActor(ProbabilisticActor):  # type: ignore[misc]
 
     def __init__(
         self,
-        policy: CandidateScoring,
+        policy: Scorer,
         candidates: Candidates,
         *,
         reduction: Reduction = "sum",

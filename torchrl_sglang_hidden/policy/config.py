@@ -1,180 +1,371 @@
-"""The constructor arguments of `SGLangHiddenWrapper` that need a check or depend on one another."""
+"""`PolicyConfig`: every argument of `SGLangHiddenWrapper` but its model, checked and in one form.
+
+Knows nothing of rows or requests. What needs the engine's vocabulary or tokenizer is one step,
+`PolicyConfig.resolve_for`.
+"""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, cast
 
 import torch
 from tensordict.utils import NestedKey, unravel_key
 from torchrl.data.llm.history import _CHAT_TEMPLATES as CHAT_TEMPLATES
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from torchrl_sglang_hidden.engines import BatchingEngine, Engine, check_batching
 from torchrl_sglang_hidden.errors import InputError, InputTypeError, TokenIdError
-from torchrl_sglang_hidden.policy.outputs import OutputKeys
-from torchrl_sglang_hidden.policy.prompts import INPUT_MODES
+from torchrl_sglang_hidden.policy.action_masks import (
+    ActionMaskReader,
+    option_constraints,
+    read_action_ids,
+    read_constraints,
+    read_options,
+)
+from torchrl_sglang_hidden.policy.batching import BatchingConfig
+from torchrl_sglang_hidden.policy.outputs import KeyConfig, OutputKeys, list_out_keys
+from torchrl_sglang_hidden.policy.prompts import INPUT_MODES, InputMode, PromptReader
+from torchrl_sglang_hidden.policy.returned import resolve_hidden, scored_hidden
+from torchrl_sglang_hidden.policy.tokenizer import read_tokenizer
+from torchrl_sglang_hidden.records import EngineInfo
 from torchrl_sglang_hidden.sglang_api.sampling import standardize
+from torchrl_sglang_hidden.spec.constraints import LogitConstraint
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
-from torchrl_sglang_hidden.spec.spans import Between, LastTokens, Role, TokenMask, Turn
+from torchrl_sglang_hidden.spec.spans import TokenMask
 
-__all__ = [
-    "changed_config",
-    "check_arguments",
-    "check_chat_template",
-    "default_key",
-    "in_keys",
-    "logits_of_given",
-    "make_batcher",
-    "of_given",
-    "only_logits",
-    "out_keys",
-    "read_hidden",
-    "read_logits",
-    "read_num_samples",
-    "read_tokenizer",
-]
+__all__ = ["ARGUMENTS", "PolicyConfig", "resolve_num_samples"]
 
 
-def check_chat_template(template: str | None, name: str | None) -> None:
-    """Refuses two templates, and names that torchrl does not know."""
-    if name is None:
-        return
-    if template is not None:
-        raise InputError(f"chat_template and chat_template_name={name!r} are both given; keep one")
-    if name not in CHAT_TEMPLATES:
-        raise InputError(
-            f"chat_template_name={name!r}: expected one of {sorted(CHAT_TEMPLATES)}; or give chat_template"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyConfig:
+    """Every argument of `SGLangHiddenWrapper` but ``model``, checked and in one form.
+
+    The wrapper takes the fields of ``keys`` and ``queue`` as arguments of its own, under their own names. Its
+    ``config`` is a `PolicyConfig`, and `SGLangHiddenWrapper.get_new_version` changes some of the arguments.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer, the name or path of one, or None for the engine's own.
+        input_mode: what a prompt is. ``"history"``: a ``torchrl.data.llm.History`` of shape ``[*batch, turns]``.
+            ``"text"``: one string per row. ``"tokens"``: int64 token ids, ragged, or padded on the left.
+        input_key: where the prompt is read; by default ``(input_mode, "prompt")``, and ``(input_mode, "full")`` with
+            ``generate=False``.
+        attention_mask_key: in tokens mode, where a bool mask ``[*batch, P]`` is read if it is there. Ids where it is
+            False are pads, which are never sent. Without a mask, the pad ids at the left of a row of a ``Tokens`` that
+            says ``padded`` are its padding, and every other id is sent as it is.
+        generate: True generates; False scores given sequences, and samples nothing. Arguments that concern generation
+            alone (sampling options, ``num_samples``, ``prefer_tokens``, the segments of ``hidden`` and its spans of a
+            response) are then kept for the next version and have no effect: a chat is scored as the tokenizer writes
+            it. To score a rollout by the ids that were sampled, use ``input_mode="tokens"``.
+        generate_kwargs: generation options by TorchRL's standard names, Hugging Face's, vLLM's or SGLang's; see
+            `torchrl_sglang_hidden.sglang_api.sampling.standardize`. The options of a call override these.
+            ``max_new_tokens=0`` reads the prompt and generates nothing: T is 0, and ``hidden`` must not ask for states
+            of a response. Besides sampling options: ``lora_path``, the name of a LoRA adapter that the server has
+            loaded; ``priority``, on a server that schedules by priority; ``return_hidden_states``, see ``hidden``.
+            Constraints: ``action_mask``, an `ActionMask`, token ids, or bool ``[V]``; ``disallowed_tokens``, a
+            `DisallowedTokens` or token ids; ``custom_logit_processor``, a `LogitConstraint`, its text, or a list of
+            them. A native SGLang processor there, a JSON string, replaces all constraints, and a warning names those
+            that it replaces.
+        tokenizer_kwargs: passed to the tokenizer when text is turned into ids. Padding that it adds is removed.
+        pad_output: True pads the ragged leaves to one width: prompts on the left, responses on the right; ids with the
+            tokenizer's pad id (else its EOS id), log-probs with NaN, masks with False. False leaves them ragged.
+        pad_model_input: None or False. Pads are never sent to an engine, so True is refused.
+        inplace: True writes into the input and returns it; False returns a new TensorDict of the outputs; ``"empty"``
+            returns an empty copy of the input with the outputs. By default True; with ``num_samples`` only False is
+            possible, and it is the default.
+        device: where the output tensors go; by default the input's device, or the CPU.
+        layout: layout of the nested tensors that TorchRL's ``RetrieveLogProb`` makes of ragged log-probs:
+            ``torch.strided`` (the default) or ``torch.jagged``. The outputs themselves are ragged stacks without one.
+        num_samples: responses per prompt, n. The output has batch size ``[*batch, n]``. The prompt is computed once,
+            except where several servers share the rows unevenly, or stock SGLang pools the prompt.
+            ``generate_kwargs={"num_return_sequences": n}`` means the same.
+        chat_template_name: one of torchrl's named chat templates, for history mode.
+        chat_template: a Jinja chat template, for history mode. By default the tokenizer's own.
+        prefer_tokens: in history mode, True sends the token ids that stand at ``(tokens_key, "prompt")`` already, such
+            as those of torchrl's ``IncrementalTokenizer``, if they decode to the text that the template writes for the
+            chat, or to the beginning of that text; the rest is then tokenized and sent after them. This way a response
+            keeps its sampled ids in the turns that follow. Ids of another chat are not used.
+        return_log_probs: whether the log-prob of every response token is returned; None means True. They belong to the
+            distribution after temperature, penalties and grammar, before top-k and top-p (SGLang's definition).
+            Scoring returns log-probs of the model's own distribution.
+        hidden: which hidden states are returned: a `HiddenSpec`, True for its defaults, False or None for none. The
+            option ``return_hidden_states`` overrides it: True turns the defaults on where this is None, False turns
+            states off, and in a call it holds for that call. A row of the TensorDict may say False at
+            ``"return_hidden_states"`` (one bool per row): no states are computed for it, and it has NaN with count 0,
+            so that the batch stays dense. Spans of a prompt are found before anything is sent: `TokenMask` reads its
+            mask from the TensorDict, `Turn` and `Role` find the words of messages in history mode.
+        logits: which logits are returned: a `LogitsSpec`, or None.
+        constraints: a `LogitConstraint` or several, for every token that is sampled. The constraints of the wrapper, of
+            the call and of the row act together: a token can be chosen only if all of them allow it.
+        action_mask_key: where each row says which tokens it allows: a bool mask ``[V]``; bool ``[A]`` over
+            ``action_token_ids``; or token ids, as a ragged integer tensor or a list.
+        action_token_ids: the A token ids that the columns of these masks stand for.
+        keys: where the outputs are written.
+        queue: whether and how concurrent callers share requests.
+
+    Raises:
+        InputError: a value that cannot be served, or two arguments that contradict each other.
+        InputTypeError: a value of the wrong type.
+        UnknownOptionError: a generation option that does not exist.
+    """
+
+    tokenizer: PreTrainedTokenizerBase | str | None = None
+    input_mode: InputMode = "history"
+    input_key: NestedKey | None = None
+    attention_mask_key: NestedKey | None = "attention_mask"
+    generate: bool = True
+    generate_kwargs: dict[str, Any] = field(default_factory=dict)
+    tokenizer_kwargs: dict[str, Any] = field(default_factory=dict)
+    pad_output: bool = False
+    pad_model_input: bool | None = None
+    inplace: Literal[True, False, "empty"] | None = None
+    device: torch.device | None = None
+    layout: torch.layout | None = None
+    num_samples: int | None = None
+    chat_template_name: str | None = None
+    chat_template: str | None = None
+    prefer_tokens: bool = False
+    return_log_probs: bool = True
+    hidden: HiddenSpec | None = field(default_factory=HiddenSpec)
+    logits: LogitsSpec | None = None
+    constraints: tuple[LogitConstraint, ...] = ()
+    action_mask_key: NestedKey | None = None
+    action_token_ids: tuple[int, ...] | None = None
+    keys: KeyConfig = field(default_factory=KeyConfig)
+    queue: BatchingConfig = field(default_factory=BatchingConfig)
+
+    @classmethod
+    def from_arguments(cls, **arguments: Any) -> PolicyConfig:
+        """Return the configuration that arguments of the wrapper, each under its own name, describe."""
+        keys, queue = KeyConfig(**_taken(arguments, KeyConfig)), BatchingConfig(**_taken(arguments, BatchingConfig))
+        return cls(keys=keys, queue=queue, **arguments)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the wrapper's arguments, each under its own name, as a dict of the caller's own."""
+        own = {name: getattr(self, name) for name in _names(PolicyConfig) - {"keys", "queue"}}
+        own |= {name: dict(own[name]) for name in ("generate_kwargs", "tokenizer_kwargs")}
+        return own | {name: getattr(part, name) for part in (self.keys, self.queue) for name in _names(type(part))}
+
+    def __post_init__(self) -> None:
+        """Bring the values that have several forms into one, and check them."""
+        self._check_choices()
+        options = standardize(self.generate_kwargs)
+        resolved = {
+            # The default belongs to its mode, and follows it in a new version.
+            "input_key": None if self.input_key == self._default_input_key else self.input_key,
+            "generate_kwargs": options,
+            "tokenizer_kwargs": dict(self.tokenizer_kwargs or {}),
+            "device": None if self.device is None else torch.device(self.device),
+            "return_log_probs": self.return_log_probs is not False,
+            "hidden": resolve_hidden(self.hidden, options.get("return_hidden_states"), self.input_mode),
+            "constraints": read_constraints("constraints", self.constraints),
+        }
+        for name, value in resolved.items():
+            object.__setattr__(self, name, value)
+        if self.generate and self.num_responses is not None and self.inplace not in (None, False):
+            raise InputError(
+                f"inplace={self.inplace!r} with num_samples={self.num_responses}: the output has another batch size "
+                "than the input; leave inplace out, or set it to False"
+            )
+
+    def _check_choices(self) -> None:
+        if self.input_mode not in INPUT_MODES:
+            raise InputError(f"input_mode={self.input_mode!r}: expected one of {INPUT_MODES}")
+        if not isinstance(self.generate, bool):
+            raise InputTypeError(f"generate={self.generate!r}: expected True or False")
+        if self.pad_model_input:
+            raise InputError("pad_model_input=True: pads are never sent to the engine; leave it out")
+        if self.layout not in (None, torch.strided, torch.jagged):
+            raise InputError(f"layout={self.layout!r}: expected torch.strided, torch.jagged or None")
+        if self.inplace != "empty" and not any(self.inplace is value for value in (None, True, False)):
+            raise InputError(f"inplace={self.inplace!r}: expected True, False or 'empty'")
+        if self.prefer_tokens and self.keys.tokens_key is None:
+            raise InputError("prefer_tokens=True reads the tokens at tokens_key, which is None; give it a key")
+        if self.logits is not None and not isinstance(self.logits, LogitsSpec):
+            raise InputTypeError(f"logits={self.logits!r}: expected a LogitsSpec, such as LogitsSpec(top_k=8), or None")
+        name = self.chat_template_name
+        if name is not None and self.chat_template is not None:
+            raise InputError(f"chat_template and chat_template_name={name!r} are both given; keep one")
+        if name is not None and name not in CHAT_TEMPLATES:
+            raise InputError(
+                f"chat_template_name={name!r}: expected one of {sorted(CHAT_TEMPLATES)}; or give chat_template"
+            )
+
+    # --- versions ----------------------------------------------------------------------------------------------------
+
+    def changed(self, **changes: Any) -> PolicyConfig:
+        """Return this configuration with some of the wrapper's arguments changed, and what depends on them.
+
+        The number of samples has two names, and so has whether states are returned; the one that is changed wins.
+
+        Raises:
+            TypeError: an argument that the wrapper does not have.
+            InputError: the result cannot be served.
+        """
+        if "generate_kwargs" not in changes:
+            options = dict(self.generate_kwargs)
+            for argument, option in (("num_samples", "num_return_sequences"), ("hidden", "return_hidden_states")):
+                if argument in changes:
+                    options.pop(option, None)
+            changes["generate_kwargs"] = options
+        elif "num_samples" not in changes and "num_return_sequences" in standardize(changes["generate_kwargs"]):
+            changes["num_samples"] = None
+        keys = replace(self.keys, **_taken(changes, KeyConfig))
+        queue = self.queue.changed(_taken(changes, BatchingConfig))
+        return replace(self, keys=keys, queue=queue, **changes)
+
+    def resolve_for(self, info: EngineInfo) -> PolicyConfig:
+        """Return this configuration checked against an engine, with its tokenizer and with token ids read.
+
+        Raises:
+            InputError: a tokenizer of another model, logits that the model does not have, or a mask of another length.
+            ConstraintError: constraints that leave no token.
+            TokenIdError: an id outside the vocabulary.
+        """
+        options = read_options(self.generate_kwargs, info.vocab_size)
+        _check_logits(self.logits, info.vocab_size)
+        for constraint in (*self.constraints, *option_constraints(options)):
+            constraint.check(info.vocab_size)
+        return replace(
+            self,
+            tokenizer=read_tokenizer(self.tokenizer, info.tokenizer_path, info.vocab_size),
+            generate_kwargs=options,
+            action_token_ids=read_action_ids(self.action_token_ids, self.action_mask_key, info.vocab_size),
         )
 
+    @property
+    def padding_value(self) -> int:
+        """The id that pads: the tokenizer's pad id, else its EOS id, else 0."""
+        tokenizer = self._tokenizer
+        ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        return next(token_id for token_id in ids if token_id is not None)
 
-def check_arguments(input_mode: object, generate: object, pad_model_input: object, layout: Any, inplace: Any) -> None:
-    if input_mode not in INPUT_MODES:
-        raise InputError(f"input_mode={input_mode!r}: expected one of {INPUT_MODES}")
-    if not isinstance(generate, bool):
-        raise InputTypeError(f"generate={generate!r}: expected True or False")
-    if pad_model_input:
-        raise InputError("pad_model_input=True: pads are never sent to the engine; leave it out")
-    if layout not in (None, torch.strided, torch.jagged):
-        raise InputError(f"layout={layout!r}: expected torch.strided, torch.jagged or None")
-    if inplace != "empty" and not any(inplace is value for value in (None, True, False)):
-        raise InputError(f"inplace={inplace!r}: expected True, False or 'empty'")
+    @property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        return cast("PreTrainedTokenizerBase", self.tokenizer)
 
-
-def in_keys(input_key: NestedKey, hidden: HiddenSpec | None, action_mask_key: NestedKey | None) -> list[NestedKey]:
-    """The keys that must be there: the prompt's, those of the spans' masks, and the action mask's."""
-    masks = [span.key for span in hidden.spans.values() if isinstance(span, TokenMask)] if hidden is not None else []
-    actions = [] if action_mask_key is None else [action_mask_key]
-    return list(dict.fromkeys([input_key, *masks, *actions]))
-
-
-def out_keys(keys: OutputKeys, hidden: HiddenSpec | None, logits: LogitsSpec | None, generate: bool) -> list[NestedKey]:
-    """The keys that are written, each once, with the states and logits by leaf."""
-    states = (keys.hidden_states, keys.token_hidden_states)
-    if not generate and (keys.log_probs, *states, keys.logits) == (None,) * 4:
-        raise InputError(
-            "generate=False with neither log-probs, hidden states nor logits: there is nothing to compute; leave "
-            "return_log_probs out, or pass hidden=True"
+    def make_reader(self) -> PromptReader:
+        """Return the reader of the prompts. Needs the tokenizer that `resolve_for` reads."""
+        return PromptReader(
+            tokenizer=self._tokenizer,
+            input_mode=self.input_mode,
+            input_key=self.prompt_key,
+            attention_mask_key=self.attention_mask_key,
+            masks_key=self.keys.masks_key,
+            generate=self.generate,
+            tokenizer_kwargs=self.tokenizer_kwargs,
+            chat_template=self.chat_template,
+            chat_template_name=self.chat_template_name,
+            padding_value=self.padding_value,
+            prefer_tokens=unravel_key((self.keys.tokens_key, "prompt")) if self.prefer_tokens else None,
         )
-    written = keys.present()
-    twice = [key for key in written if written.count(key) > 1]
-    if twice:
-        raise InputError(f"{twice[0]!r} is the key of {len(twice)} outputs; give each its own, or None to leave it out")
-    paths = [key if isinstance(key, tuple) else (key,) for key in written]
-    for path in paths:
-        inside = next((other for other in paths if other != path and other[: len(path)] == path), None)
-        if inside is not None:
-            raise InputError(f"{inside!r} is inside {path!r}, the key of another output; give each a place of its own")
-    # A module that reads ("hidden_states", "prompt") is fed by this one only if it says so.
-    leaves: dict[NestedKey | None, list[NestedKey]] = {}
-    if hidden is not None:
-        segments = hidden.segments if generate else ("full",)
-        pooled: list[NestedKey] = [f"{segment}{suffix}" for segment in segments for suffix in ("", "_count")]
-        pooled += [(suffix, name) for name in hidden.spans for suffix in ("spans", "span_counts")]
-        leaves |= {keys.hidden_states: pooled, keys.token_hidden_states: list(segments)}
-    if logits is not None:
-        fields = logits.segments if generate else ("full",)
-        ids = {"prompt": "prompt_token_ids", "response": "token_ids", "full": "full_token_ids"}
-        leaves[keys.logits] = [*fields, *(ids[name] for name in fields if logits.top_k is not None)]
-    return [key for key in written if key not in leaves] + [
-        unravel_key((key, leaf)) for key, found in leaves.items() if key is not None for leaf in found
-    ]
 
+    def make_mask_reader(self, vocab_size: int) -> ActionMaskReader | None:
+        """Return the reader of the rows' action masks of one call, or None where there are none."""
+        if self.action_mask_key is None:
+            return None
+        return ActionMaskReader(self.action_mask_key, vocab_size, self.action_token_ids)
 
-def make_batcher(
-    engine: Engine, batching: bool | None, min_batch_size: int | None, max_batch_size: int | None, timeout_s: float
-) -> BatchingEngine | None:
-    if batching is not None and not isinstance(batching, bool):
-        raise InputTypeError(f"batching={batching!r}: expected True, False or None")
-    minimum = 1 if min_batch_size is None else min_batch_size
-    check_batching(minimum, max_batch_size, timeout_s)
-    sizes = (min_batch_size, max_batch_size) != (None, None)
-    if batching is False and sizes:
-        raise InputError(
-            f"batching=False with min_batch_size={min_batch_size} and max_batch_size={max_batch_size}: leave the sizes "
-            "out, or batching"
+    # --- what follows from several arguments -------------------------------------------------------------------------
+
+    @property
+    def _default_input_key(self) -> NestedKey:
+        return (self.input_mode, "prompt" if self.generate else "full")
+
+    @property
+    def prompt_key(self) -> NestedKey:
+        """Where the prompts are read: ``input_key``, or its default."""
+        return self._default_input_key if self.input_key is None else self.input_key
+
+    @property
+    def num_responses(self) -> int | None:
+        """Responses per prompt, by either of its two names; None for one without a dimension of its own."""
+        return resolve_num_samples(self.num_samples, self.generate_kwargs)
+
+    @property
+    def writes_inplace(self) -> Literal[True, False, "empty"]:
+        """The value of ``inplace``, or its default."""
+        many = self.generate and self.num_responses is not None
+        return not many if self.inplace is None else self.inplace
+
+    @property
+    def nested_layout(self) -> torch.layout | None:
+        """The value of ``layout``, or its default."""
+        return torch.strided if self.layout is None and not self.pad_output else self.layout
+
+    @property
+    def returned_hidden(self) -> HiddenSpec | None:
+        """The states that a call returns which does not say otherwise."""
+        return self.hidden if self.generate else scored_hidden(self.hidden)
+
+    def output_keys(
+        self, hidden: HiddenSpec | None, logits: LogitsSpec | None, *, logits_only: bool = False
+    ) -> OutputKeys:
+        """Return where the outputs go of a call that returns these states and logits."""
+        keys = self.keys
+        return OutputKeys(
+            text=keys.text_key,
+            tokens=keys.tokens_key,
+            masks=keys.masks_key,
+            log_probs=keys.log_probs_key if self.return_log_probs and not logits_only else None,
+            history=keys.history_key if self.input_mode == "history" else None,
+            hidden_states=keys.hidden_states_key if hidden is not None and hidden.pooling is not None else None,
+            token_hidden_states=keys.token_hidden_states_key if hidden is not None and hidden.tokens else None,
+            weight_version="weight_version",
+            finish_reason="finish_reason" if self.generate else None,
+            mixed_weights="mixed_weights" if self.generate else None,
+            logits=keys.logits_key if logits is not None else None,
         )
-    if not batching and not sizes:
-        return None
-    return BatchingEngine(engine, min_batch_size=minimum, max_batch_size=max_batch_size, timeout_s=timeout_s)
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """The keys that must be there: of the prompt, of the masks of spans, and of the action masks."""
+        spans = {} if self.returned_hidden is None else self.returned_hidden.spans
+        masks = [span.key for span in spans.values() if isinstance(span, TokenMask)]
+        actions = [] if self.action_mask_key is None else [self.action_mask_key]
+        return list(dict.fromkeys([self.prompt_key, *masks, *actions]))
+
+    @property
+    def out_keys(self) -> list[NestedKey]:
+        """The keys that a call writes which does not say otherwise; see `list_out_keys`."""
+        keys = self.output_keys(self.returned_hidden, self.logits)
+        return list_out_keys(keys, self.returned_hidden, self.logits, self.generate)
 
 
-def default_key(input_mode: str, generate: bool) -> NestedKey:
-    return (input_mode, "prompt" if generate else "full")
+def _names(kind: Any) -> set[str]:
+    return {found.name for found in fields(kind)}
 
 
-def read_num_samples(num_samples: int | None, options: Mapping[str, Any]) -> int | None:
-    """Samples per prompt, which either argument may say."""
+# The wrapper's arguments, by name.
+ARGUMENTS = (_names(PolicyConfig) - {"keys", "queue"}) | _names(KeyConfig) | _names(BatchingConfig)
+
+
+def _taken(arguments: dict[str, Any], kind: Any) -> dict[str, Any]:
+    """Take the arguments that are fields of a record out of all arguments."""
+    return {name: arguments.pop(name) for name in _names(kind) & arguments.keys()}
+
+
+def resolve_num_samples(num_samples: int | None, options: Mapping[str, Any]) -> int | None:
+    """Return the responses per prompt: ``num_samples``, or the option ``num_return_sequences``.
+
+    Raises:
+        InputError: no positive integer, or both and they differ.
+    """
     if num_samples is not None and (type(num_samples) is not int or num_samples < 1):
         raise InputError(f"num_samples={num_samples!r}: expected an integer of at least 1, or None")
-    given = options.get("num_return_sequences")
-    if given is None:
+    option = options.get("num_return_sequences")
+    if option is None:
         return num_samples
-    if num_samples not in (None, given):
-        raise InputError(f"num_samples={num_samples} and num_return_sequences={given} contradict each other; give one")
+    if num_samples not in (None, option):
+        raise InputError(f"num_samples={num_samples} and num_return_sequences={option} contradict each other; give one")
     # One response without a dimension of samples is what every other wrapper gives for 1.
-    return num_samples if given == 1 else given
+    return num_samples if option == 1 else cast("int", option)
 
 
-def read_hidden(hidden: HiddenSpec | bool | None, wanted: bool | None, input_mode: str) -> HiddenSpec | None:
-    """The states that are returned, which two arguments may say: SGLang's own ``return_hidden_states`` wins."""
-    if hidden is not None and not isinstance(hidden, (bool, HiddenSpec)):
-        raise InputTypeError(f"hidden={hidden!r}: expected a HiddenSpec, True, False or None")
-    asked = bool(hidden) if wanted is None else wanted
-    spec = hidden if isinstance(hidden, HiddenSpec) else HiddenSpec()
-    if not asked:
-        return None
-    of_chats = [name for name, span in spec.spans.items() if isinstance(span, (Turn, Role))]
-    if of_chats and input_mode != "history":
-        raise InputError(
-            f"the span {of_chats[0]!r}, {spec.spans[of_chats[0]]}, with input_mode={input_mode!r}: only history mode "
-            "has messages; use TokenMask or Between"
-        )
-    return spec
-
-
-def of_given(spec: HiddenSpec | None) -> HiddenSpec | None:
-    """What is asked of a given sequence that is scored: all its tokens, and the spans that are not of a response."""
-    if spec is None:
-        return None
-    spans = {
-        name: span
-        for name, span in spec.spans.items()
-        if not (isinstance(span, (LastTokens, Between)) and span.segment == "response")
-    }
-    return replace(spec, segments=("prompt",), spans=spans)
-
-
-def read_logits(logits: LogitsSpec | None, vocab_size: int) -> LogitsSpec | None:
-    """The logits that are returned, held against the model."""
+def _check_logits(logits: LogitsSpec | None, vocab_size: int) -> None:
     if logits is None:
-        return None
-    if not isinstance(logits, LogitsSpec):
-        raise InputTypeError(f"logits={logits!r}: expected a LogitsSpec, such as LogitsSpec(top_k=8), or None")
+        return
     if logits.top_k is not None and logits.top_k > vocab_size:
         raise InputError(f"LogitsSpec(top_k={logits.top_k}): the model has {vocab_size} tokens; ask for at most these")
     if logits.token_ids is not None and max(logits.token_ids) >= vocab_size:
@@ -182,100 +373,3 @@ def read_logits(logits: LogitsSpec | None, vocab_size: int) -> LogitsSpec | None
             f"LogitsSpec(token_ids={logits.token_ids!r:.80}): id {max(logits.token_ids)} is outside the vocabulary of "
             f"{vocab_size}; ids are 0..{vocab_size - 1}"
         )
-    return logits
-
-
-def logits_of_given(logits: LogitsSpec | None) -> LogitsSpec | None:
-    """What is asked of a given sequence that is scored: the logits of all its tokens."""
-    return None if logits is None else replace(logits, segments=("prompt",))
-
-
-def only_logits(logits: LogitsSpec | None) -> LogitsSpec:
-    """What ``logits_only`` asks for: all columns or the wrapper's own, and those whose softmax has the log-probs."""
-    own = LogitsSpec(full=True) if logits is None or logits.token_ids is None else logits
-    dtype = torch.float32 if logits is None else logits.dtype
-    return replace(own, stage="processed", segments=("prompt",), dtype=dtype)
-
-
-def changed_config(
-    config: Mapping[str, Any], changes: Mapping[str, Any], *, default_input_key: bool, batched: bool
-) -> dict[str, Any]:
-    """The arguments of a changed wrapper: all of the old one's but those that are changed, and what hangs on them."""
-    new = {**config, **changes}
-    # The default input key belongs to its mode; a key of the user's own is kept.
-    if default_input_key and "input_key" not in changes:
-        new["input_key"] = None
-    # The number of samples has two names, and so has whether there are states. The one that is changed wins.
-    options = standardize(new["generate_kwargs"])
-    if "generate_kwargs" not in changes:
-        for name, option in (("num_samples", "num_return_sequences"), ("hidden", "return_hidden_states")):
-            if name in changes:
-                options.pop(option, None)
-        new["generate_kwargs"] = options
-    elif "num_samples" not in changes and "num_return_sequences" in options:
-        new["num_samples"] = None
-    # Whether to batch has two names too: the sizes switch it on.
-    sizes = {"min_batch_size", "max_batch_size"}
-    if changes.get("batching") is False:
-        new |= dict.fromkeys(sizes - changes.keys())
-    elif "batching" not in changes and not batched and sizes & changes.keys():
-        new["batching"] = None
-    return new
-
-
-def read_tokenizer(
-    tokenizer: PreTrainedTokenizerBase | str | None, engine_path: str, vocab_size: int
-) -> PreTrainedTokenizerBase:
-    """The tokenizer to use: the one given, or the engine's own.
-
-    Args:
-        tokenizer: a tokenizer, a name or path of one, or None for the engine's.
-        engine_path: where the engine read its own.
-        vocab_size: the engine's.
-
-    Raises:
-        InputError: it cannot be read; or it gives a token another id than the engine's own does, where that can be read
-            from here; or ids outside the engine's vocabulary. A padding token may be outside: pads are never sent.
-    """
-    if not isinstance(tokenizer, (str, type(None))):
-        _check_vocabulary(tokenizer, engine_path, vocab_size)
-        return tokenizer
-    path = engine_path if tokenizer is None else tokenizer
-    try:
-        found = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"no tokenizer can be read at {path!r}; pass tokenizer=, a tokenizer or a path of one"
-        ) from error
-    return read_tokenizer(found, engine_path, vocab_size) if path != engine_path else found
-
-
-def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, engine_path: str, vocab_size: int) -> None:
-    vocabulary, expected = tokenizer.get_vocab(), _vocabulary(engine_path)
-    other = [token for token, token_id in vocabulary.items() if expected.get(token, token_id) != token_id]
-    if other:
-        raise InputError(
-            f"the tokenizer {tokenizer.name_or_path!r} is not the engine's: {len(other)} tokens have other ids than in "
-            f"{engine_path!r}, such as {other[0]!r}, {vocabulary[other[0]]} and not {expected[other[0]]}; pass the "
-            "model's own, or leave tokenizer out"
-        )
-    outside = {token: i for token, i in vocabulary.items() if i >= vocab_size and token != tokenizer.pad_token}
-    if outside:
-        token, token_id = min(outside.items(), key=lambda item: item[1])
-        raise InputError(
-            f"the tokenizer {tokenizer.name_or_path!r} is not the engine's: {len(outside)} ids are outside the "
-            f"engine's vocabulary of {vocab_size}, such as {token_id} for {token!r}; pass the model's own, or leave "
-            "tokenizer out"
-        )
-
-
-@functools.lru_cache(maxsize=8)
-def _vocabulary(path: str) -> dict[str, int]:
-    """The ids of a served model's tokens; none where they cannot be read from this machine."""
-    # Of directories only: a model hub's name would be looked up in the network.
-    if not Path(path).is_dir():
-        return {}
-    try:
-        return dict(AutoTokenizer.from_pretrained(path).get_vocab())
-    except (OSError, ValueError):
-        return {}

@@ -13,9 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torchrl.modules import LLMMaskedCategorical
 
 from torchrl_sglang_hidden.errors import CapabilityError, InputError
+from torchrl_sglang_hidden.policy.config import PolicyConfig
 from torchrl_sglang_hidden.policy.outputs import OutputKeys
-from torchrl_sglang_hidden.policy.prompts import InputMode
-from torchrl_sglang_hidden.spec.logits import LogitsSpec
 
 __all__ = ["Distributions"]
 
@@ -26,14 +25,7 @@ class Distributions:
     """The distribution methods of torchrl's ``LLMWrapperBase``, which it leaves to its subclasses."""
 
     # What the policy is, for this part of it.
-    generate: bool
-    input_mode: InputMode
-    return_log_probs: bool
-    log_probs_key: NestedKey | None
-    masks_key: NestedKey | None
-    tokens_key: NestedKey | None
-    logits: LogitsSpec | None
-    logits_key: NestedKey | None
+    config: PolicyConfig
     _keys: OutputKeys
     __call__: Callable[..., TensorDictBase]
 
@@ -52,14 +44,15 @@ class Distributions:
             CapabilityError: the wrapper generates.
             InputError: it returns no log-probs or no masks, or nothing says which tokens are the response.
         """
-        if self.generate:
+        if self.config.generate:
             raise CapabilityError(
                 "log_prob with generate=True: this wrapper samples; get_new_version(generate=False) scores"
             )
         if self._keys.log_probs is None or self._keys.masks is None:
+            keys = self.config.keys
             raise InputError(
-                f"log_prob with return_log_probs={self.return_log_probs}, log_probs_key={self.log_probs_key!r}, "
-                f"masks_key={self.masks_key!r}: it needs all three; give them to get_new_version"
+                f"log_prob with return_log_probs={self.config.return_log_probs}, log_probs_key={keys.log_probs_key!r}, "
+                f"masks_key={keys.masks_key!r}: it needs all three; give them to get_new_version"
             )
         scored = self(data, tensordict_out=TensorDict(batch_size=data.batch_size))
         return self._responses(scored).get("response", **get_kwargs)
@@ -68,15 +61,15 @@ class Distributions:
         """The log-probs of the response tokens at ``"response"``, ragged."""
         if scored.ndim:
             return lazy_stack([self._responses(row) for row in scored.unbind(0)])
-        mask_N = scored.get(self.masks_key).all_assistant_mask
+        mask_N = scored.get(self.config.keys.masks_key).all_assistant_mask
         if mask_N is None or not mask_N.any():
-            key = unravel_key((self.masks_key, "all_assistant_mask"))
+            key = unravel_key((self.config.keys.masks_key, "all_assistant_mask"))
             raise InputError(
-                f"log_prob with input_mode={self.input_mode!r}: a row's {key!r} is "
+                f"log_prob with input_mode={self.config.input_mode!r}: a row's {key!r} is "
                 f"{'None' if mask_N is None else 'False everywhere'}, so nothing says which tokens are its response; "
                 "history mode takes it from the assistant's messages, tokens mode from the TensorDict"
             )
-        return TensorDict(response=scored.get(self.log_probs_key).full[mask_N])
+        return TensorDict(response=scored.get(self.config.keys.log_probs_key).full[mask_N])
 
     # --- over every token ------------------------------------------------------------------------------------------
 
@@ -144,7 +137,7 @@ class Distributions:
         padding_side: Side = "left",
     ) -> LLMMaskedCategorical:
         """`get_dist` over the tokens behind those at ``tokens.prompt``; without these, over the assistant's."""
-        prompt_key = tokens_key or unravel_key((self.tokens_key, "prompt"))
+        prompt_key = tokens_key or unravel_key((self.config.keys.tokens_key, "prompt"))
         attention_key = attention_mask_key or self._key_of("all_attention_mask")
         assistant_key = assistant_mask_key or self._key_of("all_assistant_mask")
 
@@ -221,23 +214,23 @@ class Distributions:
         writes_tokens: bool = False,
     ) -> LLMMaskedCategorical:
         """The distribution over padded rows; ``mask_of`` makes the mask of a scored row and the row it was given as."""
-        if self.generate:
+        if self.config.generate:
             raise CapabilityError(
                 f"{name} with generate=True: this wrapper samples; get_new_version(generate=False) has the "
                 "distributions of given sequences"
             )
-        if None in (self.logits_key, self._keys.masks, self._keys.tokens):
+        if None in (self.config.keys.logits_key, self._keys.masks, self._keys.tokens):
             raise InputError(
-                f"{name} with logits_key={self.logits_key!r}, masks_key={self.masks_key!r}, "
-                f"tokens_key={self.tokens_key!r}: it needs all three; give them to get_new_version"
+                f"{name} with logits_key={self.config.keys.logits_key!r}, masks_key={self.config.keys.masks_key!r}, "
+                f"tokens_key={self.config.keys.tokens_key!r}: it needs all three; give them to get_new_version"
             )
-        if logits_key not in (None, self.logits_key):
+        if logits_key not in (None, self.config.keys.logits_key):
             raise InputError(
-                f"{name} with logits_key={logits_key!r}: the wrapper's is {self.logits_key!r}; leave it out"
+                f"{name} with logits_key={logits_key!r}: the wrapper's is {self.config.keys.logits_key!r}; leave it out"
             )
         scored = self(tensordict, tensordict_out=_empty(tensordict.batch_size), logits_only=True)
         rows = list(zip(_flat(scored), _flat(tensordict), strict=True))
-        logits = [row.get(self.logits_key).float() for row, _ in rows]
+        logits = [row.get(self.config.keys.logits_key).float() for row, _ in rows]
         masks = [mask_of(row, given) for row, given in rows]
         for index, (mask_N, logits_NV) in enumerate(zip(masks, logits, strict=True)):
             if len(mask_N) != len(logits_NV):
@@ -248,9 +241,9 @@ class Distributions:
         pad = functools.partial(pad_sequence, batch_first=True, padding_side=padding_side)
         logits_RNV, mask_RN = pad(logits, padding_value=padding_value), pad(masks, padding_value=False)
         if writes_tokens:
-            tensordict.update(scored, keys_to_update=[unravel_key((self.tokens_key, "full"))])
+            tensordict.update(scored, keys_to_update=[unravel_key((self.config.keys.tokens_key, "full"))])
         shape = (*tensordict.batch_size, -1)
-        of_actions = self.logits is not None and self.logits.token_ids is not None
+        of_actions = self.config.logits is not None and self.config.logits.token_ids is not None
         kind = _OverActions if of_actions else LLMMaskedCategorical
         return kind(logits_RNV.reshape(*shape, logits_RNV.shape[-1]), mask_RN.reshape(shape))
 
@@ -260,15 +253,15 @@ class Distributions:
         mask_N = given.get(key, None) if found is None else found
         if mask_N is None:
             raise InputError(
-                f"there is no mask at {key!r}, with input_mode={self.input_mode!r}: history mode takes the assistant's "
-                "from its messages, tokens mode from the TensorDict"
+                f"there is no mask at {key!r}, with input_mode={self.config.input_mode!r}: history mode takes the "
+                "assistant's from its messages, tokens mode from the TensorDict"
             )
         if not isinstance(mask_N, torch.Tensor) or mask_N.dtype != torch.bool or mask_N.ndim != 1:
             raise InputError(f"{key!r} is no mask over the tokens of a row; expected bool [N]")
         return mask_N
 
     def _key_of(self, mask: str) -> NestedKey:
-        key: NestedKey = unravel_key((self.masks_key, mask))
+        key: NestedKey = unravel_key((self.config.keys.masks_key, mask))
         return key
 
     class _NoKeys(list[NestedKey]):

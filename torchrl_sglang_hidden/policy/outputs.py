@@ -1,20 +1,41 @@
-"""The TensorClasses that this package writes beside TorchRL's own, and the keys that everything is written to.
+"""What a policy writes and where: this package's TensorClasses, the keys of all outputs, and writing to a TensorDict.
 
-Knows nothing of how they are filled.
+Knows nothing of how the outputs are filled; that is `assemble`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 # A rollout on disk holds TorchRL's TensorClasses too, and is read once a class of this package was imported.
 import torchrl.modules.llm.policies  # noqa: F401
-from tensordict import TensorClass, TensorDict
-from tensordict.utils import NestedKey
+from tensordict import (
+    LazyStackedTensorDict,
+    TensorClass,
+    TensorDict,
+    TensorDictBase,
+    is_non_tensor,
+    is_tensor_collection,
+)
+from tensordict.utils import NestedKey, unravel_key
 
-__all__ = ["HiddenStates", "Logits", "OutputKeys", "TokenHiddenStates"]
+from torchrl_sglang_hidden.errors import InputError
+from torchrl_sglang_hidden.spec.hidden import HiddenSpec
+from torchrl_sglang_hidden.spec.logits import LogitsSpec
+
+__all__ = [
+    "HiddenStates",
+    "KeyConfig",
+    "Logits",
+    "OutputKeys",
+    "TokenHiddenStates",
+    "list_out_keys",
+    "resolve_target",
+    "write",
+]
 
 
 class HiddenStates(TensorClass["nocast"]):  # type: ignore[misc,name-defined]
@@ -104,9 +125,37 @@ class Logits(TensorClass["nocast"]):  # type: ignore[misc,name-defined]
     full_token_ids: torch.Tensor | None = None
 
 
+# --- the keys --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyConfig:
+    """Where the outputs are written; None leaves an output out.
+
+    Args:
+        history_key: TorchRL's ``ChatHistory``, in history mode.
+        text_key: TorchRL's ``Text``.
+        tokens_key: TorchRL's ``Tokens``.
+        masks_key: TorchRL's ``Masks``. Scoring in tokens mode reads the masks of the sequences here too.
+        log_probs_key: TorchRL's ``LogProbs``, unless ``return_log_probs`` is False.
+        hidden_states_key: `HiddenStates`, unless ``hidden`` is None or does not pool.
+        token_hidden_states_key: `TokenHiddenStates`, with ``HiddenSpec(tokens=True)``.
+        logits_key: `Logits`, where ``logits`` is set.
+    """
+
+    history_key: NestedKey | None = "history"
+    text_key: NestedKey | None = "text"
+    tokens_key: NestedKey | None = "tokens"
+    masks_key: NestedKey | None = "masks"
+    log_probs_key: NestedKey | None = "log_probs"
+    hidden_states_key: NestedKey | None = "hidden_states"
+    token_hidden_states_key: NestedKey | None = "token_hidden_states"
+    logits_key: NestedKey | None = "logits"
+
+
 @dataclass(frozen=True, slots=True)
 class OutputKeys:
-    """Where each result is written; None leaves it out."""
+    """Where one call writes each output; None leaves it out."""
 
     text: NestedKey | None
     tokens: NestedKey | None
@@ -121,9 +170,158 @@ class OutputKeys:
     logits: NestedKey | None = None
 
     def present(self) -> list[NestedKey]:
-        """The keys that are written."""
+        """Return the keys that are written."""
         keys = (
             self.text, self.masks, self.tokens, self.log_probs, self.history, self.hidden_states,
             self.token_hidden_states, self.weight_version, self.finish_reason, self.mixed_weights, self.logits,
         )  # fmt: skip
         return [key for key in keys if key is not None]
+
+
+def list_out_keys(
+    keys: OutputKeys, hidden: HiddenSpec | None, logits: LogitsSpec | None, generate: bool
+) -> list[NestedKey]:
+    """Return the keys that a call writes, each once, hidden states and logits by leaf.
+
+    Args:
+        keys: where the outputs go.
+        hidden: the states that the call returns.
+        logits: the logits that the call returns.
+        generate: whether it generates, or scores.
+
+    Raises:
+        InputError: two outputs have one key, or one is inside another; or scoring computes nothing.
+    """
+    states = (keys.hidden_states, keys.token_hidden_states)
+    if not generate and (keys.log_probs, *states, keys.logits) == (None,) * 4:
+        raise InputError(
+            "generate=False with neither log-probs, hidden states nor logits: there is nothing to compute; leave "
+            "return_log_probs out, or pass hidden=True"
+        )
+    written = keys.present()
+    _check_apart(written)
+    # A module that reads ("hidden_states", "prompt") is fed by this one only if it says so.
+    leaves: dict[NestedKey | None, list[NestedKey]] = {}
+    if hidden is not None:
+        segments = hidden.segments if generate else ("full",)
+        pooled: list[NestedKey] = [f"{segment}{suffix}" for segment in segments for suffix in ("", "_count")]
+        pooled += [(suffix, name) for name in hidden.spans for suffix in ("spans", "span_counts")]
+        leaves |= {keys.hidden_states: pooled, keys.token_hidden_states: list(segments)}
+    if logits is not None:
+        fields = logits.segments if generate else ("full",)
+        ids = {"prompt": "prompt_token_ids", "response": "token_ids", "full": "full_token_ids"}
+        leaves[keys.logits] = [*fields, *(ids[name] for name in fields if logits.top_k is not None)]
+    return [key for key in written if key not in leaves] + [
+        unravel_key((key, leaf)) for key, found in leaves.items() if key is not None for leaf in found
+    ]
+
+
+def _check_apart(keys: Sequence[NestedKey]) -> None:
+    """Refuse keys of which two are the same, or one is inside another."""
+    for key in keys:
+        if keys.count(key) > 1:
+            raise InputError(
+                f"{key!r} is the key of {keys.count(key)} outputs; give each its own, or None to leave it out"
+            )
+    paths = [_path(key) for key in keys]
+    for path in paths:
+        inside = next((other for other in paths if other != path and other[: len(path)] == path), None)
+        if inside is not None:
+            raise InputError(f"{inside!r} is inside {path!r}, the key of another output; give each a place of its own")
+
+
+def _path(key: NestedKey) -> tuple[str, ...]:
+    return key if isinstance(key, tuple) else (key,)
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def resolve_target(
+    tensordict: TensorDictBase,
+    tensordict_out: TensorDictBase | None,
+    inplace: bool | str,
+    keys: Sequence[NestedKey],
+    batch_size: torch.Size,
+) -> TensorDictBase | None:
+    """Return the TensorDict to write to, None for a new one. Called before the engine works for the call.
+
+    Args:
+        tensordict: the input.
+        tensordict_out: the TensorDict that the call names, or None.
+        inplace: True, False or ``"empty"``; read where the call names none.
+        keys: the keys that will be written.
+        batch_size: the output's.
+
+    Raises:
+        InputError: it is locked, has another batch size, or something else in the place of a key's container.
+    """
+    target = tensordict_out
+    if target is None:
+        if inplace is False:
+            return None
+        target = tensordict if inplace is True else tensordict.empty()
+    if target.is_locked:
+        raise InputError("the TensorDict to write to is locked; unlock_() it, or use inplace=False")
+    _check_paths_free(target, keys)
+    if target.batch_size != batch_size:
+        raise InputError(
+            f"tensordict_out has batch size {tuple(target.batch_size)} and the output has {tuple(batch_size)}; give "
+            "both the same"
+        )
+    return target
+
+
+def write(
+    target: TensorDictBase,
+    out: TensorDictBase,
+    keys: Sequence[NestedKey],
+    owned: Sequence[NestedKey],
+    layout: torch.layout | None,
+) -> TensorDictBase:
+    """Write an output into a target of its batch size, and return the target.
+
+    Args:
+        target: what `resolve_target` returned.
+        out: the output.
+        keys: the keys to write.
+        owned: every key that this wrapper can write. Keys that this call does not write are deleted, so that the
+            results of the previous turn are not mistaken for new ones.
+        layout: of the nested tensor that a ragged leaf becomes where the target holds no ragged stacks.
+    """
+    # set, not update: update would merge into a TensorClass of the previous step and keep its stale fields.
+    for key in keys:
+        _write(target, out, key, layout)
+    for key in owned:
+        if key not in keys and target.get(key, None) is not None:
+            target.del_(key)
+    return target
+
+
+def _write(target: TensorDictBase, out: TensorDictBase, key: NestedKey, layout: torch.layout | None) -> None:
+    try:
+        value = out.get(key)
+    except RuntimeError:  # rows of several lengths
+        if isinstance(target, LazyStackedTensorDict) and target.stack_dim == 0:
+            for target_row, out_row in zip(target.tensordicts, out.unbind(0), strict=True):
+                _write(target_row, out_row, key, layout)
+            return
+        value = out.get(key, as_nested_tensor=True, layout=layout or torch.jagged)
+    target.set(key, value)
+
+
+def _check_paths_free(target: TensorDictBase, keys: Sequence[NestedKey]) -> None:
+    """Refuse a target where a key's path leads through something that is no TensorDict."""
+    while target.ndim:
+        target = target[0]
+    for key in keys:
+        path = _path(key)
+        for length in range(1, len(path)):
+            container = target.get(path[:length], None)
+            if container is None:
+                break
+            if not is_tensor_collection(container) or is_non_tensor(container):
+                raise InputError(
+                    f"{key!r} cannot be written: there is a {type(container).__name__} at {path[:length]!r}; give the "
+                    "output another key, or use inplace=False"
+                )

@@ -1,4 +1,4 @@
-"""One call of `SGLangHiddenWrapper`: what its options mean, the requests that its rows become, and where results go.
+"""One call of `SGLangHiddenWrapper`: what its options mean, and the engine requests that its rows become.
 
 Knows nothing of wire formats or padding.
 """
@@ -8,19 +8,17 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
-import torch
-from tensordict import LazyStackedTensorDict, TensorDictBase, is_non_tensor, is_tensor_collection
-from tensordict.utils import NestedKey
 from transformers import PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden.errors import AlignmentError, InputError, SpanError
 from torchrl_sglang_hidden.policy.action_masks import native_processor, option_constraints, read_options, responses_of
 from torchrl_sglang_hidden.policy.chat_text import decode_all
-from torchrl_sglang_hidden.policy.config import logits_of_given, of_given, only_logits, read_hidden, read_num_samples
-from torchrl_sglang_hidden.policy.prompts import InputMode, Row
+from torchrl_sglang_hidden.policy.config import PolicyConfig, resolve_num_samples
+from torchrl_sglang_hidden.policy.prompts import Row
+from torchrl_sglang_hidden.policy.returned import resolve_hidden, scored_hidden, scored_logits
 from torchrl_sglang_hidden.records import DEFAULT_NEW_TOKENS, READING, Completion, Request
 from torchrl_sglang_hidden.sglang_api.sampling import NOT_OF_SAMPLING, override, standardize, to_sglang
 from torchrl_sglang_hidden.spec.constraints import LogitConstraint
@@ -28,28 +26,29 @@ from torchrl_sglang_hidden.spec.hidden import HiddenSpec
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 from torchrl_sglang_hidden.spec.spans import Between, find_between
 
-__all__ = ["Call", "check_responses", "read_call", "read_target", "to_requests", "write"]
+__all__ = ["CallOptions", "check_responses", "read_call", "read_scoring", "to_requests"]
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """What one call asks for.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallOptions:
+    """What one call asks for: the wrapper's configuration under the call's own options.
 
     Args:
-        generate: whether it samples, or scores given sequences.
-        hidden: the states that come back, or None. Of a given sequence: what `of_given` leaves.
+        generate: whether the call samples, or scores sequences.
+        hidden: the states that come back, or None. Of a scored sequence: see `scored_hidden`.
         sampling: SGLang's sampling parameters.
         lora: the name of a LoRA adapter, or None.
-        priority: in the server's queue, or None.
-        logits: the logits that come back, or None. Of a given sequence: those of its tokens.
-        logits_only: whether these come back without log-probs and states, as one tensor.
-        constraints: those of the wrapper, then those of the call. The row's own come behind them.
-        response_limit: ``max_new_tokens`` of what is sampled, or of what was.
-        processor: SGLang's own, in their place and in that of the rows' masks; or None.
+        priority: the request's priority in the server's queue, or None.
+        logits: the logits that come back, or None. Of a scored sequence: see `scored_logits`.
+        logits_only: whether the logits come back without log-probs and states, as one tensor.
+        constraints: the wrapper's, then the call's. A row's own mask is appended to them.
+        response_limit: ``max_new_tokens`` of the response that is sampled; of a scored sequence, of the response in it.
+        processor: a serialised native SGLang logit processor. If set, it replaces `constraints` and the rows' action
+            masks.
     """
 
     generate: bool
-    hidden: HiddenSpec | None
+    hidden: HiddenSpec | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
     lora: str | None = None
     priority: int | None = None
@@ -61,98 +60,139 @@ class Call:
 
     @property
     def reads_masks(self) -> bool:
-        """Whether the rows' action masks have tokens to act on, and nothing stands in their place."""
+        """Whether the rows' action masks have tokens to act on, and no native processor replaces them."""
         return self.processor is None and self.sampling.get("max_new_tokens") != 0
 
 
 def read_call(
-    defaults: Mapping[str, Any],
-    given: Mapping[str, Any],
-    *,
-    hidden: HiddenSpec | None,
-    logits: LogitsSpec | None,
-    logits_only: bool,
-    constraints: tuple[LogitConstraint, ...],
-    action_mask_key: NestedKey | None,
-    generate: bool,
-    input_mode: InputMode,
-    num_samples: int | None,
-    vocab_size: int,
-) -> Call:
-    """Reads the options of one call.
+    config: PolicyConfig, options: Mapping[str, Any], *, vocab_size: int, logits_only: bool = False
+) -> CallOptions:
+    """Read the options of one call.
 
     Args:
-        defaults: the wrapper's options, standardised.
-        given: those of the call, as the user wrote them.
-        hidden: the wrapper's.
-        logits: likewise.
-        logits_only: of the call.
-        constraints: the wrapper's.
-        action_mask_key: likewise.
-        generate: likewise.
-        input_mode: likewise.
-        num_samples: likewise.
+        config: the wrapper's configuration, after `PolicyConfig.resolve_for`.
+        options: the call's generation options, as the user wrote them.
         vocab_size: the engine's.
+        logits_only: the call's.
 
     Raises:
-        InputError: options that cannot be served, or contradict what the wrapper is.
+        InputError: options that cannot be served, or contradict the configuration.
         ConstraintError: an action mask that allows nothing.
     """
-    named = standardize(given)
-    if generate and logits_only:
+    if not config.generate:
+        return read_scoring(config, options, vocab_size=vocab_size, logits_only=logits_only)
+    if logits_only:
         raise InputError(
-            "logits_only=True with generate=True: it is of given sequences; use get_new_version(generate=False), or "
-            "logits=LogitsSpec(…) for those of what is sampled"
+            "logits_only=True with generate=True: only scoring returns logits alone; use "
+            "get_new_version(generate=False), or logits=LogitsSpec(…) for the logits of a response"
         )
-    if not generate and named.keys() - NOT_OF_SAMPLING:
-        names = ", ".join(sorted(named.keys() - NOT_OF_SAMPLING))
-        raise InputError(f"generate=False scores and samples nothing; leave {names} out of the call")
-    options = override(defaults, read_options(given, vocab_size))
-    if "return_hidden_states" in named:
-        hidden = read_hidden(hidden, named["return_hidden_states"], input_mode)
-    lora, priority = options.get("lora_path"), options.get("priority")
-    constraints = (*constraints, *option_constraints(options))
-    processor = native_processor(options)
-    if processor is None and "custom_params" in options:
+    return _read_generation(config, options, vocab_size)
+
+
+def _read_generation(config: PolicyConfig, options: Mapping[str, Any], vocab_size: int) -> CallOptions:
+    """Read the options of a call that generates."""
+    merged = _merge(config, options, vocab_size)
+    if resolve_num_samples(config.num_responses, merged.options) != config.num_responses:
         raise InputError(
-            f"custom_params={options['custom_params']!r:.80} without SGLang's own custom_logit_processor, which alone "
+            f"num_return_sequences={merged.options['num_return_sequences']} in a call, and no num_samples in the "
+            "wrapper, whose output would have another shape; use get_new_version(num_samples=…)"
+        )
+    call = CallOptions(
+        generate=True,
+        hidden=merged.hidden,
+        sampling=to_sglang(merged.options),
+        lora=merged.options.get("lora_path"),
+        priority=merged.options.get("priority"),
+        logits=_readable_logits(config),
+    )
+    if call.sampling.get("max_new_tokens") == 0:
+        # Nothing is sampled, so constraints have nothing to act on.
+        _check_reading(call.hidden, call.logits, config.num_responses)
+        return call
+    constraints = merged.constraints
+    if merged.processor is not None:
+        replaced = [type(constraint).__name__ for constraint in constraints]
+        replaced += [f"the masks at {config.action_mask_key!r}"] if config.action_mask_key is not None else []
+        constraints = ()
+        if replaced:
+            warnings.warn(
+                f"custom_logit_processor is SGLang's own, and is used alone; left out: {', '.join(replaced)}",
+                stacklevel=4,
+            )
+    limit = call.sampling.get("max_new_tokens", DEFAULT_NEW_TOKENS)
+    return replace(call, constraints=constraints, response_limit=limit, processor=merged.processor)
+
+
+def read_scoring(
+    config: PolicyConfig, options: Mapping[str, Any], *, vocab_size: int, logits_only: bool = False
+) -> CallOptions:
+    """Read the options of a call that scores sequences or candidates, whether or not the wrapper generates.
+
+    Args:
+        config: the wrapper's configuration, after `PolicyConfig.resolve_for`.
+        options: the call's generation options, as the user wrote them.
+        vocab_size: the engine's.
+        logits_only: the call's.
+
+    Raises:
+        InputError: a sampling option in the call, or a native logit processor.
+        ConstraintError: an action mask that allows nothing.
+    """
+    sampling = standardize(options).keys() - NOT_OF_SAMPLING
+    if sampling:
+        raise InputError(
+            f"generate=False scores and samples nothing; leave {', '.join(sorted(sampling))} out of the call"
+        )
+    merged = _merge(config, options, vocab_size)
+    if merged.processor is not None:
+        raise InputError(
+            f"custom_logit_processor={merged.processor!r:.60} in scoring, of given sequences or of candidates: "
+            "SGLang's own acts on tokens that are sampled; give a LogitConstraint, or generate_kwargs without it"
+        )
+    return CallOptions(
+        generate=False,
+        hidden=None if logits_only else scored_hidden(merged.hidden),
+        sampling=READING,
+        lora=merged.options.get("lora_path"),
+        priority=merged.options.get("priority"),
+        logits=scored_logits(_readable_logits(config), logits_only=logits_only),
+        logits_only=logits_only,
+        constraints=merged.constraints,
+        # max_new_tokens=0 reads a prompt, which no response follows.
+        response_limit=merged.options.get("max_new_tokens") or DEFAULT_NEW_TOKENS,
+    )
+
+
+class _Merged(NamedTuple):
+    """The wrapper's options under the call's: standardised, and what they say of states and constraints."""
+
+    options: dict[str, Any]
+    hidden: HiddenSpec | None
+    constraints: tuple[LogitConstraint, ...]
+    processor: str | None
+
+
+def _merge(config: PolicyConfig, options: Mapping[str, Any], vocab_size: int) -> _Merged:
+    merged = override(config.generate_kwargs, read_options(options, vocab_size))
+    hidden, own = config.hidden, standardize(options)
+    if "return_hidden_states" in own:
+        hidden = resolve_hidden(hidden, own["return_hidden_states"], config.input_mode)
+    processor = native_processor(merged)
+    if processor is None and "custom_params" in merged:
+        raise InputError(
+            f"custom_params={merged['custom_params']!r:.80} without SGLang's own custom_logit_processor, which alone "
             "reads them; give both, or leave them out"
         )
-    if not generate:
-        if processor is not None:
-            raise InputError(
-                f"custom_logit_processor={processor!r:.60} in scoring, of given sequences or of candidates: SGLang's "
-                "own acts on tokens that are sampled; give a LogitConstraint, or generate_kwargs without it"
-            )
-        # A prompt that is only read was followed by nothing.
-        limit = options.get("max_new_tokens") or DEFAULT_NEW_TOKENS
-        if logits_only:
-            return Call(False, None, READING, lora, priority, only_logits(logits), True, constraints, limit)
-        states, logits = of_given(hidden), logits_of_given(logits)
-        return Call(False, states, READING, lora, priority, logits, False, constraints, limit)
-    if read_num_samples(num_samples, options) != num_samples:
-        raise InputError(
-            f"num_return_sequences={options['num_return_sequences']} in a call, and no num_samples in the wrapper, "
-            "whose output would have another shape; use get_new_version(num_samples=…)"
-        )
-    if options.get("max_new_tokens") == 0:
-        _check_reading(hidden, logits, num_samples)
-        # Nothing is chosen, so that nothing constrains it.
-        return Call(True, hidden, to_sglang(options), lora, priority, logits)
-    left_out = [type(constraint).__name__ for constraint in constraints]
-    left_out += [f"the masks at {action_mask_key!r}"] if action_mask_key is not None else []
-    if processor is not None and left_out:
-        constraints = ()
-        warnings.warn(
-            f"custom_logit_processor is SGLang's own, and is used alone; left out: {', '.join(left_out)}", stacklevel=3
-        )
-    sampling = to_sglang(options)
-    limit = sampling.get("max_new_tokens", DEFAULT_NEW_TOKENS)
-    return Call(True, hidden, sampling, lora, priority, logits, False, constraints, limit, processor)
+    return _Merged(merged, hidden, (*config.constraints, *option_constraints(merged)), processor)
+
+
+def _readable_logits(config: PolicyConfig) -> LogitsSpec | None:
+    """Return the wrapper's logits, or None where they have no key, so that nobody would see them."""
+    return None if config.keys.logits_key is None else config.logits
 
 
 def _check_reading(hidden: HiddenSpec | None, logits: LogitsSpec | None, num_samples: int | None) -> None:
-    """Refuses a call that generates nothing and wants what only a response has, or nothing at all."""
+    """Refuse a call that generates nothing and wants what only a response has, or nothing at all."""
     if num_samples is not None:
         raise InputError(
             f"max_new_tokens=0 with num_samples={num_samples}: a prompt that is only read has no samples; leave one of "
@@ -176,8 +216,11 @@ def _check_reading(hidden: HiddenSpec | None, logits: LogitsSpec | None, num_sam
         )
 
 
-def to_requests(rows: Sequence[Row], call: Call, *, return_log_probs: bool) -> list[Request]:
-    """The requests that rows become, one each.
+# --- requests --------------------------------------------------------------------------------------------------------
+
+
+def to_requests(rows: Sequence[Row], call: CallOptions, *, return_log_probs: bool) -> list[Request]:
+    """Return one request for each prompt row.
 
     Raises:
         InputError: a row wants states, and the call returns none; or nothing says which tokens constraints act on.
@@ -212,7 +255,7 @@ def to_requests(rows: Sequence[Row], call: Call, *, return_log_probs: bool) -> l
 
 
 def _responses(index: int, row: Row) -> tuple[tuple[int, int], ...]:
-    """The parts of a given sequence that constraints act on as if they were being sampled."""
+    """Return the parts of a scored sequence that constraints act on as if their tokens were being sampled."""
     if row.assistant_mask is None:
         raise InputError(
             f"row {index}: nothing says which tokens of a given sequence the constraints act on; score in history mode "
@@ -229,7 +272,7 @@ def check_responses(
     *,
     num_samples: int = 1,
 ) -> None:
-    """Holds the engine's reading of markers in the responses against this side's.
+    """Check that the engine found the `Between` spans of the responses where this side's tokenizer finds them.
 
     Raises:
         AlignmentError: a span has another number of rows than there are tokens between its markers.
@@ -252,93 +295,4 @@ def check_responses(
                 raise AlignmentError(
                     f"row {row}, sample {sample}, span {name!r}: {pooled.count} rows of states for the {stop - first} "
                     f"tokens between {span.start!r} and {span.end!r}; start the server with the wrapper's tokenizer"
-                )
-
-
-def read_target(
-    tensordict: TensorDictBase,
-    given: TensorDictBase | None,
-    inplace: bool | str,
-    keys: Sequence[NestedKey],
-    batch_size: torch.Size,
-) -> TensorDictBase | None:
-    """What the outputs are written to, None for a new TensorDict; checked before the engine has worked for it.
-
-    Args:
-        tensordict: the input.
-        given: where the call says to write.
-        inplace: True, False or ``"empty"``, where it does not.
-        keys: what will be written.
-        batch_size: of the output.
-
-    Raises:
-        InputError: it is locked, has another batch size, or something in the place of a key's container.
-    """
-    target = given
-    if target is None:
-        if inplace is False:
-            return None
-        target = tensordict if inplace is True else tensordict.empty()
-    if target.is_locked:
-        raise InputError("the TensorDict to write to is locked; unlock_() it, or use inplace=False")
-    _check_room(target, keys)
-    if target.batch_size != batch_size:
-        raise InputError(
-            f"tensordict_out has batch size {tuple(target.batch_size)} and the output has {tuple(batch_size)}; give "
-            "both the same"
-        )
-    return target
-
-
-def write(
-    target: TensorDictBase,
-    out: TensorDictBase,
-    keys: Sequence[NestedKey],
-    owned: Sequence[NestedKey],
-    layout: torch.layout | None,
-) -> TensorDictBase:
-    """Writes an output into a target of its batch size.
-
-    Args:
-        target: what `read_target` gave.
-        out: the output.
-        keys: those to write.
-        owned: those that a call of this wrapper may write. What a turn before left there would pass for this one's.
-        layout: of the nested tensor that a ragged leaf becomes where the target holds no ragged stacks.
-    """
-    # set, not update: update would merge into a TensorClass of the previous step and keep its stale fields.
-    for key in keys:
-        _write(target, out, key, layout)
-    for key in owned:
-        if key not in keys and target.get(key, None) is not None:
-            target.del_(key)
-    return target
-
-
-def _write(target: TensorDictBase, out: TensorDictBase, key: NestedKey, layout: torch.layout | None) -> None:
-    try:
-        value = out.get(key)
-    except RuntimeError:  # rows of several lengths
-        if isinstance(target, LazyStackedTensorDict) and target.stack_dim == 0:
-            for row, found in zip(target.tensordicts, out.unbind(0), strict=True):
-                _write(row, found, key, layout)
-            return
-        value = out.get(key, as_nested_tensor=True, layout=layout or torch.jagged)
-    target.set(key, value)
-
-
-def _check_room(target: TensorDictBase, keys: Sequence[NestedKey]) -> None:
-    """Refuses a target where a key's path leads through something that is no TensorDict."""
-    while target.ndim:
-        target = target[0]
-    for key in keys:
-        path = key if isinstance(key, tuple) else (key,)
-        for length in range(1, len(path)):
-            found = target.get(path[:length], None)
-            if found is None:
-                break
-            if not is_tensor_collection(found) or is_non_tensor(found):
-                raise InputError(
-                    f"{key!r} cannot be written: there is a {type(found).__name__} at {path[:length]!r}; give the "
-                    "output another key, or use inplace=False"
                 )

@@ -1,50 +1,30 @@
 """`SGLangHiddenWrapper`: a TensorDict in, engine requests, a TensorDict out.
 
-Knows nothing of wire formats or padding.
+Knows nothing of wire formats or padding. Its arguments are documented and checked in `PolicyConfig`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, Self, cast
 
 import torch
-from tensordict import TensorDictBase
-from tensordict.utils import NestedKey, unravel_key
+from tensordict import TensorDict, TensorDictBase
+from tensordict.utils import NestedKey
 from torchrl.modules.llm.policies import LLMWrapperBase
 from transformers import PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden.engines import Engine, as_engine, generate_samples
 from torchrl_sglang_hidden.errors import InputError
-from torchrl_sglang_hidden.policy.action_masks import (
-    ActionMaskReader,
-    option_constraints,
-    read_action_ids,
-    read_constraints,
-    read_options,
-)
 from torchrl_sglang_hidden.policy.assemble import assemble, assemble_scores
-from torchrl_sglang_hidden.policy.candidates import CandidateScoring
-from torchrl_sglang_hidden.policy.config import (
-    check_arguments,
-    check_chat_template,
-    default_key,
-    in_keys,
-    make_batcher,
-    of_given,
-    out_keys,
-    read_hidden,
-    read_logits,
-    read_num_samples,
-    read_tokenizer,
-)
-from torchrl_sglang_hidden.policy.configured import Configured
+from torchrl_sglang_hidden.policy.batching import BatchingConfig
+from torchrl_sglang_hidden.policy.candidates import REDUCTIONS, Candidates, Reduction, score_candidates
+from torchrl_sglang_hidden.policy.config import ARGUMENTS, PolicyConfig
 from torchrl_sglang_hidden.policy.distributions import Distributions
-from torchrl_sglang_hidden.policy.outputs import OutputKeys
+from torchrl_sglang_hidden.policy.outputs import list_out_keys, resolve_target, write
 from torchrl_sglang_hidden.policy.prompts import InputMode, PromptReader
-from torchrl_sglang_hidden.policy.requests import check_responses, read_call, read_target, to_requests, write
-from torchrl_sglang_hidden.sglang_api.sampling import standardize
+from torchrl_sglang_hidden.policy.requests import check_responses, read_call, read_scoring, to_requests
 from torchrl_sglang_hidden.spec.constraints import LogitConstraint
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
@@ -52,120 +32,35 @@ from torchrl_sglang_hidden.spec.logits import LogitsSpec
 __all__ = ["SGLangHiddenWrapper"]
 
 
-class SGLangHiddenWrapper(CandidateScoring, Configured, Distributions, LLMWrapperBase):  # type: ignore[misc]
-    """A TorchRL LLM policy over SGLang that also returns hidden states and logits, and chooses among given tokens.
+class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
+    """A TorchRL policy over SGLang that also returns hidden states and logits, and chooses among given actions.
 
-    A drop-in for torchrl's ``SGLangWrapper``: it reads a prompt from the TensorDict, generates, and writes TorchRL's
-    own TensorClasses, beside `HiddenStates` and `TokenHiddenStates`. The token ids that the engine gets are the ids in
-    ``tokens.prompt``, in every input mode; one call is one batched request, which SGLang schedules.
+    It takes the place of torchrl's ``SGLangWrapper``: a call reads prompts from a TensorDict, sends them to the engine
+    as one batch, and writes the responses as TorchRL's own TensorClasses, with `HiddenStates` beside them. The token
+    ids in ``tokens.prompt`` are exactly the ids that the engine got.
 
     Args:
         model: a URL or several, `SGLangServer`, `SGLangOffline`, an ``sglang.Engine``, or torchrl's ``AsyncSGLang``.
+        **arguments: see `PolicyConfig`. Most programs set ``input_mode``, ``generate_kwargs`` and ``hidden``.
 
-    Keyword Args:
-        tokenizer: a Hugging Face tokenizer, a name or path of one, or None for the engine's own.
-        input_mode: ``"history"``, ``"text"`` or ``"tokens"``.
-        input_key: where the prompt is read; by default ``(input_mode, "prompt")``, and ``(input_mode, "full")`` for
-            scoring. History mode reads a
-            ``torchrl.data.llm.History`` of shape ``[*batch, turns]``; text mode one string per row; tokens mode int64
-            ids, ragged, or padded on the left.
-        attention_mask_key: in tokens mode, a mask ``[*batch, P]`` read from this key when it is there: ids where it is
-            False are pads, which are never sent. Without it, the pad ids at the left of a row of a ``Tokens`` that says
-            ``padded`` are its padding; every other id is sent as it is.
-        generate: True generates; False scores a given sequence, without sampling: see Scoring below. What is of
-            generation only (sampling options, ``num_samples``, ``prefer_tokens``, segments of ``hidden`` and its spans
-            of a response) is kept for `get_new_version` and has no effect: a chat is scored as the tokenizer writes it.
-            To score a rollout by the ids that were sampled, use ``input_mode="tokens"``.
-        generate_kwargs: generation options by TorchRL's standard names, Hugging Face's or SGLang's; see
-            `torchrl_sglang_hidden.sglang_api.sampling.standardize`. Options passed to a call override these.
-            ``max_new_tokens=0`` reads the prompt and generates nothing: T is 0, and ``hidden`` asks for nothing of a
-            response. Beside sampling: ``lora_path``, the name of a LoRA adapter that the server has loaded;
-            ``priority``, where the server schedules by it; ``return_hidden_states``, see ``hidden``. Constraints:
-            ``action_mask``, an `ActionMask`, ids, or bool ``[V]``; ``disallowed_tokens``, a `DisallowedTokens` or ids;
-            ``custom_logit_processor``, a `LogitConstraint`, its text, or a list of them. SGLang's own string there is
-            used alone, with a warning that says what it leaves out.
-        tokenizer_kwargs: passed to the tokenizer when text is turned into ids. Padding it adds is taken off again.
-        pad_output: pad the ragged leaves to one width: prompts on the left, responses on the right, ids with the
-            tokenizer's pad (or EOS) id, log-probs with NaN, masks with False. False leaves them ragged.
-        pad_model_input: None or False. Pads are never sent to an engine, so that True raises.
-        inplace: True (the default) writes into the input and returns it; False returns a new TensorDict of the outputs;
-            ``"empty"`` returns an empty copy of the input with the outputs. With ``num_samples`` only False, which is
-            then the default.
-        device: where the output tensors go; by default the input's device, or the CPU.
-        layout: of the nested tensors that TorchRL's ``RetrieveLogProb`` makes of this wrapper's ragged log-probs,
-            ``torch.strided`` (the default) or ``torch.jagged``. The outputs themselves are ragged stacks, without one.
-        num_samples: responses per prompt, n. The output has batch size ``[*batch, n]``. The prompt is computed once,
-            but where several servers share the rows unevenly, or stock SGLang pools the prompt.
-            ``generate_kwargs={"num_return_sequences": n}`` says the same.
-        batching: whether concurrent callers share requests. SGLang batches what runs at the same time by itself, and
-            this is only for those who want few and large requests. Sizes alone turn it on too.
-        min_batch_size: rows to wait for before a request is sent; 1 by default.
-        max_batch_size: most rows of one request.
-        batching_timeout: seconds that a caller waits at most for others.
-        chat_template_name: one of torchrl's named chat templates, for history mode.
-        chat_template: a Jinja chat template, for history mode. By default the tokenizer's own.
-        prefer_tokens: in history mode, send the ids that are at ``(tokens_key, "prompt")`` already, such as those of
-            torchrl's ``IncrementalTokenizer``, where they stand for the chat: they decode to what the template writes
-            for it, or to its beginning, and then the rest is tokenized and sent after them. So a response stays as it
-            was sampled in the turns that follow. Ids of any other chat are not used.
-        return_log_probs: whether the log-prob of every sampled token is returned; True by default. They are those of
-            the distribution after temperature, penalties and grammar, before top-k and top-p (SGLang's). Scoring gives
-            those of the model's own distribution.
-        text_key, tokens_key, masks_key, log_probs_key, history_key: where TorchRL's TensorClasses are written; None
-            leaves one out.
-        hidden: which hidden states are returned: a `HiddenSpec`, True for its defaults, False or None for none. The
-            option ``return_hidden_states`` says it too, and wins: True turns the defaults on where this is None, False
-            turns states off, in a call for that call. A row of the TensorDict may say False at
-            ``"return_hidden_states"``, one bool per row: its states are not asked for, and stand as NaN with count 0,
-            so that the batch stays dense. Spans of a prompt are found before anything is sent: `TokenMask` reads its
-            mask from the TensorDict, `Turn` and `Role` find the words of messages in history mode.
-        hidden_states_key: where `HiddenStates` is written.
-        token_hidden_states_key: where `TokenHiddenStates` is written, with ``HiddenSpec(tokens=True)``.
-        logits: which logits are returned: a `LogitsSpec`, or None.
-        logits_key: where `Logits` is written.
-        constraints: on every token that is sampled: a `LogitConstraint` or several. Those of the wrapper, of the call
-            and of the row act together: a token is left where all masks leave it.
-        action_mask_key: where each row says which tokens it allows: a bool mask ``[V]``; bool ``[A]`` over
-            ``action_token_ids``; or token ids, as a ragged integer tensor or a list.
-        action_token_ids: the A ids that the columns of these masks stand for.
+    What goes in (``input_mode``): chats at ``("history", "prompt")``, strings at ``("text", "prompt")``, or token ids
+    at ``("tokens", "prompt")``, for a batch of any shape.
 
-    Outputs (B rows, P prompt tokens, T response tokens, D hidden size):
-        - text: ``prompt``, ``response``, ``full``, one string per row. The response without special tokens and matched
-          stop strings; the prompt as the template, or the decoded ids, say it.
-        - tokens: int64 ``prompt`` [P], ``response`` [T], ``full`` [P+T]. A response ends with the token that ended it:
-          EOS, a stop id, or the one that completed a stop string. It was sampled, so it keeps its log-prob and state.
+    What comes out, for P prompt tokens, T response tokens and hidden size D:
+        - text: ``prompt``, ``response``, ``full``, one string per row.
+        - tokens: int64 ``prompt`` [P], ``response`` [T], ``full`` [P+T].
         - masks: bool [P+T]; ``all_attention_mask``, and ``all_assistant_mask``, True on the response.
-        - log_probs: float32 ``response`` [T] and ``full`` [P+T], NaN where nothing was measured; ``prompt`` is None.
-        - history (history mode): ``prompt``, ``response``, ``full``, the last usable as the next prompt.
-        - hidden_states: see `HiddenStates`; not there with ``pooling=None``.
-        - token_hidden_states: see `TokenHiddenStates`.
-        - logits: see `Logits`.
-        - weight_version, finish_reason (``"stop"`` or ``"length"``): one string per row.
-        - mixed_weights: bool ``[*batch]``, True where an update of the weights came in the middle of the response: its
-          first tokens are of an older version than ``weight_version``; with ``num_samples`` also where the prompt's
-          states are.
+        - log_probs: float32 ``response`` [T], ``full`` [P+T].
+        - history, in history mode: ``prompt``, ``response``, ``full``, which can be the next prompt.
+        - hidden_states: pooled, [D] for each segment; see `HiddenStates`.
+        - token_hidden_states and logits, if asked for: see `TokenHiddenStates`, `Logits`.
+        - weight_version and finish_reason (one string per row), mixed_weights (bool).
 
-    Scoring (``generate=False``; N tokens of the given sequence) writes one segment, ``full``:
-        - text, tokens [N], history: the sequence as it was read. Ids given as one padded tensor keep their places under
-          ``pad_output``; others are padded on the left.
-        - masks: ``all_assistant_mask`` in history mode from the chat template (those that say ``{% generation %}`` mark
-          the end-of-turn token too), in tokens mode as it was given under ``masks_key``; else None.
-        - log_probs: float32 [N], each token given those before it, without temperature; 0 for the first, as in TorchRL.
-          Constraints act on the tokens in ``all_assistant_mask`` as if these were being sampled, each run of them
-          from its first token and with ``max_new_tokens`` of the options; a token that they take away has -inf.
-        - hidden_states: all N positions, and the spans but those of a response. token_hidden_states: all N. logits: N.
-        - weight_version. No ``finish_reason``, no ``mixed_weights``.
-        In place, these replace what stood under their keys, the prompts and responses of a generation too, as in
-        TorchRL; ``inplace=False`` or keys of its own keep both.
+    `forward` says what each of them holds, and what scoring (``generate=False``) writes. `score` returns the log-probs
+    of candidate answers, `log_prob` and `get_dist` serve TorchRL's losses, `get_new_version` changes arguments.
 
     Raises:
-        InputError: an argument, prompt or key that cannot be served, before anything is sent.
-        EngineError: the engine could not be reached, refused or aborted.
-        SpanError: a span has no tokens in a row. One of a prompt raises before anything is sent.
-        ConstraintError: the constraints of a row leave no token; by themselves before anything is sent.
-        AlignmentError: the engine returned another number of states than of tokens.
-
-    In every case of an error the input TensorDict is as it was.
+        SGLangHiddenError: every error of this package; those of a call are listed at `forward`.
 
     Example:
         >>> from tensordict import TensorDict
@@ -217,94 +112,108 @@ class SGLangHiddenWrapper(CandidateScoring, Configured, Distributions, LLMWrappe
         action_mask_key: NestedKey | None = None,
         action_token_ids: Sequence[int] | None = None,
     ) -> None:
+        # Every argument but the model is a field of the configuration by the same name: a test holds the two together.
+        arguments = locals()
+        config = PolicyConfig.from_arguments(**{name: arguments[name] for name in ARGUMENTS})
         super().__init__()
-        check_arguments(input_mode, generate, pad_model_input, layout, inplace)
-        check_chat_template(chat_template, chat_template_name)
-        if prefer_tokens and tokens_key is None:
-            raise InputError("prefer_tokens=True reads the tokens at tokens_key, which is None; give it a key")
-        options = standardize(generate_kwargs)
-        self.hidden = read_hidden(hidden, options.get("return_hidden_states"), input_mode)
         self.model: Engine = as_engine(model)
-        vocab_size = self.model.info.vocab_size
-        self.generate_kwargs = read_options(options, vocab_size)
-        self.logits, self.logits_key = read_logits(logits, vocab_size), logits_key
-        self.constraints = read_constraints("constraints", constraints)
-        for constraint in (*self.constraints, *option_constraints(self.generate_kwargs)):
-            constraint.check(vocab_size)
-        self.action_mask_key = action_mask_key
-        self.action_token_ids = read_action_ids(action_token_ids, action_mask_key, vocab_size)
-        self.tokenizer = read_tokenizer(tokenizer, self.model.info.tokenizer_path, self.model.info.vocab_size)
-        self.input_mode = input_mode
-        self.input_key: NestedKey = default_key(input_mode, generate) if input_key is None else input_key
-        self.attention_mask_key = attention_mask_key
-        self.generate = generate
-        self.tokenizer_kwargs = dict(tokenizer_kwargs or {})
-        self.pad_output = pad_output
-        self.pad_model_input = pad_model_input
-        self._given = {
-            "inplace": inplace,
-            "layout": layout,
-            "num_samples": num_samples,
-            "batching": batching,
-            "min_batch_size": min_batch_size,
-            "max_batch_size": max_batch_size,
-            "batching_timeout": batching_timeout,
-        }
-        self.num_samples = read_num_samples(num_samples, self.generate_kwargs)
-        many = generate and self.num_samples is not None
-        if many and inplace not in (None, False):
-            raise InputError(
-                f"inplace={inplace!r} with num_samples={self.num_samples}: the output has another batch size than the "
-                "input; leave inplace out, or set it to False"
-            )
-        self.inplace = not many if inplace is None else inplace
-        self.layout = torch.strided if layout is None and not pad_output else layout
-        self._device = None if device is None else torch.device(device)
-        self.chat_template_name = chat_template_name
-        self.chat_template = chat_template
-        self.return_log_probs = return_log_probs is not False
-        self.history_key, self.text_key, self.tokens_key = history_key, text_key, tokens_key
-        self.masks_key, self.log_probs_key = masks_key, log_probs_key
-        self.hidden_states_key, self.token_hidden_states_key = hidden_states_key, token_hidden_states_key
-        self.prefer_tokens = prefer_tokens
-        self._states = self.hidden if generate else of_given(self.hidden)
-        self._keys = self._output_keys(self._states, self.logits)
-        self.in_keys = in_keys(self.input_key, self._states, action_mask_key)
-        self.out_keys = out_keys(self._keys, self._states, self.logits, generate)
-        self._batcher = make_batcher(self.model, batching, min_batch_size, max_batch_size, batching_timeout)
+        self.config = config.resolve_for(self.model.info)
+        self._keys = self.config.output_keys(self.config.returned_hidden, self.config.logits)
+        self.in_keys, self.out_keys = self.config.in_keys, self.config.out_keys
+        self._batcher = self.config.queue.make_queue(self.model)
         # What the base class reads.
         self._min_batch_size = None if self._batcher is None else self._batcher.min_batch_size
         self._max_batch_size = max_batch_size
         self._batching_timeout = batching_timeout
 
+    # --- the wrapper itself: its arguments, versions, copies, queue --------------------------------------------------
+
     @property
-    def device(self) -> torch.device | None:
-        """Where the output tensors go; None follows the input."""
-        return self._device
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that the argument names, or the engine's own."""
+        return cast("PreTrainedTokenizerBase", self.config.tokenizer)
+
+    @property
+    def input_key(self) -> NestedKey:
+        """Where the prompts are read."""
+        return self.config.prompt_key
+
+    @property
+    def inplace(self) -> Literal[True, False, "empty"]:
+        """Whether outputs are written into the input."""
+        return self.config.writes_inplace
+
+    @property
+    def layout(self) -> torch.layout | None:
+        """Layout of the nested tensors that ragged outputs become."""
+        return self.config.nested_layout
+
+    @property
+    def num_samples(self) -> int | None:
+        """Responses per prompt; None for one without a dimension of its own."""
+        return self.config.num_responses
 
     @property
     def padding_value(self) -> int:
         """The id that pads: the tokenizer's pad id, else its EOS id, else 0."""
-        ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return next(token_id for token_id in ids if token_id is not None)
+        return self.config.padding_value
 
-    def _output_keys(
-        self, states: HiddenSpec | None, logits: LogitsSpec | None, logits_only: bool = False
-    ) -> OutputKeys:
-        """Where the outputs go of a call that returns these states and logits."""
-        return OutputKeys(
-            text=self.text_key,
-            tokens=self.tokens_key,
-            masks=self.masks_key,
-            log_probs=self.log_probs_key if self.return_log_probs and not logits_only else None,
-            history=self.history_key if self.input_mode == "history" else None,
-            hidden_states=self.hidden_states_key if states is not None and states.pooling is not None else None,
-            token_hidden_states=self.token_hidden_states_key if states is not None and states.tokens else None,
-            weight_version="weight_version",
-            finish_reason="finish_reason" if self.generate else None,
-            mixed_weights="mixed_weights" if self.generate else None,
-            logits=self.logits_key if logits is not None else None,
-        )
+    @property
+    def return_text(self) -> bool:
+        """Whether text is written."""
+        return self._keys.text is not None
+
+    @property
+    def return_tokens(self) -> bool:
+        """Whether tokens are written."""
+        return self._keys.tokens is not None
+
+    @property
+    def return_masks(self) -> bool:
+        """Whether masks are written."""
+        return self._keys.masks is not None
+
+    @property
+    def return_history(self) -> bool:
+        """Whether the history is written."""
+        return self._keys.history is not None
+
+    def get_new_version(self, **changes: Any) -> Self:
+        """Return a wrapper of the same engine with some arguments changed; every other argument is kept.
+
+        What depends on a changed argument follows it: the default ``input_key`` its mode, ``num_samples`` and the
+        option ``num_return_sequences`` each other, ``hidden`` and ``return_hidden_states``, ``batching`` and its sizes.
+
+        Raises:
+            TypeError: an argument that the wrapper does not have.
+            InputError: the arguments cannot be served together.
+        """
+        model = changes.pop("model", self.model)
+        return type(self)(model, **self.config.changed(**changes).arguments())
+
+    def cleanup_batching(self, *, flush: bool = False) -> None:
+        """Empty the queue of callers that wait for a batch to fill, and return at once.
+
+        Args:
+            flush: True has them sent now; False ends them with a ``concurrent.futures.CancelledError``.
+        """
+        # The base class calls this from __del__, on objects that were never finished too.
+        batcher = self.__dict__.get("_batcher")
+        if batcher is not None:
+            batcher.cleanup(flush=flush)
+
+    def get_batching_state(self) -> dict[str, Any]:
+        """Return the state of the queue of callers: see `BatchingEngine.state`."""
+        return {"batching_enabled": False} if self._batcher is None else self._batcher.state()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return all but the collector, which a copy does not belong to: torchrl holds it by a weak reference."""
+        return {**self.__dict__, "_collector": None}
+
+    def __del__(self) -> None:
+        """Do nothing: a call that waits holds its policy. The base class would end the waits of a shallow copy."""
+
+    # --- calls -------------------------------------------------------------------------------------------------------
 
     @property
     def _engine(self) -> Engine:
@@ -313,25 +222,7 @@ class SGLangHiddenWrapper(CandidateScoring, Configured, Distributions, LLMWrappe
 
     @property
     def _reader(self) -> PromptReader:
-        return PromptReader(
-            tokenizer=self.tokenizer,
-            input_mode=self.input_mode,
-            input_key=self.input_key,
-            attention_mask_key=self.attention_mask_key,
-            masks_key=self.masks_key,
-            generate=self.generate,
-            tokenizer_kwargs=self.tokenizer_kwargs,
-            chat_template=self.chat_template,
-            chat_template_name=self.chat_template_name,
-            padding_value=self.padding_value,
-            prefer_tokens=unravel_key((self.tokens_key, "prompt")) if self.prefer_tokens else None,
-        )
-
-    def _mask_reader(self) -> ActionMaskReader | None:
-        """Reads the rows' action masks of one call."""
-        if self.action_mask_key is None:
-            return None
-        return ActionMaskReader(self.action_mask_key, self.model.info.vocab_size, self.action_token_ids)
+        return self.config.make_reader()
 
     def forward(
         self,
@@ -341,10 +232,11 @@ class SGLangHiddenWrapper(CandidateScoring, Configured, Distributions, LLMWrappe
         logits_only: bool = False,
         **generate_kwargs: Any,
     ) -> TensorDictBase:
-        """Generates one response per row, or `num_samples`; or scores one sequence per row.
+        """Generate one response per row, or `num_samples`; or score one sequence per row.
 
         Args:
-            tensordict: any batch size, none included. Written to, whole or not at all, with ``inplace=True``.
+            tensordict: prompts, or sequences to score; any batch size, none included. With ``inplace=True`` it is
+                written to, whole or not at all.
 
         Keyword Args:
             tensordict_out: written to instead, and returned.
@@ -355,51 +247,157 @@ class SGLangHiddenWrapper(CandidateScoring, Configured, Distributions, LLMWrappe
                 ``return_hidden_states``, ``lora_path``, ``priority``, and constraints of this package.
 
         Returns:
-            See the class.
+            The TensorDict that was written to. Generating writes, for each row:
+
+            - text: the response without special tokens and matched stop strings; the prompt as the template, or the
+              decoded ids, say it.
+            - tokens: a response ends with the token that ended it: EOS, a stop id, or the token that completed a stop
+              string. It was sampled, so it keeps its log-prob and state.
+            - masks: ``all_attention_mask`` and ``all_assistant_mask``.
+            - log_probs: NaN where nothing was measured; ``prompt`` is None.
+            - hidden_states, token_hidden_states, logits: see their TensorClasses.
+            - weight_version; finish_reason, ``"stop"`` or ``"length"``.
+            - mixed_weights: True where the weights were updated in the middle of the response, so that its first tokens
+              are of an older version than ``weight_version``; with ``num_samples`` also where the prompt's states are.
+
+            Scoring writes one segment, ``full``, of the N tokens of each sequence:
+
+            - text, tokens, history: the sequence as it was read. Ids that came as one padded tensor keep their places
+              under ``pad_output``; other ids are padded on the left.
+            - masks: ``all_assistant_mask`` in history mode from the chat template (a template with ``{% generation %}``
+              marks the end-of-turn token too), in tokens mode as it was read under ``masks_key``; else None.
+            - log_probs: float32 [N], each token given the tokens before it, without temperature; 0 for the first, as in
+              TorchRL. Constraints act on the tokens in ``all_assistant_mask`` as if they were being sampled, each run
+              from its first token and with ``max_new_tokens`` of the options; a token that they take away has -inf.
+            - hidden_states: all N positions, and the spans except those of a response. token_hidden_states, logits: N.
+            - weight_version; neither finish_reason nor mixed_weights.
+
+            In place, these replace what stood under their keys, the prompts and responses of a generation too, as in
+            TorchRL; ``inplace=False`` or keys of its own keep both.
+
+        Raises:
+            InputError: an option, prompt or key that cannot be served, before anything is sent.
+            EngineError: the engine could not be reached, refused or aborted.
+            SpanError: a span has no tokens in a row. A span of a prompt raises before anything is sent.
+            ConstraintError: the constraints of a row leave no token.
+            AlignmentError: the engine returned another number of states than of tokens.
+
+        After an error the input TensorDict is as it was.
         """
-        call = read_call(
-            self.generate_kwargs,
-            generate_kwargs,
-            hidden=self.hidden,
-            # Nobody would get to see them.
-            logits=self.logits if self.logits_key is not None else None,
-            logits_only=logits_only,
-            constraints=self.constraints,
-            action_mask_key=self.action_mask_key,
-            generate=self.generate,
-            input_mode=self.input_mode,
-            num_samples=self.num_samples,
-            vocab_size=self.model.info.vocab_size,
-        )
-        keys = self._output_keys(call.hidden, call.logits, logits_only)
-        if logits_only or call.hidden != self._states:
-            out_keys(keys, call.hidden, call.logits, self.generate)  # refuses keys that clash
+        config, info = self.config, self.model.info
+        call = read_call(config, generate_kwargs, vocab_size=info.vocab_size, logits_only=logits_only)
+        keys = config.output_keys(call.hidden, call.logits, logits_only=logits_only)
+        if logits_only or call.hidden != config.returned_hidden:
+            list_out_keys(keys, call.hidden, call.logits, config.generate)  # refuses keys that clash
         rows = replace(
             self._reader,
             spans={} if call.hidden is None else call.hidden.spans,
-            action_masks=self._mask_reader() if call.reads_masks else None,
+            action_masks=config.make_mask_reader(info.vocab_size) if call.reads_masks else None,
         ).read(tensordict)
-        requests = to_requests(rows, call, return_log_probs=self.return_log_probs)
-        samples = self.num_samples if self.generate else None
+        requests = to_requests(rows, call, return_log_probs=config.return_log_probs)
+        samples = config.num_responses if config.generate else None
         batch_size = tensordict.batch_size if samples is None else torch.Size((*tensordict.batch_size, samples))
-        target = read_target(tensordict, tensordict_out, self.inplace, keys.present(), batch_size)
+        target = resolve_target(tensordict, tensordict_out, config.writes_inplace, keys.present(), batch_size)
         layout: dict[str, Any] = {
             "batch_size": batch_size,
             "keys": keys,
             "hidden": call.hidden,
-            "hidden_size": self.model.info.hidden_size,
+            "hidden_size": info.hidden_size,
             "logits": call.logits,
-            "pad_id": self.padding_value if self.pad_output else None,
-            "device": self._device or tensordict.device,
+            "pad_id": self.padding_value if config.pad_output else None,
+            "device": config.device or tensordict.device,
         }
         if samples is None:
             completions = self._engine.generate(requests)
         else:
             # What goes ahead waits for nobody: it would wait for a batch to fill a second time.
             completions = generate_samples(self._engine, requests, samples, ahead=self.model)
-        if self.generate:
+        if config.generate:
             check_responses(completions, call.hidden, self.tokenizer, num_samples=samples or 1)
             out = assemble([row for row in rows for _ in range(samples or 1)], completions, **layout)
         else:
             out = assemble_scores(rows, completions, logits_only=logits_only, **layout)
-        return out if target is None else write(target, out, keys.present(), self._keys.present(), self.layout)
+        return out if target is None else write(target, out, keys.present(), self._keys.present(), config.nested_layout)
+
+    def score(
+        self,
+        tensordict: TensorDictBase,
+        candidates: Candidates,
+        *,
+        reduction: Reduction = "sum",
+        mask: torch.Tensor | None = None,
+    ) -> TensorDict:
+        """Return the log-probs of candidate continuations of each prompt: logits over A actions, for a distribution.
+
+        Each prompt is computed once: it goes ahead, and its candidates find it in the server's prefix cache. Several
+        servers, or data-parallel parts of one, share the candidates, and each computes the prompts that it gets.
+
+        Args:
+            tensordict: prompts, as for generation, of any batch size; not written to.
+            candidates: A strings or lists of token ids, the same for all rows; or such a list for each row, in
+                row-major order of the batch, of any lengths. A string is tokenized by itself, without special tokens,
+                and its ids are appended to the prompt's: begin it as the text continues there, such as with a space.
+                Where one candidate is the beginning of another, end both with the end-of-sequence token; otherwise the
+                shorter one always has the higher log-prob.
+
+        Keyword Args:
+            reduction: ``"sum"``, the log-prob of the whole candidate; ``"mean"``, the mean over its tokens;
+                ``"first"``, of its first token, and no more than that is computed.
+            mask: bool ``[*batch, A]``, True at the candidates to score, such as an environment's ``action_mask``.
+
+        Returns:
+            A TensorDict of the batch's size:
+
+            - logits: float32 ``[*batch, A]``, the log-probs, ``-inf`` where ``mask`` is False. Of the model's own
+              distribution, without temperature or penalties; under the wrapper's constraints and its rows'
+              ``action_mask_key``, which act on a candidate's tokens as if they were being sampled.
+            - mask: bool ``[*batch, A]``, False where ``mask`` was, where a row has fewer candidates than others, and
+              where a constraint takes one of the tokens away.
+            - num_tokens: int64 ``[*batch, A]``, each candidate's tokens, 0 where there is none.
+
+        Raises:
+            InputError: candidates, a mask or prompts that cannot be served, before anything is sent; or a wrapper with
+                ``generate=False``.
+            ConstraintError: a row without a candidate that it may choose; by ``mask`` before anything is sent.
+            EngineError: the engine could not be reached, refused or aborted.
+
+        Example:
+            >>> scores = policy.score(td, [" yes", " no"])
+            >>> action = MaskedCategorical(logits=scores["logits"], mask=scores["mask"]).sample()
+        """
+        if not self.config.generate:
+            raise InputError(
+                "score with generate=False: this wrapper reads whole sequences, and candidates follow prompts; use "
+                "get_new_version(generate=True)"
+            )
+        if reduction not in REDUCTIONS:
+            raise InputError(f"reduction={reduction!r}: expected one of {REDUCTIONS}")
+        vocab_size = self.model.info.vocab_size
+        call = read_scoring(self.config, {}, vocab_size=vocab_size)
+        reader = replace(self._reader, action_masks=self.config.make_mask_reader(vocab_size))
+        scores = score_candidates(
+            reader.read(tensordict),
+            candidates,
+            call=call,
+            reduction=reduction,
+            mask=mask,
+            batch_size=tensordict.batch_size,
+            tokenizer=self.tokenizer,
+            engine=self._engine,
+            ahead=self.model,
+        )
+        return scores.to(self.config.device or tensordict.device or "cpu")
+
+
+def _argument(name: str) -> property:
+    def read(self: SGLangHiddenWrapper) -> Any:
+        return getattr(self.config.keys if hasattr(self.config.keys, name) else self.config, name)
+
+    read.__doc__ = f"The argument ``{name}``; see `PolicyConfig`."
+    return property(read)
+
+
+# Programs read the arguments under their own names, as of TorchRL's wrappers. They are read-only: `get_new_version`
+# changes them.
+for _name in ARGUMENTS - BatchingConfig.__dataclass_fields__.keys() - vars(SGLangHiddenWrapper).keys():
+    setattr(SGLangHiddenWrapper, _name, _argument(_name))

@@ -1,0 +1,65 @@
+"""Which hidden states and logits a call returns: the wrapper's, an option's, and the part that a scored sequence has.
+
+Knows nothing of requests or keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from torchrl_sglang_hidden.errors import InputError, InputTypeError
+from torchrl_sglang_hidden.spec.hidden import HiddenSpec
+from torchrl_sglang_hidden.spec.logits import LogitsSpec
+from torchrl_sglang_hidden.spec.spans import Between, LastTokens, Role, Turn
+
+__all__ = ["resolve_hidden", "scored_hidden", "scored_logits"]
+
+
+def resolve_hidden(hidden: Any, return_hidden_states: bool | None, input_mode: str) -> HiddenSpec | None:
+    """Return the states that are wanted: ``hidden``, or what the option ``return_hidden_states`` says instead.
+
+    Raises:
+        InputTypeError: ``hidden`` is no `HiddenSpec`, bool or None.
+        InputError: a span of messages outside history mode.
+    """
+    if hidden is not None and not isinstance(hidden, (bool, HiddenSpec)):
+        raise InputTypeError(f"hidden={hidden!r}: expected a HiddenSpec, True, False or None")
+    wanted = bool(hidden) if return_hidden_states is None else return_hidden_states
+    if not wanted:
+        return None
+    spec = hidden if isinstance(hidden, HiddenSpec) else HiddenSpec()
+    of_chats = [name for name, span in spec.spans.items() if isinstance(span, (Turn, Role))]
+    if of_chats and input_mode != "history":
+        raise InputError(
+            f"the span {of_chats[0]!r}, {spec.spans[of_chats[0]]}, with input_mode={input_mode!r}: only history mode "
+            "has messages; use TokenMask or Between"
+        )
+    return spec
+
+
+def scored_hidden(hidden: HiddenSpec | None) -> HiddenSpec | None:
+    """Return the states to ask for of a scored sequence: of all its tokens, and of the spans that need no response."""
+    if hidden is None:
+        return None
+    spans = {
+        name: span
+        for name, span in hidden.spans.items()
+        if not (isinstance(span, (LastTokens, Between)) and span.segment == "response")
+    }
+    return replace(hidden, segments=("prompt",), spans=spans)
+
+
+def scored_logits(logits: LogitsSpec | None, *, logits_only: bool = False) -> LogitsSpec | None:
+    """Return the logits to ask for of a scored sequence: of all its tokens.
+
+    With ``logits_only`` they are all columns, or those of the wrapper's ``token_ids``, as processed: their log-softmax
+    has the log-probs.
+    """
+    if not logits_only:
+        return None if logits is None else replace(logits, segments=("prompt",))
+    own = LogitsSpec(full=True) if logits is None or logits.token_ids is None else logits
+    dtype = torch.float32 if logits is None else logits.dtype
+    return replace(own, stage="processed", segments=("prompt",), dtype=dtype)
