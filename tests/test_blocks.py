@@ -18,7 +18,7 @@ from torchrl_sglang_hidden.protocol import tensors as blocks
 from torchrl_sglang_hidden.protocol.shared_memory import MIN_BYTES, SharedFiles, fetch
 from torchrl_sglang_hidden.protocol.tensors import (
     DTYPES,
-    NoRoomError,
+    SharedMemoryFullError,
     Way,
     as_tensor,
     pack_bytes,
@@ -90,9 +90,11 @@ def test_bytes_that_are_too_many_for_text(monkeypatch: pytest.MonkeyPatch) -> No
     most = bytes(3 * 2**20)
     assert unpack_bytes(pack_bytes(most, "shared", lambda data: None)) == most
     for share in (None, lambda data: None):
-        with pytest.raises(NoRoomError, match=r"^4 MiB found no room in the server's shared memory; ask for fewer row"):
+        with pytest.raises(
+            SharedMemoryFullError, match=r"^4 MiB do not fit into the server's shared memory; ask for fewer row"
+        ):
             pack_bytes(bytes(2**22), "shared", share)
-    with pytest.raises(NoRoomError):
+    with pytest.raises(SharedMemoryFullError):
         pack_tensor(torch.zeros(2**20), "shared", lambda data: None)
     assert pack_bytes(bytes(2**22), "shared", lambda data: "a file")["shared"] == "a file"
     for way in ("binary", "text"):

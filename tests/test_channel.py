@@ -326,9 +326,7 @@ def test_an_answer_without_room_says_so(tmp_path: Path, monkeypatch: pytest.Monk
         assert [name is not None for name in written] == [False] * (pools.rows is not None) + [True, False]
         assert answer.keys() == {"protocol", "refused"}
         assert {path.name for path in tmp_path.iterdir()} == signs
-        with pytest.raises(
-            CapabilityError, match=r"^row 4: 1 MiB found no room in the server's shared memory; ask for"
-        ):
+        with pytest.raises(CapabilityError, match=r"^row 4: 1 MiB do not fit into the server's shared memory; ask for"):
             unpack_answer(json.loads(json.dumps([answer])), "row 4", D)
     for way in ("binary", "text"):
         assert (

@@ -76,7 +76,7 @@ class TokenIdError(InputError):
 
 
 class PromptLengthError(InputError):
-    """A prompt without tokens, a batch without prompts, or a prompt that leaves no room in the context."""
+    """A prompt without tokens, a batch without prompts, or a prompt that fills the context."""
 
 
 class WeightsError(InputError):

@@ -1,8 +1,9 @@
-"""The server half's own channel through SGLang: options in, states, logits and a status out. Used on both sides.
+"""Defines what client and server half say to each other through SGLang. Used on both sides.
 
-A request carries options in ``sampling_params["custom_params"]``; its answer comes back in
-``meta_info["torchrl_sglang_hidden"]``; the server's status stands in SGLang's internal state under the same name.
-Names, numbers and floating-point bytes only: nothing received is ever unpickled.
+A request carries its options in ``sampling_params["custom_params"]``. Its answer, with states and logits, comes back in
+``meta_info["torchrl_sglang_hidden"]``. The server's status is in SGLang's internal state under the same name. Names,
+numbers and floating-point bytes only: nothing received is ever unpickled. Knows nothing of TensorDicts, and imports no
+SGLang.
 """
 
 from __future__ import annotations

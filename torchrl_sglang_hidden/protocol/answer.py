@@ -16,8 +16,8 @@ from torchrl_sglang_hidden.errors import CapabilityError, ConstraintError, Proto
 from torchrl_sglang_hidden.protocol.shared_memory import discard
 from torchrl_sglang_hidden.protocol.status import CHANNEL, FALLBACK_REMEDY, PROTOCOL, check_protocol
 from torchrl_sglang_hidden.protocol.tensors import (
-    NoRoomError,
     Share,
+    SharedMemoryFullError,
     Way,
     as_tensor,
     pack_bytes,
@@ -43,7 +43,7 @@ def answer_of(pools: Pools, way: Way, share: Share, logits: FoundLogits | None) 
 
     try:
         return pack_answer(pools, way, noted, logits)
-    except NoRoomError as error:
+    except SharedMemoryFullError as error:
         for name in shared:
             discard(name)
         return {"protocol": PROTOCOL, "refused": str(error)}
@@ -60,7 +60,7 @@ def pack_answer(
     Args:
         pools: what came of them.
         way: how bytes travel.
-        share: puts bytes into shared memory and gives the file's name, or None where there is no room.
+        share: puts bytes into shared memory and gives the file's name, or None where they do not fit.
         logits: what came of them, where anything of the kind was asked for.
     """
     places: list[tuple[str, str, torch.Tensor | None, int]] = [

@@ -1,4 +1,7 @@
-"""What tensors a checkpoint directory has, read from its headers. Used on both sides; imports no SGLang."""
+"""Lists the tensors of a checkpoint directory, read from the files' headers.
+
+Used on both sides. Knows nothing of requests or of how weights travel, and imports no SGLang.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +13,26 @@ from typing import Any
 
 __all__ = ["PUSHED_PREFIX", "ServedWeights", "is_readable", "read_header", "safetensors_files", "served_weights"]
 
-# Directories that an engine writes for one update and deletes after it. SGLang would go on naming them as its model.
+# Begins the name of a directory that an engine writes for one update and deletes afterwards. SGLang would go on
+# reporting it as the path of its model.
 PUSHED_PREFIX = "torchrl-sglang-hidden-weights-"
 INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
 class ServedWeights:
-    """The tensors that a server was started from.
+    """Lists the tensors that a server was started from.
 
     Args:
-        tensors: name → safetensors dtype and shape.
-        tied: whether the model's head is its embedding, whatever the checkpoint holds.
+        tensors: by name, safetensors' name of the dtype (such as ``"BF16"``) and the shape.
+        tied: whether the model's head is its embedding, even where the checkpoint holds both.
     """
 
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
     tied: bool
 
     def pack(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return the fields as JSON carries them."""
         return {
             "tensors": {name: [dtype, list(shape)] for name, (dtype, shape) in self.tensors.items()},
             "tied": self.tied,
@@ -36,19 +40,19 @@ class ServedWeights:
 
     @classmethod
     def unpack(cls, fields: Mapping[str, Any]) -> ServedWeights:
-        """Reads what `pack` wrote."""
+        """Read what `pack` wrote."""
         tensors = {name: (str(dtype), tuple(map(int, shape))) for name, (dtype, shape) in fields["tensors"].items()}
         return cls(tensors, bool(fields["tied"]))
 
 
 def served_weights(model: str) -> ServedWeights:
-    """Reads the headers of a model's checkpoint; the weights themselves are not read.
+    """Read the headers of a model's checkpoint; the weights themselves are not read.
 
     Args:
         model: a directory, or a model hub's name that is in the local cache.
 
     Raises:
-        OSError: it cannot be read from here, or has no safetensors.
+        OSError: the checkpoint cannot be read on this machine, or has no safetensors files.
         ValueError: a header or the config cannot be parsed.
     """
     from transformers import AutoConfig
@@ -61,7 +65,7 @@ def served_weights(model: str) -> ServedWeights:
 
 
 def is_readable(model: str) -> bool:
-    """Whether this machine has the model's files."""
+    """Return whether this machine has the model's files."""
     try:
         _directory(model)
     except (OSError, ValueError):
@@ -76,10 +80,10 @@ def _directory(model: str) -> Path:
 
 
 def safetensors_files(directory: Path) -> list[Path]:
-    """The files of a checkpoint: those of its index, or all of them.
+    """List the safetensors files of a checkpoint: the files that its index names, or all.
 
     Raises:
-        OSError: there are none.
+        OSError: there is none.
         ValueError: the index cannot be parsed.
     """
     index = directory / INDEX
@@ -93,11 +97,11 @@ def safetensors_files(directory: Path) -> list[Path]:
 
 
 def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name → dtype and shape, from the JSON in front of the data.
+    """Read each tensor's dtype and shape by name, from the JSON in front of the data.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no safetensors file.
+        ValueError: the file is no safetensors file, or was cut short.
     """
     with file.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")

@@ -1,10 +1,10 @@
-"""Shared memory between a server and a client on one machine, for states that are many bytes.
+"""Shares files in memory between a server and a client on one machine, for results that are many bytes.
 
-A file per answer in tmpfs: the server writes it, the client reads and removes it. What no client fetches is bounded in
-bytes, per process that writes; it goes with the first answer or status that is asked for after its time, and with the
-server. What a killed server leaves goes with the next one that starts.
+The server writes a file into tmpfs, and the client reads and removes it. Files that no client fetches are bounded in
+bytes for each process that writes. The server removes them after their lifetime, when the next answer or status is
+asked for, and at its own end. The next server that starts removes the files of a server that was killed.
 
-Used on both sides. Knows nothing of SGLang.
+Used on both sides. Knows nothing of SGLang, nor of what the bytes mean.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ _PREFIX = "torchrl_sglang_hidden"
 _SIGN = re.compile(rf"{_PREFIX}-[0-9a-f]{{16}}-here")
 _DATA = re.compile(rf"{_PREFIX}-[0-9a-f]{{16}}-[0-9]+")
 
-# Below this a file costs more than the text in the answer.
+# A smaller result costs less as text in the answer than as a file.
 MIN_BYTES = 256 * 1024
-# Longer than a client takes from the end of its request to reading the answer.
+# Longer than any client takes to read the answer of a request that has ended.
 LIFETIME_S = 600.0
 
 
 class SharedFiles:
-    """A server's side; one per process that writes answers.
+    """Writes files into shared memory; one object for each server process that writes answers.
 
     Args:
-        directory: tmpfs.
-        max_bytes: of this process's files that nobody fetched yet.
-        lifetime_s: after which `tidy` removes an unfetched file.
+        directory: a tmpfs directory.
+        max_bytes: most bytes of files that no client has fetched yet.
+        lifetime_s: seconds after which `tidy` removes a file that no client fetched.
 
     Attributes:
-        sign: the name of a file that is there as long as the process: who finds it is on this machine. Empty where
-            there is no such directory, or no file locks.
+        sign: the name of a file that exists as long as this process. A client that finds the file is on this machine.
+            Empty where the directory or file locks do not exist.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class SharedFiles:
             atexit.register(self.close)
 
     def share(self, data: bytes) -> str | None:
-        """Writes a file and gives its name; None where it is not worth it, or there is no room."""
+        """Write a file and return its name; None where the bytes are few, or do not fit."""
         if not self.sign or len(data) < MIN_BYTES:
             return None
         self.tidy()
@@ -82,15 +82,15 @@ class SharedFiles:
         return name
 
     def tidy(self) -> None:
-        """Removes what nobody fetched in its lifetime. Looks at the oldest only, so it can be called at any answer."""
+        """Remove files that no client fetched in their lifetime. Cheap: looks at the oldest file only."""
         while self._written and time.monotonic() - self._written[0][0] > self._lifetime_s:
             _, path, _ = self._written.popleft()
-            # An error in the scheduler would end the server.
+            # An exception in the scheduler would end the server.
             with suppress(OSError):
                 path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Removes all files."""
+        """Remove all files of this process."""
         for _, path, _ in self._written:
             path.unlink(missing_ok=True)
         if self.sign:
@@ -99,24 +99,24 @@ class SharedFiles:
             self.sign = ""
 
     def _create(self, name: str, data: bytes) -> None:
-        # For the owner only, and never through a link that somebody else put there.
+        # Readable by the owner only, and never written through a link that another user put there.
         descriptor = os.open(self._directory / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
 
     def _put_sign(self, name: str) -> int:
-        """Puts the sign there and gives the descriptor that holds its lock."""
+        """Create the sign and return the descriptor that holds its lock."""
         import fcntl
 
-        # Locked before it has its name: another server that starts removes signs that nobody holds.
+        # Locked before it has its name: another server that starts removes every sign that is not locked.
         unnamed = self._directory / f"{self._token}-new"
         try:
             self._create(unnamed.name, self._token.encode())
-            # Held while this process lives: a lock ends with its process, also with one that was killed.
+            # Held while this process lives: a lock ends with its process, even when the process is killed.
             lock = os.open(unnamed, os.O_RDONLY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                # A rename would replace what somebody else put there.
+                # A rename would replace a file that another user put there.
                 os.link(unnamed, self._directory / name)
             except OSError:
                 os.close(lock)
@@ -127,7 +127,7 @@ class SharedFiles:
 
 
 def is_shared(sign: str, directory: Path = DIRECTORY) -> bool:
-    """Whether the server that gave this sign is on this machine, and its files can be read."""
+    """Return whether the server with this sign is on this machine, and its files can be read."""
     if not _SIGN.fullmatch(sign):
         return False
     try:
@@ -137,11 +137,11 @@ def is_shared(sign: str, directory: Path = DIRECTORY) -> bool:
 
 
 def fetch(name: str, directory: Path = DIRECTORY) -> bytes:
-    """Reads a server's file, and removes it.
+    """Read a server's file, and remove it.
 
     Raises:
-        OSError: it is not there.
-        ValueError: that is no name of such a file.
+        OSError: the file does not exist.
+        ValueError: the name is not of a shared file.
     """
     path = _data_path(name, directory)
     try:
@@ -151,29 +151,29 @@ def fetch(name: str, directory: Path = DIRECTORY) -> bytes:
 
 
 def discard(name: str, directory: Path = DIRECTORY) -> None:
-    """Removes a server's file unread, if it is there.
+    """Remove a server's file unread, if it exists.
 
     Raises:
-        ValueError: that is no name of such a file.
+        ValueError: the name is not of a shared file.
     """
     _data_path(name, directory).unlink(missing_ok=True)
 
 
 def _data_path(name: str, directory: Path) -> Path:
-    # The name comes from the network. A sign is none: its file is the server's.
+    # The name comes from the network: accept nothing but data files. A sign belongs to its server.
     if not _DATA.fullmatch(name):
         raise ValueError(f"{name!r} is no file of shared states")
     return directory / name
 
 
 def remove_leftovers(directory: Path = DIRECTORY) -> None:
-    """Removes the files of servers that have ended, however they ended, and of nobody else."""
+    """Remove the files of servers that have ended, however they ended, and no others."""
     try:
         import fcntl
     except ImportError:  # no server shares memory here
         return
     for sign in directory.glob(f"{_PREFIX}-*-here"):
-        # Another process may be removing the same ones.
+        # Another process may be removing the same files.
         with suppress(OSError):
             if not _SIGN.fullmatch(sign.name) or sign.lstat().st_uid != os.getuid():
                 continue

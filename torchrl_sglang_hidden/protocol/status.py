@@ -1,4 +1,7 @@
-"""The channel's name and protocol, and what the server half says of itself."""
+"""Defines the protocol's name and number, and the status in which the server half describes itself.
+
+Knows nothing of requests and their answers.
+"""
 
 from __future__ import annotations
 
@@ -33,21 +36,22 @@ FALLBACK_REMEDY = (
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What the server half says of itself in SGLang's internal state.
+    """Describes the server half, inside SGLang's internal state.
 
     Args:
-        vocab_size: ids are in ``[0, vocab_size)``.
+        vocab_size: V; token ids are in ``[0, V)``.
         hidden_size: D.
-        num_layers: the model's decoder layers.
+        num_layers: the number of the model's decoder layers.
         context_length: most tokens of prompt and response together.
-        layers: the layers whose states it takes, by their canonical ids; None while nothing has run that would show
-            whether they are what they are taken for.
-        because: why it takes none, or the last layer's only; empty where it takes all that it was started for.
-        normed: whether SGLang's own states of the last layer are those after the final norm.
-        shared: the name of a file in shared memory by which a client knows that it is on this machine; or empty.
-        open_pools: requests with pools at this moment; 0 when nothing is running.
-        prefix_bytes: of the sums kept for prompts that begin alike.
-        constraints: the names of those that it has the code of.
+        layers: canonical ids of the layers whose states it takes; None until the first forward step, on which the
+            layers are checked.
+        because: why it takes no states, or the last layer's only; empty where it takes every layer it was started for.
+        normed: whether SGLang gives the last layer's states after the final norm.
+        shared: the name of a file in shared memory; a client that finds the file is on the same machine. Empty where
+            there is no shared memory.
+        open_pools: the number of requests with pools at this moment; 0 when nothing is running.
+        prefix_bytes: bytes of the sums kept for prompts that begin alike.
+        constraints: the names of the constraints whose code the server half has.
     """
 
     vocab_size: int
@@ -63,17 +67,17 @@ class Status:
     constraints: tuple[str, ...]
 
     def pack(self) -> dict[str, Any]:
-        """As JSON carries it."""
+        """Return the fields as JSON carries them."""
         fields = {name: getattr(self, name) for name in self.__slots__}
         lists = {"layers": None if self.layers is None else list(self.layers), "constraints": list(self.constraints)}
         return {"protocol": PROTOCOL, **fields, **lists}
 
     @classmethod
     def unpack(cls, fields: Mapping[str, Any]) -> Status:
-        """Reads what `pack` wrote.
+        """Read what `pack` wrote.
 
         Raises:
-            ProtocolError: another protocol, or a field that is not there.
+            ProtocolError: another protocol number, or a missing field.
         """
         check_protocol(fields.get("protocol"), "the server half")
         try:
@@ -85,10 +89,14 @@ class Status:
 
 
 def check_protocol(spoken: object, who: str) -> None:
-    """Refuses another protocol.
+    """Raise unless both sides speak the same protocol.
+
+    Args:
+        spoken: the number that the other side sent.
+        who: names the other side in the error.
 
     Raises:
-        ProtocolError: it is one.
+        ProtocolError: it is another number.
     """
     if spoken != PROTOCOL:
         raise ProtocolError(

@@ -1,6 +1,7 @@
-"""Tensors on their way from the server: raw bytes, text, or a file in shared memory, each with a checksum.
+"""Packs tensors for the way from the server: as raw bytes, as text, or as a file in shared memory, with a checksum.
 
-Used on both sides. Floating-point bytes and integers only: nothing received is ever unpickled.
+Used on both sides. Floating-point bytes and integers only: nothing received is ever unpickled. Knows nothing of
+requests, nor of what a tensor means.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import base64
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, assert_never
 
 import torch
 
@@ -17,8 +18,8 @@ from torchrl_sglang_hidden.protocol.shared_memory import fetch
 __all__ = [
     "DTYPES",
     "MAX_TEXT_BYTES",
-    "NoRoomError",
     "Share",
+    "SharedMemoryFullError",
     "Way",
     "as_tensor",
     "pack_bytes",
@@ -27,12 +28,12 @@ __all__ = [
     "unpack_tensor",
 ]
 
-# How bytes travel: raw (in-process), as base64 text (JSON), or, for many of them, in a file of shared memory.
+# How bytes travel: raw in one process, as base64 text in JSON, or in a file of shared memory where they are many.
 Way = Literal["binary", "text", "shared"]
-# Puts bytes into shared memory and gives the file's name, or None where there is no room.
+# Writes bytes into shared memory and returns the file's name; None where they do not fit.
 Share: TypeAlias = Callable[[bytes], str | None]
 
-# Of one block: as text it is copied by three processes and parsed as JSON, in a file by nobody.
+# Most bytes of one tensor as text, which three processes copy and parse as JSON. A file is not copied.
 MAX_TEXT_BYTES = 256 * 2**20
 
 DTYPES = {
@@ -43,34 +44,48 @@ DTYPES = {
 }
 
 
-class NoRoomError(Exception):
-    """Bytes that are too many for text, and found no room in shared memory."""
+class SharedMemoryFullError(Exception):
+    """Raised for bytes that do not fit into shared memory and are too many for text."""
 
 
 def pack_bytes(data: bytes, way: Way, share: Share | None = None) -> dict[str, Any]:
-    """Writes bytes; those that find no room in shared memory as text.
+    """Write bytes with their checksum; where shared memory is full or not worth it, as text.
+
+    Args:
+        data: the bytes.
+        way: how they travel.
+        share: writes bytes into shared memory, for the way ``"shared"``.
 
     Raises:
-        NoRoomError: they are too many for that.
+        SharedMemoryFullError: they do not fit into shared memory and are over `MAX_TEXT_BYTES`.
     """
-    check = zlib.crc32(data)
-    name = share(data) if way == "shared" and share is not None else None
-    if name is not None:
-        return {"shared": name, "crc32": check}
-    if way == "shared" and len(data) > MAX_TEXT_BYTES:
-        raise NoRoomError(
-            f"{len(data) / 2**20:.0f} MiB found no room in the server's shared memory; ask for fewer rows at a time"
-        )
-    return {"data": data if way == "binary" else base64.b64encode(data).decode("ascii"), "crc32": check}
+    checksum = zlib.crc32(data)
+    match way:
+        case "binary":
+            return {"data": data, "crc32": checksum}
+        case "shared":
+            name = None if share is None else share(data)
+            if name is not None:
+                return {"shared": name, "crc32": checksum}
+            if len(data) > MAX_TEXT_BYTES:
+                raise SharedMemoryFullError(
+                    f"{len(data) / 2**20:.0f} MiB do not fit into the server's shared memory; ask for fewer rows at a "
+                    "time"
+                )
+            return pack_bytes(data, "text")
+        case "text":
+            return {"data": base64.b64encode(data).decode("ascii"), "crc32": checksum}
+        case unknown:
+            assert_never(unknown)
 
 
 def unpack_bytes(fields: Mapping[str, Any]) -> bytes:
-    """Reads what `pack_bytes` wrote; what was in shared memory is removed there.
+    """Read what `pack_bytes` wrote. A file in shared memory is removed.
 
     Raises:
-        ValueError: other bytes than were sent.
-        OSError: the file is not there.
-        KeyError: a field is not there.
+        ValueError: the bytes are not the ones that were sent.
+        OSError: the file does not exist.
+        KeyError: a field is missing.
     """
     if "shared" in fields:
         data = fetch(fields["shared"])
@@ -83,7 +98,7 @@ def unpack_bytes(fields: Mapping[str, Any]) -> bytes:
 
 
 def pack_tensor(tensor: torch.Tensor, way: Way, share: Share | None = None) -> dict[str, Any]:
-    """Writes a tensor on the CPU, of one of `DTYPES`."""
+    """Write a tensor that is on the CPU and has one of `DTYPES`; arguments and errors are those of `pack_bytes`."""
     tensor = tensor.contiguous()
     name = next(name for name, dtype in DTYPES.items() if dtype == tensor.dtype)
     data = tensor.view(torch.uint8).numpy().tobytes()
@@ -91,11 +106,18 @@ def pack_tensor(tensor: torch.Tensor, way: Way, share: Share | None = None) -> d
 
 
 def unpack_tensor(fields: Mapping[str, Any]) -> torch.Tensor:
-    """Reads what `pack_tensor` wrote; raises as `unpack_bytes`, and RuntimeError for another shape."""
+    """Read what `pack_tensor` wrote.
+
+    Raises:
+        ValueError: the bytes are not the ones that were sent.
+        OSError: the file in shared memory does not exist.
+        KeyError: a field is missing.
+        RuntimeError: the bytes do not have the shape.
+    """
     shape = tuple(int(size) for size in fields["shape"])
     return as_tensor(unpack_bytes(fields), DTYPES[fields["dtype"]], shape)
 
 
 def as_tensor(data: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    """A tensor over a copy: bytes are read-only, and a tensor over them must not be written to."""
+    """Make a tensor of a copy of the bytes: a tensor over bytes themselves must not be written to."""
     return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)

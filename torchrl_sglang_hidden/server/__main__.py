@@ -1,11 +1,11 @@
-"""``python -m torchrl_sglang_hidden.server``: SGLang's server with this package's half switched on, on any device.
+"""Runs SGLang's server with the server half switched on, on any device: ``python -m torchrl_sglang_hidden.server``.
 
-Takes every argument of SGLang's own server and passes it on. What it adds: the plugin's opt-in, stock
-``return_hidden_states`` as the fallback, the CPU engine where there is no accelerator, and, for ``launch``, an API key
-that no process listing shows and an end together with the parent. ``--device`` is read from the command line only, not
-from a ``--config`` file.
+Takes every argument of SGLang's own server and passes it on. Adds the plugin's opt-in, stock ``return_hidden_states``
+as the fallback, and the CPU engine where there is no accelerator. For ``launch`` it also takes an API key that no
+process listing shows, and ends together with its parent. ``--device`` is read from the command line only, not from a
+``--config`` file.
 
-Knows nothing of TorchRL.
+Knows nothing of TorchRL or of requests.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torchrl_sglang_hidden.server.cpu import bind_threads, cpu_server_args, has_
 
 __all__ = ["API_KEY_ENV", "PARENT_PID_ENV", "command_line", "main", "watch_parent"]
 
-# Set by launch. A command line can be read by every user of the machine, a process's environment by its owner only.
+# Set by launch. Every user of the machine can read a command line, and only its owner a process's environment.
 API_KEY_ENV = "TORCHRL_SGLANG_HIDDEN_API_KEY"
 PARENT_PID_ENV = "TORCHRL_SGLANG_HIDDEN_PARENT_PID"
 
@@ -35,10 +35,10 @@ _POLL_INTERVAL_S = 1.0
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Serves until it is stopped.
+    """Serve until the process is stopped.
 
     Args:
-        arguments: SGLang server arguments, as on the command line. They win over everything this adds.
+        arguments: SGLang server arguments, as on the command line. They override every default set here.
     """
     _end_with_parent()
     api_key = os.environ.pop(API_KEY_ENV, None)
@@ -52,10 +52,10 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def command_line(server_args: Mapping[str, Any]) -> list[str]:
-    """SGLang server arguments by Python name as a command line: ``chunked_prefill_size=64`` → its flag and ``"64"``.
+    """Write SGLang server arguments as a command line: ``chunked_prefill_size=64`` → its flag and ``"64"``.
 
-    ``True`` gives the bare flag; ``None`` and ``False`` leave the argument out, since SGLang's switches can only be
-    set; a list or tuple gives one flag with several values; a mapping is written as JSON.
+    ``True`` gives the bare flag. ``None`` and ``False`` leave the argument out, since SGLang's switches can only be
+    set. A list or tuple gives one flag with several values. A mapping is written as JSON.
     """
     rendered: list[str] = []
     for name, value in server_args.items():
@@ -72,15 +72,15 @@ def command_line(server_args: Mapping[str, Any]) -> list[str]:
 
 
 def watch_parent(parent_pid: int, pipe_fd: int, on_end: Callable[[], None]) -> None:
-    """Blocks until the parent is gone, then calls ``on_end``.
+    """Block until the parent is gone, then call ``on_end``.
 
     Args:
-        parent_pid: the parent, as it named itself: it may be gone before this process first looks.
+        parent_pid: the parent's process id, as the parent passed it on: it may end before this process first looks.
         pipe_fd: read end of a pipe that the parent holds open and never writes to.
-        on_end: what to do then.
+        on_end: called once, after the parent ended.
     """
     while os.getppid() == parent_pid:
-        # The pipe tells at once; getppid also tells where a process forked off the parent keeps the pipe open.
+        # The pipe closes at once. getppid also finds the end where a fork of the parent keeps the pipe open.
         readable, _, _ = select.select([pipe_fd], [], [], _POLL_INTERVAL_S)
         if readable and not os.read(pipe_fd, 1):
             break
@@ -89,7 +89,7 @@ def watch_parent(parent_pid: int, pipe_fd: int, on_end: Callable[[], None]) -> N
 
 def _end_with_parent() -> None:
     parent_pid = os.environ.pop(PARENT_PID_ENV, None)
-    # A server started by hand from a shell that closes stdin must go on.
+    # A server started by hand must go on when its shell closes stdin.
     if parent_pid is None:
         return
     if os.getpgrp() != os.getpid():
@@ -97,7 +97,7 @@ def _end_with_parent() -> None:
             f"{PARENT_PID_ENV}={parent_pid}: this process (pid {os.getpid()}) shares the process group {os.getpgrp()}, "
             "and ending with the parent ends the group; unset the variable, or start it in a session of its own"
         )
-    # SIGKILL, as nothing is left that could wait for a slow end, and the group, as SGLang's own processes are in it.
+    # SIGKILL, as nobody is left to wait for a slow end. The whole group, as SGLang's own processes are in it.
     threading.Thread(
         target=watch_parent,
         args=(int(parent_pid), sys.stdin.fileno(), lambda: os.killpg(os.getpgrp(), signal.SIGKILL)),
@@ -112,7 +112,7 @@ def _serves_on_cpu(arguments: Sequence[str]) -> bool:
 
 
 def _peek(arguments: Sequence[str]) -> argparse.Namespace:
-    # Before SGLang is imported its own parser cannot be asked, and the device must be known before the import.
+    # The device must be known before SGLang is imported, and SGLang's own parser is there only after the import.
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--device")
     parser.add_argument("--model-path", "--model")
@@ -134,10 +134,10 @@ def _run_server(arguments: list[str], api_key: str | None, *, on_cpu: bool) -> N
     defaults: dict[str, Any] = {"enable_return_hidden_states": True}
     if on_cpu and chosen.model_path is not None:
         defaults |= cpu_server_args(chosen.model_path, context_length=chosen.context_length)
-    # First, so that of an argument given twice the user's is the one that argparse keeps.
+    # Defaults first: argparse keeps the last value of an argument, which is then the user's.
     server_args = prepare_server_args(command_line(defaults) + arguments)
     if api_key is not None:
-        # Not through the command line: SGLang keeps that, and shows it in /server_info.
+        # Not through the command line: SGLang keeps the command line, and shows it in /server_info.
         server_args.api_key = api_key
         _keep_out_of_logs(api_key)
     try:
@@ -149,7 +149,7 @@ def _run_server(arguments: list[str], api_key: str | None, *, on_cpu: bool) -> N
 
 
 def _stop_watchdog() -> None:
-    # SGLang's watchdog looks once a second, and would report processes that are ended on purpose as a crash.
+    # SGLang's watchdog looks once a second, and would report processes ended on purpose as crashed.
     from sglang.srt.entrypoints.http_server import get_global_state
 
     state = get_global_state()
@@ -158,7 +158,7 @@ def _stop_watchdog() -> None:
 
 
 def _merge_config_file(arguments: list[str]) -> list[str]:
-    # SGLang puts a config file's values in front of the command line, where the defaults above would override them.
+    # SGLang puts a config file's values in front of the command line, so that our defaults would override them.
     if "--config" not in arguments:
         return arguments
     from sglang.srt.server_args import ServerArgs
@@ -171,7 +171,7 @@ def _merge_config_file(arguments: list[str]) -> list[str]:
 
 
 def _keep_out_of_logs(secret: str) -> None:
-    # SGLang logs all its server arguments at start, the API key in plain text among them.
+    # SGLang logs all its server arguments at start, the API key among them in plain text.
     make_record = logging.getLogRecordFactory()
 
     def make_redacted_record(*args: Any, **kwargs: Any) -> logging.LogRecord:

@@ -1,6 +1,6 @@
-"""SGLang without an accelerator: its CPU engine, and a stand-in for the CUDA kernels that it imports and never calls.
+"""Sets SGLang's CPU engine up, with a stand-in for the CUDA kernels that it imports and never calls.
 
-Knows nothing of TorchRL, and imports no SGLang: everything here must happen before SGLang is imported.
+Knows nothing of TorchRL or of requests, and imports no SGLang: everything here must happen before SGLang is imported.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ STANDIN_DIR = Path(__file__).parent / "standin"
 CPU_DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         "device": "cpu",
-        # The share of free memory that weights and KV cache may take together. SGLang's own choice, 0.9 and more, has a
-        # graphics card in mind that nobody else uses.
+        # The share of free memory that weights and KV cache may take together. SGLang's own default, 0.9 and more, is
+        # for a graphics card that nobody else uses.
         "mem_fraction_static": 0.7,
         # SGLang zeroes the whole KV pool at start, so that on a CPU every token of it is resident memory from then on:
         # without this limit the pool is mem_fraction_static of all free memory.
@@ -52,10 +52,10 @@ _POOL_HEADROOM_TOKENS = 64
 
 
 def has_accelerator() -> bool:
-    """Whether torch sees a device that SGLang serves on by itself.
+    """Return whether torch sees a device that SGLang serves on without further set-up.
 
-    Cheap: asks torch, starts no device context, imports no SGLang. Apple's MPS does not count, as SGLang needs an MLX
-    installation of its own there.
+    Cheap: asks torch, starts no device context, imports no SGLang. Apple's MPS does not count, as SGLang needs a
+    separate MLX installation there.
     """
     import torch
 
@@ -64,12 +64,12 @@ def has_accelerator() -> bool:
 
 
 def cpu_server_args(model: str, *, context_length: int | None = None) -> dict[str, Any]:
-    """`CPU_DEFAULTS` for one model: a KV pool in which a prompt of the model's full context length has room.
+    """Return `CPU_DEFAULTS` for one model, with a KV pool that holds a prompt of the model's full context length.
 
     Args:
-        model: directory or hub name, as for ``--model-path``. A model without a readable config leaves the defaults as
-            they are: saying what is wrong with it is SGLang's part.
-        context_length: tokens, where the user limits it with ``--context-length``; else what the model's config says.
+        model: directory or hub name, as for ``--model-path``. The defaults stay as they are for a model whose config
+            cannot be read: SGLang then says what is wrong with it.
+        context_length: the user's ``--context-length`` in tokens; None for the length in the model's config.
 
     Returns:
         SGLang server arguments by their Python names.
@@ -80,7 +80,7 @@ def cpu_server_args(model: str, *, context_length: int | None = None) -> dict[st
 
 
 def use_cpu_engine() -> None:
-    """Makes SGLang, not yet imported, its CPU engine in this process and in every process it starts from here on.
+    """Choose SGLang's CPU engine for this process and every process it starts, before SGLang is imported.
 
     Sets ``SGLANG_USE_CPU_ENGINE=1`` and puts the stand-in for ``sgl_kernel`` first on ``sys.path`` and first in
     ``PYTHONPATH``, which spawned processes read. Where ``sglang-kernel-cpu``, SGLang's real CPU kernels, is installed,
@@ -96,8 +96,8 @@ def use_cpu_engine() -> None:
             "first import of sglang, or use a server in a process of its own: launch(model, device='cpu')"
         )
     os.environ[CPU_ENGINE_ENV] = "1"
-    # OpenMP's threads spin while they wait for each other. Where another process wants the same cores, each step then
-    # waits for a scheduling slice: 25 s instead of 2 s for 3 × 16 tokens beside one busy process, on two cores.
+    # OpenMP's threads spin while they wait for each other. When another process wants the same cores, each step waits
+    # for a scheduling slice: 3 × 16 tokens took 25 s instead of 2 s beside one busy process, on two cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if _has_cpu_kernels():
         return
@@ -109,12 +109,12 @@ def use_cpu_engine() -> None:
 
 
 def bind_threads(num_ranks: int) -> None:
-    """Gives each of several SGLang schedulers cores of its own, unless the user did.
+    """Give each of several SGLang schedulers its own cores, unless the user set ``SGLANG_CPU_OMP_THREADS_BIND``.
 
-    SGLang's CPU engine refuses more schedulers (``dp_size * tp_size``) than the machine has NUMA nodes without it.
+    Without the variable, SGLang's CPU engine refuses to run more schedulers than the machine has NUMA nodes.
 
     Args:
-        num_ranks: schedulers.
+        num_ranks: the number of schedulers, ``dp_size * tp_size``.
     """
     if num_ranks < 2 or BIND_ENV in os.environ:
         return
@@ -124,7 +124,7 @@ def bind_threads(num_ranks: int) -> None:
 
 
 def ignore_pinning() -> None:
-    """Makes torch take ``pin_memory`` for nothing in this process, for code that asks for it on any machine."""
+    """Make torch ignore ``pin_memory`` in this process, for code that asks for it on every machine."""
     import torch
 
     if getattr(torch.Tensor.pin_memory, "_ignored", False):
@@ -148,13 +148,13 @@ def ignore_pinning() -> None:
 
 @contextmanager
 def cpu_engine_environment(enabled: bool = True) -> Iterator[None]:
-    """`use_cpu_engine` for the time in which an in-process ``sglang.Engine`` starts its processes.
+    """Run `use_cpu_engine` while an in-process ``sglang.Engine`` starts its processes, then restore ``PYTHONPATH``.
 
-    Afterwards ``PYTHONPATH`` is what it was, so that the user's own child processes see no stand-in.
-    ``SGLANG_USE_CPU_ENGINE`` and ``sys.path`` stay: SGLang goes on reading both in this process.
+    Without the restored ``PYTHONPATH`` the user's own child processes would import the stand-in.
+    ``SGLANG_USE_CPU_ENGINE`` and ``sys.path`` stay as set: SGLang goes on reading both in this process.
 
     Args:
-        enabled: False does nothing at all, for engines on an accelerator.
+        enabled: False does nothing, for engines on an accelerator.
 
     Raises:
         CapabilityError: SGLang was imported in this process already, for another device.
@@ -182,7 +182,7 @@ def _has_cpu_kernels() -> bool:
 
 
 def text_config(model: str) -> dict[str, Any]:
-    """The language model's configuration; empty where none can be read: saying what is wrong is SGLang's part.
+    """Read the language model's configuration; empty where none can be read, as SGLang then says what is wrong.
 
     Args:
         model: directory or hub name, as for ``--model-path``.
@@ -193,5 +193,5 @@ def text_config(model: str) -> dict[str, Any]:
         config, _ = PretrainedConfig.get_config_dict(model)
     except (OSError, ValueError):
         return {}
-    # Multimodal models keep the language model's numbers one level down.
+    # Multimodal models keep the language model's settings one level down.
     return {**config, **(config.get("text_config") or {})}

@@ -1,11 +1,13 @@
-"""Takes the states of decoder layers from the model itself, and checks on it that they are what they are taken for.
+"""Takes the hidden states of decoder layers from the model itself, and checks once that they are the right ones.
 
-SGLang has a capture of its own for draft models. It is fixed to some architectures and does not mean the same on all
-of them: on Gemma 3 it leaves the residual out. So forward hooks on the decoder layers read the residual stream,
-SGLang's own `ResidualStream` where a model keeps one, else the sum of what the layer returns.
+Forward hooks on the decoder layers read the residual stream: SGLang's own `ResidualStream` where a model keeps one,
+otherwise the sum of what the layer returns. SGLang's capture for draft models is not used, because it exists for some
+architectures only and differs between them: on Gemma 3 it leaves the residual out.
 
-The check, on the first step that runs: nothing comes between a layer's output and the next one's input, and the final
-norm of the last layer's output is what the language-model head reads. A model that fails it gives its last layer only.
+The check runs on the first step. Each layer's output must be the next layer's input, unchanged, and the final norm of
+the last layer's output must be what the language-model head reads. A model that fails gives its last layer only.
+
+Knows nothing of requests, batches or pooling, and imports nothing of SGLang.
 """
 
 from __future__ import annotations
@@ -18,18 +20,18 @@ from torch import nn
 
 __all__ = ["LayerTaps"]
 
-# Two roundings to bfloat16 lie between the two ways to the final norm's output; a wrong stream is off by its own size.
+# Relative. Our final norm and the model's may differ by two roundings to bfloat16. A wrong stream is off by about 1.
 _TOLERANCE = 0.05
 _NORM_NAMES = ("norm", "final_layernorm", "final_norm", "norm_f", "ln_f")
 
 
 class LayerTaps:
-    """Hooks on some decoder layers.
+    """Takes the states of some decoder layers through forward hooks.
 
     Attributes:
-        layers: those whose states are taken, ``0 …``; none where there are no hooks.
-        problem: why no layer's states can be had; empty otherwise.
-        checked: whether the check was made, and passed or found a problem.
+        layers: the canonical ids ``0 …`` of the layers whose states are taken; empty without hooks.
+        problem: why the layers' states cannot be trusted; empty while nothing was found.
+        checked: whether the check is over, with or without a problem.
     """
 
     def __init__(self) -> None:
@@ -39,23 +41,24 @@ class LayerTaps:
         self._open: frozenset[int] = frozenset()
         self._taken: dict[int, torch.Tensor] = {}
         self._ran = False
-        # Of CUDA graphs, which write here when they are replayed, without any hook.
+        # CUDA graphs write the states here when they are replayed: a replay runs no hook.
         self._graph_rows: dict[int, torch.Tensor] = {}
         self._max_rows = 0
         self._norm: nn.Module | None = None
+        # By layer: whether the next layer read exactly what the layer returned.
         self._joined: dict[int, bool] = {}
         self._outputs: dict[int, tuple[Any, ...]] = {}
         self._check_hooks: list[Any] = []
         self._last = 0
 
     def attach(self, model: nn.Module, layers: Iterable[int], num_layers: int, max_rows: int) -> None:
-        """Puts the hooks in place.
+        """Put the hooks on the model's decoder layers.
 
         Args:
             model: the served model.
-            layers: canonical ids, ``0 … num_layers-1``; none for no hooks at all.
-            num_layers: of the model.
-            max_rows: most rows of one forward step that a CUDA graph may have.
+            layers: canonical ids, ``0 … num_layers-1``; empty for no hooks.
+            num_layers: the number of the model's decoder layers.
+            max_rows: most rows that one forward step of a CUDA graph may have.
         """
         self.layers, self._max_rows, self._last = tuple(layers), max_rows, num_layers - 1
         if not self.layers:
@@ -81,21 +84,21 @@ class LayerTaps:
                 )
 
     def open(self, layers: Iterable[int]) -> None:
-        """Says which layers the coming step is wanted of."""
+        """Set the layers whose states the coming step must take."""
         self._open = frozenset(layers) if self.checked else frozenset((*self.layers, self._last))
         self._taken, self._ran = {}, False
 
     def take(self) -> dict[int, torch.Tensor]:
-        """The step's states by layer, each ``[N, D]``: of this step only, not to be written to."""
+        """Return the step's states by layer, each ``[N, D]``: valid until the next step, not to be written to."""
         taken, self._taken = self._taken, {}
         return taken if self._ran else dict(self._graph_rows)
 
     def check(self, states: Mapping[int, torch.Tensor], head_ND: torch.Tensor | None) -> None:
-        """Holds a step's states against what the head read; once.
+        """Compare a step's states with what the head read; only the first complete step is compared.
 
         Args:
-            states: as from `take`.
-            head_ND: the head's input, one row per position.
+            states: what `take` returned.
+            head_ND: the head's input, one row for each position.
         """
         if self.checked or not self._ran or head_ND is None or self._norm is None:
             return
@@ -105,12 +108,12 @@ class LayerTaps:
             return
         last_ND = states[self._last]
         if last_ND.shape != head_ND.shape or not len(head_ND):
-            return  # a choice of positions, or none; another step will show
+            return  # not one row for each position: check on a later step
         try:
             with torch.inference_mode():
                 normed_ND = self._norm(last_ND.clone())
         except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
-            # A model is anybody's code, and what it raises would end the scheduler.
+            # A model's code may raise anything, and an exception here would end the scheduler.
             self._fail(f"the final norm cannot be asked ({error!r})")
             return
         apart_by = float((normed_ND.float() - head_ND.float()).norm() / head_ND.float().norm())
@@ -162,37 +165,40 @@ class LayerTaps:
 
     def _enter(self, layer: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-            given = (*args, *kwargs.values())
-            left = self._outputs.pop(layer, ())
-            self._joined[layer] = bool(left) and all(any(part is value for value in given) for part in left)
+            inputs = (*args, *kwargs.values())
+            returned = self._outputs.pop(layer, ())
+            self._joined[layer] = bool(returned) and all(any(part is value for value in inputs) for part in returned)
 
         return hook
 
 
 def _parts(output: Any) -> tuple[Any, ...]:
-    """What a layer returned, without the Nones."""
+    """List what a layer returned, without the Nones."""
     parts = output if isinstance(output, tuple) else (output,)
     return tuple(part for part in parts if part is not None)
 
 
-def _stream(given: Iterable[Any], output: Any) -> torch.Tensor | None:
-    """The residual stream behind a layer, ``[N, D]`` of its own: layers to come write over what they were given."""
-    kept = next((stream for one in given if (stream := getattr(one, "residual_stream", None)) is not None), None)
+def _stream(inputs: Iterable[Any], output: Any) -> torch.Tensor | None:
+    """Copy the residual stream after a layer, ``[N, D]``: later layers write over their inputs."""
+    kept = next((stream for value in inputs if (stream := getattr(value, "residual_stream", None)) is not None), None)
     parts = _parts(output)
     if kept is not None and parts:
         try:
-            value: torch.Tensor = kept.snapshot(parts[0])
-        except (TypeError, AttributeError, RuntimeError):  # a model whose residual is no plain sum
+            snapshot_ND: torch.Tensor = kept.snapshot(parts[0])
+        except (TypeError, AttributeError, RuntimeError):  # a model whose residual is not a plain sum
             return None
-        return value
+        return snapshot_ND
     tensors = [part for part in parts if isinstance(part, torch.Tensor) and part.is_floating_point()]
-    if not 1 <= len(tensors) <= 2 or any(one.dim() != 2 or one.shape != tensors[0].shape for one in tensors):
+    if not 1 <= len(tensors) <= 2 or any(part.dim() != 2 or part.shape != tensors[0].shape for part in tensors):
         return None
     return tensors[0].clone() if len(tensors) == 1 else tensors[0] + tensors[1]
 
 
 def _decoder(model: nn.Module, num_layers: int) -> tuple[nn.Module, nn.ModuleList] | None:
-    """The decoder layers and the module that they are in. A vision tower has layers too, of another number or name."""
+    """Find the decoder layers and the module that holds them; None unless exactly one list fits.
+
+    A vision tower has layers too, and is told apart by its name or by the number of its layers.
+    """
     found = [
         (parent, child)
         for name, parent in model.named_modules()

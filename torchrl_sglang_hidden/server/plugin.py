@@ -1,10 +1,12 @@
-"""The server half: hooks SGLang 0.5.23 loads through its entry point ``sglang.srt.plugins``.
+"""Hooks the server half into SGLang 0.5.23, which loads it through the entry point ``sglang.srt.plugins``.
 
 Opt-in: without ``TORCHRL_SGLANG_HIDDEN=1`` in the server's environment `register` does nothing. With it, requests that
 ask for nothing are served as before.
 
-SGLang logs and swallows a hook that cannot be put in place, so the status that clients read at connect says whether all
-of them are.
+SGLang logs and swallows a hook that cannot be put in place. So the status that clients read at connect says whether
+every hook is in place.
+
+Knows SGLang's functions by name and calls into `Capture`, `StepLogits` and `LayerTaps`; computes nothing itself.
 """
 
 from __future__ import annotations
@@ -34,13 +36,13 @@ _STATES = "_torchrl_sglang_hidden_states"
 
 
 def before_lora(*args: Any, **kwargs: Any) -> None:
-    """SGLang's LoRA pins memory, which torch refuses where there is no accelerator to pin it for."""
+    """Let SGLang's LoRA manager start on a CPU: it pins memory, which torch refuses without an accelerator."""
     if not has_accelerator():
         ignore_pinning()
 
 
 def after_load_model(result: None, model_runner: Any) -> None:
-    """Puts the hooks on the layers that the server was started for."""
+    """Put hooks on the layers that the server was started for."""
     if model_runner.is_draft_worker:
         return
     asked, num_layers = os.environ.get(LAYERS_ENV, "-1"), model_runner.model_config.num_hidden_layers
@@ -58,7 +60,7 @@ def after_load_model(result: None, model_runner: Any) -> None:
 
 
 def after_forward_batch(forward_batch: Any, cls: type, batch: Any, model_runner: Any, **kwargs: Any) -> None:
-    """Plans the step while the batch's lengths are those of this step; overlap scheduling moves them on later."""
+    """Plan the step now: overlap scheduling later changes the batch's lengths to the next step's."""
     if not model_runner.is_draft_worker:
         plan = _capture.plan_step(batch)
         setattr(forward_batch, _PLAN, plan)
@@ -67,10 +69,10 @@ def after_forward_batch(forward_batch: Any, cls: type, batch: Any, model_runner:
 
 
 def around_forward(original: Any, model_runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
-    """Takes the layers' states before another step can run, and says which step runs."""
+    """Take the layers' states before another step can overwrite them, and note which step runs."""
     if model_runner.is_draft_worker:
         return original(model_runner, forward_batch, *args, **kwargs)
-    # SGLang gives the model a copy of its batch, without what was noted on this one.
+    # SGLang gives the model a copy of the batch, without the attributes that were set on the batch itself.
     _capture.running = getattr(forward_batch, _STEP_LOGITS, None)
     try:
         output = original(model_runner, forward_batch, *args, **kwargs)
@@ -91,13 +93,13 @@ def around_logits(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Takes logits of prompts, which SGLang computes for the last position only."""
+    """Take logits of prompt tokens: SGLang itself computes the last position's only."""
     step_logits = _capture.running
     if step_logits is not None and step_logits.prompts and hasattr(lm_head, "set_lora"):
-        # SGLang applies adapters by the places that a whole step's rows have.
+        # SGLang finds a row's adapter by the row's index in the whole step, and the head is called with a part of it.
         for part in step_logits.prompts:
             part.logits.refused = "the server's LoRA adapters act on the head, which then gives no logits of prompts"
-    # Where attention is data-parallel the head is a collective of ranks that do not all have these rows.
+    # With data-parallel attention all ranks must call the head together, and not all of them have these rows.
     elif step_logits is not None and step_logits.prompts and not processor.do_tensor_parallel_all_gather_dp_attn:
         from sglang.srt.layers.logits_processor import LogitsMetadata
 
@@ -111,15 +113,15 @@ def around_logits(
 
 
 def after_preprocess(result: Any, sampler: Any, logits: Any, sampling_info: Any) -> None:
-    """Constrains the logits behind everything that SGLang does to them before the temperature."""
+    """Constrain the logits after all that SGLang does to them but before the temperature."""
     step_logits = getattr(sampling_info, _STEP_LOGITS, None)
     if step_logits is not None:
-        # A batch of greedy requests alone is not divided by anything.
+        # SGLang divides no logits by a temperature when every request of the batch is greedy.
         step_logits.constrain(result, None if sampling_info.is_all_greedy else sampling_info.temperatures)
 
 
 def around_sample(original: Any, runner: Any, logits_output: Any, forward_batch: Any) -> Any:
-    """Takes the planned rows once the step has run, and the logits before and after what SGLang does to them."""
+    """Take the step's planned states, and its logits before and after SGLang changes them for sampling."""
     from sglang.srt.managers.auxiliary_output import append_auxiliary_output
 
     if runner.is_draft_worker:
@@ -144,59 +146,63 @@ def _take_rows(logits_output: Any, forward_batch: Any) -> None:
     plan = getattr(forward_batch, _PLAN, None)
     states = {**getattr(forward_batch, _STATES, {}), -1: logits_output.hidden_states}
     _capture.taps.check(states, logits_output.hidden_states)
-    # With token indices the rows are a choice of positions, not all of them in order.
+    # With token indices SGLang selected some positions: the rows are not one for each position in order.
     if plan is not None and logits_output.hidden_states_token_indices is None:
         rows = plan.gather(states)
         logits_output.auxiliary_device_output = append_auxiliary_output(logits_output.auxiliary_device_output, rows)
 
 
 def around_match_prefix(original: Any, req: Any, tree_cache: Any = None, cow_mamba: bool | None = None) -> None:
-    """Lets a request hit the prefix cache as far as its pools can do without the rows that are then not computed."""
+    """Limit a request's prefix-cache hit: a cached position is not computed, and brings no row to pool or to take.
+
+    For example a request that pools its prompt may hit the cache up to a position where a prefix sum is kept.
+    """
     one = None if tree_cache is None else _capture.open_again(req)
-    # A streaming session's prefix is not the cache's to shorten: SGLang ends where that is tried. The count then tells.
+    # Never shorten a streaming session's prefix: SGLang ends when that is tried. The client's count finds missing rows.
     streaming = getattr(req.session, "streaming", False)
     if one is None or not one.reads_prompt or streaming:
         original(req, tree_cache, cow_mamba)
         return
     one.restart()
     _capture.page_size = tree_cache.page_size
-    # A recurrent state takes a slot at each match, and images move their positions: such requests match nothing, once.
+    # Each match of a recurrent state takes a slot, and images shift positions. Such a request is matched once, with
+    # nothing.
     once = tree_cache.supports_mamba() or req.multimodal_inputs is not None
     one.limit = _capture.prefix_limit(one, 0 if once else len(req.origin_input_ids) + len(req.output_ids))
     original(req, tree_cache, cow_mamba)
     found = req.prefix_len + req.host_hit_length
-    # The cache may have forgotten a part of what was asked for, and then ends where no sum is kept.
+    # The cache may hold less than the limit allows, so that the hit ends where no prefix sum is kept. Lower the limit.
     while (limit := _capture.prefix_limit(one, found)) < found:
         one.limit = limit
         original(req, tree_cache, cow_mamba)
         before, found = found, req.prefix_len + req.host_hit_length
         if found >= before:
-            break  # a cache that heeds no limit: the count will tell
+            break  # a cache that ignores the limit: the client's count finds the missing rows
     one.limit = None
 
 
 def after_max_prefix_len(length: int, req: Any, input_len: int) -> int | None:
-    """Sets the limit of `around_match_prefix`."""
+    """Apply the limit that `around_match_prefix` set."""
     one = _capture.opened.get(req)
     return None if one is None or one.limit is None else min(length, one.limit)
 
 
 def after_flush_cache(flushed: bool, scheduler: Any, *args: Any, **kwargs: Any) -> None:
-    """Forgets the sums together with the prefix cache."""
+    """Drop the prefix sums together with the prefix cache."""
     if flushed:
         _capture.forget_sums()
 
 
 def after_weight_version(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
-    """Forgets the sums of other weights, also where somebody updates them and keeps the prefix cache."""
+    """Drop the prefix sums of the old weights, even where an update keeps the prefix cache."""
     _capture.forget_sums()
 
 
 def after_streamer_class(streamer_class: Any, scheduler: Any) -> type:
-    """Gives the scheduler an output streamer that hands out the answers."""
+    """Give the scheduler an output streamer that sends the server half's answers."""
     if scheduler.rust_server is not None or scheduler.server_args.pp_size > 1:
-        # SGLang's Rust server takes no additional fields, and nothing carries auxiliary outputs between pipeline
-        # stages: the one does not start with them, the other ends where it meets one.
+        # SGLang's Rust server does not start with additional fields. Pipeline stages end at an auxiliary output, which
+        # nothing carries from one stage to the next.
         _capture.on = False
         return cast("type", streamer_class)
 
@@ -215,15 +221,15 @@ def after_streamer_class(streamer_class: Any, scheduler: Any) -> type:
 
 
 def after_update_meta_info(result: None, manager: Any, meta_info: dict[str, Any], *args: Any) -> None:
-    """Takes the empty answers off requests that did not ask and finished beside one that did."""
+    """Remove the empty answer of a request that asked nothing but finished in one batch with a request that did."""
     if meta_info.get(CHANNEL) == []:
         del meta_info[CHANNEL]
 
 
 def after_model_path(result: None, manager: Any, model_path: str, load_format: str) -> None:
-    """Keeps the server's name for its model where the weights came from a directory that is deleted right after.
+    """Keep the server's model path after an update from a temporary directory, which is deleted right after.
 
-    Clients that connect later read the model's configuration, tokenizer and tensor names from there.
+    Clients that connect later read the model's configuration, tokenizer and tensor names from the model path.
     """
     if PurePath(model_path).name.startswith(PUSHED_PREFIX):
         manager.model_path = manager.server_args.model_path
@@ -231,20 +237,23 @@ def after_model_path(result: None, manager: Any, model_path: str, load_format: s
 
 
 def after_get_weights(result: Coroutine[Any, Any, Any], manager: Any, obj: Any, request: Any = None) -> Any:
-    """Answers, in the place of a weight, which weights a client may send; see `ServedWeights`."""
+    """Answer a request for the weight named `CHANNEL` with the list of weights that a client may send.
+
+    See `ServedWeights`.
+    """
     if obj.name != CHANNEL:
         return None
     result.close()
 
     async def answer() -> dict[str, Any]:
-        # What the server was started from: a directory that an update came from may be gone, and has the same shapes.
+        # Read from the path that the server was started with: the directory of an update may be gone. Shapes are equal.
         return served_weights(manager.server_args.model_path).pack()
 
     return answer()
 
 
 def after_internal_state(output: Any, scheduler: Any, recv_req: Any) -> None:
-    """Adds the server half's status."""
+    """Add the server half's status to SGLang's internal state."""
     config = scheduler.model_config
     taps = _capture.taps
     because = _refusal(scheduler)
@@ -274,7 +283,7 @@ def after_internal_state(output: Any, scheduler: Any, recv_req: Any) -> None:
 def after_states_to_store(
     result: Any, processor: Any, hidden_states: Any, hidden_states_before_norm: Any, *args: Any
 ) -> None:
-    """Notes a model whose captured states are those before the final norm, against this package's layer -1."""
+    """Note that SGLang captures this model's states before the final norm: layer -1 means the states after it."""
     if hidden_states_before_norm is not None:
         _capture.normed = False
 
@@ -286,7 +295,7 @@ def _in_place() -> bool:
 
 
 def _refusal(scheduler: Any) -> str:
-    """Why this server cannot capture one row per position and bring it to the host; empty where it can."""
+    """Return why this server cannot capture one row per position and bring it to the host; empty where it can."""
     args = scheduler.server_args
     reasons = {
         "a hook of the server half is not in place, see the server's log": not _in_place(),
@@ -325,7 +334,7 @@ _AROUND: dict[str, Callable[..., Any]] = {
 
 
 def register() -> None:
-    """Registers the hooks; SGLang calls this in each of its processes."""
+    """Register the hooks; SGLang calls this in each of its processes."""
     if os.environ.get(PLUGIN_ENV) != "1":
         return
     import sglang
@@ -342,7 +351,7 @@ def register() -> None:
         try:
             importlib.import_module(module)
         except Exception:
-            # It is anybody's code. The rest still works, and clients are told which constraints there are.
+            # A user's module may raise anything. The rest works, and the status tells clients which constraints exist.
             logger.exception("torchrl_sglang_hidden: the constraints of %s cannot be imported", module)
     for kind, hooks in ((HookType.BEFORE, _BEFORE), (HookType.AFTER, _AFTER), (HookType.AROUND, _AROUND)):
         for target, hook in hooks.items():

@@ -1,8 +1,8 @@
-"""Stands in for SGLang's CUDA kernel package where there is no accelerator: names import, calls refuse.
+"""Stands in for SGLang's CUDA kernel package where there is no accelerator: any name imports, and raises when called.
 
-SGLang's CPU engine imports names from ``sgl_kernel`` that it does not call; the CUDA build cannot be imported without
-``libcuda.so.1``. This directory is put in front of the real package by ``torchrl_sglang_hidden.server.cpu`` and is not
-part of the package's import tree.
+SGLang's CPU engine imports names from ``sgl_kernel`` that it does not call, and the CUDA build cannot be imported
+without ``libcuda.so.1``. ``torchrl_sglang_hidden.server.cpu`` puts this directory in front of the real package. It is
+not part of the package's import tree, and knows nothing of SGLang or of the package.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NoReturn
 
 
 def __getattr__(name: str) -> Callable[..., NoReturn]:
-    # Dunder names are probed by the import system (__path__, __all__) and must be absent, not functions.
+    # The import system looks for names such as __path__ and __all__: they must be absent, not functions.
     if name.startswith("__"):
         raise AttributeError(name)
 
