@@ -1,4 +1,4 @@
-"""What the user writes: hidden states, logits, spans and constraints, each checked when it is made.
+"""Defines what the user writes: hidden states, logits, spans and constraints, each checked when it is made.
 
 Knows nothing of engines, TensorDicts or SGLang. Axes, here and in every name of the package:
 

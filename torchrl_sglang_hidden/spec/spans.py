@@ -1,9 +1,8 @@
-"""Spans inside a prompt or a response: what the user writes, and the places that they come to mean.
+"""Defines spans inside a prompt or a response, and finds the tokens that they select.
 
-Knows nothing of SGLang, TensorDicts or tokenizers but their ``decode``.
-
-A span of the prompt means positions, known before the request is sent. A span of the response means rows, known once
-it was sampled; row t is the state that produced response token t, as everywhere in this package.
+A span of a prompt selects positions, which are known before the request is sent. A span of a response selects rows,
+which are known once the response was sampled; row t is the state that produced response token t, as everywhere in this
+package. Knows nothing of SGLang or TensorDicts, and of a tokenizer only its ``decode``.
 """
 
 from __future__ import annotations
@@ -35,22 +34,22 @@ SPAN_SEGMENTS: tuple[SpanSegment, ...] = get_args(SpanSegment)
 
 Decode: TypeAlias = Callable[[Sequence[int]], str]
 
-CHARACTER_BYTES = 4  # the most that one has in UTF-8, so the most tokens that it can be cut into
+CHARACTER_BYTES = 4  # most bytes of a character in UTF-8, and so most tokens that share one character
 
 
 @dataclass(frozen=True, slots=True)
 class LastTokens:
-    """The last ``count`` tokens of the prompt or of the response.
+    """Selects the last ``count`` tokens of the prompt or of the response.
 
-    One row with fewer of them fails the whole call with `SpanError`, for a response after all rows were sampled.
+    One row with fewer tokens fails the whole call with `SpanError`; for a response, after all rows were sampled.
 
     Args:
-        count: k, at least 1.
+        count: the number of tokens, at least 1.
         segment: ``"response"`` or ``"prompt"``.
-        allow_fewer: take what there is where the segment is shorter; else that raises `SpanError`.
+        allow_fewer: True selects all tokens of a shorter segment, instead of raising `SpanError`.
 
     Raises:
-        InputError: a count below 1, or another segment.
+        InputError: a count below 1, or an unknown segment.
         InputTypeError: a count that is no int.
     """
 
@@ -68,11 +67,14 @@ class LastTokens:
 
 @dataclass(frozen=True, slots=True)
 class TokenMask:
-    """The prompt's tokens where a mask of the TensorDict is True.
+    """Selects the prompt tokens where a mask of the TensorDict is True.
 
     Args:
-        key: where the mask is, bool: the shape of the token ids in tokens mode, one entry per token of the prompt in
-            the others; ragged or padded like the ids.
+        key: the key of a bool mask. In tokens mode the mask has the shape of the token ids, ragged or padded like
+            them. In the other modes it has one entry for each token of the prompt.
+
+    Raises:
+        InputTypeError: a key that is no string or tuple of strings.
     """
 
     key: str | tuple[str, ...]
@@ -85,10 +87,13 @@ class TokenMask:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """The words of one message of the prompt's chat.
+    """Selects the text of one message of the prompt's chat, without the chat template's markers.
 
     Args:
-        index: the message, from 0; negative ones count from the end, as in Python.
+        index: the message, from 0; a negative index counts from the end, as in Python.
+
+    Raises:
+        InputTypeError: an index that is no int.
     """
 
     index: int
@@ -100,10 +105,13 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """The words of all messages of one role in the prompt's chat.
+    """Selects the text of all messages of one role in the prompt's chat, without the chat template's markers.
 
     Args:
         name: the role, such as ``"user"``, ``"system"`` or ``"assistant"``.
+
+    Raises:
+        InputTypeError: a name that is no string, or empty.
     """
 
     name: str
@@ -115,24 +123,24 @@ class Role:
 
 @dataclass(frozen=True, slots=True)
 class Between:
-    """What stands between two marker strings: the first ``start``, and the first ``end`` behind it.
+    """Selects the tokens between two marker strings: the first ``start``, and the first ``end`` after it.
 
-    A token that holds any part of a marker is not in the span. The text is that of the ids with special tokens, so
+    A token that holds any part of a marker is not in the span. Markers are searched in the text with special tokens, so
     that ``"<|im_end|>"`` can be a marker.
 
-    One row in which a marker is missing, or nothing stands between them, fails the whole call with `SpanError`, for a
-    response after all rows were sampled. ``unclosed="end"`` lets a missing ``end`` pass; nothing lets a missing
-    ``start`` pass.
+    One row fails the whole call with `SpanError` when a marker is missing or no token is between the markers; for a
+    response, after all rows were sampled. ``unclosed="end"`` accepts a missing ``end``. A missing ``start`` always
+    raises.
 
     Args:
-        start: the marker in front; None for the segment's beginning.
-        end: the marker behind; None for the segment's end.
+        start: the marker before the span; None for the segment's beginning.
+        end: the marker after the span; None for the segment's end.
         segment: ``"response"`` or ``"prompt"``.
-        unclosed: what a segment without ``end`` means: ``"error"`` raises `SpanError`, ``"end"`` takes the span up to
-            the segment's end, such as where a response was cut by its length.
+        unclosed: for a segment without ``end``, ``"error"`` raises `SpanError`, and ``"end"`` selects up to the
+            segment's end, for example in a response that was cut by its length.
 
     Raises:
-        InputError: neither marker, an empty one, or a value outside those named.
+        InputError: no marker, an empty marker, or an unknown ``segment`` or ``unclosed``.
         InputTypeError: a marker that is no string.
     """
 
@@ -157,50 +165,57 @@ Span: TypeAlias = LastTokens | TokenMask | Turn | Role | Between
 
 @dataclass(frozen=True, slots=True)
 class PromptSpan:
-    """A span of one prompt, resolved: half-open intervals of positions, in order, apart, none of them empty."""
+    """Holds the positions that a span selects in one prompt.
+
+    Args:
+        intervals: half-open ``(start, stop)`` in order, each with at least one position, without overlap.
+    """
 
     intervals: tuple[tuple[int, int], ...]
 
     @property
     def count(self) -> int:
-        """How many positions it has."""
+        """The number of positions."""
         return sum(stop - start for start, stop in self.intervals)
 
     @property
     def end(self) -> int:
-        """Behind its last position."""
+        """One past the last position."""
         return self.intervals[-1][1]
 
 
-# What a span is once its prompt is known; those of the response are found when it has ended.
+# A span of one request: a prompt's positions are known when it is sent, a response's rows when it has ended.
 ResolvedSpan: TypeAlias = PromptSpan | LastTokens | Between
 
 
 def intervals_of(mask: Sequence[bool]) -> PromptSpan:
-    """The True places of a mask as a span.
+    """Turn a mask over a prompt's tokens into the span of its True positions.
 
     Raises:
-        SpanError: there is none.
+        SpanError: the mask is False everywhere.
     """
     edges: list[int] = []
-    for place, inside in enumerate((*mask, False)):
+    for position, inside in enumerate((*mask, False)):
         if bool(inside) != bool(len(edges) % 2):
-            edges.append(place)
+            edges.append(position)
     if not edges:
         raise SpanError(f"a mask of {len(mask)} tokens is False everywhere, and an empty span has no state")
     return PromptSpan(tuple(zip(edges[::2], edges[1::2], strict=True)))
 
 
 def find_between(span: Between, ids: Sequence[int], decode: Decode) -> tuple[int, int]:
-    """Which of the tokens ``ids`` stand between the markers: ``start … stop-1``.
+    """Find the tokens between the markers.
 
     Args:
         span: the markers.
-        ids: the segment's tokens.
+        ids: the segment's token ids.
         decode: turns ids into text, special tokens included.
 
+    Returns:
+        ``(start, stop)``: the span is ``ids[start:stop]``.
+
     Raises:
-        SpanError: a marker is missing, or nothing stands between them.
+        SpanError: a marker is missing, or no token is between the markers.
     """
     text = decode(ids)
     begin = 0
@@ -223,24 +238,25 @@ def find_between(span: Between, ids: Sequence[int], decode: Decode) -> tuple[int
     return first, last
 
 
-def tokens_around(places: Sequence[int], text: str, ids: Sequence[int], decode: Decode) -> list[tuple[int, int]]:
-    """For each place of the text, how many of the ids end at or before it, and how many begin before it.
+def tokens_around(offsets: Sequence[int], text: str, ids: Sequence[int], decode: Decode) -> list[tuple[int, int]]:
+    """Count, for each offset into the text, the tokens that end at or before it and the tokens that begin before it.
 
-    The two differ by the token that holds something on both sides of the place, if there is one.
+    The two counts differ by one where a token holds text on both sides of the offset. For example, with the tokens
+    ``["ab", "cd"]`` offset 2 gives ``(1, 1)`` and offset 3 gives ``(1, 2)``.
 
-    How many bytes a U+FFFD in the text stands for cannot be read from it: between two of them the counts are rough.
+    Some tokenizers write one U+FFFD for several bytes, so that between two U+FFFD the counts are approximate.
 
     Args:
-        places: from 0 to ``len(text)``.
-        text: what ``decode`` makes of all ids.
-        ids: the tokens.
-        decode: turns ids into text. It is called about ``log2(len(ids))`` times for a place, at most
-            `CHARACTER_BYTES` times as often where characters are cut.
+        offsets: in characters, from 0 to ``len(text)``.
+        text: the text of all ids.
+        ids: the token ids.
+        decode: turns ids into text. It is called about ``log2(len(ids))`` times for an offset, and at most
+            `CHARACTER_BYTES` times as often where tokens share characters.
     """
 
     @functools.cache
     def read(count: int) -> tuple[int, bool]:
-        """How far the text of the first ids is the beginning of the whole text, and whether all of it is."""
+        """Return the length of text that the first ids agree with, and whether all their text agrees."""
         prefix = decode(ids[:count])
         if text.startswith(prefix):
             return len(prefix), True
@@ -249,20 +265,20 @@ def tokens_around(places: Sequence[int], text: str, ids: Sequence[int], decode: 
 
     @functools.cache
     def end(count: int) -> int:
-        """Behind the last character that the first ids hold any part of."""
-        same, fits = read(count)
-        if fits:
+        """Return the offset behind the last character that the first ids hold any part of."""
+        same, agrees = read(count)
+        if agrees:
             return same
-        # A character is cut. Byte fallback then writes U+FFFD for the whole characters right before it too, so how
-        # many there are is asked of the ids that end before it.
+        # The last token ends inside a character. Byte fallback then writes U+FFFD for the whole characters right before
+        # it too, so count characters with the ids that end before it.
         fewer = range(count - 1, max(count - CHARACTER_BYTES, 0), -1)
         return max(same, next((read(some)[0] for some in fewer if read(some)[1]), 0)) + 1
 
-    def around(place: int) -> tuple[int, int]:
-        before = bisect_right(range(1, len(ids) + 1), place, key=end)
-        return before, before if read(before) == (place, True) else min(before + 1, len(ids))
+    def around(offset: int) -> tuple[int, int]:
+        before = bisect_right(range(1, len(ids) + 1), offset, key=end)
+        return before, before if read(before) == (offset, True) else min(before + 1, len(ids))
 
-    return [around(place) for place in places]
+    return [around(offset) for offset in offsets]
 
 
 def _check_segment(span: LastTokens | Between) -> None:

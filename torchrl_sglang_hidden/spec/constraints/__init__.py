@@ -1,11 +1,12 @@
-"""Constraints on the next token: what the user writes, how it travels, and what it does to logits.
+"""Defines constraints on the next token: what the user writes, how it is sent, and what it does to logits.
 
-Knows nothing of SGLang, wires or TensorDicts. The same code checks constraints before they are sent, and applies them
-inside the server. A constraint travels as ``name:{json}``, names and numbers; the server half has the code.
+The same code checks constraints before they are sent and applies them inside the server. A constraint is sent as
+``name:{json}``, names and numbers only, and the server half has the code. Knows nothing of SGLang or TensorDicts.
 
-The order in which logits are changed: SGLang's penalties, grammar, logit bias and its own processors; then, of these,
-users' own in the order they are given, temperatures, and masks last, so that nothing gives back what a mask took. Then
-SGLang's temperature, and top-k, top-p and min-p. Several masks leave what all of them allow and none of them denies.
+Logits are changed in this order: SGLang's penalties, grammar, logit bias and native processors; the constraints of the
+user's own classes, in the order given; temperatures; masks; SGLang's temperature, and top-k, top-p and min-p. Masks
+come after every other constraint, so that no constraint can return a token that a mask removed. Several masks leave the
+tokens that every mask allows.
 """
 
 from __future__ import annotations

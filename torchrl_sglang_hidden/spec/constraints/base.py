@@ -1,4 +1,7 @@
-"""What every constraint is, how it is written as text, and who is known by which name."""
+"""Defines the base of all constraints, their text form, and the registry of their names.
+
+Knows nothing of the constraints that the package ships.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,14 @@ __all__ = ["ConstraintStep", "LogitConstraint", "constraints_of", "known_constra
 
 @dataclass(frozen=True, slots=True)
 class ConstraintStep:
-    """Where a request is when its next token is chosen.
+    """Tells a constraint which token it constrains.
 
     Args:
-        index: of the token to choose, from 0; exactly this one, under overlap scheduling too.
+        index: the token's index in the response, from 0; exact under overlap scheduling too.
         max_new_tokens: most tokens of the response.
         prompt_ids: the P ids of the prompt.
-        response_ids: int64 ``[index]``, the ids before it, on the logits' device. Copying them from there waits for the
-            accelerator.
+        response_ids: int64 ``[index]``, the response's earlier ids, on the logits' device. Copying them to the host
+            waits for the accelerator.
     """
 
     index: int
@@ -39,13 +42,13 @@ _KINDS: dict[str, type[LogitConstraint]] = {}
 
 @dataclass(frozen=True, kw_only=True)
 class LogitConstraint(ABC):
-    """Base of every constraint, and of your own.
+    """Changes the logits of the next token: the base of every constraint, and of the ones that you write.
 
-    A constraint of your own is a frozen dataclass with a name, whose fields JSON can carry, in a module that the
-    server's machine can import too. Start the server with that module: ``launch(constraint_modules=("my.module",))``.
+    A constraint that you write is a frozen dataclass with a name, whose fields JSON can carry, in a module that the
+    server can import too. Start the server with the module: ``launch(constraint_modules=("my.module",))``.
 
     Args:
-        first_tokens: act on the first so many tokens of the response only; None for all.
+        first_tokens: act on the first ``first_tokens`` tokens of the response only; None for all.
         positions: act on these tokens of the response only, counted from 0; None for all.
 
     Raises:
@@ -74,7 +77,7 @@ class LogitConstraint(ABC):
         if not name.isidentifier():
             raise InputError(f"{cls.__name__}: name={name!r} is no identifier; give letters, digits and underscores")
         known = _KINDS.get(name)
-        # A notebook's cell that runs again defines its class again.
+        # A notebook cell that is run twice defines its class twice.
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise InputError(f"{cls.__name__}: name={name!r} is that of {known.__module__}.{known.__qualname__}")
         cls.name = name
@@ -82,7 +85,7 @@ class LogitConstraint(ABC):
 
     def __post_init__(self) -> None:
         kind = type(self).__name__
-        # With an inherited name the server would build the parent instead.
+        # With an inherited name the server would make an object of the parent class.
         if "name" not in vars(type(self)):
             parent = type(self).__bases__[0].__name__
             raise InputTypeError(f"{kind} has no name; define it as class {kind}({parent}, name='…')")
@@ -97,49 +100,56 @@ class LogitConstraint(ABC):
                 raise InputError(f"{kind}: first_tokens and positions are both given; keep one")
 
     def acts_on(self, index: int) -> bool:
-        """Whether it acts on the response's token ``index``."""
+        """Return whether the constraint acts on the response's token ``index``."""
         if self.positions is not None:
             return index in self.positions
         return self.first_tokens is None or index < self.first_tokens
 
     @abstractmethod
     def apply(self, logits_V: torch.Tensor, step: ConstraintStep) -> torch.Tensor:
-        """Changes the logits of one request's next token.
+        """Return the changed logits of one request's next token.
 
-        Runs inside the server at every token, and on every rank of it: keep it short, and without chance of its own.
-        Under overlap scheduling it runs once more behind the last token, for one that is thrown away; what fails there
-        is nobody's fault.
+        Runs inside the server at every token, and on every tensor-parallel rank: keep it fast, and without random
+        numbers. Under overlap scheduling it runs for one token more than the response has. That token is discarded,
+        and an exception there is ignored.
 
         Args:
-            logits_V: ``[V]``, as the steps before left them; may be written to.
-            step: where the request is.
+            logits_V: float ``[V]``, after SGLang's changes and earlier constraints; may be written to.
+            step: the token that is constrained.
 
         Returns:
-            Logits of the same shape. ``-inf`` takes a token away.
+            Logits ``[V]``. ``-inf`` removes a token.
         """
 
     def check(self, vocab_size: int) -> None:  # noqa: B027  most have nothing to check
-        """Holds it against a model before it is sent.
+        """Check the constraint against a model, before the request is sent.
+
+        Args:
+            vocab_size: V.
 
         Raises:
             TokenIdError: an id that the model does not have.
-            ConstraintError: it leaves nothing to choose.
+            ConstraintError: the constraint leaves no token to choose.
         """
 
     # --- as text -----------------------------------------------------------------------------------------------------
 
     def fields(self) -> dict[str, Any]:
-        """Its fields as JSON carries them, without those that are None by default."""
+        """Return the fields as JSON carries them, without fields that are None by default."""
         values = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)]
         return {field.name: value for field, value in values if value is not None or field.default is not None}
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> Self:
-        """Reads what `fields` wrote."""
+        """Make a constraint of what `fields` returned."""
         return cls(**{name: _as_tuples(value) for name, value in fields.items()})
 
     def to_str(self) -> str:
-        """As text: ``name:{json}``, for logs, configurations and the way to the server."""
+        """Write the constraint as ``name:{json}``, for logs, configurations and the server.
+
+        Raises:
+            InputTypeError: a field that JSON cannot carry.
+        """
         try:
             return f"{self.name}:{json.dumps(self.fields(), separators=(',', ':'), allow_nan=False)}"
         except (TypeError, ValueError) as error:
@@ -149,10 +159,10 @@ class LogitConstraint(ABC):
 
     @staticmethod
     def from_str(text: str) -> LogitConstraint:
-        """Reads what `to_str` wrote.
+        """Read what `to_str` wrote.
 
         Raises:
-            UnknownOptionError: a name that nobody defined here.
+            UnknownOptionError: no constraint with this name is defined in this process.
             InputError: text of another form, or fields that the constraint refuses.
         """
         name, colon, rest = text.partition(":")
@@ -176,12 +186,12 @@ class LogitConstraint(ABC):
 
 
 def constraints_of(module: str) -> tuple[str, ...]:
-    """The names of the constraints that a module defines, or a module inside it."""
+    """List the names of the constraints that a module, or a module inside it, defines."""
     return tuple(sorted(n for n, kind in _KINDS.items() if f"{kind.__module__}.".startswith(f"{module}.")))
 
 
 def known_constraints() -> tuple[str, ...]:
-    """The names of all constraints defined in this process."""
+    """List the names of all constraints defined in this process."""
     return tuple(sorted(_KINDS))
 
 

@@ -1,4 +1,7 @@
-"""Constraints that take tokens away, and whether several of them leave any."""
+"""Defines masks, the constraints that remove tokens, and checks that several masks leave a token.
+
+Knows nothing of requests or of the server.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +20,17 @@ from torchrl_sglang_hidden.spec.constraints.base import ConstraintStep, LogitCon
 __all__ = ["ActionMask", "DisallowedTokens", "TokenConstraint", "check_constraints"]
 
 MAX_IDS = 2**20  # more than any vocabulary
-# Runs of ids are read by people, unless there are so many that bits are fewer letters.
+# Ids are written as runs, which people can read, unless bits are shorter.
 MIN_RUN_BITS = 32
 _BITS = "base64:"
 
 
 class TokenConstraint(LogitConstraint):
-    """A constraint that only takes tokens away: `ActionMask`, `DisallowedTokens`."""
+    """Removes tokens and changes nothing else: the base of `ActionMask` and `DisallowedTokens`."""
 
     @abstractmethod
     def allowed(self, vocab_size: int) -> torch.Tensor:
-        """Bool ``[V]``, True where a token may be chosen."""
+        """Return bool ``[V]``, True where a token may be chosen."""
 
     def apply(self, logits_V: torch.Tensor, step: ConstraintStep) -> torch.Tensor:
         """See `LogitConstraint.apply`."""
@@ -36,17 +39,17 @@ class TokenConstraint(LogitConstraint):
 
 @dataclass(frozen=True)
 class ActionMask(TokenConstraint, name="action_mask"):
-    """Only these tokens may be chosen.
+    """Allows only these tokens.
 
-    Where the model's end-of-sequence token is not among them, a response ends at ``max_new_tokens`` or a stop string.
+    Without the model's end-of-sequence token among them, a response ends at ``max_new_tokens`` or a stop string.
 
     Args:
-        valid_token_ids: their ids, in any order; a list, a set, a range, an integer tensor.
+        valid_token_ids: the allowed token ids, in any order: a list, a set, a range or an integer tensor.
 
     Raises:
-        ConstraintError: no ids at all.
+        ConstraintError: no ids.
         TokenIdError: a negative id.
-        InputTypeError: something that is no integer; or zeros and ones, more than two, which are a mask.
+        InputTypeError: a value that is no integer; or more than two values, all 0 or 1, which are a mask.
     """
 
     valid_token_ids: Sequence[int]
@@ -62,7 +65,7 @@ class ActionMask(TokenConstraint, name="action_mask"):
     def from_mask(
         cls, mask_V: torch.Tensor, *, first_tokens: int | None = None, positions: tuple[int, ...] | None = None
     ) -> Self:
-        """From a bool tensor ``[V]``, True where a token may be chosen."""
+        """Make an `ActionMask` of a bool tensor ``[V]``, True where a token may be chosen."""
         return cls(_where(mask_V), first_tokens=first_tokens, positions=positions)
 
     def allowed(self, vocab_size: int) -> torch.Tensor:
@@ -85,14 +88,15 @@ class ActionMask(TokenConstraint, name="action_mask"):
 
 @dataclass(frozen=True)
 class DisallowedTokens(TokenConstraint, name="disallowed_tokens"):
-    """These tokens are never chosen.
+    """Removes these tokens.
 
     Args:
-        ids: their ids, in any order; a list, a set, a range, an integer tensor. None at all denies nothing.
+        ids: the removed token ids, in any order: a list, a set, a range or an integer tensor. An empty list removes
+            no token.
 
     Raises:
         TokenIdError: a negative id.
-        InputTypeError: something that is no integer; or zeros and ones, more than two, which are a mask.
+        InputTypeError: a value that is no integer; or more than two values, all 0 or 1, which are a mask.
     """
 
     ids: Sequence[int]
@@ -122,39 +126,45 @@ class DisallowedTokens(TokenConstraint, name="disallowed_tokens"):
 
 
 def check_constraints(constraints: Sequence[LogitConstraint], vocab_size: int, max_new_tokens: int) -> None:
-    """Holds the constraints of one request against the model and against one another.
+    """Check the constraints of one request against the model, and its masks against one another.
+
+    Args:
+        constraints: the request's constraints.
+        vocab_size: V.
+        max_new_tokens: most tokens of the response.
 
     Raises:
         TokenIdError: an id that the model does not have.
-        ConstraintError: the masks leave nothing to choose for some token of the response.
+        ConstraintError: the masks leave no token to choose somewhere in the response.
     """
     for constraint in constraints:
         constraint.check(vocab_size)
     masks = [constraint for constraint in constraints if isinstance(constraint, TokenConstraint)]
     if len(masks) < 2:
         return
-    # Elsewhere no mask begins to act, and what several leave some of them leave too.
-    places = {0, *(place for mask in masks for place in mask.positions or ())}
+    # Only token 0 and the explicit positions need checking: anywhere else the active masks are a subset of the masks at
+    # token 0. For example a mask with first_tokens=3 acts at token 0, and no mask begins to act at token 3.
+    indices = {0, *(index for mask in masks for index in mask.positions or ())}
     checked = set()
-    for place in sorted(places):
-        acting = tuple(i for i, mask in enumerate(masks) if mask.acts_on(place))
-        if place >= max(max_new_tokens, 1) or len(acting) < 2 or acting in checked:
+    for index in sorted(indices):
+        acting = tuple(i for i, mask in enumerate(masks) if mask.acts_on(index))
+        if index >= max(max_new_tokens, 1) or len(acting) < 2 or acting in checked:
             continue
         checked.add(acting)
         left = masks[acting[0]].allowed(vocab_size)
         for i in acting[1:]:
-            left = left & masks[i].allowed(vocab_size)  # not in place: it may be a tensor that the mask keeps
+            left = left & masks[i].allowed(vocab_size)  # not in place: the mask may keep the tensor
         if not left.any():
             names = " and ".join(type(masks[i]).__name__ for i in acting)
             raise ConstraintError(
-                f"{names} together leave 0 of {vocab_size} tokens for token {place} of the response; allow one that is "
+                f"{names} together leave 0 of {vocab_size} tokens for token {index} of the response; allow one that is "
                 "not denied"
             )
 
 
 def _read_ids(what: str, ids: object) -> tuple[int, ...]:
     if isinstance(ids, torch.Tensor):
-        # Environments write masks as int8 and uint8 too, and no vocabulary is that small.
+        # Environments write masks as int8 and uint8 too. No vocabulary is small enough for ids of these dtypes.
         if ids.dtype in (torch.bool, torch.int8, torch.uint8) or ids.is_floating_point() or ids.is_complex():
             raise InputTypeError(
                 f"{what}: a tensor of {ids.dtype}; expected token ids, or for a mask ActionMask.from_mask(mask.bool())"
@@ -163,7 +173,7 @@ def _read_ids(what: str, ids: object) -> tuple[int, ...]:
     if isinstance(ids, (str, bytes, Mapping)) or not isinstance(ids, Iterable):
         raise InputTypeError(f"{what}: {ids!r:.80} is a {type(ids).__name__}; expected token ids")
     read = list(ids)
-    wrong = [one for one in read if type(one) is not int]
+    wrong = [value for value in read if type(value) is not int]
     if wrong:
         raise InputTypeError(f"{what}: {wrong[0]!r:.80} is a {type(wrong[0]).__name__}; token ids are integers")
     if read and min(read) < 0:
@@ -196,7 +206,7 @@ def _marked(ids: Sequence[int], vocab_size: int) -> torch.Tensor:
 
 
 def _to_text(ids: Sequence[int]) -> str:
-    """Sorted ids as runs, ``"3-7,9"``; as bits where those are shorter, ``"base64:…"``, the first id in the lowest."""
+    """Write sorted ids as runs, ``"3-7,9"``, or as bits, ``"base64:…"`` with id 0 in the lowest bit, if shorter."""
     if not ids:
         return ""
     ids_N = torch.tensor(ids)
@@ -224,7 +234,7 @@ def _from_text(text: object) -> torch.Tensor | list[int]:
         start, stop = int(first), int(last if dash else first) + 1
         if stop <= start:
             raise InputError(f"{text!r:.80}: {run!r} ends before it begins")
-        # The text may come from the network: a few letters must not become a list that fills the memory.
+        # The text may come from the network: a few characters must not become a list that fills the memory.
         if stop - start + len(ids) > MAX_IDS:
             raise InputError(f"{text!r:.80}: more than {MAX_IDS} token ids")
         ids += range(start, stop)

@@ -1,4 +1,7 @@
-"""A temperature that is a function of the token's place in its response."""
+"""Defines a temperature that depends on a token's index in its response.
+
+Knows nothing of requests or of the server.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +17,18 @@ from torchrl_sglang_hidden.spec.constraints.base import ConstraintStep, LogitCon
 
 __all__ = ["ExponentialSchedule", "LinearSchedule", "TemperatureScale"]
 
-# Far enough for any schedule, and near enough that float32 logits stay finite.
+# Wide enough for any schedule, and narrow enough that float32 logits stay finite.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-2, 1e2
 
 
 @dataclass(frozen=True, slots=True)
 class LinearSchedule:
-    """From ``start`` at the first token to ``end`` at token ``steps``, in equal differences; then ``end``.
+    """Changes the temperature in equal differences from ``start`` to ``end``.
 
     Args:
         start: temperature of token 0.
-        end: temperature of token ``steps - 1`` and of those behind it.
-        steps: tokens that it takes, at least 2; None for ``max_new_tokens`` of the request.
+        end: temperature of token ``steps - 1`` and of every later token.
+        steps: tokens from ``start`` to ``end``, at least 2; None for the request's ``max_new_tokens``.
     """
 
     start: float
@@ -33,20 +36,26 @@ class LinearSchedule:
     steps: int | None = None
 
     def at(self, progress: float) -> float:
-        """The temperature at a place between 0 and 1."""
+        """Return the temperature at a progress from 0 (token 0) to 1 (the last step)."""
         return self.start + (self.end - self.start) * progress
 
 
 @dataclass(frozen=True, slots=True)
 class ExponentialSchedule:
-    """As `LinearSchedule`, in equal ratios."""
+    """Changes the temperature in equal ratios from ``start`` to ``end``.
+
+    Args:
+        start: temperature of token 0.
+        end: temperature of token ``steps - 1`` and of every later token.
+        steps: tokens from ``start`` to ``end``, at least 2; None for the request's ``max_new_tokens``.
+    """
 
     start: float
     end: float
     steps: int | None = None
 
     def at(self, progress: float) -> float:
-        """The temperature at a place between 0 and 1."""
+        """Return the temperature at a progress from 0 (token 0) to 1 (the last step)."""
         return float(self.start * (self.end / self.start) ** progress)
 
 
@@ -59,18 +68,18 @@ _CURVES: dict[str, type[LinearSchedule | ExponentialSchedule]] = {
 
 @dataclass(frozen=True)
 class TemperatureScale(LogitConstraint, name="temperature_scale"):
-    """A temperature that changes as the response grows: the logits of token t are divided by it.
+    """Divides the logits by a temperature that changes as the response grows.
 
-    The request's own ``temperature`` divides them too: leave that at 1 for this one alone. At ``temperature=0`` the
-    best token stays the best, and only the log-probs change.
+    The request's own ``temperature`` divides the logits too; leave it at 1 to use this schedule alone. At
+    ``temperature=0`` the best token stays the best, and only the log-probs change.
 
     Args:
-        schedule: a number, the same for all tokens; a list of them, one per token, of which the last goes on; a
-            `LinearSchedule` or an `ExponentialSchedule`. Each temperature is in [0.01, 100].
+        schedule: one number for all tokens; a list with one number for each token, whose last number goes on; a
+            `LinearSchedule`; or an `ExponentialSchedule`. Each temperature is in [0.01, 100].
 
     Raises:
-        InputError: a temperature outside that, NaN, an empty list, or fewer than 2 steps.
-        InputTypeError: something else.
+        InputError: a temperature outside [0.01, 100], NaN, an empty list, or fewer than 2 steps.
+        InputTypeError: a value of another type.
     """
 
     schedule: Schedule
@@ -89,12 +98,12 @@ class TemperatureScale(LogitConstraint, name="temperature_scale"):
         elif isinstance(schedule, (list, tuple)):
             if not schedule:
                 raise InputError("TemperatureScale([]): 0 temperatures; give at least 1")
-            object.__setattr__(self, "schedule", tuple(_read_temperature(one) for one in schedule))
+            object.__setattr__(self, "schedule", tuple(_read_temperature(value) for value in schedule))
         else:
             object.__setattr__(self, "schedule", _read_temperature(schedule))
 
     def at(self, index: int, max_new_tokens: int) -> float:
-        """The temperature of the response's token ``index``, of at most ``max_new_tokens``."""
+        """Return the temperature of the response's token ``index``, of at most ``max_new_tokens``."""
         schedule = self.schedule
         if isinstance(schedule, float):
             return schedule
