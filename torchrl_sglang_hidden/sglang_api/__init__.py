@@ -1,4 +1,5 @@
-"""SGLang's names and JSON, the client's side: generation options, payloads, what must not be sent, answers.
+"""Translates between this package's records and SGLang's names and JSON, on the client's side.
 
-Past it there are records, no dicts. Knows nothing of how a payload travels, nor of TensorDicts.
+Generation options, payloads, the checks before sending, and responses are here. Every other folder sees records, not
+SGLang's dicts. Knows nothing of how a payload travels, nor of TensorDicts.
 """

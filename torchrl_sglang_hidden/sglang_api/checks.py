@@ -1,6 +1,6 @@
-"""What must not be sent: `Request`s held against what an engine says of itself, before they become a payload.
+"""Checks `Request`s against an engine's description before they become a payload.
 
-Knows nothing of TensorDicts, nor of payloads.
+Knows nothing of TensorDicts, nor of how a payload is written.
 """
 
 from __future__ import annotations
@@ -31,17 +31,22 @@ MAX_SHARED_BYTES = MAX_ANSWER_BYTES // 2
 
 
 def check_requests(requests: Sequence[Request], info: EngineInfo) -> None:
-    """Refuses what would take the whole server down, or be refused by it, before anything is sent.
+    """Refuse requests that the server would refuse, or that would take the whole server down, before any is sent.
 
     SGLang 0.5.23's scheduler ends on an id outside the vocabulary and on an empty prompt.
 
+    Args:
+        requests: one for each row of the batch.
+        info: the engine's description.
+
     Raises:
-        PromptLengthError: no rows, a row without tokens, or one over `EngineInfo.max_prompt_tokens`.
+        PromptLengthError: no rows, a row without tokens, or a prompt over `EngineInfo.max_prompt_tokens`.
         TokenIdError: an id outside ``[0, vocab_size)``.
         InputTypeError: an id that is no Python int.
-        ConstraintError: constraints that leave nothing to choose.
-        SpanError: a span that is not in its prompt.
-        CapabilityError: hidden states, logits or seeds asked of an engine that has no use for them.
+        InputError: a value outside its limits, or more bytes than a result may have.
+        ConstraintError: constraints that leave no token to choose.
+        SpanError: a span outside its prompt.
+        CapabilityError: hidden states, logits, constraints, seeds or priorities that this engine does not serve.
     """
     if not requests:
         raise PromptLengthError("the batch has 0 rows; pass at least 1 prompt")
@@ -54,43 +59,8 @@ def check_requests(requests: Sequence[Request], info: EngineInfo) -> None:
             "--enable-priority-scheduling, or leave it out"
         )
     for row, request in enumerate(requests):
-        ids = request.prompt_ids
-        if not ids:
-            raise PromptLengthError(f"row {row}: the prompt has 0 tokens; SGLang needs at least 1")
-        if any(type(token_id) is not int for token_id in ids):
-            wrong = next(token_id for token_id in ids if type(token_id) is not int)
-            raise InputTypeError(f"row {row}: token id {wrong!r} is a {type(wrong).__name__}; token ids are integers")
-        for extreme in (min(ids), max(ids)):
-            if not 0 <= extreme < info.vocab_size:
-                raise TokenIdError(
-                    f"row {row}: token id {extreme} at position {ids.index(extreme)} is outside the vocabulary of "
-                    f"{info.vocab_size}; ids are 0..{info.vocab_size - 1}. Was it made by another model's tokenizer?"
-                )
-        if len(ids) > info.max_prompt_tokens:
-            raise PromptLengthError(
-                f"row {row}: the prompt has {len(ids)} tokens, over the engine's limit of {info.max_prompt_tokens} "
-                f"(context length {info.context_length}); shorten it, or start the server with a larger context or KV "
-                "cache"
-            )
-        for name in ("stop_token_ids", "logit_bias"):
-            unknown = [i for i in map(int, request.sampling.get(name) or ()) if i >= info.vocab_size]
-            if unknown:
-                raise TokenIdError(
-                    f"row {row}: {name} has id {unknown[0]}, outside the vocabulary of {info.vocab_size}; ids are "
-                    f"0..{info.vocab_size - 1}"
-                )
-        if "sampling_seed" in request.sampling and not info.honours_seeds:
-            raise CapabilityError(
-                f"row {row}: sampling_seed={request.sampling['sampling_seed']}, which this engine does not read; start "
-                "SGLang with --enable-deterministic-inference (an accelerator's attention backend), or leave it out"
-            )
-        # A prompt that is only read still costs a token: SGLang generates one at least.
-        total = len(ids) + (request.sampling.get("max_new_tokens", 1) or 1)
-        if total > info.context_length:
-            raise PromptLengthError(
-                f"row {row}: {len(ids)} prompt tokens and max_new_tokens={total - len(ids)} are {total} together, over "
-                f"the context length of {info.context_length}; lower max_new_tokens to {info.context_length - len(ids)}"
-            )
+        _check_prompt(row, request.prompt_ids, info)
+        _check_sampling(row, request, info)
         if request.hidden is not None:
             _check_hidden(row, request, request.hidden, info)
         _check_constraints_and_logits(row, request, info)
@@ -103,8 +73,51 @@ def check_requests(requests: Sequence[Request], info: EngineInfo) -> None:
         )
 
 
+def _check_prompt(row: int, ids: tuple[int, ...], info: EngineInfo) -> None:
+    if not ids:
+        raise PromptLengthError(f"row {row}: the prompt has 0 tokens; SGLang needs at least 1")
+    if any(type(token_id) is not int for token_id in ids):
+        wrong = next(token_id for token_id in ids if type(token_id) is not int)
+        raise InputTypeError(f"row {row}: token id {wrong!r} is a {type(wrong).__name__}; token ids are integers")
+    for extreme in (min(ids), max(ids)):
+        if not 0 <= extreme < info.vocab_size:
+            raise TokenIdError(
+                f"row {row}: token id {extreme} at position {ids.index(extreme)} is outside the vocabulary of "
+                f"{info.vocab_size}; ids are 0..{info.vocab_size - 1}. Was it made by another model's tokenizer?"
+            )
+    if len(ids) > info.max_prompt_tokens:
+        raise PromptLengthError(
+            f"row {row}: the prompt has {len(ids)} tokens, over the engine's limit of {info.max_prompt_tokens} "
+            f"(context length {info.context_length}); shorten it, or start the server with a larger context or KV "
+            "cache"
+        )
+
+
+def _check_sampling(row: int, request: Request, info: EngineInfo) -> None:
+    for name in ("stop_token_ids", "logit_bias"):
+        unknown = [i for i in map(int, request.sampling.get(name) or ()) if i >= info.vocab_size]
+        if unknown:
+            raise TokenIdError(
+                f"row {row}: {name} has id {unknown[0]}, outside the vocabulary of {info.vocab_size}; ids are "
+                f"0..{info.vocab_size - 1}"
+            )
+    if "sampling_seed" in request.sampling and not info.honours_seeds:
+        raise CapabilityError(
+            f"row {row}: sampling_seed={request.sampling['sampling_seed']}, which this engine does not read; start "
+            "SGLang with --enable-deterministic-inference (an accelerator's attention backend), or leave it out"
+        )
+    num_prompt = len(request.prompt_ids)
+    # Reading a prompt generates a token too: SGLang samples at least one.
+    total = num_prompt + (request.sampling.get("max_new_tokens", 1) or 1)
+    if total > info.context_length:
+        raise PromptLengthError(
+            f"row {row}: {num_prompt} prompt tokens and max_new_tokens={total - num_prompt} are {total} together, over "
+            f"the context length of {info.context_length}; lower max_new_tokens to {info.context_length - num_prompt}"
+        )
+
+
 def _check_constraints_and_logits(row: int, request: Request, info: EngineInfo) -> None:
-    """Refuses constraints and logits that the engine cannot give, or that would stand in everybody's way."""
+    """Refuse constraints and logits that the engine cannot serve, or that are too many bytes for it."""
     name, num_prompt = f"row {row}:", len(request.prompt_ids)
     if request.processor is not None and not info.takes_processors:
         raise CapabilityError(
@@ -188,7 +201,7 @@ def _num_rows(request: Request, spec: LogitsSpec) -> int:
 
 
 def _logits_bytes(request: Request, info: EngineInfo) -> int:
-    """Most bytes that the logits of a request come to."""
+    """Return the most bytes that the logits of a request may have."""
     spec = request.logits
     if spec is None:
         return 0
@@ -251,7 +264,7 @@ def _check_span(name: str, span: object, request: Request, info: EngineInfo) -> 
 
 
 def _check_token_bytes(row: int, request: Request, spec: HiddenSpec, info: EngineInfo) -> None:
-    """Refuses token states that would stand in the way of everybody: they pass through all of SGLang's processes."""
+    """Refuse token states of too many bytes: they pass through all of SGLang's processes, and block them."""
     num_new = request.sampling.get("max_new_tokens", DEFAULT_NEW_TOKENS)
     rows = num_new if not reads_prompt(spec.segments) else len(request.prompt_ids) + num_new
     size = rows * len(spec.layer_ids) * info.hidden_size * wanted_of(request, spec, info).row_dtype.itemsize

@@ -1,4 +1,4 @@
-"""`Request`s to SGLang's payload.
+"""Writes `Request`s as SGLang's payload.
 
 Knows nothing of TensorDicts, nor of how a payload travels.
 """
@@ -21,7 +21,7 @@ __all__ = ["logits_of", "shares", "to_payload", "wanted_of"]
 
 
 def wanted_of(request: Request, spec: HiddenSpec, info: EngineInfo) -> Wanted:
-    """What the request asks of the server half, or of whoever pools stock states."""
+    """Return what to pool for a request: for the server half, or for the client when it pools stock states."""
     # Narrower rows are fewer bytes; wider ones than float32 hold no more than it does.
     narrow = spec.dtype in (torch.bfloat16, torch.float16)
     return Wanted(
@@ -35,12 +35,15 @@ def wanted_of(request: Request, spec: HiddenSpec, info: EngineInfo) -> Wanted:
 
 
 def to_payload(requests: Sequence[Request], info: EngineInfo, *, binary: bool) -> dict[str, Any]:
-    """Writes one batched payload for SGLang's ``/generate`` (``Engine.async_generate`` takes the same names).
+    """Write one batched payload for SGLang's ``/generate`` (``Engine.async_generate`` takes the same names).
 
     Args:
         requests: checked requests, at least one.
         info: decides between the server half and stock ``return_hidden_states``.
-        binary: states come as raw bytes (in-process), not as text (JSON).
+        binary: whether states come as raw bytes (in one process) instead of text (JSON).
+
+    Returns:
+        SGLang's parameters by name, each a list with one entry for each request.
     """
     sampling = [_sampling(request) for request in requests]
     payload: dict[str, Any] = {
@@ -49,7 +52,7 @@ def to_payload(requests: Sequence[Request], info: EngineInfo, *, binary: bool) -
         "return_logprob": [request.return_log_probs or _scores_stock(request) for request in requests],
     }
     if any(_scores_stock(request) for request in requests):
-        # SGLang gives none for the first token of those it starts with; -1 is its "no prompt log-probs".
+        # SGLang gives no log-prob for the first token that it starts with, so start one earlier. -1 asks for none.
         payload["logprob_start_len"] = [
             max(request.score_from - 1, 0) if _scores_stock(request) else -1 for request in requests
         ]
@@ -61,32 +64,33 @@ def to_payload(requests: Sequence[Request], info: EngineInfo, *, binary: bool) -
         payload["priority"] = requests[0].priority
     wanted = [None if request.hidden is None else wanted_of(request, request.hidden, info) for request in requests]
     if info.pools_in_server:
-        for one, params, request in zip(wanted, sampling, requests, strict=True):
+        for states, params, request in zip(wanted, sampling, requests, strict=True):
             logits = logits_of(request)
-            if one is None and logits is None:
+            if states is None and logits is None:
                 continue
-            one = one or Wanted(segments=(), pooling=None)
+            states = states or Wanted(segments=(), pooling=None)
             way = "binary" if binary else _way(shares(request), info)
-            # Beside what a processor of SGLang's own reads there.
-            params["custom_params"] = {**(params.get("custom_params") or {}), CHANNEL: pack_options(one, way, logits)}
-    elif any(one is not None for one in wanted):
-        payload["return_hidden_states"] = [one is not None for one in wanted]
-        # Stock SGLang leaves out the rows of a prefix-cache hit. A salt of its own keeps a request from hitting.
+            # A native SGLang logit processor reads the user's entries of the same dict.
+            custom_params = params.get("custom_params") or {}
+            params["custom_params"] = {**custom_params, CHANNEL: pack_options(states, way, logits)}
+    elif any(states is not None for states in wanted):
+        payload["return_hidden_states"] = [states is not None for states in wanted]
+        # Stock SGLang leaves out the rows of a prefix-cache hit. A salt that no other request has prevents the hit.
         payload["cache_salt"] = [
-            uuid.uuid4().hex if one is not None and _reads_prompt(one, len(request.prompt_ids)) else ""
-            for one, request in zip(wanted, requests, strict=True)
+            uuid.uuid4().hex if states is not None and _reads_prompt(states, len(request.prompt_ids)) else ""
+            for states, request in zip(wanted, requests, strict=True)
         ]
     return payload
 
 
 def logits_of(request: Request) -> WantedLogits | None:
-    """What the request asks of the logits; None for nothing. Only the server half gives it."""
+    """Return the logits and constraints that the request asks the server half for; None for neither."""
     spec, scored = request.logits, request.score_prompt and bool(request.constraints)
     if spec is None and not request.constraints:
         return None
     limit = request.response_limit
     if not request.score_prompt:
-        # Not SGLang's own number, which it lowers where the context ends: a schedule goes by what was asked for.
+        # SGLang lowers its own max_new_tokens where the context ends. A temperature schedule must use the asked number.
         limit = request.sampling.get("max_new_tokens", DEFAULT_NEW_TOKENS)
     prompt_from = 1 if spec is not None and spec.of_prompt else max(request.score_from, 1) if scored else None
     return WantedLogits(
@@ -100,12 +104,12 @@ def logits_of(request: Request) -> WantedLogits | None:
 
 
 def shares(request: Request) -> bool:
-    """Whether many bytes may come back, which go through shared memory where there is one."""
+    """Return whether the result may be many bytes, so that shared memory is used where the engine has it."""
     return request.logits is not None or (request.hidden is not None and request.hidden.tokens)
 
 
 def _scores_stock(request: Request) -> bool:
-    """Whether SGLang's own log-probs of the prompt are wanted: under constraints they are the server half's."""
+    """Return whether SGLang computes the prompt's log-probs; under constraints the server half does."""
     return request.score_prompt and not request.constraints
 
 
@@ -114,10 +118,10 @@ def _way(many: bool, info: EngineInfo) -> Way:
 
 
 def _sampling(request: Request) -> dict[str, Any]:
-    # SGLang has no states where nothing is generated, and the token comes with the prompt's one forward pass.
+    # SGLang gives no states where nothing is generated. The one token of READING needs no further forward pass.
     return dict(READING if request.reads_only else request.sampling)
 
 
 def _reads_prompt(wanted: Wanted, num_prompt: int) -> bool:
-    """Whether rows before the prompt's last, which is always computed, are wanted."""
+    """Return whether prompt rows before the last are wanted. SGLang computes the last row even on a full cache hit."""
     return wanted.pools_prefix or RequestPools(wanted, num_prompt).first_needed() < num_prompt - 1

@@ -1,6 +1,6 @@
-"""Generation options: TorchRL's standard names and Hugging Face's, checked and turned into SGLang's.
+"""Checks generation options by TorchRL's, Hugging Face's and vLLM's names, and turns them into SGLang's.
 
-Knows nothing of payloads: it ends with the dict of SGLang's sampling parameters.
+Knows nothing of payloads and requests: it returns the dict of SGLang's sampling parameters.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _ALIASES = {
 
 
 MAX_LOGIT_BIAS = 1e9
-# Options of a request that are no sampling parameters of SGLang. Those of constraints are read in `actions`.
+# Options that are no sampling parameters of SGLang. `policy.action_masks` reads the options for constraints.
 NOT_OF_SAMPLING = frozenset(
     {"lora_path", "priority", "return_hidden_states", "action_mask", "disallowed_tokens", "custom_logit_processor"}
 )
 _GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag")
-# One of these in a call replaces all of its group in the defaults.
+# An option of a call replaces every default in the same group.
 _GROUPS = (_GRAMMARS, ("do_sample", "temperature"))
 
 
@@ -102,37 +102,37 @@ _RULES: dict[str, _Rule] = {
 
 
 # SGLang's sampling parameters that a caller may set (sglang.srt.sampling.sampling_params.SamplingParams, 0.5.23; a test
-# compares). Left out: `n` and `beam_width` (one completion per request is the contract here), `stream_interval` and
-# `watermark` (of no effect on a finished response).
+# compares). Left out: `n` and `beam_width` (each request has one completion here), `stream_interval` and `watermark`
+# (without effect on a finished response).
 SGLANG_NAMES = (frozenset(_RULES) - NOT_OF_SAMPLING - {"do_sample", "num_return_sequences", "stop_sequences"}) | {
     "stop"
 }
 
 
 def standardize(options: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Renames the options to their standard names and checks every value.
+    """Rename the options to their standard names and check every value.
 
     Where an alias and the standard name are both given, the alias wins, as in TorchRL's wrappers. None means "the
     engine's default" and drops the option.
 
     Args:
-        options: TorchRL's standard names (``max_new_tokens``, ``temperature``, ``stop_sequences``, ``do_sample`` …),
-            Hugging Face's or vLLM's (``max_tokens``, ``stop_strings``, ``eos_token_id``, ``seed`` …), and every
-            sampling parameter of SGLang by its own name; beside these, of SGLang's requests, ``return_hidden_states``,
-            ``lora_path``, ``priority`` and ``custom_logit_processor`` (its ``custom_params`` beside it); and
-            ``action_mask``, ``disallowed_tokens``.
+        options: values by TorchRL's standard names (``max_new_tokens``, ``temperature``, ``stop_sequences``,
+            ``do_sample`` …), by Hugging Face's or vLLM's (``max_tokens``, ``stop_strings``, ``eos_token_id``, ``seed``
+            …), or by the name of any sampling parameter of SGLang. Further options are ``return_hidden_states``,
+            ``lora_path``, ``priority``, ``custom_logit_processor`` with its ``custom_params``, ``action_mask`` and
+            ``disallowed_tokens``.
 
     Returns:
         A new dict by standard names.
 
     Raises:
-        UnknownOptionError: a name nobody knows.
+        UnknownOptionError: an unknown name.
         InputError: a value outside its limits, or two options that contradict each other.
         InputTypeError: a value of the wrong type.
     """
-    given = {name: value for name, value in (options or {}).items() if value is not None}
-    out = {name: value for name, value in given.items() if name not in _ALIASES}
-    out.update({_ALIASES[name]: value for name, value in given.items() if name in _ALIASES})
+    passed = {name: value for name, value in (options or {}).items() if value is not None}
+    out = {name: value for name, value in passed.items() if name not in _ALIASES}
+    out.update({_ALIASES[name]: value for name, value in passed.items() if name in _ALIASES})
     for name, value in out.items():
         _check(name, value)
     if out.get("do_sample") is False and out.get("temperature", 0) != 0:
@@ -151,10 +151,11 @@ def standardize(options: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def override(defaults: Mapping[str, Any], call: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of one call over standardised defaults, standardised.
+    """Merge the options of one call over standardised defaults.
 
-    An option of the call replaces the default of the same name, and those it would contradict: a grammar another
-    grammar, ``do_sample`` the ``temperature``. None takes a default away, back to the engine's own.
+    An option of the call replaces the default of the same name. It also replaces defaults that contradict it: a
+    grammar replaces another grammar, and ``do_sample`` the ``temperature``. None removes a default, so that the
+    engine's own default applies.
 
     Raises:
         InputError: see `standardize`.
@@ -175,7 +176,7 @@ def _check(name: str, value: Any) -> None:
         close = difflib.get_close_matches(str(name), sorted(_RULES | _ALIASES), n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(_RULES))}"
         raise UnknownOptionError(f"unknown generation option {name!r}: {hint}")
-    # bool is an int to Python: temperature=True is a slip, not a 1.
+    # bool is a subclass of int: temperature=True is a mistake, not 1.
     if not isinstance(value, rule.types) or (isinstance(value, bool) and bool not in rule.types):
         raise InputTypeError(f"{name}={value!r}: expected {rule.limit}")
     if not rule.holds(value):
@@ -183,16 +184,17 @@ def _check(name: str, value: Any) -> None:
 
 
 def to_sglang(standard: Mapping[str, Any]) -> dict[str, Any]:
-    """Turns standardised options into SGLang's sampling parameters, JSON-serialisable.
+    """Turn standardised options into SGLang's sampling parameters, JSON-serialisable.
 
-    ``do_sample=False`` and ``top_k=1`` become ``temperature=0``; ``skip_special_tokens`` stays SGLang's default, True.
-    What is no sampling parameter is left out.
+    ``do_sample=False`` and ``top_k=1`` become ``temperature=0``. ``skip_special_tokens`` keeps SGLang's default, True.
+    Options that are no sampling parameters are left out.
     """
     out = {name: value for name, value in standard.items() if name not in NOT_OF_SAMPLING}
     if out.pop("do_sample", True) is False:
         out["temperature"] = 0.0
     if out.get("top_k") == 1:
-        # The same token; but whether SGLang divides by the temperature then hangs on who else is in the batch.
+        # The sampled token is the same. But at another temperature SGLang would divide the logits by it or not,
+        # depending on the other requests in the batch.
         out["temperature"] = 0.0
     out.pop("num_return_sequences", None)
     if "stop_sequences" in out:
@@ -203,7 +205,7 @@ def to_sglang(standard: Mapping[str, Any]) -> dict[str, Any]:
         out["stop_token_ids"] = [ids] if isinstance(ids, int) else sorted(ids)
     for name, rule in _RULES.items():
         if name in out and Real in rule.types:
-            out[name] = float(out[name])  # numpy's numbers are no JSON
+            out[name] = float(out[name])  # JSON does not take numpy's numbers
     if "logit_bias" in out:
         out["logit_bias"] = {str(token_id): float(bias) for token_id, bias in out["logit_bias"].items()}
     return out

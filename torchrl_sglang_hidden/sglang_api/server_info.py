@@ -1,4 +1,4 @@
-"""What an engine says of itself, read when a client connects: its sizes, and what it can give.
+"""Reads the description of an engine when a client connects: its sizes, and what it can return.
 
 Knows nothing of requests, nor of how a payload travels.
 """
@@ -17,7 +17,7 @@ __all__ = ["ModelSizes", "read_info", "warm_up"]
 
 
 class ModelSizes(NamedTuple):
-    """What a model's configuration says."""
+    """Holds the sizes in a model's configuration: V, D, the number of decoder layers, and tokens of context."""
 
     vocab_size: int
     hidden_size: int
@@ -26,16 +26,19 @@ class ModelSizes(NamedTuple):
 
 
 def warm_up(server_info: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A payload to send before an engine can say which layers it gives, or None: it is checked on the first step."""
+    """Return a payload to send before `read_info`; None where none is needed.
+
+    The server half checks its layers on the first forward step, and only then knows which layers it gives.
+    """
     states = [state.get(CHANNEL) for state in server_info.get("internal_states") or [{}]]
     if all(state is None or state.get("layers", ()) is not None for state in states):
         return None
-    # One for each of the engine's data-parallel parts.
+    # One prompt for each data-parallel rank of the engine.
     return {"input_ids": [[0]] * len(states), "sampling_params": dict(READING)}
 
 
 def _stock_refusal(server_info: Mapping[str, Any]) -> str:
-    """Why SGLang's own hidden states cannot be trusted on this server; empty where they can."""
+    """Return why stock hidden states cannot be trusted on this server; empty where they can."""
     if server_info.get("speculative_algorithm"):
         return f"speculative decoding ({server_info['speculative_algorithm']}) gives rows of rejected tokens"
     if (server_info.get("pp_size") or 1) > 1:
@@ -48,15 +51,15 @@ def read_info(
     server_info: Mapping[str, Any],
     ask_model: Callable[[str], ModelSizes],
 ) -> EngineInfo:
-    """Reads what an engine says of itself.
+    """Read the description of an engine.
 
     Args:
         model_info: SGLang's ``/model_info``.
         server_info: SGLang's ``/server_info``.
-        ask_model: for an engine without the server half, gives the sizes of the model at a path.
+        ask_model: returns the sizes of the model at a path, for an engine without the server half.
 
     Raises:
-        ProtocolError: the server half speaks another protocol, or the answers lack what they should have.
+        ProtocolError: the server half speaks another protocol, or a field is missing.
         CapabilityError: the server does not generate text.
     """
     if not model_info.get("is_generation", True) or server_info.get("skip_tokenizer_init"):
@@ -76,7 +79,7 @@ def read_info(
         context_length = server_info.get("context_length") or sizes.context_length
         pools = everywhere and all(status.layers != () for status in statuses)
         because = next((status.because for status in statuses if status.because), _stock_refusal(server_info))
-        # The last layer's need no check, and are there before anything has run.
+        # The last layer needs no check, and is there before the first forward step.
         layers = [status.layers or (-1,) for status in statuses] if pools else [(-1,)]
         return EngineInfo(
             model_path=model_info["model_path"],
@@ -86,7 +89,7 @@ def read_info(
             num_layers=sizes.num_layers,
             layers=tuple(sorted(set(layers[0]).intersection(*layers))),
             context_length=context_length,
-            # SGLang refuses a prompt that leaves no room for a token, in the context or in its KV cache.
+            # SGLang refuses a prompt that fills the context or the KV cache: one token must fit behind it.
             max_prompt_tokens=min(context_length, server_info["max_req_input_len"]) - 1,
             weight_version=str(model_info["weight_version"]),
             pools_in_server=pools,
