@@ -312,7 +312,8 @@ def _prompt_logits(part: PromptPart, first: int, logits_NV: torch.Tensor) -> Pro
         log_probs_N = logits_NV.log_softmax(-1).gather(1, tokens_N1)[:, 0]
     logits = None
     if wanted.spec is not None and wanted.spec.of_prompt:
-        logits = select_columns(raw_NV if wanted.spec.stage == "raw" else logits_NV, wanted.spec)
+        by_stage: dict[Stage, torch.Tensor] = {"raw": raw_NV, "processed": logits_NV}
+        logits = select_columns(by_stage[wanted.spec.stage], wanted.spec)
     return PromptLogits(
         part=part,
         first=first,
