@@ -177,8 +177,8 @@ class EngineInfo:
             ``--enable-deterministic-inference``.
         honours_priorities: whether a request's ``priority`` has an effect. SGLang reads it only under
             ``--enable-priority-scheduling``.
-        no_states_because: why the engine gives no hidden states, or those of the last layer only. Empty where it gives
-            every layer that it was started for.
+        no_states_because: why the engine gives no hidden states, or only the last layer's. Empty where it gives every
+            layer that it was started for.
         shares_memory: whether the engine is on this machine, so that large results can come through shared memory.
         constraints: the names of the constraints whose code the server half has.
         takes_processors: whether the engine takes native SGLang logit processors, under

@@ -40,7 +40,7 @@ class SessionHost:
         info: what it says of itself now.
         call: one of SGLang's control calls.
         ask: sends a payload of one request, and returns SGLang's answer.
-        binary: see `wire.to_payload`.
+        binary: see `payload.to_payload`.
         num_ranks: its data-parallel ranks.
         bos_id: the id that SGLang takes off the head of an appended turn, once that was seen.
     """

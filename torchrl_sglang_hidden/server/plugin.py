@@ -157,34 +157,34 @@ def around_match_prefix(original: Any, req: Any, tree_cache: Any = None, cow_mam
 
     For example a request that pools its prompt may hit the cache up to a position where a prefix sum is kept.
     """
-    one = None if tree_cache is None else _capture.open_again(req)
+    tracked = None if tree_cache is None else _capture.open_again(req)
     # Never shorten a streaming session's prefix: SGLang ends when that is tried. The client's count finds missing rows.
     streaming = getattr(req.session, "streaming", False)
-    if one is None or not one.reads_prompt or streaming:
+    if tracked is None or not tracked.reads_prompt or streaming:
         original(req, tree_cache, cow_mamba)
         return
-    one.restart()
+    tracked.restart()
     _capture.page_size = tree_cache.page_size
     # Each match of a recurrent state takes a slot, and images shift positions. Such a request is matched once, with
-    # nothing.
+    # the limit 0.
     once = tree_cache.supports_mamba() or req.multimodal_inputs is not None
-    one.limit = _capture.prefix_limit(one, 0 if once else len(req.origin_input_ids) + len(req.output_ids))
+    tracked.limit = _capture.prefix_limit(tracked, 0 if once else len(req.origin_input_ids) + len(req.output_ids))
     original(req, tree_cache, cow_mamba)
     found = req.prefix_len + req.host_hit_length
     # The cache may hold less than the limit allows, so that the hit ends where no prefix sum is kept. Lower the limit.
-    while (limit := _capture.prefix_limit(one, found)) < found:
-        one.limit = limit
+    while (limit := _capture.prefix_limit(tracked, found)) < found:
+        tracked.limit = limit
         original(req, tree_cache, cow_mamba)
         before, found = found, req.prefix_len + req.host_hit_length
         if found >= before:
             break  # a cache that ignores the limit: the client's count finds the missing rows
-    one.limit = None
+    tracked.limit = None
 
 
 def after_max_prefix_len(length: int, req: Any, input_len: int) -> int | None:
     """Apply the limit that `around_match_prefix` set."""
-    one = _capture.opened.get(req)
-    return None if one is None or one.limit is None else min(length, one.limit)
+    tracked = _capture.opened.get(req)
+    return None if tracked is None or tracked.limit is None else min(length, tracked.limit)
 
 
 def after_flush_cache(flushed: bool, scheduler: Any, *args: Any, **kwargs: Any) -> None:
