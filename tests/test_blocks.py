@@ -139,3 +139,8 @@ def test_a_tensor_is_a_copy_of_its_bytes() -> None:
     found = as_tensor(data, torch.float32, (3,))
     found.fill_(0)
     assert as_tensor(data, torch.float32, (3,)).tolist() == numbers(3).tolist()
+
+
+def test_a_way_that_no_case_handles_is_refused() -> None:
+    with pytest.raises(AssertionError, match="pigeon"):
+        pack_bytes(b"abc", "pigeon")  # type: ignore[arg-type]

@@ -378,6 +378,16 @@ def test_a_temperature_keeps_the_dtype_of_the_logits(dtype: torch.dtype) -> None
     assert (found_NV.dtype, found_NV.tolist()) == (dtype, [[0.5] * 3])
 
 
+def test_columns_that_no_case_handles_are_not_taken_for_others() -> None:
+    """As after a fourth selection is added to `LogitsSpec` alone."""
+    spec = LogitsSpec(top_k=1)
+    object.__setattr__(spec, "top_k", None)
+    with pytest.raises(NotImplementedError, match="add a case to select_columns"):
+        select_columns(torch.zeros(1, 3), spec)
+    with pytest.raises(NotImplementedError, match="add a case to num_columns"):
+        spec.num_columns(3)
+
+
 @pytest.mark.parametrize("values", [[3, 0, 7], [0.5, 2.0], []])
 def test_numbers_on_a_device_are_those_numbers(values: list[Any]) -> None:
     found = on_device(values, torch.device("cpu"))
