@@ -26,7 +26,7 @@ from torchrl_sglang_hidden import EngineError, InputError, LaunchError, UnknownO
 from torchrl_sglang_hidden.engines import launch as launch_module
 from torchrl_sglang_hidden.engines import process as process_module
 from torchrl_sglang_hidden.engines.process import ServerProcess
-from torchrl_sglang_hidden.engines.server_options import check_layers, check_model
+from torchrl_sglang_hidden.engines.server_options import resolve_layers, resolve_model
 from torchrl_sglang_hidden.errors import CapabilityError, InputTypeError, SGLangHiddenError
 from torchrl_sglang_hidden.protocol import LAYERS_ENV
 from torchrl_sglang_hidden.server.__main__ import API_KEY_ENV, PARENT_PID_ENV, command_line, watch_parent
@@ -150,8 +150,8 @@ def test_models_reach_sglang_as_absolute_directories_or_as_hub_names(
 ) -> None:
     monkeypatch.chdir(model.parent)
     monkeypatch.setenv("HOME", str(model.parent))
-    assert {check_model(name) for name in (model, "model", "./model", "~/model")} == {str(model)}
-    assert check_model("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
+    assert {resolve_model(name) for name in (model, "model", "./model", "~/model")} == {str(model)}
+    assert resolve_model("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
 
 
 @pytest.mark.usefixtures("no_process")
@@ -187,13 +187,13 @@ def test_layers_get_their_canonical_ids_and_the_last_is_always_there(
     layers: Any, chosen: str, config: str, model: Path
 ) -> None:
     (model / "config.json").write_text(config)
-    assert check_layers(layers, str(model)) == chosen
+    assert resolve_layers(layers, str(model)) == chosen
 
 
 @pytest.mark.parametrize("layers", [-2, (99, -2, -1)])
 def test_layers_of_a_model_that_cannot_be_read_from_here_are_the_servers_to_check(layers: Any, tmp_path: Path) -> None:
     expected = "-2,-1" if layers == -2 else "99,-2,-1"
-    assert check_layers(layers, str(tmp_path / "elsewhere")) == expected
+    assert resolve_layers(layers, str(tmp_path / "elsewhere")) == expected
 
 
 def test_the_chosen_layers_reach_the_server(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

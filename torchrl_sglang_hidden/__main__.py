@@ -1,4 +1,4 @@
-"""``python -m torchrl_sglang_hidden`` is ``torchrl-sglang-hidden``."""
+"""``python -m torchrl_sglang_hidden`` runs the command line of `cli`, as ``torchrl-sglang-hidden`` does."""
 
 from torchrl_sglang_hidden.cli import main
 

@@ -1,6 +1,7 @@
 """The command line: ``torchrl-sglang-hidden demo | serve``.
 
-Knows nothing of SGLang or TorchRL: a command imports what it runs when it runs, so that ``--help`` is at once there.
+Knows how arguments become a call of `run_demo` or `launch`, nothing of SGLang or TorchRL: a command imports what it
+runs when it runs, so that ``--help`` appears at once.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """The entry point of the console script."""
+    """Run the command line; the entry point of the console script."""
     app()
 
 
@@ -82,14 +83,19 @@ def _options(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="Where the picture and the TensorDict are written.")] = Path(
-        "demo_output"
-    ),
+    output: Annotated[
+        Path, typer.Option(help="Directory for the picture and the TensorDict; those of an earlier run are replaced.")
+    ] = Path("demo_output"),
     # prompts.MAX_NEW_TOKENS; importing it would load PyTorch for the help. A test compares.
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one response.")] = 32,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")] = 0.0,
 ) -> None:
-    """Drive a real model in a real SGLang server with a TorchRL collector: a table, a picture, a TensorDict."""
+    """Collect two dozen responses and their hidden states from a small real model; needs no GPU.
+
+    Starts an SGLang server, drives it with a TorchRL collector, and prints a table of the responses.
+
+    Writes a picture of the pooled hidden states, and the TensorDict. The first run downloads 93 MB.
+    """
     from torchrl_sglang_hidden.demo.run import run_demo
 
     run_demo(output_dir=output, max_new_tokens=max_new_tokens, temperature=temperature)
@@ -101,33 +107,51 @@ def serve(
         list[str] | None,
         typer.Argument(
             metavar="MODEL|SGLANG_ARGUMENT",
-            help="A model directory or a model hub's name, by default the demo model; then any arguments of SGLang's "
-            "server, such as --dtype float32.",
+            help="First the model: a directory or a model hub's name; by default the demo model. Then any arguments of "
+            "SGLang's server, such as --dtype float32 --tp-size 2.",
             show_default=False,
         ),
     ] = None,
     device: Annotated[
-        str, typer.Option(help="auto: the accelerator, or SGLang's CPU engine; or a device name.")
+        str,
+        typer.Option(
+            help="A device name such as cuda or cpu; auto takes the accelerator, or SGLang's CPU engine where there is "
+            "none."
+        ),
     ] = "auto",
-    layers: Annotated[str, typer.Option(help="Layers whose hidden states can be asked for, such as 7,15,-1.")] = "-1",
+    layers: Annotated[
+        str,
+        typer.Option(
+            help="Layers whose hidden states clients can ask for, such as 7,15,-1; -1, the last, is always included."
+        ),
+    ] = "-1",
     constraints: Annotated[
-        str, typer.Option(help="Modules with logit constraints of yours, such as my.module,other.", show_default=False)
+        str,
+        typer.Option(help="Modules with your own logit constraints, such as my.module,other.", show_default=False),
     ] = "",
-    host: Annotated[str, typer.Option(help="Address to bind; anything but loopback needs an API key.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to bind. Any address but loopback needs --api-key.")] = "127.0.0.1",
     port: Annotated[int | None, typer.Option(help="TCP port; by default a free one.", show_default=False)] = None,
     api_key: Annotated[
         str | None,
         typer.Option(
             envvar=API_KEY_ENV,
-            help="Key that clients must send; as a variable no process listing shows it.",
+            help="Key that clients must send. Process listings show the option, but not the variable.",
             show_default=False,
         ),
     ] = None,
     log_file: Annotated[
-        Path | None, typer.Option(help="Where the server logs; by default a new file.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="File for the server's output; by default a new file in the user's log directory.", show_default=False
+        ),
     ] = None,
 ) -> None:
-    """Serve a model with hidden-state pooling until Ctrl-C or SIGTERM."""
+    """Serve a model through SGLang with hidden-state pooling, until Ctrl-C or SIGTERM.
+
+    Prints the address and the Python lines that use the server once the server generates.
+
+    Example: torchrl-sglang-hidden serve Qwen/Qwen3-0.6B --port 30000 --layers 7,15,-1 --mem-fraction-static 0.8
+    """
     model, server_args = parse_server_arguments(arguments or [])
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -154,10 +178,10 @@ def serve(
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
-    """``"7,15,-1"`` → ``(7, 15, -1)``.
+    """Read the layer ids of ``--layers``: ``"7,15,-1"`` → ``(7, 15, -1)``.
 
     Raises:
-        InputError: a part that is no integer.
+        InputError: a part is no integer.
     """
     if not re.fullmatch(r"-?\d+(,-?\d+)*", text):
         raise InputError(f"serve --layers {text}: expected integers with commas between, such as 7,15,-1")
@@ -165,14 +189,20 @@ def parse_layers(text: str) -> tuple[int, ...]:
 
 
 def parse_server_arguments(arguments: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
-    """Splits the arguments of ``serve`` into the model and keyword arguments of ``launch``.
+    """Split the arguments of ``serve`` into the model and keyword arguments of ``launch``.
 
     ``--chunked-prefill-size 64`` and ``--chunked-prefill-size=64`` become ``chunked_prefill_size="64"``, several values
-    a list, a bare flag True. Which names SGLang knows is left to SGLang.
+    become a list, a bare flag becomes True. SGLang checks the names.
+
+    Args:
+        arguments: the command line behind ``serve``, without the options that ``serve`` reads itself.
+
+    Returns:
+        The model, None for the demo model; and SGLang's server arguments by their Python names.
 
     Raises:
-        UnknownOptionError: a second way to name the model, or something that is no ``--name``.
-        InputError: a name given twice.
+        UnknownOptionError: a second model, or an argument that is neither a value nor ``--name``.
+        InputError: a name appears twice.
     """
     rest = list(arguments)
     model = rest.pop(0) if rest and not rest[0].startswith("-") else None
@@ -182,12 +212,12 @@ def parse_server_arguments(arguments: Sequence[str]) -> tuple[str | None, dict[s
         # A negative number is a value.
         if not argument.startswith("-") or re.fullmatch(r"-[\d.]+", argument):
             if current is None:
-                raise UnknownOptionError(f"serve {argument}: one model only; server arguments look like --name value")
+                raise UnknownOptionError(f"serve {argument}: one model only; use --name value for server arguments")
             current.append(argument)
             continue
         flag, equals, value = argument.partition("=")
         if not re.fullmatch(r"--[A-Za-z][\w-]*", flag):
-            raise UnknownOptionError(f"serve {argument}: server arguments look like --name value, or --name=value")
+            raise UnknownOptionError(f"serve {argument}: use --name value, or --name=value, for server arguments")
         name = flag[2:].replace("-", "_")
         if name == "model":
             raise UnknownOptionError("serve --model: pass the model first, serve MODEL --name value")

@@ -1,32 +1,32 @@
-"""Every error this package raises.
+"""Every error that this package raises, and nothing else.
 
     SGLangHiddenError
-    ├── InputError (ValueError)                 what the caller passed; nothing was sent
+    ├── InputError (ValueError)                 what the user passed; nothing was sent
     │   ├── TokenIdError                        an id the model does not have
     │   ├── PromptLengthError                   an empty prompt or batch, or one over the context length
     │   ├── WeightsError                        weights that do not fit the served model, or are not finite
     │   ├── MissingKeyError (KeyError)          the TensorDict lacks a key
     │   ├── InputTypeError (TypeError)          a value of the wrong type
-    │   └── UnknownOptionError (TypeError)      an option nobody knows
-    ├── EngineError (RuntimeError)              the engine, or the way to it
+    │   └── UnknownOptionError (TypeError)      an option that neither this package nor SGLang has
+    ├── EngineError (RuntimeError)              the engine failed, or could not be reached
     │   ├── LaunchError                         a server that did not start
-    │   ├── EngineUnreachableError (ConnectionError)
-    │   ├── EngineTimeoutError (TimeoutError)
+    │   ├── EngineUnreachableError (ConnectionError) nothing answers, or the engine went away
+    │   ├── EngineTimeoutError (TimeoutError)   no answer in time
     │   ├── AuthenticationError                 a missing or wrong API key
     │   ├── RequestRejectedError                the engine refused the request
     │   ├── RequestAbortedError                 the engine gave up on a request midway
     │   ├── BatchCancelledError (CancelledError) a batch that was given up before it was sent
-    │   ├── CapabilityError                     the server was started without what this needs
+    │   ├── CapabilityError                     the engine lacks what the call needs
     │   └── ProtocolError                       an answer that cannot be read
     ├── AlignmentError (RuntimeError)           rows of states and tokens do not agree
-    ├── SpanError (ValueError)                  a span that is empty in this row, or longer than its segment: of a
-    │                                           prompt before anything is sent, of a response once it was sampled
-    ├── ConstraintError (ValueError)            constraints that leave no token to choose: by themselves before
-    │                                           anything is sent; together with a grammar or penalties once they met
+    ├── SpanError (ValueError)                  a span that is empty in this batch row, or longer than its segment;
+    │                                           a prompt's before anything is sent, a response's after sampling
+    ├── ConstraintError (ValueError)            constraints that leave no token to choose: found before anything is
+    │                                           sent, or in the server together with a grammar or penalties
     └── DemoModelError (RuntimeError)           the demo model could not be made
 
-Messages give the value, the limit and the remedy, in that order. Each class takes one message, so that errors pickle
-and cross process boundaries unchanged.
+A message gives the value, the limit and the remedy, in that order; ``tests/test_errors.py`` checks that each has a
+remedy. Each class takes one message, so that errors pickle and cross process boundaries unchanged.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class SGLangHiddenError(Exception):
 
 
 class InputError(SGLangHiddenError, ValueError):
-    """The caller passed something that cannot be served; it was not sent to the engine."""
+    """The user passed something that cannot be served; nothing was sent to the engine."""
 
 
 class TokenIdError(InputError):
@@ -80,7 +80,7 @@ class PromptLengthError(InputError):
 
 
 class WeightsError(InputError):
-    """Weights whose names, shapes or values do not fit the model that is served; the engine keeps its own."""
+    """Weights whose names, shapes or values do not fit the served model; the engine keeps its own weights."""
 
 
 class MissingKeyError(InputError, KeyError):
@@ -104,7 +104,7 @@ class LaunchError(EngineError):
 
 
 class EngineUnreachableError(EngineError, ConnectionError):
-    """Nothing answers at the engine's address, or it went away while answering."""
+    """Nothing answers at the engine's address, or the engine went away while answering."""
 
 
 class EngineTimeoutError(EngineError, TimeoutError):
@@ -112,7 +112,7 @@ class EngineTimeoutError(EngineError, TimeoutError):
 
 
 class AuthenticationError(EngineError):
-    """The server refused the API key, or wants one."""
+    """The server refused the API key, or requires one."""
 
 
 class RequestRejectedError(EngineError):
@@ -120,19 +120,19 @@ class RequestRejectedError(EngineError):
 
 
 class RequestAbortedError(EngineError):
-    """The engine dropped a request before it was done."""
+    """The engine dropped a request before its response was complete."""
 
 
 class BatchCancelledError(EngineError, CancelledError):
-    """A caller waited for its batch to fill when the queue was emptied; its rows were not sent."""
+    """The queue of a `BatchingEngine` was emptied before the caller's requests were sent."""
 
 
 class CapabilityError(EngineError):
-    """The server was started without what this call needs."""
+    """The engine lacks what the call needs: it was started without it, or this machine does not have it."""
 
 
 class ProtocolError(EngineError):
-    """The engine's answer does not have the form this version reads."""
+    """The engine's answer does not have the form that this version reads."""
 
 
 class AlignmentError(SGLangHiddenError, RuntimeError):
@@ -140,11 +140,11 @@ class AlignmentError(SGLangHiddenError, RuntimeError):
 
 
 class SpanError(SGLangHiddenError, ValueError):
-    """A span has no tokens in a row, or wants more than there are; one of a response shows when it was sampled."""
+    """A span has no tokens in a batch row, or more than its segment; a response's spans are checked after sampling."""
 
 
 class ConstraintError(SGLangHiddenError, ValueError):
-    """Constraints leave no token to choose; or one of your own failed inside the server."""
+    """Constraints leave no token to choose, or a constraint of the user's own failed inside the server."""
 
 
 class DemoModelError(SGLangHiddenError, RuntimeError):

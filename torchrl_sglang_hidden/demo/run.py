@@ -1,6 +1,6 @@
-"""The demo: a TorchRL collector over the embedded SGLang server, a table, a picture and the TensorDict on disk.
+"""The demo: a TorchRL collector over a launched SGLang server, then a table, a picture and the TensorDict on disk.
 
-Each part is a function of its own, which the first tutorial uses too.
+Each part is a function that the first tutorial uses too. Knows the policy and `launch`, nothing beneath them.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ __all__ = ["DemoResult", "plot_pooled", "project", "rollout_table", "run_demo", 
 _BATCH_SIZE = 8
 _PLAIN_WIDTH = 100
 
-# Okabe and Ito's palette, told apart with every common colour blindness (jfly.uni-koeln.de/color); its yellow is left
-# out, which is faint on white. Six markers against seven colours: 42 kinds differ in one or the other.
+# Okabe and Ito's palette, told apart with every common colour blindness (jfly.uni-koeln.de/color), without the yellow,
+# which is faint on white. Six markers against seven colours: 42 kinds differ in one or the other.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#000000", "#D55E00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "P", "v")
 
 
 @dataclass(frozen=True, slots=True)
 class DemoResult:
-    """What the demo collected, and where it is.
+    """The collected rollout, and the paths of what was written.
 
     Args:
         rollout: batch size ``[24]``, in the order of ``PROMPTS``; ``query`` and ``kind`` beside the policy's outputs.
-        rollout_path: directory that ``TensorDict.load_memmap`` reads it from.
-        picture_path: the PNG.
+        rollout_path: directory from which ``TensorDict.load_memmap`` reads the rollout.
+        picture_path: PNG file.
     """
 
     rollout: TensorDictBase
@@ -72,17 +72,21 @@ def run_demo(
     temperature: float = 0.0,
     console: Console | None = None,
 ) -> DemoResult:
-    """Asks two dozen prompts through ``ChatEnv`` and ``LLMCollector``, and shows and saves what comes back.
+    """Run two dozen prompts through ``ChatEnv`` and ``LLMCollector``; print a table, save the rollout and a picture.
 
     Args:
-        output_dir: where ``rollouts`` and ``hidden_states.png`` are written; those of an earlier run are replaced.
-        model: an engine or a URL; by default a server is launched with the demo model, and ended.
+        output_dir: directory in which ``rollouts`` and ``hidden_states.png`` are written; files of an earlier run are
+            replaced.
+        model: an engine or a URL; by default a server with the demo model is launched, and ended after the run.
         max_new_tokens: most tokens of one response.
         temperature: 0 is greedy.
-        console: where the table goes; by default stdout.
+        console: prints the table; by default on stdout.
+
+    Returns:
+        The rollout, and the paths of what was written.
 
     Raises:
-        InputError: an option outside its limits, or an ``output_dir`` that holds something else.
+        InputError: an option outside its limits, or ``rollouts`` in ``output_dir`` is no saved TensorDict.
         CapabilityError: SGLang or matplotlib is not installed.
         DemoModelError: the demo model could not be made.
         EngineError: the server did not start, or failed.
@@ -116,7 +120,7 @@ def run_demo(
 
 
 def rollout_table(rollout: TensorDictBase) -> Table:
-    """One line per row, under its kind: what was asked and answered, and what was measured of the response.
+    """Make a table with one line per row, grouped by kind: prompt, response, and what was measured of the response.
 
     Args:
         rollout: batch size ``[B]``, with ``query`` and ``kind`` beside the policy's outputs.
@@ -154,7 +158,7 @@ def rollout_table(rollout: TensorDictBase) -> Table:
 
 
 def project(vectors_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first two principal components.
+    """Project vectors onto their first two principal components.
 
     Args:
         vectors_BD: floating ``[B, D]``, B and D at least 2.
@@ -163,12 +167,10 @@ def project(vectors_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         Points, float32 ``[B, 2]``, and the share of the variance that each axis explains, float32 ``[2]``.
 
     Raises:
-        InputError: another shape.
+        InputError: ``vectors_BD`` has another shape.
     """
     if vectors_BD.ndim != 2 or min(vectors_BD.shape) < 2:
-        raise InputError(
-            f"vectors_BD has shape {tuple(vectors_BD.shape)}; a plane needs two dimensions, each of at least 2"
-        )
+        raise InputError(f"vectors_BD has shape {tuple(vectors_BD.shape)}; expected two dimensions, each of at least 2")
     vectors_BD = vectors_BD.float().cpu()
     centred_BD = vectors_BD - vectors_BD.mean(0)
     _, singular, components = torch.linalg.svd(centred_BD, full_matrices=False)
@@ -182,18 +184,18 @@ def project(vectors_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def plot_pooled(vectors_BD: torch.Tensor, kinds: Sequence[str], *, title: str) -> Figure:
-    """The vectors in the plane of their two main directions, a colour and a marker for each kind.
+    """Plot vectors in the plane of their first two principal components, with a colour and a marker for each kind.
 
     Args:
         vectors_BD: pooled hidden states, floating ``[B, D]``, B and D at least 2.
         kinds: the kind of each row, B strings.
-        title: above the picture.
+        title: title of the picture.
 
     Returns:
-        A figure drawn by Agg, whatever backend the caller's pyplot has. ``figure.savefig(path)`` writes it.
+        A figure drawn by Agg, whatever backend the caller's pyplot has. ``figure.savefig(path)`` writes the picture.
 
     Raises:
-        InputError: another shape, or another number of kinds than of vectors.
+        InputError: ``vectors_BD`` has another shape, or another length than ``kinds``.
         CapabilityError: matplotlib is not installed.
     """
     _require_matplotlib()
@@ -232,13 +234,17 @@ def plot_pooled(vectors_BD: torch.Tensor, kinds: Sequence[str], *, title: str) -
 
 
 def save_rollout(rollout: TensorDictBase, path: Path) -> None:
-    """Writes the TensorDict as memory-mapped files, ragged rows as they are; an earlier one there is replaced.
+    """Write a TensorDict as memory-mapped files, with ragged rows; an earlier rollout at the path is replaced.
 
-    ``TensorDict.load_memmap`` reads it back, once ``torchrl_sglang_hidden.HiddenStates`` was imported: TensorDict finds
-    TensorClasses by name, among those that the process has imported.
+    ``TensorDict.load_memmap`` reads the rollout back, once ``torchrl_sglang_hidden.HiddenStates`` was imported:
+    TensorDict finds TensorClasses by name, among those that the process has imported.
+
+    Args:
+        rollout: the TensorDict to save.
+        path: directory to write.
 
     Raises:
-        InputError: ``path`` holds something else than a saved TensorDict.
+        InputError: ``path`` exists and is no saved TensorDict.
     """
     _check_replaceable(path)
     # Rows of a longer rollout would otherwise stay and be read again with the new ones.
@@ -251,7 +257,7 @@ def _launch(stack: ExitStack, console: Console) -> Any:
     model = demo_model()
     console.print("Starting the embedded SGLang server, about half a minute on two cores.")
     start = time.monotonic()
-    # float32, the model's own states to the last digit, costs it nothing on a CPU.
+    # On a CPU float32 costs nothing, and gives the model's states to the last digit.
     engine = stack.enter_context(launch(model, dtype="float32"))
     console.print(f"Ready after {time.monotonic() - start:.0f} s: {engine.url}")
     return engine
@@ -277,7 +283,7 @@ def _collect(policy: SGLangHiddenWrapper, on_batch: Callable[[int], None]) -> Te
             policy=policy,
             dialog_turns_per_batch=_BATCH_SIZE,
             total_dialog_turns=len(PROMPTS),
-            # A ChatEnv is never done: without it the second batch would be a second turn of the first one's chats.
+            # A ChatEnv is never done: without a reset the second batch would be a second turn of the first.
             reset_at_each_iter=True,
         )
     rows = []
@@ -285,7 +291,7 @@ def _collect(policy: SGLangHiddenWrapper, on_batch: Callable[[int], None]) -> Te
         rows.extend(batch[:, 0].unbind(0))
         on_batch(len(batch))
     collector.shutdown()
-    # The collector resets the environment once to look at it, so that the loader's second batch comes first.
+    # The collector resets the environment once before it collects, so that the loader's second batch comes first.
     position = {prompt.text: index for index, prompt in enumerate(PROMPTS)}
     return lazy_stack(sorted(rows, key=lambda row: position[row["query"]]))
 

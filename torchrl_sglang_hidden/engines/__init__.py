@@ -1,4 +1,8 @@
-"""The ways to an SGLang engine. `as_engine` takes whatever a user has and makes one of them."""
+"""The ways to an SGLang: over HTTP, in this process, or launched; with batching, samples, streams and sessions.
+
+`as_engine` makes an `Engine` of whatever a user has. Knows `Request`s and `Completion`s, nothing of TensorDicts or
+policies.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +18,15 @@ __all__ = ["BatchingEngine", "Engine", "as_engine", "check_batching", "check_opt
 
 
 def as_engine(model: Any) -> Engine:
-    """Adapts a model argument.
+    """Return an engine for a model argument.
 
     Args:
-        model: an `Engine`; a URL or several; an ``sglang.Engine``; or torchrl's ``AsyncSGLang``, whose server is used
-            directly.
+        model: an `Engine`, returned as it is; a URL or a sequence of URLs; an ``sglang.Engine``; or torchrl's
+            ``AsyncSGLang``, whose server is used directly.
 
     Raises:
-        InputTypeError: none of these.
+        InputTypeError: ``model`` is none of these.
+        EngineError: the engine could not be reached.
     """
     if isinstance(model, Engine):
         return model

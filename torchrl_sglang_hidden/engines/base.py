@@ -1,6 +1,10 @@
 """What every engine is: `Request`s in, `Completion`s out, checked on both sides.
 
-Knows nothing of TensorDicts, tokenizers or policies.
+The contract is SGLang's. `Engine` is the same for SGLang over HTTP, in this process or launched, and for test doubles;
+it is not neutral towards other inference engines. A `Request` carries SGLang's sampling parameters, token ids and
+priorities; payloads, sessions, control routes and answers are SGLang's; hidden states come from the server half that
+runs inside SGLang. Another inference engine would need records and a contract of its own. Knows nothing of TensorDicts,
+tokenizers or policies.
 """
 
 from __future__ import annotations
@@ -28,16 +32,16 @@ FALLBACK_WARNING = (
 
 
 class Engine(ABC):
-    """An engine that generates.
+    """An SGLang that generates: over HTTP, in this process, or launched on this machine.
 
-    Both calls send one batch, let SGLang schedule its rows, and return one `Completion` per `Request`, in order. They
-    may be made from several threads at once. Usable as a context manager, which closes it.
+    `generate` and `agenerate` send one batch, let SGLang schedule its requests, and return one `Completion` per
+    `Request`, in order. Every method may be called from several threads at once. A ``with`` block closes the engine.
     """
 
     _warned = False
 
     def _check(self, requests: Sequence[Request], info: EngineInfo) -> None:
-        """Refuses bad requests, and says once per engine that it falls back to stock hidden states."""
+        """Refuse bad requests, and warn once per engine that hidden states fall back to stock SGLang's."""
         check_requests(requests, info)
         if not self._warned and not info.pools_in_server and any(request.hidden is not None for request in requests):
             self._warned = True
@@ -46,43 +50,50 @@ class Engine(ABC):
     @property
     @abstractmethod
     def info(self) -> EngineInfo:
-        """What the engine says of itself."""
+        """Model, sizes, limits and weight version of the engine."""
 
     @abstractmethod
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Generates one completion per request.
+        """Generate one completion per request.
+
+        Args:
+            requests: any number of requests, sent as one batch.
+
+        Returns:
+            One `Completion` per request, in the order of the requests.
 
         Raises:
-            InputError: a request that must not be sent; nothing was.
+            InputError: a request that must not be sent; no request was sent.
             EngineError: the engine failed, refused or aborted a request, or went away.
-            AlignmentError: ids, log-probs and states of an answer do not agree in number.
+            AlignmentError: the ids, log-probs and states of an answer do not agree in number.
         """
 
     @abstractmethod
     async def agenerate(self, requests: Sequence[Request]) -> list[Completion]:
-        """As `generate`, awaited."""
+        """Generate as `generate` does, without blocking the event loop."""
 
     @abstractmethod
     def stream(self, request: Request) -> Stream:
-        """Generates one completion, and gives its tokens as they come.
+        """Generate one completion, and yield its tokens as they come.
 
         Returns:
-            An iterator of `StreamChunk`s, under way already. At its end it has the `Completion`, pooled states and all.
+            An iterator of `StreamChunk`s, under way already. After the last chunk its ``completion`` is the whole
+            `Completion`, with the pooled states.
 
         Raises:
             InputError: a request that must not be sent, generates nothing, or asks for the prompt's log-probs.
             CapabilityError: hidden states of an engine without the server half.
-            EngineError: see `generate`; while it is read, too.
-            AlignmentError: likewise.
+            EngineError: as for `generate`; reading the stream may raise it too.
+            AlignmentError: as for `generate`; reading the stream may raise it too.
         """
 
     @abstractmethod
     async def astream(self, request: Request) -> AsyncStream:
-        """As `stream`, for ``async for``."""
+        """Generate as `stream` does, for ``async for``."""
 
     @abstractmethod
     def session(self) -> Session:
-        """Opens a conversation that stays on one server, which keeps its context from turn to turn.
+        """Open a conversation that stays on one server, which keeps the context from turn to turn.
 
         Raises:
             EngineError: the engine failed, or could not be reached.
@@ -97,26 +108,27 @@ class Engine(ABC):
         transport: Transport = "auto",
         running: Running = "finish",
     ) -> str:
-        """Gives the engine new weights while it serves, and empties its prefix cache: no state of the old ones stays.
+        """Give the engine new weights while it serves, and empty its prefix cache, so that no old state stays.
 
-        Names, shapes and values are held against the served checkpoint first; where they do not fit, nothing is sent.
-        Each tensor travels in its own dtype and SGLang casts it to the one it serves. May be called while other threads
-        generate; several calls of this process go one after another. From then on every sample carries the new version.
+        Names, shapes and values are compared with the served checkpoint first; where they do not fit, nothing is sent.
+        Each tensor is sent in its own dtype, and SGLang casts it to the served dtype. May be called while other threads
+        generate; several calls of one process go one after another. Every later sample carries the new version.
 
         Args:
             weights: a checkpoint directory with safetensors; a state dict with Hugging Face's checkpoint names; or a
                 Hugging Face model, or a wrapper with one as ``.model``, such as torchrl's ``TransformersWrapper``.
-                Always the whole model. A tied ``lm_head.weight`` may be there or not.
-            version: what the engine calls the weights; None counts on from its present version, "default" → "1" → "2".
-            transport: ``"disk"``, a checkpoint in memory (tmpfs) that the engine reads and that is deleted afterwards,
-                or your directory itself; ``"network"``, SGLang's own update group with gloo, for which the server
-                connects to this machine; ``"auto"``, disk where the server is on this machine, else network.
-            running: what becomes of requests that are being answered. ``"finish"``, they end with the old weights, the
-                update waits for them, and every sample is of one version. ``"continue"``, the update comes at once:
-                their tokens and log-probs so far stay, the rest is sampled with the new weights from a prefix that is
-                computed again, and the sample says so. Pooled states follow the tokens: each row is of the weights that
-                sampled its token, the prompt's rows of those that first read it. If this process dies in between, the
-                server stays paused until the next such update.
+                Always the whole model. A tied ``lm_head.weight`` may be included or left out.
+            version: the name of the weights; None counts on from the present version, "default" → "1" → "2".
+            transport: ``"disk"`` writes a checkpoint to memory (tmpfs), has the engine read the files and deletes them
+                afterwards; a directory of yours is read as it is. ``"network"`` uses SGLang's own update group with
+                gloo, for which the server connects to this machine. ``"auto"`` takes disk where the server is on this
+                machine, else network.
+            running: what becomes of requests that are being answered. ``"finish"``: they end with the old weights, the
+                update waits for them, and every sample is of one version. ``"continue"``: the update comes at once, the
+                tokens and log-probs so far stay, and the rest is sampled with the new weights from a prefix that is
+                computed again; the sample names every version that it is of. Pooled states follow the tokens: the row
+                of a response token is of the weights that sampled the token, a prompt row of the weights that first
+                read the prompt. If this process dies during such an update, the server stays paused until the next one.
 
         Returns:
             The new version.
@@ -124,8 +136,8 @@ class Engine(ABC):
         Raises:
             WeightsError: the weights do not fit, or are not finite. The engine keeps its own.
             InputError: an option out of range, or a version that the engine already has.
-            CapabilityError: nothing tells which weights the engine serves, or the transport cannot serve it.
-            EngineError: the engine failed or refused; with several servers it names those that have the new weights.
+            CapabilityError: which weights the engine serves is unknown, or the transport cannot reach the engine.
+            EngineError: the engine failed or refused; with several servers the message names the failed ones.
         """
 
     async def aupdate_weights(
@@ -136,14 +148,14 @@ class Engine(ABC):
         transport: Transport = "auto",
         running: Running = "finish",
     ) -> str:
-        """As `update_weights`, awaited: it runs in a thread."""
+        """Run `update_weights` in a thread, without blocking the event loop."""
         return await asyncio.to_thread(
             self.update_weights, weights, version=version, transport=transport, running=running
         )
 
     @abstractmethod
     def close(self) -> None:
-        """Lets go of what the engine holds; a second call does nothing."""
+        """Release connections and processes of the engine; a second call does nothing."""
 
     def __enter__(self) -> Self:
         return self
@@ -155,10 +167,12 @@ class Engine(ABC):
 
 
 def ask_model(model_path: str) -> ModelSizes:
-    """The model's sizes from its own configuration.
+    """Read the model's sizes from its configuration, for engines without the server half, which do not tell them.
 
-    For engines without the server half, which tell none of these. The vocabulary size must be known: SGLang 0.5.23 ends
-    on an id outside it.
+    The vocabulary size must be known: SGLang 0.5.23 ends on an id outside the vocabulary.
+
+    Args:
+        model_path: the model's directory or hub name, as the engine knows it.
 
     Raises:
         CapabilityError: the configuration cannot be read from here.

@@ -1,7 +1,8 @@
-"""An engine whose concurrent callers share requests.
+"""`BatchingEngine`: concurrent callers share the requests that are sent to another engine.
 
-There is no thread of its own: the caller that completes a batch, or whose time runs out first, sends it for all. SGLang
-batches what runs at the same time by itself, so this is for those who want few and large requests.
+There is no thread for the queue: the caller that completes a batch, or whose time runs out first, sends the batch for
+all. SGLang batches what runs at the same time by itself, so a queue is for users who want few and large requests. Knows
+nothing of how the wrapped engine sends.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
 from torchrl_sglang_hidden.engines.base import Engine
-from torchrl_sglang_hidden.engines.callers import Batch, Call, TaskCall, ThreadCall
+from torchrl_sglang_hidden.engines.callers import Batch, Caller, TaskCaller, ThreadCaller
 from torchrl_sglang_hidden.engines.sessions import Session
 from torchrl_sglang_hidden.engines.streams import AsyncStream, Stream
 from torchrl_sglang_hidden.errors import (
@@ -36,12 +37,17 @@ __all__ = ["BatchingEngine", "check_batching"]
 T = TypeVar("T")
 
 DEFAULT_TIMEOUT_S = 10.0
-# Errors that say nothing about any one row: sending it again would end in the same.
-OF_THE_ENGINE = (EngineUnreachableError, EngineTimeoutError, AuthenticationError)
+# Errors that say nothing about any one row: sending a row again would end in the same error.
+ENGINE_WIDE_ERRORS = (EngineUnreachableError, EngineTimeoutError, AuthenticationError)
 
 
 def check_batching(min_batch_size: object, max_batch_size: object, timeout_s: object) -> None:
-    """Checks the options of `BatchingEngine`.
+    """Check the options of `BatchingEngine`.
+
+    Args:
+        min_batch_size: rows that must wait before they are sent at once.
+        max_batch_size: most rows of one call; None for any number.
+        timeout_s: seconds that a call waits at most for others to join.
 
     Raises:
         InputError: a size below 1, ``min_batch_size`` over ``max_batch_size``, or a time that is no positive number.
@@ -73,23 +79,24 @@ def check_batching(min_batch_size: object, max_batch_size: object, timeout_s: ob
 class BatchingEngine(Engine):
     """Lets the concurrent callers of an engine, threads and awaiters alike, share its requests.
 
-    A call's requests join a queue. Once ``min_batch_size`` rows wait in it, or ``timeout_s`` after the oldest of them
-    joined, all that wait are sent, in calls of up to ``max_batch_size`` rows. A call's rows stay together in one of
-    them; those of a call with more rows than ``max_batch_size`` share with nobody and go out in several calls, one
-    after the other, in order. No batch waits for another one to finish.
+    Each call of `generate` or `agenerate` puts its requests (rows) in a queue. When ``min_batch_size`` rows wait, or
+    ``timeout_s`` after the oldest of the waiting calls joined, all waiting rows are sent, in batches of up to
+    ``max_batch_size`` rows. The rows of one call stay together in one batch. A call with more rows than
+    ``max_batch_size`` shares no batch; its rows are sent in several batches, one after the other, in order. No other
+    batch waits for an earlier batch to finish.
 
-    Bad requests are refused before they join. If the engine refuses a shared call or fails at it, each caller's rows
-    are sent again by themselves, so that an error reaches the caller whose row it is about, with rows counted in the
-    caller's own batch, and the others get their completions. An engine that cannot be reached, does not answer in time
-    or refuses the API key is an error for every caller of the batch. The queue goes on in all cases. A caller that is
-    interrupted or cancelled takes its own rows with it and nobody else's.
+    Bad requests are refused before they join the queue. If the engine refuses a shared batch or fails, the rows of each
+    caller are sent again by themselves: an error then reaches only the caller whose row caused the error, with rows
+    counted in the caller's own call, and the other callers get their completions. An engine that cannot be reached,
+    does not answer in time or refuses the API key is an error for every caller of the batch. The queue goes on after
+    every error. A caller that is interrupted or cancelled takes only its own rows out of the queue.
 
-    Pickles and copies as its engine and options, without what waits in the queue.
+    Copies and pickles hold the engine and the options; their queue is empty.
 
     Args:
-        engine: the engine; it stays yours to close.
-        min_batch_size: rows that must wait before they are sent at once. 1 waits for nobody.
-        max_batch_size: most rows of one call; None for any number.
+        engine: the engine to send to; `close` leaves it open.
+        min_batch_size: number of waiting rows at which they are sent at once. 1 waits for nobody.
+        max_batch_size: most rows of one batch; None for any number.
         timeout_s: seconds that a call waits at most for others to join.
 
     Raises:
@@ -112,10 +119,10 @@ class BatchingEngine(Engine):
         self.min_batch_size = min_batch_size
         self.max_batch_size = max_batch_size
         self.timeout_s = timeout_s
-        # Reentrant: the garbage collector may end an abandoned task's call in a thread that holds it.
+        # Reentrant: the garbage collector may end an abandoned task in a thread that holds the lock.
         self._lock = threading.RLock()
-        # Between two calls it holds fewer rows than min_batch_size: whoever brings more sends all.
-        self._queue: list[Call] = []
+        # While nobody holds the lock, the queue has fewer than min_batch_size rows: whoever completes them sends all.
+        self._queue: list[Caller] = []
         self._batches: list[Batch] = []
         self._closed = False
 
@@ -123,7 +130,7 @@ class BatchingEngine(Engine):
 
     @property
     def info(self) -> EngineInfo:
-        """What the wrapped engine says of itself."""
+        """See `Engine.info`: of the wrapped engine."""
         return self.engine.info
 
     def update_weights(
@@ -134,7 +141,7 @@ class BatchingEngine(Engine):
         transport: Transport = "auto",
         running: Running = "finish",
     ) -> str:
-        """See `Engine.update_weights`. What waits in the queue at that time is answered with the new weights."""
+        """See `Engine.update_weights`. Requests that wait in the queue are answered with the new weights."""
         return self.engine.update_weights(weights, version=version, transport=transport, running=running)
 
     async def aupdate_weights(
@@ -145,19 +152,19 @@ class BatchingEngine(Engine):
         transport: Transport = "auto",
         running: Running = "finish",
     ) -> str:
-        """As `update_weights`, awaited."""
+        """See `Engine.aupdate_weights`."""
         return await self.engine.aupdate_weights(weights, version=version, transport=transport, running=running)
 
     def stream(self, request: Request) -> Stream:
-        """See `Engine.stream`. It is sent at once, by itself."""
+        """See `Engine.stream`. The request is sent at once, outside the queue."""
         return self.engine.stream(request)
 
     async def astream(self, request: Request) -> AsyncStream:
-        """As `stream`, for ``async for``."""
+        """See `Engine.astream`. The request is sent at once, outside the queue."""
         return await self.engine.astream(request)
 
     def session(self) -> Session:
-        """See `Engine.session`. Its turns are sent at once, by themselves."""
+        """See `Engine.session`. Turns are sent at once, outside the queue."""
         return self.engine.session()
 
     # --- calls -----------------------------------------------------------------------------------------------------
@@ -168,112 +175,123 @@ class BatchingEngine(Engine):
         Raises:
             BatchCancelledError: the queue was emptied by `cleanup` or `close` while the call waited.
         """
-        return _run_blocking(self._serve(ThreadCall(requests)))
+        return _run_blocking(self._serve(ThreadCaller(requests)))
 
     async def agenerate(self, requests: Sequence[Request]) -> list[Completion]:
-        """See `Engine.agenerate`, and `generate`."""
-        return await self._serve(TaskCall(requests))
+        """See `Engine.agenerate`; waits while the batch fills and runs.
 
-    async def _serve(self, call: Call) -> list[Completion]:
-        # Here and by the engine's own check, so that a bad row reaches nobody else's batch.
-        self.engine._check(call.requests, self.engine.info)
+        Raises:
+            BatchCancelledError: the queue was emptied by `cleanup` or `close` while the call waited.
+        """
+        return await self._serve(TaskCaller(requests))
+
+    async def _serve(self, caller: Caller) -> list[Completion]:
+        # Before the requests join the queue, so that a bad row reaches nobody else's batch.
+        self.engine._check(caller.requests, self.engine.info)
         try:
-            self._join(call)
-            batch = await self._wait_for_batch(call)
-            if batch.leader is call:
-                await self._lead(call, batch)
+            self._join(caller)
+            batch = await self._wait_for_batch(caller)
+            if batch.leader is caller:
+                await self._lead(caller, batch)
         finally:
-            self._leave(call)
+            self._leave(caller)
         if batch.error is not None:
             # A copy: several threads that raise one exception would write over each other's traceback.
             raise copy.copy(batch.error) from batch.error
-        if call.completions is None:
-            return await self._send(call, call.requests)
-        return call.completions
+        if caller.completions is None:
+            return await self._send(caller, caller.requests)
+        return caller.completions
 
-    def _join(self, call: Call) -> None:
+    def _join(self, caller: Caller) -> None:
         with self._lock:
             if self._closed:
                 raise EngineError("the BatchingEngine was closed by close(); make a new one")
             waiting = _count_rows(self._queue)
-            full = waiting + len(call.requests) >= self.min_batch_size
-            if self.max_batch_size is not None and waiting + len(call.requests) > self.max_batch_size:
+            full = waiting + len(caller.requests) >= self.min_batch_size
+            if self.max_batch_size is not None and waiting + len(caller.requests) > self.max_batch_size:
                 self._form_batch()
-            call.deadline = self._now() + self.timeout_s
-            self._queue.append(call)
+            caller.deadline = self._now() + self.timeout_s
+            self._queue.append(caller)
             if full:
-                self._form_batch(leader=call)
+                self._form_batch(leader=caller)
 
-    async def _wait_for_batch(self, call: Call) -> Batch:
-        """Waits until the call's batch is done, or is the call's own to lead."""
+    async def _wait_for_batch(self, caller: Caller) -> Batch:
+        """Wait until the caller's batch is done, or the caller is to lead the batch."""
         while True:
             with self._lock:
-                call.rest()
-                if call.cancelled is not None:
-                    raise BatchCancelledError(call.cancelled)
-                remaining_s = call.deadline - self._now()
-                if call.batch is None and remaining_s <= 0:
-                    self._form_batch(leader=call)
-                batch = call.batch
+                caller.reset()
+                if caller.cancelled is not None:
+                    raise BatchCancelledError(caller.cancelled)
+                remaining_s = caller.deadline - self._now()
+                if caller.batch is None and remaining_s <= 0:
+                    self._form_batch(leader=caller)
+                batch = caller.batch
                 if batch is not None:
-                    batch.leader = batch.leader or call
-                    if batch.leader is call or batch.done:
+                    batch.leader = batch.leader or caller
+                    if batch.leader is caller or batch.done:
                         return batch
-            await call.wait(remaining_s if batch is None else None)
+            await caller.wait(remaining_s if batch is None else None)
 
-    async def _lead(self, call: Call, batch: Batch) -> None:
-        """Sends a batch. Where that fails for a reason that may lie in one row, it leaves it without completions."""
-        requests = [request for one in batch.calls for request in one.requests]
+    async def _lead(self, caller: Caller, batch: Batch) -> None:
+        """Send a batch for all its callers.
+
+        A failure whose reason may lie in one row leaves the callers without completions: each then sends its own rows.
+        """
+        requests = [request for member in batch.callers for request in member.requests]
         try:
-            completions = await self._send(call, requests)
-        except OF_THE_ENGINE as error:
+            completions = await self._send(caller, requests)
+        except ENGINE_WIDE_ERRORS as error:
             batch.error = error
             raise
         except SGLangHiddenError:
-            if len(batch.calls) == 1:
+            if len(batch.callers) == 1:
                 raise
             return
-        for one in batch.calls:
-            one.completions, completions = completions[: len(one.requests)], completions[len(one.requests) :]
+        for member in batch.callers:
+            size = len(member.requests)
+            member.completions, completions = completions[:size], completions[size:]
 
-    async def _send(self, call: Call, requests: Sequence[Request]) -> list[Completion]:
+    async def _send(self, caller: Caller, requests: Sequence[Request]) -> list[Completion]:
         size = self.max_batch_size or len(requests)
         completions: list[Completion] = []
         for start in range(0, len(requests), size):
             part = requests[start : start + size]
             try:
-                found = await call.send(self.engine, part)
+                found = await caller.send(self.engine, part)
             except SGLangHiddenError as error:
                 if start == 0:
                     raise
                 raise _counted_from(start, error) from error
             if len(found) != len(part):
-                raise ProtocolError(f"sent {len(part)} requests and got {len(found)} completions")
+                raise ProtocolError(
+                    f"sent {len(part)} requests and got {len(found)} completions; this is a fault of the engine, "
+                    "please report it"
+                )
             completions += found
         return completions
 
-    def _leave(self, call: Call) -> None:
-        """Takes a call out, however it ended, so that nobody waits for it."""
+    def _leave(self, caller: Caller) -> None:
+        """Take a caller out of the queue or its batch, however its call ended, so that nobody waits for it."""
         with self._lock:
-            batch = call.batch
+            batch = caller.batch
             if batch is None:
-                self._queue = [one for one in self._queue if one is not call]
+                self._queue = [other for other in self._queue if other is not caller]
                 return
             if batch.leader is None:
-                batch.calls = [one for one in batch.calls if one is not call]
-            if batch.leader is call or not batch.calls:
+                batch.callers = [other for other in batch.callers if other is not caller]
+            if batch.leader is caller or not batch.callers:
                 batch.done = True
-                self._batches = [one for one in self._batches if one is not batch]
+                self._batches = [other for other in self._batches if other is not batch]
                 batch.wake()
 
-    def _form_batch(self, leader: Call | None = None) -> None:
-        """Makes one batch of all that wait. Without a leader, the first of them that wakes leads it. Under the lock."""
+    def _form_batch(self, leader: Caller | None = None) -> None:
+        """Make one batch of all waiting callers. Without a leader, the first caller that wakes leads. Hold the lock."""
         if self._queue:
             batch = Batch(self._queue, leader)
             self._queue = []
             self._batches.append(batch)
-            for call in batch.calls:
-                call.batch = batch
+            for caller in batch.callers:
+                caller.batch = batch
             if leader is None:
                 batch.wake()
 
@@ -283,10 +301,11 @@ class BatchingEngine(Engine):
     # --- the queue -------------------------------------------------------------------------------------------------
 
     def cleanup(self, *, flush: bool = False) -> None:
-        """Empties the queue, and returns at once. What was sent already is not touched, and the queue goes on.
+        """Empty the queue, and return at once. Batches that were sent are not touched; later calls join as before.
 
         Args:
-            flush: True has the calls that wait sent now, by their callers. False ends them with `BatchCancelledError`.
+            flush: True has the waiting callers send their requests now. False ends their calls with
+                `BatchCancelledError`.
         """
         with self._lock:
             if flush:
@@ -295,31 +314,31 @@ class BatchingEngine(Engine):
                 self._cancel("the queue was emptied by cleanup(flush=False) before the batch was sent; call again")
 
     def close(self) -> None:
-        """Ends the calls that wait with `BatchCancelledError`; the wrapped engine stays open, for it is yours.
+        """End the waiting calls with `BatchCancelledError`; the wrapped engine stays open.
 
-        Batches that were sent end as they would. Later calls raise `EngineError`.
+        Batches that were sent run to their end. Later calls raise `EngineError`.
         """
         with self._lock:
             self._closed = True
             self._cancel("the BatchingEngine was closed by close() before the batch was sent; make a new one")
 
     def _cancel(self, message: str) -> None:
-        for call in self._queue:
-            call.cancelled = message
-            call.wake()
+        for caller in self._queue:
+            caller.cancelled = message
+            caller.wake()
         self._queue = []
 
     def state(self) -> dict[str, Any]:
-        """What `LLMWrapperBase.get_batching_state` returns.
+        """Describe the queue, in the form of torchrl's ``LLMWrapperBase.get_batching_state``.
 
         Returns:
-            ``min_batch_size``, ``max_batch_size``, ``timeout`` (s) as given; ``queue_size``, the rows that wait to be
-            sent; ``pending_futures``, those and the rows of shared calls under way; ``processing``, whether one is, and
-            the same in words as ``lock_state``; ``batching_enabled``, True.
+            ``min_batch_size``, ``max_batch_size``, ``timeout`` (s): the options. ``queue_size``: rows that wait to be
+            sent. ``pending_futures``: rows that wait or were sent and not answered. ``processing``: whether a batch was
+            sent and not answered; ``lock_state``: the same as "locked" or "unlocked". ``batching_enabled``: True.
         """
         with self._lock:
             queued = _count_rows(self._queue)
-            under_way = sum(_count_rows(batch.calls) for batch in self._batches)
+            under_way = sum(_count_rows(batch.callers) for batch in self._batches)
         return {
             "batching_enabled": True,
             "min_batch_size": self.min_batch_size,
@@ -346,22 +365,22 @@ def _rebuild(kind: type[BatchingEngine], engine: Engine, options: dict[str, Any]
     return kind(engine, **options)
 
 
-def _run_blocking(course: Coroutine[Any, Any, T]) -> T:
-    """Runs a coroutine that never suspends, so that threads and tasks take the same course through the queue."""
+def _run_blocking(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine that never suspends, so that threads and tasks share the code of the queue."""
     try:
-        course.send(None)
+        coroutine.send(None)
     except StopIteration as done:
         result: T = done.value
         return result
-    raise AssertionError("a thread's course never suspends")
+    raise AssertionError("a thread's coroutine never suspends")
 
 
-def _count_rows(calls: Sequence[Call]) -> int:
-    return sum(len(call.requests) for call in calls)
+def _count_rows(callers: Sequence[Caller]) -> int:
+    return sum(len(caller.requests) for caller in callers)
 
 
 def _counted_from(start: int, error: SGLangHiddenError) -> SGLangHiddenError:
-    """The same error, with the row that it names counted from another one."""
+    """Return a copy of an error, with ``start`` added to the row number that its message names."""
     moved = copy.copy(error)
     moved.args = (re.sub(r"^row (\d+)", lambda found: f"row {int(found[1]) + start}", str(error)),)
     return moved

@@ -1,4 +1,7 @@
-"""Those who call a `BatchingEngine` at the same time: how each sends and waits, and what is sent for several."""
+"""The threads and tasks that call a `BatchingEngine` at the same time, and the batches that they share.
+
+Knows how a caller sends and waits, not when a batch is formed: the queue is `BatchingEngine`'s.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,17 @@ from torchrl_sglang_hidden.engines.base import Engine
 from torchrl_sglang_hidden.errors import EngineError
 from torchrl_sglang_hidden.records import Completion, Request
 
-__all__ = ["Batch", "Call", "TaskCall", "ThreadCall"]
+__all__ = ["Batch", "Caller", "TaskCaller", "ThreadCaller"]
 
 
-class Call(ABC):
-    """One caller with its requests, and how it sends and waits. All but `send` and `wait` are used under the lock."""
+class Caller(ABC):
+    """A thread or task that waits for its requests to be answered.
+
+    Every attribute and method except `send` and `wait` is used under the lock of the `BatchingEngine`.
+
+    Args:
+        requests: the caller's requests.
+    """
 
     def __init__(self, requests: Sequence[Request]) -> None:
         self.requests = list(requests)
@@ -27,21 +36,24 @@ class Call(ABC):
         self.cancelled: str | None = None
 
     @abstractmethod
-    async def send(self, engine: Engine, requests: Sequence[Request]) -> list[Completion]: ...
+    async def send(self, engine: Engine, requests: Sequence[Request]) -> list[Completion]:
+        """Send requests, its own or those of a batch, and return their completions."""
 
     @abstractmethod
     async def wait(self, timeout_s: float | None) -> None:
-        """Waits for a `wake` since the last `rest`, or for the time to pass."""
+        """Wait until `wake` was called after the last `reset`, or until the time has passed."""
 
     @abstractmethod
-    def wake(self) -> None: ...
+    def wake(self) -> None:
+        """End the present or the next `wait`. May be called from any thread."""
 
     @abstractmethod
-    def rest(self) -> None: ...
+    def reset(self) -> None:
+        """Forget earlier calls of `wake`."""
 
 
-class ThreadCall(Call):
-    """A thread. It blocks in `send` and `wait`, which so never suspend: `_run_blocking` runs them to their end."""
+class ThreadCaller(Caller):
+    """A thread. `send` and `wait` block and never suspend, so that a thread can run the coroutines of the queue."""
 
     def __init__(self, requests: Sequence[Request]) -> None:
         super().__init__(requests)
@@ -56,12 +68,12 @@ class ThreadCall(Call):
     def wake(self) -> None:
         self._event.set()
 
-    def rest(self) -> None:
+    def reset(self) -> None:
         self._event.clear()
 
 
-class TaskCall(Call):
-    """A task of an event loop, which is woken from other threads."""
+class TaskCaller(Caller):
+    """A task of an event loop. Other threads may wake it."""
 
     def __init__(self, requests: Sequence[Request]) -> None:
         super().__init__(requests)
@@ -77,22 +89,30 @@ class TaskCall(Call):
                 await self._event.wait()
 
     def wake(self) -> None:
-        with suppress(RuntimeError):  # the loop was closed over its waiting task: nobody waits there any more
+        with suppress(RuntimeError):  # the loop was closed while its task waited: nobody waits there any more
             self._loop.call_soon_threadsafe(self._event.set)
 
-    def rest(self) -> None:
+    def reset(self) -> None:
         self._event.clear()
 
 
 @dataclass(eq=False, slots=True)
 class Batch:
-    """Calls that are sent together by one of them, the leader; nobody yet when it is None."""
+    """Callers whose requests are sent together.
 
-    calls: list[Call]
-    leader: Call | None = None
+    Args:
+        callers: in the order in which they joined.
+        leader: the caller that sends the batch; None until one of the callers wakes.
+        done: whether the batch was sent, with or without success.
+        error: the engine's error for every caller.
+    """
+
+    callers: list[Caller]
+    leader: Caller | None = None
     done: bool = False
     error: EngineError | None = None
 
     def wake(self) -> None:
-        for call in self.calls:
-            call.wake()
+        """Wake every caller."""
+        for caller in self.callers:
+            caller.wake()

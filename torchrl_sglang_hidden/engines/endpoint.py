@@ -1,4 +1,8 @@
-"""One SGLang server over HTTP: what `SGLangServer` has one or several of."""
+"""One SGLang server over HTTP: its connections, its routes, and what its statuses and foreign errors mean.
+
+`SGLangServer` has one `Endpoint` per server, and spreads rows, streams, sessions and weights over them. Knows no other
+server.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +42,7 @@ from torchrl_sglang_hidden.weights.validation import Transport, Weights
 
 __all__ = ["Endpoint"]
 
-# uvicorn closes an idle connection after 5 s; one reused in that instant would fail.
+# uvicorn closes an idle connection after 5 s; a connection reused in that instant would fail.
 KEEPALIVE_S = 2.0
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -47,7 +51,18 @@ _LAST_EVENT = "data: [DONE]"
 
 
 class Endpoint:
-    """One server: its address, its connections, what it said of itself."""
+    """One server: its address, its connections, and its `EngineInfo`, read at connect.
+
+    Args:
+        url: ``http://host:port``.
+        api_key: sent as a bearer token; None sends none.
+        connect_timeout_s: seconds to reach the server.
+        read_timeout_s: seconds to wait for the answer to a request.
+
+    Raises:
+        InputError: the URL or the API key cannot be used.
+        EngineError: the server cannot be reached, or refuses the key.
+    """
 
     def __init__(self, url: str, api_key: str | None, connect_timeout_s: float, read_timeout_s: float) -> None:
         parts = _split(url)
@@ -93,22 +108,28 @@ class Endpoint:
         return body
 
     def generate(self, requests: Sequence[Request], first_row: int) -> list[Completion]:
+        """Generate one completion per request; errors count rows from ``first_row``."""
         rows = self.ask(to_payload(requests, self.info, binary=False))
         return read_responses(requests, rows, self.info, first_row=first_row)
 
     def ask(self, payload: dict[str, Any]) -> Any:
+        """Post a payload to SGLang's ``/generate``, and return the JSON of the answer."""
         with _translated(self.url):
             response = self._client.post("/generate", json=payload)
         return _read_json(response, self.url)
 
     async def agenerate(self, requests: Sequence[Request], first_row: int) -> list[Completion]:
+        """Generate as `generate` does, without blocking the event loop."""
         payload = to_payload(requests, self.info, binary=False)
         with _translated(self.url):
             response = await self._async_client().post("/generate", json=payload)
         return read_responses(requests, _read_json(response, self.url), self.info, first_row=first_row)
 
     def stream(self, payload: dict[str, Any]) -> Generator[Any, None, None]:
-        """See `Stream`. Closing it closes the connection, on which SGLang drops the request."""
+        """Yield None once the request is on its way, then each of SGLang's answers, for `Stream`.
+
+        Closing the generator closes the connection, whereupon SGLang drops the request.
+        """
         with _translated(self.url), self._client.stream("POST", "/generate", json=payload) as response:
             if response.is_error:
                 response.read()
@@ -120,7 +141,7 @@ class Endpoint:
                     yield event
 
     async def astream(self, payload: dict[str, Any]) -> AsyncGenerator[Any, None]:
-        """As `stream`."""
+        """Yield what `stream` yields, without blocking the event loop."""
         with _translated(self.url):
             async with self._async_client().stream("POST", "/generate", json=payload) as response:
                 if response.is_error:
@@ -133,7 +154,11 @@ class Endpoint:
                         yield event
 
     def call(self, route: str, payload: dict[str, Any]) -> dict[str, Any]:
-        """One of SGLang's control routes. Some say in words what others say in JSON."""
+        """Call one of SGLang's control routes.
+
+        Returns:
+            ``success`` and ``message``, whether the route answers in JSON or in words.
+        """
         with _translated(self.url):
             response = self._client.post(f"/{route}", json=payload)
         if response.status_code not in (200, 400):
@@ -149,11 +174,16 @@ class Endpoint:
         return body
 
     def weight_version(self) -> str:
-        """The version at this moment: other clients may have moved it."""
+        """Ask for the version of the weights at this moment: another client may have changed them."""
         return str(self._get("/model_info")["weight_version"])
 
     def served_weights(self) -> ServedWeights:
-        """Names and shapes of the served checkpoint: from the server half, or from the directory itself."""
+        """Read names and shapes of the served checkpoint from the server half, or from the model's directory.
+
+        Raises:
+            CapabilityError: neither can be read.
+            ProtocolError: the server half's answer cannot be read.
+        """
         if self.info.pools_in_server:
             try:
                 return ServedWeights.unpack(self.call("get_weights_by_name", {"name": CHANNEL}))
@@ -163,7 +193,10 @@ class Endpoint:
                     "ones end an SGLang server; serve a directory with safetensors"
                 ) from error
             except (KeyError, TypeError, ValueError) as error:
-                raise ProtocolError(f"{self.url} does not say which weights it serves ({error})") from error
+                raise ProtocolError(
+                    f"{self.url} does not say which weights it serves ({error}); use the same version of "
+                    "torchrl_sglang_hidden here and there"
+                ) from error
         try:
             return served_weights(self.info.model_path)
         except (OSError, ValueError) as error:
@@ -203,14 +236,15 @@ class Endpoint:
             if self._client.is_closed:
                 raise EngineError(f"the connection to {self.url} was closed by close(); connect again")
             if loop not in self._async_clients:
-                # A client holds its loop, so that neither goes by itself: one asyncio.run after another would pile up.
-                alive = {one: client for one, client in self._async_clients.items() if not one.is_closed()}
+                # A client keeps its loop alive: without this, one asyncio.run after another would pile up clients.
+                alive = {other: client for other, client in self._async_clients.items() if not other.is_closed()}
                 self._async_clients = {**alive, loop: httpx.AsyncClient(**self._options)}
             return self._async_clients[loop]
 
     def close(self) -> None:
+        """Close the connections."""
         self._client.close()
-        # An AsyncClient can only be closed in its own loop, which is not ours to run; its sockets end with it.
+        # An AsyncClient can only be closed in its own loop, which is not ours to run; the sockets end with the client.
         self._async_clients.clear()
 
 
@@ -243,7 +277,7 @@ def _split(url: object) -> SplitResult:
 
 @contextmanager
 def _translated(url: str) -> Iterator[None]:
-    """The one place where httpx's exceptions become this package's."""
+    """Turn httpx's exceptions into this package's: nothing else in the package does."""
     try:
         yield
     except httpx.ConnectError as error:
@@ -263,7 +297,14 @@ def _translated(url: str) -> Iterator[None]:
 
 
 def _read_json(response: httpx.Response, url: str) -> Any:
-    """The answer's body, or the error that its status means."""
+    """Return the JSON of an answer.
+
+    Raises:
+        AuthenticationError: status 401 or 403.
+        RequestRejectedError: another 4xx status.
+        EngineError: a 5xx status.
+        ProtocolError: no JSON.
+    """
     if response.status_code in (401, 403):
         raise AuthenticationError(f"{url} refused the API key (status {response.status_code}); pass the right api_key")
     if response.status_code >= 400:
@@ -276,9 +317,15 @@ def _read_json(response: httpx.Response, url: str) -> Any:
 
 
 def _read_event(line: str, url: str) -> Any:
-    """One line of a streamed answer: what SGLang says in it, or None where it says nothing.
+    """Read one line of a streamed answer.
 
-    SGLang's status is 200 by the time that it refuses a request, so that the refusal is an event.
+    Returns:
+        The event's JSON; None for an empty line and for the end mark.
+
+    Raises:
+        RequestRejectedError: the event is a refusal. The status of the stream was sent before, as 200.
+        EngineError: the event is a failure of the server.
+        ProtocolError: the line is no event.
     """
     if not line or line == _LAST_EVENT:
         return None
@@ -296,7 +343,7 @@ def _read_event(line: str, url: str) -> Any:
 
 
 def _reason(response: httpx.Response) -> str:
-    """The server's own words about an error."""
+    """Return the server's own words about an error."""
     try:
         body = response.json()
     except ValueError:

@@ -1,4 +1,7 @@
-"""A running SGLang server, or several, over HTTP."""
+"""A running SGLang server, or several that share the rows of each batch, over HTTP.
+
+Knows how rows, streams, sessions and weights are spread over servers; one server's HTTP is `Endpoint`'s.
+"""
 
 from __future__ import annotations
 
@@ -45,21 +48,21 @@ _UPDATING: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 class SGLangServer(Engine):
     """A client of one running SGLang server, or of several that share the rows of each batch.
 
-    Streams and sessions go to the servers in turn, each to one of them.
-
-    Connects when made. Each call is one batched request per server, so that SGLang schedules the rows together. Safe
-    from several threads; connections are pooled. Pickles as its addresses and reconnects.
+    Making a client connects to its servers. Each `generate` is one batched HTTP request per server, so that SGLang
+    schedules the rows together. Each stream and each session goes to one server; the servers take turns. A client may
+    be used from several threads; connections are pooled. A pickle holds addresses and options, and reconnects when it
+    is loaded.
 
     Args:
         url: ``"http://host:port"``, or a sequence of them. Several servers must serve the same model; each gets an
             equal contiguous share of the rows.
         api_key: sent as a bearer token.
         connect_timeout_s: seconds to reach a server.
-        read_timeout_s: seconds to wait for a batch.
+        read_timeout_s: seconds to wait for the answer to a batch.
 
     Raises:
-        InputError: not an HTTP URL.
-        EngineUnreachableError: nothing answers there.
+        InputError: ``url`` is no HTTP URL.
+        EngineUnreachableError: nothing answers at an address.
         AuthenticationError: the server refuses the key, or wants one.
         CapabilityError: the server does not generate text.
         ProtocolError: the server half speaks another protocol, or the servers do not serve the same model.
@@ -79,33 +82,35 @@ class SGLangServer(Engine):
         self._config = {"api_key": api_key, "connect_timeout_s": connect_timeout_s, "read_timeout_s": read_timeout_s}
         with ExitStack() as stack:
             self._endpoints = []
-            for one in urls:
-                self._endpoints.append(Endpoint(one, api_key, connect_timeout_s, read_timeout_s))
+            for address in urls:
+                self._endpoints.append(Endpoint(address, api_key, connect_timeout_s, read_timeout_s))
                 stack.callback(self._endpoints[-1].close)
             stack.pop_all()
         self._turns = itertools.count()
         models = {(e.info.model_path, e.info.vocab_size, e.info.hidden_size) for e in self._endpoints}
         if len(models) > 1:
             self.close()
-            raise ProtocolError(f"the servers do not serve the same model: {sorted(models, key=str)}")
+            raise ProtocolError(
+                f"the servers do not serve the same model: {sorted(models, key=str)}; pass servers of one model"
+            )
 
     @property
     def urls(self) -> tuple[str, ...]:
-        """The servers' addresses."""
+        """Addresses of all servers."""
         return tuple(endpoint.url for endpoint in self._endpoints)
 
     @property
     def url(self) -> str:
-        """The first server's address."""
+        """Address of the first server."""
         return self.urls[0]
 
     @property
     def info(self) -> EngineInfo:
-        """What the first server said of itself at connect, and the version of the weights sent to it since."""
+        """See `Engine.info`: of the first server, read at connect; the weight version follows `update_weights`."""
         return self._endpoints[0].info
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """See `Engine.generate`."""
+        """See `Engine.generate`. Each server gets an equal contiguous share of the requests."""
         shares = self._share(requests)
         if len(shares) == 1:
             endpoint, share, first_row = shares[0]
@@ -129,7 +134,7 @@ class SGLangServer(Engine):
         try:
             parts = await asyncio.gather(*calls)
         finally:
-            # Where one failed, the others' answers are of no use. A task that is done takes no notice.
+            # After one failure the other answers are of no use. Cancelling a task that is done does nothing.
             for call in calls:
                 call.cancel()
         return [completion for part in parts for completion in part]
@@ -202,12 +207,12 @@ class SGLangServer(Engine):
         ) from failed[0][1]
 
     def close(self) -> None:
-        """Closes the connections; the servers run on."""
+        """Close the connections; the servers run on."""
         for endpoint in self._endpoints:
             endpoint.close()
 
     def _share(self, requests: Sequence[Request]) -> list[tuple[Endpoint, Sequence[Request], int]]:
-        """Each server's requests, and the row that they start at."""
+        """Return each server with its requests and the row of the batch at which they start."""
         # All rows are checked before any is sent: a bad one must not leave half a batch running.
         for endpoint in self._endpoints:
             self._check(requests, endpoint.info)
@@ -223,7 +228,7 @@ class SGLangServer(Engine):
 
 
 def connect(url: str | Sequence[str], *, api_key: str | None = None) -> SGLangServer:
-    """Connects to running SGLang servers; see `SGLangServer` for the arguments and errors."""
+    """Connect to running SGLang servers; see `SGLangServer` for the arguments and errors."""
     return SGLangServer(url, api_key=api_key)
 
 

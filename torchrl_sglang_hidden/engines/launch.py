@@ -1,6 +1,7 @@
-"""A managed server on this machine: started, waited for, and ended with whoever started it.
+"""`launch`: starts a server on this machine and returns a client that owns it.
 
-Knows what a server is started with; its process is `ServerProcess`'s, requests are `SGLangServer`'s.
+Knows and checks the arguments that a server is started with. The process is `ServerProcess`'s, requests are
+`SGLangServer`'s.
 """
 
 from __future__ import annotations
@@ -20,7 +21,12 @@ import platformdirs
 
 from torchrl_sglang_hidden.engines.http import SGLangServer
 from torchrl_sglang_hidden.engines.process import ServerProcess
-from torchrl_sglang_hidden.engines.server_options import check_layers, check_model, check_modules, require_sglang
+from torchrl_sglang_hidden.engines.server_options import (
+    require_sglang,
+    resolve_layers,
+    resolve_model,
+    resolve_modules,
+)
 from torchrl_sglang_hidden.errors import (
     InputError,
     LaunchError,
@@ -55,43 +61,45 @@ def launch(
     progress: bool = True,
     **server_args: Any,
 ) -> LaunchedServer:
-    """Starts an SGLang server on this machine and returns a client of it once it generates.
+    """Start an SGLang server with hidden-state pooling on this machine, and return a client once the server generates.
 
-    The server is a child process that ends with this one, however this one ends, and with ``close()`` or the ``with``
-    block. Hidden-state pooling is switched on in it.
+    The server is a child process. It ends with ``close()``, at the end of a ``with`` block, and with this process,
+    however this process ends.
 
     Args:
         model: directory with a ``config.json``, or a model hub's name.
         device: ``"auto"`` takes the accelerator, and SGLang's CPU engine where there is none; or one of SGLang's
             device names.
-        layers: the layers whose states can be asked for, ids as in `HiddenSpec`; the last one's always can. Each costs
-            an addition and a copy per step in which somebody asks for it.
-        constraint_modules: modules that define `LogitConstraint`s of yours, by their full names. The server imports
-            them: requests name constraints, and never carry code.
+        layers: ids of the layers whose states can be asked for, as in `HiddenSpec`; the last layer is always included.
+            Each layer costs an addition and a copy in every step in which a request asks for it.
+        constraint_modules: full names of modules that define `LogitConstraint`s of yours. The server imports the
+            modules: requests name constraints, and never carry code.
         host: address to bind. Anything but loopback needs an ``api_key``.
         port: TCP port, or None for a free one.
         api_key: key that clients must send. It appears in no process listing and in no log.
         timeout_s: seconds until the server must have generated its first token.
-        log_file: the server's stdout and stderr are appended here; by default a new file in the user's log directory.
+        log_file: file to which the server's stdout and stderr are appended; by default a new file in the user's log
+            directory.
         progress: show a status line while the server starts, in terminals and notebooks.
         **server_args: SGLang server arguments by their Python names: ``chunked_prefill_size=64`` becomes
             ``--chunked-prefill-size 64``. ``True`` is the bare flag, ``False`` and ``None`` leave it out, lists are
             several values, mappings become JSON. A name that SGLang does not know fails the start.
 
     Returns:
-        A connected client that owns the process. Copies and pickles of it are plain clients of the same server.
+        A connected client that owns the process. Its copies and pickles are plain clients of the same server.
 
     Raises:
         InputError: a model directory, layer, module, device, host, port or timeout that cannot work; nothing was
             started.
         UnknownOptionError: a server argument that ``launch`` sets itself.
         CapabilityError: SGLang is not installed.
-        LaunchError: the server ended or did not generate in time; with exit code, log file and last log lines.
+        LaunchError: the server ended or did not generate in time; the message has exit code, log file and last log
+            lines.
     """
     _check_arguments(device=device, host=host, port=port, api_key=api_key, timeout_s=timeout_s, server_args=server_args)
-    model = check_model(model)
-    chosen = check_layers(layers, model)
-    modules = check_modules(constraint_modules)
+    model = resolve_model(model)
+    chosen_layers = resolve_layers(layers, model)
+    modules = resolve_modules(constraint_modules)
     require_sglang()
     port = _free_port(host, port)
     arguments = {"model_path": model, "host": host, "port": port, **server_args}
@@ -100,7 +108,7 @@ def launch(
     with ExitStack() as stack:
         log_path = _log_path(log_file, port)
         process = ServerProcess(
-            command_line(arguments), log_path=log_path, api_key=api_key, layers=chosen, modules=modules
+            command_line(arguments), log_path=log_path, api_key=api_key, layers=chosen_layers, modules=modules
         )
         stack.callback(process.stop)
         url = f"http://{_client_host(host)}:{port}"
@@ -111,7 +119,7 @@ def launch(
 
 
 class LaunchedServer(SGLangServer):
-    """A client that owns its server: `launch` makes it, ``close()`` ends both.
+    """A client that owns its server. `launch` makes one; ``close()`` closes the client and ends the server.
 
     Attributes:
         pid: the server's process id, which is also the id of its process group and session.
@@ -127,15 +135,15 @@ class LaunchedServer(SGLangServer):
         super().__init__(url, api_key=api_key)
 
     def wait(self) -> NoReturn:
-        """Blocks for as long as the server runs.
+        """Block for as long as the server runs.
 
         Raises:
-            EngineError: the server ended by itself; with exit code, log file and last log lines.
+            EngineError: the server ended by itself; the message has exit code, log file and last log lines.
         """
         self._process.wait()
 
     def close(self) -> None:
-        """Closes the client and ends the server. A second call does nothing."""
+        """Close the client and end the server. A second call does nothing."""
         super().close()
         self._stop()
 
@@ -178,7 +186,7 @@ def _client_host(host: str) -> str:
 
 
 def _free_port(host: str, port: int | None) -> int:
-    # Tried here although SGLang binds later: another server on a given port would answer the readiness probe.
+    # Bound here although SGLang binds later: another server on this port would answer the readiness probe.
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:

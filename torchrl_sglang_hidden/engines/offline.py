@@ -1,4 +1,8 @@
-"""SGLang in this process: `sglang.Engine`, without HTTP."""
+"""SGLang in this process: `sglang.Engine`, without HTTP.
+
+Knows how an ``sglang.Engine`` is started, and how its event loop runs while calls are under way. Payloads and answers
+are those of `SGLangServer`, tensors as bytes instead of base64.
+"""
 
 from __future__ import annotations
 
@@ -49,17 +53,18 @@ T = TypeVar("T")
 class SGLangOffline(Engine):
     """SGLang's in-process engine. Its scheduler and detokenizer are child processes; no port is opened.
 
-    Without an accelerator it runs on SGLang's CPU engine, which SGLang chooses when it is first imported: make this
-    before anything else imports ``sglang``. Use it under ``if __name__ == "__main__":``, for SGLang spawns processes.
+    Without an accelerator SGLang's CPU engine runs. SGLang chooses it when ``sglang`` is first imported: make a
+    `SGLangOffline` before anything else imports ``sglang``. Use it under ``if __name__ == "__main__":``, since SGLang
+    spawns processes.
 
     Args:
-        model: the model's directory or hub name; or an ``sglang.Engine`` of yours, which stays yours to shut down.
+        model: the model's directory or hub name; or an ``sglang.Engine`` of yours, which `close` leaves running.
         layers: the layers whose states can be asked for, as for `launch`. Not with an engine of yours.
         constraint_modules: modules with constraints of yours, as for `launch`. Not with an engine of yours.
         server_args: SGLang's own arguments, as for ``sglang.Engine``. Not with an engine of yours.
 
     Raises:
-        InputTypeError: ``model`` is neither, or arguments come with an engine.
+        InputTypeError: ``model`` is neither a path nor an engine, or other arguments come with an engine.
         CapabilityError: SGLang is not installed, or was imported before without the CPU engine that this machine needs.
         EngineError: the engine did not start.
     """
@@ -84,7 +89,7 @@ class SGLangOffline(Engine):
                 "arguments, or an sglang.Engine without"
             )
         self._loop = _LoopThread.of(self.engine.loop)
-        self._info = self._loop.run(self._ask)
+        self._info = self._loop.run(self._read_info)
         self._updating = threading.Lock()
         ranks = self.engine.tokenizer_manager.elastic_worker_count
         self._session_host = SessionHost(
@@ -92,7 +97,7 @@ class SGLangOffline(Engine):
         )
         self._closed = False
 
-    async def _ask(self) -> EngineInfo:
+    async def _read_info(self) -> EngineInfo:
         states = await self.engine.tokenizer_manager.get_internal_state()
         payload = warm_up({"internal_states": states})
         if payload is not None:
@@ -104,7 +109,7 @@ class SGLangOffline(Engine):
 
     @property
     def info(self) -> EngineInfo:
-        """What the engine said of itself when it was wrapped, and the version of the weights given to it since."""
+        """See `Engine.info`: read when this object was made; the weight version follows `update_weights`."""
         return self._info
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
@@ -132,11 +137,11 @@ class SGLangOffline(Engine):
         return self._loop.run(lambda: self._send(payload))
 
     def stream(self, request: Request) -> Stream:
-        """See `Engine.stream`. Returns with the first token: in this process nothing else starts a request."""
+        """See `Engine.stream`. Returns with the first token, because nothing else starts a request in this process."""
         return Stream(self._rows(self._stream_payload(request)), request, self._info)
 
     async def astream(self, request: Request) -> AsyncStream:
-        """See `Engine.astream`, and `stream`."""
+        """See `Engine.astream`. Returns with the first token."""
         return await AsyncStream.open(self._arows(self._stream_payload(request)), request, self._info)
 
     def _stream_payload(self, request: Request) -> dict[str, Any]:
@@ -147,7 +152,7 @@ class SGLangOffline(Engine):
         return {**to_payload([request], self._info, binary=True), "stream": True}
 
     def _rows(self, payload: dict[str, Any]) -> Generator[Any, None, None]:
-        """See `Stream`. The engine's loop runs while a row is waited for, and no longer."""
+        """Yield None, then each of SGLang's answers, for `Stream`. The engine's loop runs only while one is awaited."""
         rows = self._loop.run(lambda: self._send(payload))
         try:
             row = self._loop.run(lambda: _next(rows))
@@ -182,7 +187,7 @@ class SGLangOffline(Engine):
         transport: Transport = "auto",
         running: Running = "finish",
     ) -> str:
-        """See `Engine.update_weights`. The engine is on this machine: there is no network to take."""
+        """See `Engine.update_weights`. The only transport is disk: no network leads to an engine in this process."""
         self._check_open()
         check_options(version, transport, running)
         receiver = Receiver(
@@ -212,7 +217,7 @@ class SGLangOffline(Engine):
         return version
 
     def _call(self, route: str, payload: dict[str, Any]) -> dict[str, Any]:
-        """One of SGLang's control calls, as its HTTP server makes it."""
+        """Call one of SGLang's control routes, as SGLang's HTTP server does."""
         from sglang.srt.managers import io_struct
 
         inputs: dict[str, Any] = {
@@ -231,7 +236,7 @@ class SGLangOffline(Engine):
         return {"success": getattr(answer, "success", True), "message": getattr(answer, "message", "")}
 
     def close(self) -> None:
-        """Shuts down an engine that this object started; leaves one of yours alone."""
+        """Shut down an engine that this object started; an engine of yours is left running."""
         if not self._closed and self._owned:
             self.engine.shutdown()
         self._closed = True
@@ -244,13 +249,18 @@ class SGLangOffline(Engine):
 def _start(
     model: str | Path, layers: int | Sequence[int], constraint_modules: Sequence[str], server_args: dict[str, Any]
 ) -> Any:
-    """Starts ``sglang.Engine`` with the server half, on the CPU engine where there is no accelerator."""
-    from torchrl_sglang_hidden.engines.server_options import check_layers, check_model, check_modules, require_sglang
+    """Start ``sglang.Engine`` with the server half, on the CPU engine where there is no accelerator."""
+    from torchrl_sglang_hidden.engines.server_options import (
+        require_sglang,
+        resolve_layers,
+        resolve_model,
+        resolve_modules,
+    )
     from torchrl_sglang_hidden.server.cpu import cpu_engine_environment, cpu_server_args, has_accelerator
 
     require_sglang()
-    path = check_model(model)
-    chosen = {LAYERS_ENV: check_layers(layers, path), **check_modules(constraint_modules)}
+    path = resolve_model(model)
+    chosen = {LAYERS_ENV: resolve_layers(layers, path), **resolve_modules(constraint_modules)}
     on_cpu = server_args.get("device") == "cpu" or not has_accelerator()
     defaults = cpu_server_args(path, context_length=server_args.get("context_length")) if on_cpu else {}
     try:
@@ -260,14 +270,14 @@ def _start(
             engine = sglang.Engine(model_path=path, **{**defaults, "enable_return_hidden_states": True, **server_args})
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         raise EngineError(f"SGLang did not start with {path!r}: {error}") from error
-    # SGLang takes the current event loop, which in a notebook is the notebook's own and always running.
+    # SGLang takes the current event loop. In a notebook that loop is the notebook's own and always runs.
     engine.loop = asyncio.new_event_loop()
     return engine
 
 
 @contextmanager
 def _opted_in(options: Mapping[str, str]) -> Iterator[None]:
-    """Opts in to the server half for the time in which SGLang starts its processes."""
+    """Set the variables that switch the server half on, while SGLang starts its processes."""
     chosen = {PLUGIN_ENV: "1", **options}
     before = {name: os.environ.get(name) for name in chosen}
     os.environ.update(chosen)
@@ -283,7 +293,7 @@ def _opted_in(options: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _translated() -> Iterator[None]:
-    """SGLang's exceptions as this package's."""
+    """Turn SGLang's exceptions into this package's."""
     from starlette.exceptions import HTTPException  # what SGLang raises for an abort, in-process too
 
     try:
@@ -295,7 +305,7 @@ def _translated() -> Iterator[None]:
 
 
 async def _next(rows: AsyncGenerator[Any, None]) -> Any:
-    """SGLang's next answer, or None. A copy: SGLang goes on writing into the lists of the one that it gave."""
+    """Return a copy of SGLang's next answer, or None at the end: SGLang goes on writing into the lists that it gave."""
     with _translated():
         row = await anext(rows, None)
     if row is None:
@@ -305,8 +315,8 @@ async def _next(rows: AsyncGenerator[Any, None]) -> Any:
 
 
 async def _hang_up(rows: AsyncGeneratorType[Any, None]) -> None:
-    """Ends SGLang's generator, which aborts its request."""
-    while rows.ag_running:  # a step that was cancelled is still on its way out
+    """End SGLang's generator, which aborts its request."""
+    while rows.ag_running:  # a cancelled step is still ending
         await asyncio.sleep(0)
     await rows.aclose()
 
@@ -314,8 +324,8 @@ async def _hang_up(rows: AsyncGeneratorType[Any, None]) -> None:
 class _LoopThread:
     """Runs an engine's event loop in a thread while calls are under way, so that several threads may call at once.
 
-    Between calls the loop stands still, and the engine's own blocking methods work as before. There is one per loop:
-    several wrappers of one engine share it.
+    Between calls the loop stands still, and the engine's own blocking methods work as before. There is one object per
+    loop: several `SGLangOffline`s of one engine share it.
     """
 
     _all: ClassVar[WeakValueDictionary[asyncio.AbstractEventLoop, _LoopThread]] = WeakValueDictionary()
@@ -338,7 +348,7 @@ class _LoopThread:
             try:
                 return future.result()
             finally:
-                future.cancel()  # an interrupt must not leave it running
+                future.cancel()  # an interrupt must not leave the call running
 
     async def arun(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
         if asyncio.get_running_loop() is self._loop:
@@ -347,7 +357,10 @@ class _LoopThread:
             return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(call(), self._loop))
 
     def run_later(self, call: Callable[[], Coroutine[Any, Any, Any]]) -> None:
-        """Runs a call without waiting for it, in a thread: the garbage collector may ask for it in the loop's own."""
+        """Run a call in a new thread without waiting for it, so that the loop's own thread may ask for it too.
+
+        The garbage collector closes an abandoned stream in whichever thread it runs.
+        """
         with suppress(RuntimeError):  # the interpreter ends, and the engine with it
             threading.Thread(target=self.run, args=(call,), daemon=True).start()
 

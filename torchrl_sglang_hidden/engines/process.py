@@ -1,6 +1,6 @@
-"""The process of a launched server: started, waited for, and ended with whoever started it.
+"""The process of a launched server: started, awaited until it is ready, and ended together with its parent.
 
-Knows processes and logs; nothing of arguments that a user gives, nor of requests.
+Knows processes and logs. Knows nothing of a user's arguments, which `launch` checks, or of requests.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ _TERMINATE_TIMEOUT_S = 10.0
 
 
 class ServerProcess:
-    """The child process, its group, its log and the pipe that tells it that its parent lives.
+    """The child process of a server, with its process group, its log, and the pipe whose end tells of a dead parent.
 
     Args:
-        arguments: of ``python -m torchrl_sglang_hidden.server``.
-        log_path: file that its output is appended to; made, with its directory, if it is not there.
-        api_key: handed over in the environment.
-        layers: likewise, as `check_layers` writes them.
-        modules: likewise, as `check_modules` writes them.
+        arguments: command line of ``python -m torchrl_sglang_hidden.server``.
+        log_path: file to which the server's output is appended; made, with its directory, if it does not exist.
+        api_key: passed in the environment, where no process listing shows it.
+        layers: passed in the environment, as `resolve_layers` writes them.
+        modules: environment variables from `resolve_modules`.
 
     Raises:
         LaunchError: the log file cannot be written.
@@ -83,10 +83,16 @@ class ServerProcess:
 
     @property
     def pid(self) -> int:
+        """Process id, which is also the id of the process group and session."""
         return self._process.pid
 
     def wait_until_ready(self, url: str, *, timeout_s: float, progress: bool) -> None:
-        """Returns once the server at ``url`` has generated a token.
+        """Block until the server has generated a token.
+
+        Args:
+            url: the server's address.
+            timeout_s: seconds until the server must have generated a token.
+            progress: show a status line, in terminals and notebooks.
 
         Raises:
             LaunchError: the process ended, or ``timeout_s`` passed.
@@ -111,9 +117,13 @@ class ServerProcess:
                 show(f"Starting SGLang, {elapsed_s:.0f} s: {_without_timestamp(last_line)}")
 
     def wait(self) -> NoReturn:
-        """Blocks until the process has ended, and raises an `EngineError` that tells how."""
+        """Block until the process has ended.
+
+        Raises:
+            EngineError: always, with the exit code and the last log lines.
+        """
         while (code := self._process.poll()) is None:
-            # Short waits: a signal that comes just before one is seen only after it.
+            # Short waits: Python handles a signal that arrives just before a wait only after the wait.
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(_POLL_INTERVAL_S)
         raise EngineError(
@@ -122,27 +132,27 @@ class ServerProcess:
         )
 
     def log_tail(self, limit: int = _TAIL_LINES) -> list[str]:
-        """The last ``limit`` lines that this start wrote, oldest first, without blank ones and without the API key."""
+        """Return the last lines of the log since this start, oldest first, without blank lines and the API key."""
         with self.log_path.open("rb") as log:
             log.seek(max(self._log_start, log.seek(0, os.SEEK_END) - _TAIL_BYTES))
             text = log.read().decode(errors="replace")
         if self._api_key is not None:
             text = text.replace(self._api_key, "***")
-        # Progress bars rewrite their line with \r: each rewrite is a line here, the last one stays.
+        # Progress bars rewrite their line with \r: each rewrite is a line here.
         return [line.rstrip() for line in re.split(r"[\r\n]+", text) if line.strip()][-limit:]
 
     def stop(self) -> None:
-        """Ends the process and its group: SIGINT, then SIGKILL. Idempotent; does nothing in a forked child."""
+        """End the process and its group: SIGINT, then SIGKILL. In a forked child, or when called again, do nothing."""
         if os.getpid() != self._owner_pid:
             return
         if self._process.poll() is None:
-            # To the leader alone: SGLang reports a crash when its workers end before it. SIGINT is uvicorn's way out,
-            # about 2 s; SIGTERM has SGLang poll and drain for 5 to 10.
+            # To the leader alone: SGLang reports a crash when its workers end before the leader. On SIGINT uvicorn ends
+            # in about 2 s; on SIGTERM SGLang polls and drains for 5 to 10 s.
             with suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGINT)
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(_TERMINATE_TIMEOUT_S)
-        # Also where the leader has ended by itself: SGLang's workers outlive it when it was killed.
+        # Also where the leader has ended by itself: SGLang's workers outlive a leader that was killed.
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()

@@ -1,6 +1,6 @@
-"""What a server is started for: a model, layers, constraint modules, held against what this machine can see of them.
+"""A model, layers and constraint modules to start an SGLang with, checked against what this machine can see of them.
 
-For whoever starts a server, in a process of its own or in this one. Imports no SGLang.
+Used by `launch` and by `SGLangOffline`. Imports no SGLang.
 """
 
 from __future__ import annotations
@@ -17,21 +17,24 @@ from torchrl_sglang_hidden.server.cpu import text_config
 from torchrl_sglang_hidden.spec.constraints import constraints_of
 from torchrl_sglang_hidden.spec.hidden import canonical_layer
 
-__all__ = ["check_layers", "check_model", "check_modules", "require_sglang"]
+__all__ = ["require_sglang", "resolve_layers", "resolve_model", "resolve_modules"]
 
 
-def check_layers(layers: int | Sequence[int], model: str) -> str:
-    """The layers to start a server for, as the server half reads them from its environment.
+def resolve_layers(layers: int | Sequence[int], model: str) -> str:
+    """Write the layers to start a server for as the server half reads them from its environment.
 
     Args:
-        layers: ids as in `HiddenSpec`. The last layer's states are always there.
+        layers: one id or several, as in `HiddenSpec`. The last layer is always added.
         model: directory or hub name.
 
-    Raises:
-        InputTypeError: no integer, or no sequence of them.
-        InputError: an id that the model does not have, where its configuration can be read from here.
-    """
+    Returns:
+        Canonical ids with commas in between, such as ``"7,15,-1"``. Where the model's configuration cannot be read from
+        here, the ids are as given, and SGLang checks them when it starts.
 
+    Raises:
+        InputTypeError: ``layers`` is neither an integer nor a sequence of integers.
+        InputError: an id that the model does not have.
+    """
     ids = [layers] if isinstance(layers, int) else layers
     if isinstance(ids, str) or not isinstance(ids, Sequence) or any(type(layer) is not int for layer in ids):
         raise InputTypeError(f"layers={layers!r}: expected an integer or a tuple of them, such as (7, 15, -1)")
@@ -41,17 +44,20 @@ def check_layers(layers: int | Sequence[int], model: str) -> str:
     return ",".join(str(layer) for layer in dict.fromkeys((*ids, -1)))
 
 
-def check_modules(modules: Sequence[str]) -> dict[str, str]:
-    """The environment in which a server finds modules with constraints of the user's own. Imports them here.
+def resolve_modules(modules: Sequence[str]) -> dict[str, str]:
+    """Import the user's modules with constraints, and return the environment in which a server finds them.
 
     Args:
-        modules: their full names.
+        modules: full names of the modules.
+
+    Returns:
+        Environment variables by name; none for no modules.
 
     Raises:
-        InputError: one that cannot be imported here, or none of whose constraints a server could import.
-        InputTypeError: no sequence of names.
+        InputError: a module that cannot be imported here, that a server could not import, or that defines no named
+            constraint.
+        InputTypeError: ``modules`` is no sequence of names.
     """
-
     if isinstance(modules, str) or not all(isinstance(name, str) and name for name in modules):
         raise InputTypeError(
             f"constraint_modules={modules!r}: expected a tuple of module names, such as ('my.module',)"
@@ -61,7 +67,10 @@ def check_modules(modules: Sequence[str]) -> dict[str, str]:
         try:
             module = importlib.import_module(name)
         except ImportError as error:
-            raise InputError(f"constraint_modules: {name!r} cannot be imported here ({error})") from error
+            raise InputError(
+                f"constraint_modules: {name!r} cannot be imported here ({error}); install the module, or put its "
+                "directory on PYTHONPATH"
+            ) from error
         if name == "__main__" or getattr(module, "__file__", None) is None:
             raise InputError(
                 f"constraint_modules: {name!r} is no module of a file that a server could import; make it one"
@@ -75,18 +84,21 @@ def check_modules(modules: Sequence[str]) -> dict[str, str]:
         roots.append(str(package.parents[name.count(".")]))
     if not roots:
         return {}
-    # What this process found through sys.path the server must find too.
+    # The server must find what this process found through sys.path.
     path = os.pathsep.join(dict.fromkeys((*roots, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))))
     return {CONSTRAINTS_ENV: ",".join(modules), "PYTHONPATH": path}
 
 
-def check_model(model: str | os.PathLike[str]) -> str:
-    """The model as SGLang takes it: an absolute directory, or a model hub's name, which is left as it is.
+def resolve_model(model: str | os.PathLike[str]) -> str:
+    """Return the model as SGLang takes it: an absolute directory, or a model hub's name unchanged.
+
+    Args:
+        model: directory or hub name. A path object, a string that starts with ``.``, ``~`` or ``/``, and a string that
+            names an existing path are directories.
 
     Raises:
-        InputTypeError: neither a string nor a path.
-        InputError: it looks like a path (it exists, starts with ``.``, ``~`` or ``/``, or is a path object) and is no
-            directory with a ``config.json``.
+        InputTypeError: ``model`` is neither a string nor a path.
+        InputError: the directory does not exist, or has no ``config.json``.
     """
     if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
         raise InputTypeError(f"model={model!r}: expected a model directory or a model hub's name")
@@ -104,10 +116,10 @@ def check_model(model: str | os.PathLike[str]) -> str:
 
 
 def require_sglang() -> None:
-    """Looks for SGLang without importing it.
+    """Check that SGLang is installed, without importing it.
 
     Raises:
-        CapabilityError: it is not installed.
+        CapabilityError: SGLang is not installed.
     """
     if importlib.util.find_spec("sglang") is None:
         raise CapabilityError(

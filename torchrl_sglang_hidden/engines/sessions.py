@@ -1,7 +1,7 @@
 """Conversations on one server, turn by turn, with SGLang's own sessions.
 
-A session's server keeps the context: a turn sends its new tokens only. This side keeps the ids as well, asks for what
-they need, and holds every answer against them. Knows nothing of how a request travels.
+The server of a session keeps the context, so that a turn sends its new tokens only. This side keeps the ids of the
+context too, and checks every answer against them. Knows nothing of how a request travels.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torchrl_sglang_hidden.sglang_api.responses import read_responses
 
 __all__ = ["Session", "SessionHost"]
 
-# After this time without a turn SGLang closes a session by itself: that of a client that died would stay for good.
+# After this time without a turn SGLang closes a session: the session of a client that died would stay for good.
 IDLE_TIMEOUT_S = 3600.0
 
 
@@ -37,12 +37,12 @@ class SessionHost:
     """The one server, or in-process engine, that a session stays with.
 
     Args:
-        info: what it says of itself now.
-        call: one of SGLang's control calls.
+        info: returns the server's present `EngineInfo`.
+        call: calls one of SGLang's control routes.
         ask: sends a payload of one request, and returns SGLang's answer.
-        binary: see `payload.to_payload`.
-        num_ranks: its data-parallel ranks.
-        bos_id: the id that SGLang takes off the head of an appended turn, once that was seen.
+        binary: see `sglang_api.payload.to_payload`.
+        num_ranks: number of the server's data-parallel ranks.
+        bos_id: the id that SGLang takes off the head of an appended turn; None until a turn showed it.
     """
 
     info: Callable[[], EngineInfo]
@@ -54,14 +54,14 @@ class SessionHost:
 
 
 class Session:
-    """A conversation on one server. Each turn goes on behind everything before it.
+    """A conversation on one server. Each turn is generated after the whole context before it.
 
-    A turn that fails or is aborted leaves the session as it was before. Turns from several threads go one after the
-    other. Close it, or use it in a ``with`` block; SGLang closes it after an hour without a turn.
+    A turn that fails or is aborted leaves the session as it was before. Turns from several threads run one after the
+    other. Close a session, or use it in a ``with`` block; SGLang closes it after an hour without a turn.
 
     Args:
-        host: where it stays.
-        check: refuses bad requests, as `Engine._check`.
+        host: the server.
+        check: refuses bad requests, as `Engine._check` does.
     """
 
     def __init__(self, host: SessionHost, check: Callable[[Sequence[Request], EngineInfo], None]) -> None:
@@ -74,31 +74,31 @@ class Session:
         self._ids: tuple[int, ...] = ()
         self._closed = False
         self._lock = threading.Lock()
-        # SGLang wants a capacity and never reads it.
+        # SGLang requires a capacity and never reads it.
         host.call("open_session", {"session_id": self._id, "capacity_of_str_len": 0, "timeout": IDLE_TIMEOUT_S})
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """The context so far: every turn's new ids and its response, exactly as sampled."""
+        """The context so far: the new ids and the response of every turn, exactly as sampled."""
         return self._ids
 
     def generate(self, turn: Sequence[int] | Request) -> Completion:
-        """Generates behind the context and this turn's new ids.
+        """Append a turn to the context, and generate its response.
 
         Args:
             turn: the new ids, for SGLang's default sampling; or a `Request` whose ``prompt_ids`` are the new ids.
                 Positions in its ``spans`` count from the context's beginning.
 
         Returns:
-            What came back, with the whole context as ``prompt_ids``: log-probs, pooled states and token states are
-            those of a request with this prompt.
+            A `Completion` whose ``prompt_ids`` are the whole context. Log-probs, pooled states and token states are
+            the same as for one request with this prompt.
 
         Raises:
-            InputError: a turn without ids, one that does not fit behind the context, or what `Engine.generate`
+            InputError: a turn without ids, a turn that does not fit into the context length, or what `Engine.generate`
                 refuses. Nothing was sent.
             RequestRejectedError: the server does not know the session any more, or refused the turn.
-            EngineError: see `Engine.generate`; or the session was closed.
-            AlignmentError: the server's context is not that of `ids`.
+            EngineError: as for `Engine.generate`; or the session was closed.
+            AlignmentError: the context on the server differs from `ids`.
         """
         with self._lock:
             if self._closed:
@@ -125,7 +125,7 @@ class Session:
             return self._send(request, new_ids)
         except AlignmentError as error:
             # SGLang takes a BOS off the head of an appended turn, for tokenizers that put one before every text, and
-            # says nowhere which id that is. In front of a second one it is only that one that goes.
+            # says nowhere which id the BOS is. Sent twice, only the first of the two is taken off.
             if not appended:
                 raise
             with suppress(AlignmentError):
@@ -152,7 +152,7 @@ class Session:
         return rid, read_responses([request], rows, info)[0]
 
     def close(self) -> None:
-        """Ends the session; a second call does nothing."""
+        """End the session; a second call does nothing."""
         with self._lock:
             if not self._closed:
                 self._closed = True

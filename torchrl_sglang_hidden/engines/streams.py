@@ -1,6 +1,6 @@
-"""One response as it comes: SGLang's growing answers to increments, and the last of them to a `Completion`.
+"""Streamed responses: SGLang's growing answers become `StreamChunk`s, and the last answer a `Completion`.
 
-SGLang sends the whole response so far with every token. Knows nothing of how it travels.
+SGLang sends the whole response so far with every token. Knows nothing of how the answers travel.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ __all__ = ["AsyncStream", "Stream", "StreamChunk", "check_stream"]
 
 @dataclass(frozen=True, slots=True)
 class StreamChunk:
-    """What came since the chunk before it. A response's chunks, put together, are its `Completion`.
+    """The part of a response that came after the previous chunk. All chunks joined are the response.
 
     Args:
-        ids: the new response ids, ``[N]``; one, or more where the reader was slower than the engine.
-        text: the new text. Empty while it may still be the start of a stop string, or half of a character.
-        log_probs_T: float32 ``[N]``, or None when not asked for.
+        ids: the N new response ids: one, or more where the reader was slower than the engine.
+        text: the new text. Empty while the text may still be the start of a stop string, or half of a character.
+        log_probs_T: log-probs of the new ids, float32 ``[N]``; None when not asked for.
     """
 
     ids: tuple[int, ...]
@@ -35,15 +35,15 @@ class StreamChunk:
 
 
 def check_stream(request: Request, info: EngineInfo, *, cumulative: bool) -> None:
-    """Refuses what a stream cannot give.
+    """Refuse requests and engines that cannot stream.
 
     Args:
-        request: to be streamed.
-        info: of the engine.
+        request: the request to stream.
+        info: the engine's `EngineInfo`.
         cumulative: whether the engine sends the whole response so far with every token.
 
     Raises:
-        InputError: a request that generates nothing, or one for the prompt's log-probs.
+        InputError: a request that generates nothing, or that asks for the prompt's log-probs.
         CapabilityError: hidden states without the server half, or an engine that streams increments.
     """
     if request.reads_only:
@@ -67,7 +67,7 @@ def check_stream(request: Request, info: EngineInfo, *, cumulative: bool) -> Non
 
 
 class _Reader:
-    """Cuts growing answers into chunks, and checks that each goes on where the last one ended."""
+    """Cuts growing answers into chunks, and checks that each answer begins with the answer before it."""
 
     def __init__(self, request: Request, info: EngineInfo) -> None:
         self._request, self._info = request, info
@@ -85,14 +85,14 @@ class _Reader:
         return self._completion
 
     def end(self, why: str) -> None:
-        """Takes note of why there will be no completion, unless there is one."""
+        """Note why there will be no completion; only the first reason is kept."""
         self._over = self._over or why
 
-    def ended(self) -> None:
-        """The answers ended.
+    def check_complete(self) -> None:
+        """Check, after the last answer, that the response ended.
 
         Raises:
-            ProtocolError: before the response did.
+            ProtocolError: the answers ended before the response.
         """
         if self._completion is None and not self._over:
             self.end("the engine ended the stream before the response")
@@ -126,7 +126,7 @@ class _Reader:
 
 
 def _read_log_probs(name: str, entries: Any, ids: tuple[int, ...], start: int) -> torch.Tensor:
-    """The log-probs of ``ids[start:]``, float32."""
+    """Return the log-probs of ``ids[start:]``, float32."""
     try:
         found = [(float(entry[0]), int(entry[1])) for entry in entries[start:]]
     except (TypeError, ValueError, IndexError) as error:
@@ -140,15 +140,16 @@ def _read_log_probs(name: str, entries: Any, ids: tuple[int, ...], start: int) -
 
 
 class Stream(Iterator[StreamChunk]):
-    """One response as it comes. Iterate it; afterwards `completion` has all of it, with the pooled states.
+    """An iterator over one response as it is generated; afterwards `completion` is the whole response.
 
-    The engine goes on whether or not it is read: what came in between is one chunk. Closing it, leaving its ``with``
-    block or letting go of it before its end hangs up, and SGLang then drops the request. For one thread at a time.
+    The engine generates whether or not the stream is read; tokens that came since the last read are one chunk. Closing
+    the stream, leaving its ``with`` block or dropping the last reference before the end closes the connection, and
+    SGLang then drops the request. For one thread at a time.
 
     Args:
-        rows: yields once when the request is on its way, then every answer of SGLang's.
-        request: what was sent.
-        info: of the engine.
+        rows: yields once when the request is on its way, then each of SGLang's answers.
+        request: the request that was sent.
+        info: the engine's `EngineInfo`.
     """
 
     def __init__(self, rows: Generator[Any, None, None], request: Request, info: EngineInfo) -> None:
@@ -157,7 +158,7 @@ class Stream(Iterator[StreamChunk]):
 
     @property
     def completion(self) -> Completion:
-        """The whole response, checked as `Engine.generate`'s.
+        """The whole response with its pooled states, checked as `Engine.generate` checks.
 
         Raises:
             EngineError: the stream was not read to its end, was closed before, or failed.
@@ -169,7 +170,7 @@ class Stream(Iterator[StreamChunk]):
             row = next(self._rows, None)
             if row is not None:
                 return self._reader.read(row)
-            self._reader.ended()
+            self._reader.check_complete()
         except BaseException as error:
             self._reader.end(f"the stream failed with {type(error).__name__}: {error}")
             self.close()
@@ -177,7 +178,7 @@ class Stream(Iterator[StreamChunk]):
         raise StopIteration
 
     def close(self) -> None:
-        """Hangs up; a second call does nothing."""
+        """Stop reading, whereupon SGLang drops the request; a second call does nothing."""
         self._reader.end("the stream was closed before the response ended")
         self._rows.close()
 
@@ -191,14 +192,14 @@ class Stream(Iterator[StreamChunk]):
 
 
 class AsyncStream(AsyncIterator[StreamChunk]):
-    """As `Stream`, awaited; made by `Engine.astream`. Cancelling the task that reads it hangs up."""
+    """A `Stream` for ``async for``; made by `Engine.astream`. Cancelling the task that reads it closes it."""
 
     def __init__(self, rows: AsyncGenerator[Any, None], request: Request, info: EngineInfo) -> None:
         self._rows, self._reader = rows, _Reader(request, info)
 
     @classmethod
     async def open(cls, rows: AsyncGenerator[Any, None], request: Request, info: EngineInfo) -> Self:
-        """See `Stream` for the arguments."""
+        """Wait until the request is on its way; see `Stream` for the arguments."""
         await anext(rows)
         return cls(rows, request, info)
 
@@ -212,7 +213,7 @@ class AsyncStream(AsyncIterator[StreamChunk]):
             row = await anext(self._rows, None)
             if row is not None:
                 return self._reader.read(row)
-            self._reader.ended()
+            self._reader.check_complete()
         except BaseException as error:
             self._reader.end(f"the stream failed with {type(error).__name__}: {error}")
             await self.aclose()

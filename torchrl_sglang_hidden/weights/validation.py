@@ -1,7 +1,7 @@
-"""New weights, and whether they fit the served model: checked whole before any of them is sent.
+"""Which weights and options an update takes, and whether the weights fit the served model, before any tensor is sent.
 
 SGLang 0.5.23 checks nothing: a missing name leaves the old tensor in place without a word, and a wrong shape ends the
-whole server (it "rolls back" by loading the same wrong checkpoint again). Knows nothing of how weights travel.
+whole server (SGLang "rolls back" by loading the same wrong checkpoint again). Knows nothing of how weights travel.
 """
 
 from __future__ import annotations
@@ -33,12 +33,17 @@ Transport = Literal["auto", "disk", "network"]
 Running = Literal["finish", "continue"]
 
 HEAD = "lm_head.weight"
-# Computed from the config. Old checkpoints carry it, and so does what TensorDict.from_module takes; no model loads it.
+# Computed from the config. Old checkpoints and TensorDict.from_module have this tensor; no model loads it.
 CONSTANT = re.compile(r"rotary_emb\.(original_)?inv_freq$")
 
 
 def check_options(version: object, transport: object, running: object) -> None:
-    """Refuses options of ``update_weights`` that mean nothing."""
+    """Check the options of `Engine.update_weights`.
+
+    Raises:
+        InputTypeError: ``version`` is no name.
+        InputError: an unknown transport, or an unknown choice for running requests.
+    """
     if version is not None and not (isinstance(version, str) and version.strip()):
         raise InputTypeError(f"version={version!r}: expected a name, such as 'step-10', or None to count on")
     if transport not in get_args(Transport):
@@ -48,7 +53,11 @@ def check_options(version: object, transport: object, running: object) -> None:
 
 
 def new_version(served: Collection[str]) -> str:
-    """A version that none of several servers has, which may differ after an update that failed on some."""
+    """Return a version that no server has.
+
+    Args:
+        served: the versions of several servers, which may differ after an update that failed on some of them.
+    """
     version = next_version(next(iter(served)))
     while version in served:
         version = next_version(version)
@@ -56,7 +65,7 @@ def new_version(served: Collection[str]) -> str:
 
 
 def next_version(current: str) -> str:
-    """The version after ``current``: its last number plus one; SGLang's first one, "default", is followed by "1"."""
+    """Return the version after ``current``: its last number plus one; "1" after SGLang's first version, "default"."""
     if current == "default":
         return "1"
     match = re.fullmatch(r"(.*?)(\d+)", current, flags=re.DOTALL)
@@ -64,11 +73,14 @@ def next_version(current: str) -> str:
 
 
 def open_weights(weights: Weights) -> Mapping[str, torch.Tensor]:
-    """Any kind of weights as tensors by Hugging Face's checkpoint names; those of a directory are read one by one.
+    """Return any kind of weights as tensors by Hugging Face's checkpoint names.
+
+    Args:
+        weights: see `Engine.update_weights`. The tensors of a directory are read one by one, when they are used.
 
     Raises:
         WeightsError: a directory without readable safetensors, or an adapter that is not merged.
-        InputTypeError: neither a path, nor a mapping of tensors, nor a module.
+        InputTypeError: ``weights`` is neither a path, nor a mapping of tensors, nor a module.
     """
     if isinstance(weights, (str, os.PathLike)):
         return _Directory(Path(weights).expanduser().absolute())
@@ -77,7 +89,9 @@ def open_weights(weights: Weights) -> Mapping[str, torch.Tensor]:
     if isinstance(weights, Mapping):
         wrong = [name for name, value in weights.items() if not isinstance(value, torch.Tensor)]
         if wrong or not all(isinstance(name, str) for name in weights):
-            raise InputTypeError(f"weights: {(wrong or list(weights))[0]!r} is no tensor under a name")
+            raise InputTypeError(
+                f"weights: {(wrong or list(weights))[0]!r} is no tensor under a name; pass tensors by checkpoint names"
+            )
         return weights
     raise InputTypeError(
         f"weights is a {type(weights).__name__}; expected a checkpoint directory, a state dict or a torch.nn.Module"
@@ -85,7 +99,7 @@ def open_weights(weights: Weights) -> Mapping[str, torch.Tensor]:
 
 
 class _Directory(Mapping[str, torch.Tensor]):
-    """The tensors of a checkpoint directory, each read when it is asked for."""
+    """The tensors of a checkpoint directory, each read from its file when it is used."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -114,7 +128,7 @@ class _Directory(Mapping[str, torch.Tensor]):
 
 def _state_dict(module: torch.nn.Module) -> Mapping[str, torch.Tensor]:
     inner = getattr(module, "model", None)
-    # A Hugging Face model has a `.model` too: the one without its head.
+    # A Hugging Face model has a `.model` too, which lacks the head.
     if not hasattr(module, "save_pretrained") and isinstance(inner, torch.nn.Module):
         module = inner
     if hasattr(module, "merge_and_unload"):
@@ -126,24 +140,29 @@ def _state_dict(module: torch.nn.Module) -> Mapping[str, torch.Tensor]:
     if hasattr(module, "save_pretrained"):
         from transformers.core_model_loading import revert_weight_conversion
 
-        # transformers 5 holds some models' weights under other names than their checkpoints, the experts fused.
+        # transformers 5 fuses the experts of some models, and names their weights otherwise than the checkpoints do.
         state = revert_weight_conversion(module, state)
     return state
 
 
 def check_weights(tensors: Mapping[str, torch.Tensor], served: ServedWeights) -> Mapping[str, torch.Tensor]:
-    """Holds names, shapes, kinds and values against the checkpoint that is served.
+    """Compare names, shapes, kinds and values of new weights with the served checkpoint.
+
+    Args:
+        tensors: the new weights, from `open_weights`.
+        served: names, dtypes and shapes of the served checkpoint.
 
     Returns:
-        The same weights, without the second name of a tied head where the served checkpoint has none.
+        The same weights. A tied head and constants that no model loads are left out, except from a directory, which is
+        read as it is.
 
     Raises:
-        WeightsError: they do not fit, or have a value that is not finite.
+        WeightsError: a name, shape or kind does not fit, or a value is not finite.
     """
     expected = {name: entry for name, entry in served.tensors.items() if not CONSTANT.search(name)}
     found = {name for name in tensors if not CONSTANT.search(name)}
     if served.tied:
-        # The head is the embedding. Either checkpoint may name it or not; a head of its own would be ignored.
+        # The head is the embedding. Either checkpoint may name the head or not; a head that differs would be ignored.
         expected.pop(HEAD, None)
         if HEAD in found:
             found.remove(HEAD)
@@ -187,12 +206,12 @@ def _check_tensor(name: str, tensor: torch.Tensor, dtype: str, shape: tuple[int,
         )
     # One pass, and no copy: the extremes of a tensor with a NaN are NaN.
     if tensor.is_floating_point() and tensor.numel():
-        # Eight bits know no order.
+        # torch compares no 8-bit floats.
         values = tensor.detach().float() if tensor.element_size() == 1 else tensor.detach()
         low, high = (float(extreme) for extreme in values.aminmax())
         if not (abs(low) < float("inf") and abs(high) < float("inf")):
             raise WeightsError(
-                f"{name} has values from {low} to {high}; weights must be finite, look at the trainer's last step. The "
+                f"{name} has values from {low} to {high}; weights must be finite; look at the trainer's last step. The "
                 "server keeps its weights"
             )
 
