@@ -265,7 +265,9 @@ def test_waiting_ends_when_the_server_ends_by_itself(start: START, end: str, how
     process = start(
         f"import os, sys; print('the key', os.environ['{API_KEY_ENV}'], flush=True); {end}", api_key="sesame"
     )
-    with pytest.raises(EngineError, match=rf"ended by itself, with {how}; the whole log is .*(?s:.)*the key \*\*\*"):
+    with pytest.raises(
+        EngineError, match=rf"ended by itself, with {how}; read the whole log in .*(?s:.)*the key \*\*\*"
+    ):
         process.wait()
 
 

@@ -56,6 +56,7 @@ from torchrl_sglang_hidden.records import Completion, Request
 from torchrl_sglang_hidden.sglang_api.payload import to_payload
 from torchrl_sglang_hidden.spec.spans import PromptSpan
 from torchrl_sglang_hidden.weights import disk as disk_module
+from torchrl_sglang_hidden.weights.transports import WeightUpdate
 
 ChatIds = Callable[[str], list[int]]
 
@@ -440,7 +441,9 @@ def test_a_request_whose_client_hung_up_leaves_no_stale_cache(
             lines = stream.iter_lines()
             for _ in range(5):
                 next(lines)
-        endpoint.load("disk", Path(trained_dir), state, "hung-up", "finish")
+        endpoint.load(
+            "disk", WeightUpdate(tensors=state, version="hung-up", running="finish", directory=Path(trained_dir))
+        )
     finally:
         del endpoint.call  # type: ignore[method-assign]
     assert routes[1:] == ["pause_generation", "flush_cache", "update_weight_version", "continue_generation"]

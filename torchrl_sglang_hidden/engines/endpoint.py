@@ -170,7 +170,9 @@ class Endpoint:
         if isinstance(body, str):
             return {"success": response.status_code == 200, "message": body}
         if not isinstance(body, dict) or (response.status_code == 400 and "success" not in body):
-            raise RequestRejectedError(f"{self.url}/{route} answered {response.status_code}: {_reason(response)}")
+            raise RequestRejectedError(
+                f"{self.url}/{route} answered {response.status_code}: {_reason(response)}; look at the server's log"
+            )
         return body
 
     def weight_version(self) -> str:
@@ -308,8 +310,8 @@ def _read_json(response: httpx.Response, url: str) -> Any:
     if response.status_code in (401, 403):
         raise AuthenticationError(f"{url} refused the API key (status {response.status_code}); pass the right api_key")
     if response.status_code >= 400:
-        message = f"{url} answered {response.status_code}: {_reason(response)}"
-        raise (RequestRejectedError if response.status_code < 500 else EngineError)(message)
+        kind = RequestRejectedError if response.status_code < 500 else EngineError
+        raise kind(f"{url} answered {response.status_code}: {_reason(response)}; look at the server's log")
     try:
         return response.json()
     except ValueError as error:
@@ -338,7 +340,7 @@ def _read_event(line: str, url: str) -> Any:
     if isinstance(event, dict) and isinstance(event.get("error"), dict):
         refused, code = event["error"], event["error"].get("code")
         kind = EngineError if isinstance(code, int) and code >= 500 else RequestRejectedError
-        raise kind(f"{url} answered {code}: {str(refused.get('message', refused))[:300]}")
+        raise kind(f"{url} answered {code}: {str(refused.get('message', refused))[:300]}; look at the server's log")
     return event
 
 

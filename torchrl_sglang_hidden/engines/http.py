@@ -203,7 +203,7 @@ class SGLangServer(Engine):
         raise EngineError(
             f"{len(errors) - len(failed)} of {len(errors)} servers took version {version!r}, and not "
             f"{'; '.join(f'{url}: {error}' for url, error in failed)}; they serve different weights until an update "
-            "reaches all of them"
+            "reaches all of them; update again"
         ) from failed[0][1]
 
     def close(self) -> None:

@@ -269,7 +269,9 @@ def _start(
 
             engine = sglang.Engine(model_path=path, **{**defaults, "enable_return_hidden_states": True, **server_args})
     except (ValueError, TypeError, RuntimeError, OSError) as error:
-        raise EngineError(f"SGLang did not start with {path!r}: {error}") from error
+        raise EngineError(
+            f"SGLang did not start with {path!r}: {error}; read SGLang's output, and change the arguments"
+        ) from error
     # SGLang takes the current event loop. In a notebook that loop is the notebook's own and always runs.
     engine.loop = asyncio.new_event_loop()
     return engine
@@ -299,9 +301,11 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, OverflowError) as error:
-        raise RequestRejectedError(f"the engine refused the batch: {error}") from error
+        raise RequestRejectedError(f"the engine refused the batch: {error}; change the requests") from error
     except HTTPException as error:
-        raise RequestAbortedError(f"the engine aborted the batch: {error.detail}") from error
+        raise RequestAbortedError(
+            f"the engine aborted the batch: {error.detail}; generate again, or read SGLang's output"
+        ) from error
 
 
 async def _next(rows: AsyncGenerator[Any, None]) -> Any:

@@ -110,8 +110,8 @@ class ServerProcess:
                 with suppress(subprocess.TimeoutExpired):
                     code = self._process.wait(_POLL_INTERVAL_S)
                     raise LaunchError(
-                        f"the server ended with {_exit_reason(code)} after {elapsed_s:.0f} s, before it was ready; the "
-                        f"whole log is {self.log_path}. {self._last_words()}"
+                        f"the server ended with {_exit_reason(code)} after {elapsed_s:.0f} s, before it was ready; "
+                        f"read the whole log in {self.log_path}. {self._last_words()}"
                     )
                 last_line = (self.log_tail(1) or ["Python starts"])[0]
                 show(f"Starting SGLang, {elapsed_s:.0f} s: {_without_timestamp(last_line)}")
@@ -127,7 +127,7 @@ class ServerProcess:
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(_POLL_INTERVAL_S)
         raise EngineError(
-            f"the server ended by itself, with {_exit_reason(code)}; the whole log is {self.log_path}. "
+            f"the server ended by itself, with {_exit_reason(code)}; read the whole log in {self.log_path}. "
             f"{self._last_words()}"
         )
 

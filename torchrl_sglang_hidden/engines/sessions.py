@@ -147,7 +147,7 @@ class Session:
                 raise
             raise RequestRejectedError(
                 f"{error}; a session ends with its server, or after {IDLE_TIMEOUT_S:.0f} s without a turn: `ids` has "
-                "its context for the first turn of a new one"
+                "its context; pass them as the first turn of a new session"
             ) from error
         return rid, read_responses([request], rows, info)[0]
 

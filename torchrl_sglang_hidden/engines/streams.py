@@ -108,7 +108,10 @@ class _Reader:
             entries = meta["output_token_logprobs"] if self._request.return_log_probs else None
             goes_on = ids[: len(self._ids)] == self._ids and text.startswith(self._text)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ProtocolError(f"a part of a stream lacks {error}: {str(row)[:200]}") from error
+            raise ProtocolError(
+                f"a part of a stream lacks {error}: {str(row)[:200]}; is that an SGLang server of a version that this "
+                "package supports?"
+            ) from error
         if not goes_on:
             raise AlignmentError(
                 f"{name}: the stream takes back what it said: {len(ids)} tokens that do not start with the "
@@ -130,7 +133,10 @@ def _read_log_probs(name: str, entries: Any, ids: tuple[int, ...], start: int) -
     try:
         found = [(float(entry[0]), int(entry[1])) for entry in entries[start:]]
     except (TypeError, ValueError, IndexError) as error:
-        raise ProtocolError(f"{name}: the log-probs of a stream cannot be read ({error})") from error
+        raise ProtocolError(
+            f"{name}: the log-probs of a stream cannot be read ({error}); is that an SGLang server of a version that "
+            "this package supports?"
+        ) from error
     if tuple(token_id for _, token_id in found) != ids[start:]:
         raise AlignmentError(
             f"{name}: {len(entries)} log-probs for {len(ids)} output tokens, or of other ids; this is a fault of the "

@@ -133,7 +133,7 @@ def _session(call: ControlCall) -> Iterator[None]:
     if not answer.get("success"):
         raise EngineError(
             f"SGLang refused to begin a weight update: {answer.get('message')}; if no other trainer is updating this "
-            "server, one died while it did: POST /end_weight_update once"
+            "server, one died while it did: call POST /end_weight_update once"
         )
     try:
         yield
