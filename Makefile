@@ -4,14 +4,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-CODE := torchrl_sglang_hidden tests benchmarks
+CODE := torchrl_sglang_hidden tests benchmarks docs
 # By files, so that the fixtures of a file are made once.
 FAST := $(BIN)/python -m pytest -m "not engine" -n 2 --dist loadfile
 # By files and servers, in the order that tests/conftest.py gives them.
 ENGINE := $(BIN)/python -m pytest -m engine -n 2 --dist loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fast lint check format clean
+.PHONY: help install demo test fast lint docs check format clean
 
 help: ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -40,11 +40,14 @@ lint: $(INSTALLED) ## ruff, format, mypy --strict
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy
 
-check: lint fast ## both of these: green on every commit
+docs: $(INSTALLED) ## the documentation site, in docs/_build; a warning is an error
+	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build
+
+check: lint fast docs ## all three of these: green on every commit
 
 format: $(INSTALLED) ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
 
 clean: ## remove everything that can be made again
-	rm -rf $(VENV) demo_output .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) demo_output docs/_build .pytest_cache .mypy_cache .ruff_cache
