@@ -82,15 +82,19 @@ def read_signature(
     ), None
 
 
-def link_field(
+def link_class(
     app: Sphinx, env: BuildEnvironment, node: pending_xref, shown: nodes.TextElement
 ) -> nodes.Node | None:
-    """Link a field, such as `HiddenSpec.layers`, to its class."""
-    owner = node["reftarget"].rpartition(".")[0]
-    if node["reftype"] != "obj" or not owner:
+    """Link a field, such as `HiddenSpec.layers`, and a class by its bare name."""
+    name = node["reftarget"].rpartition(".")[0] or node["reftarget"]
+    if node["reftype"] != "obj" or not name[:1].isupper():
         return None
-    return env.domains.python_domain.resolve_xref(
-        env, node["refdoc"], app.builder, "obj", owner, node, shown
+    node["refspecific"] = (
+        True  # the class may be documented under its module's name
+    )
+    python = env.domains.python_domain
+    return python.resolve_xref(
+        env, node["refdoc"], app.builder, "obj", name, node, shown
     )
 
 
@@ -101,4 +105,4 @@ def setup(app: Sphinx) -> None:
     )
     app.connect("autodoc-process-docstring", separate_plurals, priority=200)
     app.connect("autodoc-process-signature", read_signature)
-    app.connect("missing-reference", link_field)
+    app.connect("missing-reference", link_class)
