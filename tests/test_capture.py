@@ -671,11 +671,11 @@ def test_prompt_and_response_are_read_as_one(prompt: list[int], response: list[i
 PROMPT = list(range(200))
 
 
-def computed(capture: Capture, *lengths: int, layers: tuple[int, ...] = (-1,), extra_key: str | None = None) -> None:
+def computed(capture: Capture, *lengths: int, extra_key: str | None = None, **wanted: Any) -> None:
     """Requests that left their sums behind: over all of a prompt of this length, and over all but its last token."""
     scheduler = Scheduler(capture)
     for length in lengths:
-        req = asking(*PROMPT[:length], segments=("prompt",), layers=layers)
+        req = asking(*PROMPT[:length], segments=("prompt",), **wanted)
         req.extra_key = extra_key
         scheduler.prefill(req)
         scheduler.assert_right(req)
@@ -697,6 +697,8 @@ MASK = {"m": PromptSpan(((100, 110),))}
     [
         ({}, 0, 150),
         ({"segments": ("full",)}, 0, 150),
+        ({"pooling": "sum"}, 0, 150),  # a mean's sums are sums
+        ({"pooling": "max"}, 0, 0),  # and no maxima
         ({"segments": ("response",)}, 200, 200),
         ({"segments": ("prompt",), "pooling": "last"}, 199, 199),
         ({"segments": ("full",), "pooling": "last"}, 200, 200),
@@ -737,6 +739,14 @@ def test_a_hit_ends_where_a_page_does() -> None:
     assert limit_of(capture) == BLOCK
     computed(capture, 97)  # all but its last token are six pages
     assert limit_of(capture) == 96
+
+
+@pytest.mark.parametrize("pooling", ["mean", "sum", "max"])
+def test_a_maximum_has_a_maximum_kept(pooling: Any) -> None:
+    capture = capturing()
+    computed(capture, 150, pooling=pooling)
+    found = {other: limit_of(capture, pooling=other) for other in ("mean", "sum", "max")}
+    assert found == {other: 150 if (other == "max") is (pooling == "max") else 0 for other in found}
 
 
 def test_sums_of_other_layers_and_adapters_are_their_own() -> None:

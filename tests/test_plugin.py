@@ -225,6 +225,8 @@ MASK = Wanted(("prompt",), spans={"m": PromptSpan(((100, 110),))})
         (MEAN, [64, 150], Cache(), [150], 150),
         (MASK, [64, 150], Cache(), [64], 64),
         (Wanted(("prompt",), "last"), [], Cache(), [199], 199),
+        (Wanted(("prompt",), "sum"), [64, 150], Cache(), [150], 150),
+        (Wanted(("prompt",), "max"), [64, 150], Cache(), [0], 0),  # sums are no maxima
         # The cache has forgotten a part of what it was asked for, and then ends where no sum is kept.
         (MEAN, [64, 150], Cache(120), [150, 64], 64),
         (MEAN, [64, 128, 150], Cache(140), [150, 128], 128),

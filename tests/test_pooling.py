@@ -43,9 +43,16 @@ def finish(case: Case, pools: RequestPools) -> Pools:
     return pools.finish(case.response_ids, decode)
 
 
+def running(wanted: Wanted, rows_NKD: torch.Tensor) -> torch.Tensor:
+    """What is kept of the beginning of a prompt."""
+    if wanted.pooling == "max" and len(rows_NKD):
+        return rows_NKD.max(0).values
+    return rows_NKD.sum(0)
+
+
 def prefill(pools: RequestPools, hidden_NKD: torch.Tensor, start: int, stop: int, base: bool = False) -> Any:
     """One forward step over the positions ``start … stop-1``: there are no rows of others."""
-    step = pools.plan_prompt(start, stop, hidden_NKD[:start].float().sum(0) if base else None)
+    step = pools.plan_prompt(start, stop, running(pools.wanted, hidden_NKD[:start].float()) if base else None)
     if step is not None:
         computed = torch.full_like(hidden_NKD, torch.nan)
         computed[start:stop] = hidden_NKD[start:stop]
@@ -71,7 +78,7 @@ def assert_complete(case: Case, pools: RequestPools) -> None:
 
 def assert_sums(case: Case, pools: RequestPools) -> None:
     for length, sum_KD in pools.sums:
-        expected_KD = case.hidden_NKD[:length].double().sum(0)
+        expected_KD = running(case.wanted, case.hidden_NKD[:length].double())
         torch.testing.assert_close(sum_KD.double(), expected_KD, rtol=1e-5, atol=1e-4)
 
 
@@ -173,7 +180,7 @@ def test_whatever_comes_a_full_count_has_the_right_value(case: Case, data: st.Da
         start = data.draw(st.integers(0, case.num_prompt - 1))
         stop = data.draw(st.integers(start + 1, case.num_prompt))
         step = pools.plan_prompt(
-            start, stop, case.hidden_NKD[:start].float().sum(0) if data.draw(st.booleans()) else None
+            start, stop, running(case.wanted, case.hidden_NKD[:start].float()) if data.draw(st.booleans()) else None
         )
         if step is not None and data.draw(st.integers(0, 3)):
             add(pools, step, case.hidden_NKD)
@@ -211,7 +218,7 @@ def test_a_gap_in_the_prompt_leaves_the_count_short(case: Case, data: st.DataObj
     for index in range(case.num_response):
         produce(pools, case.hidden_NKD, index)
     found, lost = finish(case, pools), set(range(*skipped))
-    if case.wanted.pooling == "mean":
+    if case.wanted.pools_prefix:
         for segment in {"prompt", "full"} & set(case.wanted.segments):
             assert found.segments[segment][1] < expected_count(case, segment)
     for name, span in case.wanted.spans.items():
@@ -247,7 +254,7 @@ def test_a_lost_produced_row_leaves_the_count_short(case: Case, data: st.DataObj
     found = finish(case, pools)
     short = {what: count < expected_count(case, what) for what, (_, count) in {**found.segments, **found.spans}.items()}
     for what, is_short in short.items():
-        if what == "full" and case.wanted.pooling == "mean":
+        if what == "full" and case.wanted.pools_prefix:
             # Token 0's row is the prompt's last, which came with the prompt. Those behind a lost row do not count.
             assert is_short is (case.num_response > 1)
         elif what in ("response", "full"):
@@ -364,6 +371,8 @@ MASK = PromptSpan(((1, 3), (4, 5)))
         (Wanted(("full",)), (0, 6), [((0, 5),), ((5, 6),)], None),
         (Wanted(("prompt",), "last"), (0, 6), [((5, 6),)], None),
         (Wanted(("prompt",), "last"), (0, 5), [], None),
+        (Wanted(("prompt",), "max"), (0, 9), [((0, 5),), ((5, 6),)], None),
+        (Wanted((), "max", spans={"m": MASK}), (0, 6), [((1, 3), (4, 5))], None),
         (Wanted((), "mean", spans={"m": MASK}), (0, 6), [((1, 3), (4, 5))], None),
         (Wanted((), "mean", spans={"m": MASK}), (0, 2), [((1, 2),)], None),
         (Wanted((), "last", spans={"m": MASK}), (0, 6), [((4, 5),)], None),
@@ -447,6 +456,7 @@ def test_a_prefix_hit_beyond_what_is_needed_is_not_planned(case: Case, data: st.
     [
         (Wanted(("prompt",)), [6, 6, 6]),
         (Wanted(("prompt",), "last"), [5, 5, 6]),
+        (Wanted(("prompt",), "max"), [6, 6, 6]),
         (Wanted(("response",)), [6, 6, 6]),
         (Wanted(("prompt",), spans={"m": MASK}), [1, 2, 6]),
         (Wanted((), "last", spans={"m": MASK}), [4, 4, 6]),
@@ -465,8 +475,9 @@ def test_the_first_position_that_must_be_computed(wanted: Wanted, needed: list[i
 
 
 @pytest.mark.parametrize("segments", [("prompt",), ("full",), ("prompt", "full")])
-def test_a_prefix_hit_without_a_sum_leaves_the_count_short(segments: Any) -> None:
-    case = case_of(segments)
+@pytest.mark.parametrize("pooling", ["mean", "max", "sum"])
+def test_a_prefix_hit_without_a_sum_leaves_the_count_short(segments: Any, pooling: Any) -> None:
+    case = case_of(segments, pooling)
     pools = pools_for(case)
     assert prefill(pools, case.hidden_NKD, 2, 6) is None
     for index in range(case.num_response):
@@ -481,10 +492,11 @@ def test_a_prefix_hit_without_a_sum_leaves_the_count_short(segments: Any) -> Non
 @pytest.mark.parametrize("num_prompt", [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 3 * BLOCK + 7])
 @pytest.mark.parametrize("chunk", [1000, BLOCK, 50])
 @pytest.mark.parametrize("segment", ["prompt", "full"])
+@pytest.mark.parametrize("pooling", ["mean", "max", "sum"])
 def test_sums_are_kept_at_blocks_before_the_last_token_and_at_the_ends(
-    num_prompt: int, chunk: int, segment: Any
+    num_prompt: int, chunk: int, segment: Any, pooling: Any
 ) -> None:
-    case = case_of((segment,), num_prompt=num_prompt, text="ab" * BLOCK)
+    case = case_of((segment,), pooling, num_prompt=num_prompt, text="ab" * BLOCK)
     pools = pools_for(case)
     for start in range(0, num_prompt, chunk):
         prefill(pools, case.hidden_NKD, start, min(start + chunk, num_prompt))

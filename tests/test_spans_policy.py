@@ -18,6 +18,7 @@ import pytest
 import torch
 from helpers.fake_engine import EOS_ID, HIDDEN_SIZE, PAD_ID, RecordingEngine, of_layer, response_of, states_ND
 from helpers.policy_batches import TOKENIZER, batch_of, flat, make, plain, tokens_batch
+from helpers.reference_pooling import pool
 from hypothesis import given
 from hypothesis import strategies as st
 from tensordict import TensorDict, TensorDictBase, lazy_stack
@@ -50,7 +51,7 @@ def assert_states(row: TensorDictBase, spec: HiddenSpec, spans: dict[str, list[i
     }  # fmt: skip
 
     def assert_pooled(found: torch.Tensor, count: torch.Tensor, places: list[int]) -> None:
-        expected = rows[places].double().mean(0) if spec.pooling == "mean" else rows[places[-1]].double()
+        expected = pool(rows[places].double(), str(spec.pooling))
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
         assert int(count) == len(places)
 
@@ -83,7 +84,7 @@ LAYERS: st.SearchStrategy[Any] = st.sampled_from([-1, 2, (0, -1), (-2,), (2, 0)]
     # Words of two digits: none is inside another.
     prompts=st.lists(st.lists(st.integers(16, 95), min_size=2, max_size=7), min_size=1, max_size=3),
     segments=st.lists(st.sampled_from(SEGMENTS), unique=True),
-    pooling=st.sampled_from(["mean", "last"]),
+    pooling=st.sampled_from(["mean", "last", "max", "sum"]),
     layers=LAYERS,
     tokens=st.booleans(),
     num_samples=st.sampled_from([None, 1, 2]),
@@ -440,7 +441,7 @@ def test_adapters_and_priorities_that_are_none(options: dict[str, Any], error: t
 
 
 @pytest.mark.parametrize("padded", [True, False])
-@pytest.mark.parametrize("pooling", ["mean", "last", None])
+@pytest.mark.parametrize("pooling", ["mean", "last", "max", "sum", None])
 def test_a_scored_sequence_has_all_of_its_states(padded: bool, pooling: Any) -> None:
     spans = {} if pooling is None else {"end": LastTokens(2, "prompt"), "sampled": LastTokens(1)}
     spec = HiddenSpec(("response",), pooling, (0, -1), tokens=True, spans=spans)
@@ -457,7 +458,7 @@ def test_a_scored_sequence_has_all_of_its_states(padded: bool, pooling: Any) -> 
             assert "hidden_states" not in row
             continue
         hidden = row["hidden_states"]
-        torch.testing.assert_close(hidden.full, rows.mean(0) if pooling == "mean" else rows[-1], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(hidden.full, pool(rows, pooling), rtol=1e-5, atol=1e-6)
         assert set(hidden.spans.keys()) == {"end"}
         assert hidden.span_counts["end"] == 2
     assert PAD_ID == EOS_ID, "a genuine EOS at the end is no padding"

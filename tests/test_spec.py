@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pickle
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from torchrl_sglang_hidden import Between, HiddenSpec, InputError, InputTypeError, LastTokens, Role, TokenMask
 from torchrl_sglang_hidden.records import Request
-from torchrl_sglang_hidden.spec.hidden import Segment, canonical_layer
+from torchrl_sglang_hidden.spec.hidden import Segment, canonical_layer, positions_of, reads_prompt, reads_response
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,7 @@ def test_every_floating_dtype(dtype: torch.dtype) -> None:
         ({"segments": ("answer",)}, InputError, r"'answer'.*one or more of"),
         ({"segments": (1,)}, InputError, r"\(1,\).*one or more of"),
         ({"segments": ("prompt", "prompt")}, InputError, r"each once"),
-        ({"pooling": "max"}, InputError, r"pooling='max'.*'mean', 'last'"),
+        ({"pooling": "median"}, InputError, r"pooling='median'.*'mean', 'last', 'max', 'sum'"),
         ({"pooling": None}, InputError, r"pooling=None, tokens=False.*pass tokens=True and no spans, or a pooling"),
         ({"pooling": None, "tokens": True, "spans": {"a": LastTokens(1)}}, InputError, r"spans=\['a'\]"),
         ({"pooling": ["mean"]}, InputError, r"pooling=\['mean'\]"),
@@ -161,3 +162,35 @@ def test_requests_share_no_defaults() -> None:
 )
 def test_a_request_of_no_tokens_only_reads(sampling: dict[str, Any], reads: bool) -> None:
     assert Request((1,), sampling=sampling).reads_only is reads
+
+
+# --- segments ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_segment_is_equal_to_its_name() -> None:
+    spec = HiddenSpec(("prompt", Segment.FULL))
+    assert spec.segments == ("prompt", "full") == (Segment.PROMPT, Segment.FULL)
+    assert all(isinstance(segment, Segment) for segment in spec.segments)
+    assert (spec, hash(spec)) == (HiddenSpec((Segment.PROMPT, "full")), hash(HiddenSpec(("prompt", "full"))))
+    assert repr(spec) == repr(eval(repr(spec), {"HiddenSpec": HiddenSpec, "torch": torch}))
+    assert json.dumps(spec.segments) == '["prompt", "full"]'
+    assert {"full": 1}[Segment.FULL] == 1
+    assert pickle.loads(pickle.dumps(spec)) == spec
+
+
+@pytest.mark.parametrize(
+    ("segments", "positions"),
+    [
+        (("prompt",), range(5)),
+        (("response",), range(4, 7)),
+        (("full",), range(7)),
+        (("prompt", "response"), range(7)),
+        (("response", "full"), range(7)),
+        ((), range(0)),
+    ],
+)
+def test_segments_together_leave_no_hole(segments: Any, positions: range) -> None:
+    """P = 5 and T = 3."""
+    assert positions_of(segments, 5, 3) == positions
+    assert reads_prompt(segments) is (0 in positions)
+    assert reads_response(segments) is (6 in positions)

@@ -443,7 +443,7 @@ def count_of(place: int, count: Any) -> Callable[[dict[str, Any]], Any]:
 
 # The answer's places are the segments prompt, response, full, then the spans mask, tail.
 BAD_CHANNELS: dict[str, tuple[Callable[[dict[str, Any]], Any], type[SGLangHiddenError], str]] = {
-    "other protocol": (lambda a: a.update(protocol=1), ProtocolError, r"row 0 .*protocol 1 and this client 3; install"),
+    "other protocol": (lambda a: a.update(protocol=3), ProtocolError, r"row 0 .*protocol 3 and this client 4; install"),
     "no data": (lambda a: a.pop("data"), ProtocolError, r"row 0 .*cannot be read"),
     "cut base64": (lambda a: a.update(data=a["data"][:-3]), ProtocolError, r"cannot be read.*cut short"),
     "no places": (lambda a: a.update(places=None), ProtocolError, r"cannot be read"),
@@ -675,7 +675,7 @@ def test_a_shorter_context_of_the_server_counts() -> None:
     assert (info.context_length, info.max_prompt_tokens) == (40, 39)
 
 
-@pytest.mark.parametrize("protocol", [0, 1, 2, 4, "3"])
+@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 5, "4"])
 def test_another_protocol(protocol: Any) -> None:
     with pytest.raises(ProtocolError, match=rf"{re.escape(repr(protocol))}.*this client {PROTOCOL}; install the same"):
         read_info(MODEL_INFO, server_info({**STATUS, "protocol": protocol}), never)

@@ -82,12 +82,14 @@ def test_a_conversation_that_grows(policy: Policy, smol_dir: str) -> None:
 
 
 def test_rows_that_ask_for_different_things_in_one_server_batch(policy: Policy, smol_dir: str) -> None:
-    """Mean, last and nothing at all run side by side; none sees another's rows."""
+    """All kinds of pooling, and nothing at all, run side by side; none sees another's rows."""
     asked = [
         (("response",), "mean"),
         (SEGMENTS, "mean"),
         (SEGMENTS, "last"),
         (("prompt",), "last"),
+        (SEGMENTS, "max"),
+        (("full",), "sum"),
     ]
     prompts = [[prompt_of(length, seed=900 + length + 7 * job) for length in (6, 90)] for job in range(len(asked))]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -20,11 +21,14 @@ from torchrl_sglang_hidden.records import Completion, Request
 from torchrl_sglang_hidden.reduce.pooling import BLOCK
 from torchrl_sglang_hidden.sglang_api.payload import to_payload
 from torchrl_sglang_hidden.sglang_api.responses import read_responses
+from torchrl_sglang_hidden.spec.hidden import Pooling
 from torchrl_sglang_hidden.spec.spans import PromptSpan
 
 SMOL_LAYERS = 30
 PROMPT = HiddenSpec(("prompt",))
 FULL = HiddenSpec(("full", "response"))
+# What needs every row of a prompt, so that a value over its beginning must have been kept.
+PREFIX_POOLINGS: tuple[Pooling, ...] = ("mean", "max", "sum")
 
 
 class Asker:
@@ -62,18 +66,20 @@ def asker(smol: SGLangServer, smol_dir: str) -> Any:
 
 @pytest.mark.parametrize("length", [2, 24, BLOCK, BLOCK + 1, 2 * CHUNKED_PREFILL_SIZE + 9])
 @pytest.mark.parametrize("spec", [PROMPT, FULL], ids=["prompt", "full"])
-def test_an_equal_prompt_costs_its_last_token(asker: Asker, length: int, spec: HiddenSpec) -> None:
-    ids = prompt_of(length, 31000 + length)
+@pytest.mark.parametrize("pooling", PREFIX_POOLINGS)
+def test_an_equal_prompt_costs_its_last_token(asker: Asker, length: int, spec: HiddenSpec, pooling: Pooling) -> None:
+    ids, spec = prompt_of(length, 31000 + length), replace(spec, pooling=pooling)
     assert asker.one(ids, spec)[1] == 0
     assert asker.one(ids, spec)[1] == length - 1
 
 
-def test_a_group_of_samples_costs_one_prefill(asker: Asker) -> None:
+@pytest.mark.parametrize("pooling", PREFIX_POOLINGS)
+def test_a_group_of_samples_costs_one_prefill(asker: Asker, pooling: Pooling) -> None:
     """Of GRPO: the prompt once, and a token of it for each of the samples that come after."""
     ids = prompt_of(150, 32000)
-    asker.one(ids, PROMPT, max_new_tokens=0)
+    asker.one(ids, HiddenSpec(("prompt",), pooling), max_new_tokens=0)
     sampling = {"max_new_tokens": 4, "temperature": 1.0}
-    spec = HiddenSpec(("prompt", "response", "full"))
+    spec = HiddenSpec(("prompt", "response", "full"), pooling)
     _, cached = asker.send([Request(tuple(ids), sampling, hidden=spec)] * 8)
     assert cached == [149] * 8
 
@@ -89,11 +95,12 @@ def test_a_shared_beginning_is_computed_once_up_to_a_block(asker: Asker) -> None
     assert cached == 0, "no sum is kept inside the first block"
 
 
-def test_the_next_turn_of_a_chat_costs_what_is_new(asker: Asker) -> None:
+@pytest.mark.parametrize("pooling", PREFIX_POOLINGS)
+def test_the_next_turn_of_a_chat_costs_what_is_new(asker: Asker, pooling: Pooling) -> None:
     ids = prompt_of(40, 34000)
-    first, _ = asker.one(ids, HiddenSpec(("full",)), max_new_tokens=9)
+    first, _ = asker.one(ids, HiddenSpec(("full",), pooling), max_new_tokens=9)
     turn = [*ids, *first.response_ids, *prompt_of(10, 34001)]
-    _, cached = asker.one(turn, HiddenSpec(("prompt", "full")))
+    _, cached = asker.one(turn, HiddenSpec(("prompt", "full"), pooling))
     assert cached == len(ids) + 9 - 1, "all but the last sampled token, which was never read"
 
 
@@ -103,6 +110,16 @@ def test_a_beginning_that_nobody_asked_about_is_computed_again(asker: Asker) -> 
     assert asker.one(ids, None)[1] == 49
     assert asker.one(ids, PROMPT)[1] == 0
     assert asker.one(ids, PROMPT)[1] == 49
+
+
+def test_a_sum_stands_for_a_mean_and_not_for_a_maximum(asker: Asker) -> None:
+    """Each is as Hugging Face has it, whoever was here before; and what has no value of its own is computed again."""
+    ids = prompt_of(BLOCK + 40, 35500)
+    specs = {pooling: HiddenSpec(("prompt", "full"), pooling) for pooling in PREFIX_POOLINGS}
+    assert asker.one(ids, specs["mean"])[1] == 0
+    assert asker.one(ids, specs["sum"])[1] == len(ids) - 1
+    assert asker.one(ids, specs["max"])[1] == 0
+    assert [asker.one(ids, spec)[1] for spec in specs.values()] == [len(ids) - 1] * 3
 
 
 def test_what_needs_no_early_rows_uses_the_cache(asker: Asker) -> None:
@@ -137,7 +154,15 @@ def test_many_at_once_with_a_common_beginning(asker: Asker) -> None:
     beginning = prompt_of(100, 39000)
     asker.one(beginning, PROMPT)
     sampling = {"max_new_tokens": 3, "temperature": 0.0}
-    specs = (PROMPT, FULL, HiddenSpec(("prompt",), "last"), None, HiddenSpec(("full",), None, tokens=True))
+    specs = (
+        PROMPT,
+        FULL,
+        HiddenSpec(("prompt",), "last"),
+        HiddenSpec(("prompt", "full"), "max"),
+        HiddenSpec(("full",), "sum"),
+        None,
+        HiddenSpec(("full",), None, tokens=True),
+    )
     requests = [
         Request((*beginning[: 60 + 10 * (index % 5)], *prompt_of(1 + index, 39001 + index)), sampling, hidden=spec)
         for index in range(10)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import httpx
 import pytest
-from helpers.policy_checks import SEGMENTS, assert_rows, history_input, prompt_of, text_input, tokens_input
+from helpers.policy_checks import POOLINGS, SEGMENTS, assert_rows, history_input, prompt_of, text_input, tokens_input
 
 from torchrl_sglang_hidden import HiddenSpec, SGLangHiddenWrapper, SGLangServer
 from torchrl_sglang_hidden.engines import generate_samples
@@ -17,7 +17,7 @@ Policy = Callable[..., SGLangHiddenWrapper]
 SAMPLES = 3
 
 
-@pytest.mark.parametrize("pooling", ["mean", "last"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize(
     "segments", [("prompt",), ("response",), ("full",), ("response", "full"), SEGMENTS], ids="+".join
 )

@@ -11,12 +11,14 @@ from helpers import hf_oracle
 from helpers.policy_checks import (
     CHUNKED_PREFILL_SIZE,
     LOG_PROB_ATOL,
+    POOLINGS,
     QUESTIONS,
     STATE_RTOL,
     prompt_of,
     relative_error,
     tokens_input,
 )
+from helpers.reference_pooling import pool
 from tensordict import TensorDict, TensorDictBase, lazy_stack
 from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, Text, Tokens, TransformersWrapper
@@ -71,7 +73,7 @@ def assert_scored(row: TensorDictBase, ids: Sequence[int], model_dir: str, pooli
     assert log_probs_N[0] == 0
     torch.testing.assert_close(log_probs_N[1:], expected_N, atol=LOG_PROB_ATOL, rtol=0)
     states_ND = out.hidden_states[-1][0]
-    vector = states_ND.double().mean(0).float() if pooling == "mean" else states_ND[-1]
+    vector = pool(states_ND.double(), pooling).float()
     assert row["hidden_states"].full_count == len(ids)
     assert relative_error(row["hidden_states"].full, vector) < STATE_RTOL
 
@@ -81,7 +83,7 @@ def chats_input(chats: Sequence[list[dict[str, str]]] = CHATS) -> TensorDictBase
     return lazy_stack([TensorDict(history=row, batch_size=()) for row in rows])
 
 
-@pytest.mark.parametrize("pooling", ["mean", "last"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_ragged_ids_of_any_length_are_scored_as_hugging_face_scores_them(
     scorer: Policy, smol_dir: str, pooling: str
 ) -> None:

@@ -62,7 +62,7 @@ def test_a_request_that_does_not_ask_sees_nothing_of_it(http: httpx.Client) -> N
         {CHANNEL: {"protocol": PROTOCOL}},
         {CHANNEL: {"protocol": PROTOCOL, "options": "{"}},
         {CHANNEL: {"protocol": PROTOCOL, "options": 7}},
-        {CHANNEL: {"protocol": PROTOCOL, "options": GOOD["options"].replace("mean", "max")}},
+        {CHANNEL: {"protocol": PROTOCOL, "options": GOOD["options"].replace("mean", "median")}},
         {CHANNEL: {"protocol": PROTOCOL, "options": GOOD["options"].replace("prompt", "everything")}},
     ],
 )

@@ -13,7 +13,15 @@ import httpx
 import pytest
 import torch
 from helpers.hf_oracle import teacher_force
-from helpers.policy_checks import CHUNKED_PREFILL_SIZE, LOG_PROB_ATOL, SEGMENTS, STATE_RTOL, prompt_of, relative_error
+from helpers.policy_checks import (
+    CHUNKED_PREFILL_SIZE,
+    LOG_PROB_ATOL,
+    POOLINGS,
+    SEGMENTS,
+    STATE_RTOL,
+    prompt_of,
+    relative_error,
+)
 from helpers.session_contract import SessionContract
 from transformers import PreTrainedTokenizerBase
 
@@ -72,7 +80,7 @@ def question(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
     return ids
 
 
-@pytest.mark.parametrize("pooling", ["mean", "last"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_the_numbers_of_a_chat_are_hugging_faces(
     smol: SGLangServer,
     smol_dir: str,

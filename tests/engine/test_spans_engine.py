@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import hf_oracle
-from helpers.policy_checks import STATE_RTOL, history_input, relative_error, tokens_input
+from helpers.policy_checks import POOLINGS, STATE_RTOL, history_input, relative_error, tokens_input
+from helpers.reference_pooling import pool
 from tensordict import TensorDict, lazy_stack
 from torchrl.data import LazyStackStorage, ReplayBuffer
 from torchrl.data.llm import History
@@ -72,11 +73,14 @@ def words_of(tokenizer: PreTrainedTokenizerBase, ids: list[int], words: str, aft
     return [place for place in range(len(ids)) if edges[place] < begin + len(words) and edges[place + 1] > begin]
 
 
-def assert_mean(found_D: torch.Tensor, rows_ND: torch.Tensor) -> None:
-    assert relative_error(found_D, rows_ND.double().mean(0).float()) < STATE_RTOL
+def assert_pooled(found_D: torch.Tensor, rows_ND: torch.Tensor, pooling: str = "mean") -> None:
+    assert relative_error(found_D, pool(rows_ND.double(), pooling).float()) < STATE_RTOL
 
 
-def test_turns_roles_and_markers_of_a_chat(wrapper: Any, smol_dir: str, tokenizer: PreTrainedTokenizerBase) -> None:
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_turns_roles_and_markers_of_a_chat(
+    wrapper: Any, smol_dir: str, tokenizer: PreTrainedTokenizerBase, pooling: Any
+) -> None:
     spans = {
         "question": Turn(-1),
         "first": Turn(1),
@@ -85,7 +89,7 @@ def test_turns_roles_and_markers_of_a_chat(wrapper: Any, smol_dir: str, tokenize
         "tail": LastTokens(4),
         "end": LastTokens(3, "prompt"),
     }
-    policy = wrapper("history", HiddenSpec(("response",), spans=spans))
+    policy = wrapper("history", HiddenSpec(("response",), pooling, spans=spans))
     out = policy(chats(CHAT, CHAT[:2]))
     hidden = out["hidden_states"]
     for row, chat in enumerate((CHAT, CHAT[:2])):
@@ -104,7 +108,7 @@ def test_turns_roles_and_markers_of_a_chat(wrapper: Any, smol_dir: str, tokenize
         }
         for name, rows_ND in expected.items():
             assert int(hidden.span_counts[name][row]) == len(rows_ND), name
-            assert_mean(hidden.spans[name][row], rows_ND)
+            assert_pooled(hidden.spans[name][row], rows_ND, pooling)
 
 
 def test_a_role_that_one_row_does_not_have(wrapper: Any) -> None:
@@ -115,14 +119,17 @@ def test_a_role_that_one_row_does_not_have(wrapper: Any) -> None:
     assert "hidden_states" not in batch[0]
 
 
-def test_between_markers_of_a_response(wrapper: Any, smol_dir: str, tokenizer: PreTrainedTokenizerBase) -> None:
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_between_markers_of_a_response(
+    wrapper: Any, smol_dir: str, tokenizer: PreTrainedTokenizerBase, pooling: Any
+) -> None:
     spans = {
         "inside": Between(" capital", "."),
         "before": Between(None, " capital"),
         "behind": Between(" capital", None),
         "unclosed": Between(" capital", "<never>", unclosed="end"),
     }
-    policy = wrapper("history", HiddenSpec(("response",), spans=spans))
+    policy = wrapper("history", HiddenSpec(("response",), pooling, spans=spans))
     out = policy(history_input(["What is the capital of France?"]))
     prompt, response = row_of(out)
     truth_ND = hf_oracle.teacher_force(smol_dir, prompt, response).rows("response")
@@ -136,7 +143,7 @@ def test_between_markers_of_a_response(wrapper: Any, smol_dir: str, tokenizer: P
     }
     for name, places in expected.items():
         assert int(out["hidden_states"].span_counts[name][0]) == len(places), name
-        assert_mean(out["hidden_states"].spans[name][0], truth_ND[list(places)])
+        assert_pooled(out["hidden_states"].spans[name][0], truth_ND[list(places)], pooling)
 
 
 def test_a_marker_that_was_not_said(wrapper: Any) -> None:
@@ -156,7 +163,8 @@ def test_a_response_shorter_than_its_span(wrapper: Any) -> None:
     assert out["hidden_states"].span_counts["tail"].tolist() == [8]
 
 
-def test_a_mask_of_the_tensordict(wrapper: Any, smol_dir: str) -> None:
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_a_mask_of_the_tensordict(wrapper: Any, smol_dir: str, pooling: Any) -> None:
     rows = [([11, 12, 13, 14, 15], [0, 1, 1, 0, 1]), ([21, 22, 23], [1, 0, 0])]
     batch = lazy_stack(
         [
@@ -164,10 +172,10 @@ def test_a_mask_of_the_tensordict(wrapper: Any, smol_dir: str) -> None:
             for ids, mask in rows
         ]
     )
-    out = wrapper("tokens", HiddenSpec(("prompt",), spans={"marked": TokenMask("marked")}))(batch)
+    out = wrapper("tokens", HiddenSpec(("prompt",), pooling, spans={"marked": TokenMask("marked")}))(batch)
     for row, (ids, mask) in enumerate(rows):
         rows_ND = hf_oracle.teacher_force(smol_dir, ids, row_of(out, row)[1]).rows("prompt")
-        assert_mean(out["hidden_states"].spans["marked"][row], rows_ND[torch.tensor(mask, dtype=torch.bool)])
+        assert_pooled(out["hidden_states"].spans["marked"][row], rows_ND[torch.tensor(mask, dtype=torch.bool)], pooling)
 
 
 @pytest.mark.parametrize("pad_output", [False, True])
@@ -206,12 +214,14 @@ def test_token_states_in_a_replay_buffer(wrapper: Any) -> None:
     assert "hidden_states" not in sample[0]
 
 
-def test_a_prompt_alone_is_encoded(wrapper: Any, smol_dir: str) -> None:
-    policy = wrapper("tokens", HiddenSpec(("prompt",), layers=-1), max_new_tokens=0)
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_a_prompt_alone_is_encoded(wrapper: Any, smol_dir: str, pooling: Any) -> None:
+    policy = wrapper("tokens", HiddenSpec(("prompt",), pooling, layers=-1), max_new_tokens=0)
     prompts = [[11, 12, 13, 14, 15], [21, 22, 23], [31]]
     out = policy(tokens_input(prompts))
     for row, ids in enumerate(prompts):
-        assert_mean(out["hidden_states", "prompt"][row], hf_oracle.teacher_force(smol_dir, ids, [0]).rows("prompt"))
+        truth_ND = hf_oracle.teacher_force(smol_dir, ids, [0]).rows("prompt")
+        assert_pooled(out["hidden_states", "prompt"][row], truth_ND, pooling)
     assert [row_of(out, row) for row in range(3)] == [(ids, []) for ids in prompts]
     assert out["text"].response == ["", "", ""]
 

@@ -6,6 +6,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from helpers.completion_checks import assert_completion
@@ -147,11 +148,12 @@ def test_text_mode(stock_policy: Policy, tokenizer: PreTrainedTokenizerBase) -> 
     assert row.prompt_ids == tokenizer("2+2=")["input_ids"]
 
 
-def test_spans_and_token_states_without_the_server_half(stock: Stock, smol_dir: str) -> None:
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_spans_and_token_states_without_the_server_half(stock: Stock, smol_dir: str, pooling: Any) -> None:
     for length in (9, 40):
         ids = tuple(prompt_of(length, 4000 + length))
         spans = {"tail": LastTokens(2), "places": PromptSpan(((1, 3), (5, 6)))}
-        spec = HiddenSpec(SEGMENTS, tokens=True, spans={"tail": LastTokens(2), "places": TokenMask("mask")})
+        spec = HiddenSpec(SEGMENTS, pooling, tokens=True, spans={"tail": LastTokens(2), "places": TokenMask("mask")})
         request = Request(ids, {"max_new_tokens": 4, "temperature": 0.0}, hidden=spec, spans=spans)
         for _ in range(2):
             [completion] = stock.engine.generate([request])

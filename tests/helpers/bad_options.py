@@ -86,7 +86,7 @@ GARBAGE = [
     *(logits_of(response_ranges=value) for value in (None, 7, [1], [2, 1], [1, 1], [1, 2, 3], [1, 2, 4, 3], ["a", 2],
                                                [[1, 2]], [1, INFINITY])),
     *(custom_of(segments=value) for value in (None, "prompt", ["answer"], ["prompt", "prompt"], 1, [["prompt"]])),
-    *(custom_of(pooling=value) for value in ("max", 1, ["mean"], {})),
+    *(custom_of(pooling=value) for value in ("median", 1, ["mean"], {})),
     *(custom_of(layers=value) for value in (None, 1, [None], ["a"], [[1]], [INFINITY], [], [1, 1])),
     *(custom_of(row_dtype=value) for value in (None, "float64", 1, [])),
     *(custom_of(way=value) for value in (None, "pigeon", 1, ["text"])),

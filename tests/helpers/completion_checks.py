@@ -6,6 +6,7 @@ import torch
 
 from helpers import hf_oracle
 from helpers.policy_checks import LOG_PROB_ATOL, STATE_RTOL, relative_error
+from helpers.reference_pooling import pool
 from torchrl_sglang_hidden.records import Completion, Request
 from torchrl_sglang_hidden.spec.hidden import canonical_layer
 from torchrl_sglang_hidden.spec.spans import LastTokens, PromptSpan
@@ -39,7 +40,7 @@ def assert_completion(
         return stacked if isinstance(spec.layers, tuple) else stacked[:, 0]
 
     def check(what: str, found: torch.Tensor, count: int, rows_ND: Stack) -> None:
-        expected = rows_ND.double().mean(0).float() if spec.pooling == "mean" else rows_ND[-1]
+        expected = pool(rows_ND.double(), str(spec.pooling)).float()
         assert count == len(rows_ND), f"{what}: {count} rows, expected {len(rows_ND)}; {name}"
         assert (found.shape, found.dtype) == (expected.shape, torch.float32), f"{what}; {name}"
         error = relative_error(found.flatten(), expected.flatten())

@@ -21,6 +21,7 @@ from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from helpers.reference_pooling import pool
 from torchrl_sglang_hidden.engines import Engine
 from torchrl_sglang_hidden.engines.sessions import Session, SessionHost
 from torchrl_sglang_hidden.engines.streams import AsyncStream, Stream, check_stream
@@ -106,7 +107,7 @@ def states_ND(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> torch.T
 def pooled_D(hidden_ND: torch.Tensor, segment: Segment, pooling: Pooling, num_prompt: int) -> torch.Tensor:
     """What a segment pools to, in plain torch, in float64."""
     rows = {"prompt": hidden_ND[:num_prompt], "response": hidden_ND[num_prompt - 1 :], "full": hidden_ND}[segment]
-    return rows.double().mean(0) if pooling == "mean" else rows[-1].double()
+    return pool(rows.double(), pooling)
 
 
 def make_info(**changes: Any) -> EngineInfo:

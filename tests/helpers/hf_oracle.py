@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from helpers.reference_pooling import pool
+
 FINAL = -1  # the layer id of what the head reads: the last layer's output after the final norm
 
 
@@ -46,7 +48,7 @@ class Truth:
 
     def pooled(self, segment: str, pooling: str, layer: int = FINAL) -> torch.Tensor:
         rows = self.rows(segment, layer)
-        return rows.double().mean(0).float() if pooling == "mean" else rows[-1]
+        return pool(rows.double(), pooling).float()
 
 
 @functools.lru_cache(maxsize=2)

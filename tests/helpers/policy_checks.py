@@ -25,7 +25,7 @@ STATE_RTOL = 1e-4
 CHUNKED_PREFILL_SIZE = 64
 
 SEGMENTS = ("prompt", "response", "full")
-POOLINGS = ("mean", "last")
+POOLINGS = ("mean", "last", "max", "sum")
 QUESTIONS = [
     "What is the capital of France?",
     "Hi",

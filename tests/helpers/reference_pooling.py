@@ -23,6 +23,16 @@ def decode(ids: Sequence[int]) -> str:
     return "".join("ab|"[i % 3] for i in ids)
 
 
+def pool(rows: torch.Tensor, pooling: str) -> torch.Tensor:
+    """What rows ``[N, *]`` pool to; a kind that this does not know raises."""
+    return {
+        "mean": lambda: rows.mean(0),
+        "last": lambda: rows[-1],
+        "max": lambda: rows.max(0).values,
+        "sum": lambda: rows.sum(0),
+    }[pooling]()
+
+
 @dataclass(frozen=True)
 class Case:
     """A request, and the states of all its positions ``[N, K, D]``."""
@@ -51,9 +61,7 @@ class Case:
 
     def pooled(self, what: str) -> torch.Tensor | None:
         rows = self.rows(what)
-        if rows is None:
-            return None
-        return rows[-1] if self.wanted.pooling == "last" else rows.mean(0)
+        return None if rows is None else pool(rows, str(self.wanted.pooling))
 
 
 def in_response(span: ResolvedSpan, text: str) -> tuple[int, int] | None:
@@ -86,7 +94,10 @@ def assert_value(case: Case, what: str, value: torch.Tensor | None) -> None:
     assert value is not None, what
     assert expected_KD is not None, what
     assert value.dtype == torch.float32
-    torch.testing.assert_close(value.double(), expected_KD, rtol=1e-5, atol=1e-5, msg=lambda said: f"{what}: {said}")
+    # A sum is as large as its rows are many; what takes one of the values takes it exactly.
+    atol = {"mean": 1e-5, "sum": 1e-5 * expected_count(case, what), "last": 0.0, "max": 0.0}[str(case.wanted.pooling)]
+    rtol = 1e-5 if atol else 0.0
+    torch.testing.assert_close(value.double(), expected_KD, rtol=rtol, atol=atol, msg=lambda said: f"{what}: {said}")
 
 
 def token_places(case: Case) -> tuple[int, int]:

@@ -39,7 +39,7 @@ def generate_samples(
         ahead: computes the prompts, by default ``engine``.
 
     Returns:
-        ``len(requests) * num_samples`` completions, those of one request together.
+        ``len(requests) * num_samples`` completions: all samples of the first request, then of the second, and so on.
 
     Raises:
         InputError: a request that must not be sent; nothing was.

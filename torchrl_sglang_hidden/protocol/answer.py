@@ -58,20 +58,20 @@ def pack_answer(
     """Write a finished request's pools: counts, and the vectors that have rows, one after another; and its logits.
 
     Args:
-        pools: what came of them.
+        pools: the results of its pools.
         way: how bytes travel.
-        share: puts bytes into shared memory and gives the file's name, or None where they do not fit.
-        logits: what came of them, where anything of the kind was asked for.
+        share: puts bytes into shared memory and returns the file's name, or None where they do not fit.
+        logits: its logits and what its constraints came to; None where it asked for neither.
     """
-    places: list[tuple[str, str, torch.Tensor | None, int]] = [
+    pooled: list[tuple[str, str, torch.Tensor | None, int]] = [
         ("segment", name, *value) for name, value in pools.segments.items()
     ]
-    places += [("span", name, *value) for name, value in pools.spans.items()]
-    vectors = [vector for _, _, vector, _ in places if vector is not None]
+    pooled += [("span", name, *value) for name, value in pools.spans.items()]
+    vectors = [vector for _, _, vector, _ in pooled if vector is not None]
     data = torch.stack(vectors).contiguous().numpy().tobytes() if vectors else b""
     answer: dict[str, Any] = {
         "protocol": PROTOCOL,
-        "places": [[kind, name, count, vector is not None] for kind, name, vector, count in places],
+        "places": [[kind, name, count, vector is not None] for kind, name, vector, count in pooled],
         "faults": dict(pools.faults),
         **pack_bytes(data, "binary" if way == "binary" else "text"),
     }
@@ -133,11 +133,11 @@ def unpack_answer(answer: object, row: str, hidden_size: int, *, shared: bool = 
         )
     try:
         data = unpack_bytes({name: fields[name] for name in ("data", "crc32")})  # vectors are never shared
-        places = [(str(kind), str(name), int(count), filled is True) for kind, name, count, filled in fields["places"]]
-        num_vectors = sum(1 for *_, filled in places if filled)
+        pooled = [(str(kind), str(name), int(count), filled is True) for kind, name, count, filled in fields["places"]]
+        num_vectors = sum(1 for *_, filled in pooled if filled)
         vectors = iter(as_tensor(data, torch.float32, (num_vectors, -1, hidden_size)) if num_vectors else ())
         faults = {str(name): str(fault) for name, fault in fields["faults"].items()}
-        found = {(kind, name): (next(vectors) if filled else None, count) for kind, name, count, filled in places}
+        found = {(kind, name): (next(vectors) if filled else None, count) for kind, name, count, filled in pooled}
         rows = None if "rows" not in fields else _unpack_rows(fields["rows"], hidden_size)
         logits = None if "constrained" not in fields else _unpack_found(fields)
     except (KeyError, TypeError, ValueError, RuntimeError, OSError, AttributeError, OverflowError) as error:

@@ -24,7 +24,7 @@ from torchrl_sglang_hidden.spec.spans import Between, LastTokens, PromptSpan, Re
 
 __all__ = ["MAX_CONSTRAINTS", "Options", "pack_options", "unpack_options"]
 
-# Of one request: each is read and applied in the scheduler, while everybody waits.
+# Most constraints of one request: each is read and applied in the scheduler, while all other requests wait.
 MAX_CONSTRAINTS = 64
 
 _FLOATS = {name: dtype for name, dtype in DTYPES.items() if dtype.is_floating_point}
@@ -87,7 +87,7 @@ def _pack_logits(logits: WantedLogits) -> dict[str, Any]:
         "constraints": [constraint.to_str() for constraint in logits.constraints],
         "prompt_from": logits.prompt_from,
         "scored": logits.scored,
-        "response_ranges": [place for part in logits.response_ranges for place in part],
+        "response_ranges": [position for part in logits.response_ranges for position in part],
         "response_limit": logits.response_limit,
     }
     if logits.spec is not None:
@@ -99,9 +99,9 @@ def _pack_logits(logits: WantedLogits) -> dict[str, Any]:
 
 def _unpack_logits(fields: Mapping[str, Any]) -> WantedLogits:
     spec = fields.get("spec")
-    places = [int(place) for place in fields["response_ranges"]]
-    if any(a >= b for a, b in zip(places[::2], places[1::2], strict=True)):
-        raise ValueError(f"{places} are no parts of a prompt")
+    positions = [int(position) for position in fields["response_ranges"]]
+    if any(a >= b for a, b in zip(positions[::2], positions[1::2], strict=True)):
+        raise ValueError(f"{positions} are no parts of a prompt")
     prompt_from = fields["prompt_from"]
     if prompt_from is not None and int(prompt_from) < 1:
         raise ValueError(f"prompt_from={prompt_from}: nothing is before the first token")
@@ -110,7 +110,7 @@ def _unpack_logits(fields: Mapping[str, Any]) -> WantedLogits:
         constraints=tuple(_read_constraint(str(text)) for text in _few(fields["constraints"])),
         prompt_from=None if prompt_from is None else int(prompt_from),
         scored=fields["scored"] is True,
-        response_ranges=tuple(zip(places[::2], places[1::2], strict=True)),
+        response_ranges=tuple(zip(positions[::2], positions[1::2], strict=True)),
         response_limit=int(fields["response_limit"]),
     )
 
@@ -140,7 +140,7 @@ def _known(names: Any, known: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _pack_span(span: ResolvedSpan) -> list[Any]:
     if isinstance(span, PromptSpan):
-        return ["prompt", *(place for interval in span.intervals for place in interval)]
+        return ["prompt", *(position for interval in span.intervals for position in interval)]
     if isinstance(span, LastTokens):
         return ["last", span.count, span.allow_fewer]
     return ["between", span.start, span.end, span.unclosed]
@@ -149,11 +149,11 @@ def _pack_span(span: ResolvedSpan) -> list[Any]:
 def _unpack_span(fields: list[Any]) -> ResolvedSpan:
     kind, *values = fields
     if kind == "prompt":
-        places = [int(value) for value in values]
+        positions = [int(value) for value in values]
         # In order and apart, or rows would be counted twice.
-        if not places or len(places) % 2 or places[0] < 0 or any(a >= b for a, b in pairwise(places)):
-            raise ValueError(f"{places} are no intervals")
-        return PromptSpan(tuple(zip(places[::2], places[1::2], strict=True)))
+        if not positions or len(positions) % 2 or positions[0] < 0 or any(a >= b for a, b in pairwise(positions)):
+            raise ValueError(f"{positions} are no intervals")
+        return PromptSpan(tuple(zip(positions[::2], positions[1::2], strict=True)))
     if kind == "last":
         return LastTokens(int(values[0]), allow_fewer=values[1] is True)
     if kind == "between":

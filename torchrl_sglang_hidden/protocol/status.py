@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 CHANNEL = "torchrl_sglang_hidden"
-PROTOCOL = 3
+PROTOCOL = 4
 PLUGIN_ENV = "TORCHRL_SGLANG_HIDDEN"  # "1" in a server's environment opts in to the server half
 LAYERS_ENV = "TORCHRL_SGLANG_HIDDEN_LAYERS"  # the layers whose states the server half takes, such as "7,15,-1"
 CONSTRAINTS_ENV = "TORCHRL_SGLANG_HIDDEN_CONSTRAINTS"  # modules with constraints of the user's own, comma-separated

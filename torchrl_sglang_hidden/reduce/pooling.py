@@ -99,7 +99,7 @@ class RequestPools:
         self._response = _Pool(self._reducer)
         self._prompt_rows: list[torch.Tensor] = []
         self._response_rows: list[torch.Tensor] = []
-        # The response's rows that a span may still turn out to mean.
+        # The response's rows that a span may still select.
         self._window: list[torch.Tensor] = []
         self._window_size = self._longest_window()
 

@@ -113,6 +113,10 @@ def reducer_of(pooling: Pooling) -> Reducer:
             return Mean()
         case "last":
             return Last()
+        case "max":
+            return Max()
+        case "sum":
+            return Sum()
         case _:
             assert_never(pooling)
 

@@ -28,7 +28,7 @@ __all__ = ["read_responses"]
 def read_responses(
     requests: Sequence[Request], rows: object, info: EngineInfo, *, first_row: int = 0
 ) -> list[Completion]:
-    """Read SGLang's answer to one batched payload, and counts every row.
+    """Read SGLang's answer to one batched payload, and count every row.
 
     Args:
         requests: what was sent.
@@ -133,7 +133,7 @@ def _read_prompt_log_probs(
 def _read_logits(
     name: str, request: Request, wanted: WantedLogits, found: FoundLogits | None, num_response: int, info: EngineInfo
 ) -> FoundLogits:
-    """Count the logits of one answer against its tokens, and those that constraints were applied to."""
+    """Count the logits of one answer against its tokens, and the tokens that constraints were applied to."""
     if found is None:
         raise ProtocolError(f"{name}: logits or constraints were asked for and are not in the answer; send it again")
     expected = 0 if wanted.prompt_from is None else len(request.prompt_ids) - wanted.prompt_from
@@ -212,7 +212,7 @@ def _read_states(
     info: EngineInfo,
     answer: Answer | None,
 ) -> _States:
-    """Read the states of one answer, and counts them against the tokens."""
+    """Read the states of one answer, and count them against the tokens."""
     num_prompt, num_response = len(request.prompt_ids), len(response_ids)
     if answer is not None:
         found = answer.pools
@@ -297,7 +297,7 @@ def _pool_stock(name: str, wanted: Wanted, entries: Any, num_prompt: int, respon
     for span_name, fault in found.faults.items():
         raise SpanError(f"{name}, span {span_name!r}: {fault}")
     if start > 0 and wanted.pools_prefix:
-        # Rows are missing before those that came. Their number is for the error that follows.
+        # Rows are missing before the first one that came. The number of rows is for the error that follows.
         missing = {Segment.PROMPT: first_ND.shape[0], Segment.FULL: first_ND.shape[0] + len(steps) - 1}
         segments = {s: (None, missing[Segment(s)]) if s in missing else value for s, value in found.segments.items()}
         return Pools(segments, found.spans, found.faults, found.rows)

@@ -23,7 +23,7 @@ from torchrl_sglang_hidden.errors import InputError, InputTypeError
 from torchrl_sglang_hidden.spec.spans import Between, LastTokens, Span
 
 SegmentName = Literal["prompt", "response", "full"]
-Pooling = Literal["mean", "last"]
+Pooling = Literal["mean", "last", "max", "sum"]
 
 
 class Segment(StrEnum):
@@ -85,8 +85,12 @@ class HiddenSpec:
         segments: any of ``"prompt"``, ``"response"``, ``"full"``; none where spans are enough. A policy that reads
             ``V(s)`` wants ``"prompt"``: the response is the action, not the state. Names or `Segment` members; read
             back as members, which are equal to their names.
-        pooling: ``"mean"`` averages a segment's or span's rows, accumulated in float32 whatever the model's dtype;
-            ``"last"`` takes its last row; None pools nothing, for ``tokens=True``.
+        pooling: how the rows of a segment or span become one vector. ``"mean"`` averages them; ``"last"`` takes the
+            last one; ``"max"`` takes the largest value in each dimension; ``"sum"`` adds them up; None pools nothing,
+            for ``tokens=True``. Means and sums are accumulated in float32 whatever the model's dtype: over ``"full"``
+            of a long chat a sum grows with the number of rows, and its rounding error with it (about 1e-7 of the sum
+            of the rows' magnitudes), so that the last bits depend on how the engine cut the prompt into chunks.
+            ``"max"`` is exact.
         layers: ``-1``, what the language-model head reads (after the final norm; Hugging Face ``hidden_states[-1]``);
             ``k ≥ 0``, the output of decoder layer k with the residual, before the final norm (Hugging Face
             ``hidden_states[k + 1]``; of the last layer, which Hugging Face gives after the norm only, before it);
@@ -95,7 +99,7 @@ class HiddenSpec:
         tokens: also return every token's state of the segments, unpooled.
         dtype: floating dtype of what is returned. float32 goes into ``ValueOperator`` and GAE as it is. Token states
             of a float32 model travel as bfloat16 where this says so, half the bytes.
-        spans: places inside the prompt or the response to pool as well, by names of yours: `LastTokens`, `TokenMask`,
+        spans: parts of the prompt or the response to pool as well, by names of yours: `LastTokens`, `TokenMask`,
             `Turn`, `Role`, `Between`.
 
     Raises:
@@ -172,7 +176,7 @@ class HiddenSpec:
 
     @property
     def needs_response(self) -> bool:
-        """Whether anything asked for is of the response, so that a prompt alone does not do."""
+        """Whether anything of the response is wanted, so that a response must be generated."""
         return reads_response(self.segments) or any(
             isinstance(span, (LastTokens, Between)) and span.segment == "response" for span in self.spans.values()
         )
