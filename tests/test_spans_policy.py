@@ -24,10 +24,19 @@ from hypothesis import strategies as st
 from tensordict import TensorDict, TensorDictBase, lazy_stack
 from torchrl.modules.llm.policies import Tokens
 
-from torchrl_sglang_hidden import Between, HiddenSpec, LastTokens, Role, SGLangHiddenWrapper, TokenMask, Turn
+from torchrl_sglang_hidden import (
+    Between,
+    HiddenSpec,
+    LastTokens,
+    LogitsSpec,
+    Role,
+    SGLangHiddenWrapper,
+    TokenMask,
+    Turn,
+)
 from torchrl_sglang_hidden.errors import AlignmentError, InputError, InputTypeError, SpanError
 from torchrl_sglang_hidden.records import Completion, Pooled, Request
-from torchrl_sglang_hidden.spec.hidden import SEGMENTS
+from torchrl_sglang_hidden.spec.hidden import SEGMENTS, Segment
 
 STATES = {"hidden_states", "token_hidden_states"}
 
@@ -462,3 +471,20 @@ def test_a_scored_sequence_has_all_of_its_states(padded: bool, pooling: Any) -> 
         assert set(hidden.spans.keys()) == {"end"}
         assert hidden.span_counts["end"] == 2
     assert PAD_ID == EOS_ID, "a genuine EOS at the end is no padding"
+
+
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("generate", [True, False])
+def test_keys_are_plain_strings_whatever_the_segments_are(padded: bool, generate: bool) -> None:
+    """A `Segment` is a string of a class of its own, which a stored TensorDict should not need."""
+    segments = tuple(Segment)
+    logits = LogitsSpec(top_k=2, segments=segments if generate else ("full",))
+    policy, _ = make(
+        "tokens", hidden=HiddenSpec(segments, tokens=True), logits=logits, generate=generate, pad_output=padded
+    )
+    tokens = {"prompt" if generate else "full": torch.tensor([6, 7])}
+    [row] = flat(policy(lazy_stack([TensorDict(tokens=Tokens(**tokens), batch_size=())])))
+    keys = [*row.keys(True, True), *policy.out_keys]
+    assert {("hidden_states", "full"), ("token_hidden_states", "full"), ("logits", "full")} <= set(keys)
+    for key in keys:
+        assert {type(part) for part in (key if isinstance(key, tuple) else (key,))} == {str}, key

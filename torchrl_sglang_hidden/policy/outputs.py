@@ -203,12 +203,12 @@ def list_out_keys(
     # A module that reads ("hidden_states", "prompt") is fed by this one only if it says so.
     leaves: dict[NestedKey | None, list[NestedKey]] = {}
     if hidden is not None:
-        segments = hidden.segments if generate else ("full",)
+        segments = tuple(map(str, hidden.segments)) if generate else ("full",)
         pooled: list[NestedKey] = [f"{segment}{suffix}" for segment in segments for suffix in ("", "_count")]
         pooled += [(suffix, name) for name in hidden.spans for suffix in ("spans", "span_counts")]
         leaves |= {keys.hidden_states: pooled, keys.token_hidden_states: list(segments)}
     if logits is not None:
-        fields = logits.segments if generate else ("full",)
+        fields = tuple(map(str, logits.segments)) if generate else ("full",)
         ids = {"prompt": "prompt_token_ids", "response": "token_ids", "full": "full_token_ids"}
         leaves[keys.logits] = [*fields, *(ids[name] for name in fields if logits.top_k is not None)]
     return [key for key in written if key not in leaves] + [
