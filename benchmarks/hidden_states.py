@@ -84,7 +84,7 @@ def sides_of(info: EngineInfo) -> list[Side]:
 
 
 def measure(client: httpx.Client, side: Side, prompts: Sequence[Sequence[int]], new_tokens: int) -> Call:
-    """Sends one batch and reads it, as `SGLangServer.generate` does; reading is part of the time."""
+    """Send one batch and read its answer, as `SGLangServer.generate` does; reading is part of the time."""
     sampling = {"max_new_tokens": new_tokens, "temperature": 0.0, "ignore_eos": True}
     requests = [Request(tuple(ids), sampling, hidden=side.spec) for ids in prompts]
     check_requests(requests, side.info)
@@ -105,13 +105,13 @@ def measure(client: httpx.Client, side: Side, prompts: Sequence[Sequence[int]], 
 
 
 def shared_bytes_of(answer: dict[str, Any], completion: Completion) -> int:
-    """What came through shared memory; the server half leaves few bytes in the answer, where HTTP counts them."""
+    """Count the bytes that came through shared memory: HTTP counts only the few that stay in the answer."""
     rows = completion.token_rows
     return rows.rows_ND.nbytes if rows is not None and "shared" in answer["meta_info"][CHANNEL][0]["rows"] else 0
 
 
 def vectors_of(completion: Completion) -> dict[Segment, torch.Tensor]:
-    """The two pooled vectors, as they came or from every token's states."""
+    """Return the two pooled vectors, as they came or pooled here from every token's states."""
     if completion.token_rows is None:
         return {segment: pooled.vector for segment, pooled in completion.hidden.items()}
     rows_ND = completion.token_rows.rows_ND.double()
@@ -120,7 +120,7 @@ def vectors_of(completion: Completion) -> dict[Segment, torch.Tensor]:
 
 
 def largest_difference(calls: dict[str, Call]) -> float:
-    """How far the sides' vectors are from the pooled side's, relative to their length; other tokens end the run."""
+    """Return each side's distance from the pooled side's vectors, relative to their length; other ids end the run."""
     worst = 0.0
     for name, call in calls.items():
         for row, (found, expected) in enumerate(zip(call.completions, calls[POOLED].completions, strict=True)):

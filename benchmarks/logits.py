@@ -89,7 +89,7 @@ def sides_of(info: EngineInfo, k: int) -> list[Side]:
 
 
 def masks_of(info: EngineInfo, rows: int) -> list[ActionMask]:
-    """Half of the vocabulary, another half for each row."""
+    """Allow half of the vocabulary, another half for each row."""
     generator = torch.Generator().manual_seed(0)
     return [ActionMask.from_mask(torch.rand(info.vocab_size, generator=generator) < 0.5) for _ in range(rows)]
 
@@ -97,7 +97,7 @@ def masks_of(info: EngineInfo, rows: int) -> list[ActionMask]:
 def measure(
     client: httpx.Client, side: Side, prompts: Sequence[Sequence[int]], masks: Sequence[ActionMask], new_tokens: int
 ) -> Call:
-    """Sends one batch and reads it, as `SGLangServer.generate` does; writing and reading are part of the time."""
+    """Send one batch and read its answer, as `SGLangServer.generate` does; writing and reading are part of the time."""
     sampling = {"max_new_tokens": new_tokens, "temperature": 0.0, "ignore_eos": True}
     settle(client)
     start = time.perf_counter()
@@ -116,7 +116,7 @@ def measure(
 
 
 def _stock_log_probs(answer: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stock's log-probs and their ids, each ``[T, k]``: who asks for them wants tensors too."""
+    """Turn stock SGLang's log-probs and their ids into tensors ``[T, k]``, as every other side returns tensors."""
     meta = answer["meta_info"]
     entries = meta.get("output_top_logprobs") or meta["output_token_ids_logprobs"]
     return (
@@ -126,7 +126,7 @@ def _stock_log_probs(answer: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor
 
 
 def check(calls: dict[str, Call], masks: Sequence[ActionMask]) -> float:
-    """How far the sides' values are from those of the full logits; sides that disagree end the run."""
+    """Return each side's distance from the values of the full logits; sides that disagree end the run."""
     worst = 0.0
     full = calls.get(FULL, calls[FULL_HTTP])
     for row, mask in enumerate(masks):

@@ -21,7 +21,7 @@ FLUSH_TIMEOUT_S = 60.0
 def served(
     model: str, *, dtype: str, context_length: int, total_tokens: int, sleep_on_idle: bool = False
 ) -> Iterator[SGLangServer]:
-    """A server of its own for one model.
+    """Start a server for one model, and end it afterwards.
 
     Args:
         model: ``"smollm2"``, the demo model; ``"wide"``, see `wide_model`; or whatever `launch` takes.
@@ -49,14 +49,14 @@ def served(
 
 
 def new_prompts(info: EngineInfo, count: int, length: int, seed: int) -> list[list[int]]:
-    """Random ids: no two prompts begin alike, so that none has another's part in the prefix cache."""
+    """Make prompts of random ids: no two begin alike, so that no prompt hits another's part of the prefix cache."""
     # The first ids of most vocabularies are special tokens.
     ids = torch.randint(16, info.vocab_size, (count, length), generator=torch.Generator().manual_seed(seed))
     return [list(map(int, row)) for row in ids]
 
 
 def settle(client: httpx.Client) -> None:
-    """Brings the server to rest with an empty prefix cache, so that every side computes its prompts itself."""
+    """Wait until the server rests with an empty prefix cache, so that every side computes its own prompts."""
     # A short request: its answer comes when what the side before left behind, such as lists of numbers, is cleared.
     client.post("/generate", json={"input_ids": [0], "sampling_params": {"max_new_tokens": 1}}).raise_for_status()
     client.post("/flush_cache", params={"timeout": FLUSH_TIMEOUT_S}).raise_for_status()

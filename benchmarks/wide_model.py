@@ -23,7 +23,7 @@ INITIALIZER_RANGE = 0.05
 
 
 def save_random_wide(directory: Path, layers: int = 1) -> Path:
-    """Writes the checkpoint and its tokenizer, any text one token a byte; float32, about 24 MB a layer.
+    """Write the checkpoint in float32, about 24 MB a layer, and a tokenizer with one token for each byte of text.
 
     Args:
         directory: is made.

@@ -1,6 +1,6 @@
 """Describe what a request wants of its hidden rows, and which positions of one forward step that takes.
 
-Pure torch, host side: plans only, before any row is computed. Knows nothing of SGLang, wires or TensorDicts.
+Pure torch, host side: plans only, before any row is computed. Knows nothing of SGLang, JSON or TensorDicts.
 """
 
 from __future__ import annotations

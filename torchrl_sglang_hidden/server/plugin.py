@@ -6,7 +6,8 @@ ask for nothing are served as before.
 SGLang logs and swallows a hook that cannot be put in place. So the status that clients read at connect says whether
 every hook is in place.
 
-Knows SGLang's functions by name and calls into `Capture`, `StepLogits` and `LayerTaps`; computes nothing itself.
+Knows SGLang's functions by name and calls into `Capture`, `StepLogits` and `LayerTaps`. Knows nothing of TorchRL or of
+the client, and computes nothing itself.
 """
 
 from __future__ import annotations
