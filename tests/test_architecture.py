@@ -39,6 +39,7 @@ FLOORS: list[list[set[str]]] = [
     [
         {"policy"},
         {"policy.outputs", "policy.action_masks", "policy.chat_text", "policy.logits_from_hidden"},
+        {"policy.row_fields"},
         {"policy.prompts", "policy.returned", "policy.tokenizer", "policy.batching"},
         {"policy.assemble", "policy.config"},
         {"policy.requests"},

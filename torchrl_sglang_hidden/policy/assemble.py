@@ -19,7 +19,7 @@ from torchrl.modules.llm.policies import ChatHistory, LogProbs, Masks, Text, Tok
 from torchrl_sglang_hidden.policy.outputs import HiddenStates, Logits, OutputKeys, TokenHiddenStates
 from torchrl_sglang_hidden.policy.prompts import Row
 from torchrl_sglang_hidden.records import Completion, Pooled, TokenLogits, TokenRows
-from torchrl_sglang_hidden.spec.hidden import HiddenSpec, Segment
+from torchrl_sglang_hidden.spec.hidden import HiddenSpec, Segment, reads_prompt, reads_response
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 
 __all__ = ["assemble", "assemble_scores"]
@@ -40,22 +40,22 @@ def assemble(
     pad_id: int | None,
     device: torch.device | None,
 ) -> TensorDictBase:
-    """Builds the output.
+    """Build the output of generation.
 
     Args:
-        rows: what was asked, B rows in row-major order of ``batch_size``.
-        completions: what came back, likewise.
-        batch_size: the shape of the input, any number of dimensions, none included.
-        keys: where to write what.
-        hidden: the spec that the completions' states answer.
+        rows: the B prompt rows, in row-major order of ``batch_size``.
+        completions: one for each row, in the same order.
+        batch_size: the shape of the output, any number of dimensions, none included.
+        keys: where each output is written.
+        hidden: the states that the completions have.
         hidden_size: D.
-        logits: the spec that the completions' logits answer.
+        logits: the logits that the completions have.
         pad_id: pads every ragged leaf with this id (log-probs with NaN, masks with False); None leaves them ragged.
         device: where the tensors go.
 
     Returns:
         A TensorDict of ``batch_size``, lazily stacked from one TensorDict per row, so that rows of different lengths
-        stack with those of other calls. Read ragged leaves with ``get(key, as_list=True)``.
+        can be stacked with the outputs of other calls. Read ragged leaves with ``get(key, as_list=True)``.
     """
     prompt_width = max(len(row.prompt_ids) for row in rows)
     response_width = max(len(completion.response_ids) for completion in completions)
@@ -81,15 +81,15 @@ def assemble_scores(
     pad_id: int | None,
     device: torch.device | None,
 ) -> TensorDictBase:
-    """Builds the output of scoring; arguments and result as for `assemble`, with ``full`` as the only segment.
+    """Build the output of scoring; arguments and result as for `assemble`, with ``full`` as the only segment.
 
-    Under ``pad_id`` sequences given as one padded tensor keep their places in it; others are padded on the left. With
-    ``logits_only`` the logits of ``full`` are written as one plain tensor.
+    With ``pad_id``, sequences that came as one padded tensor keep their places in it; others are padded on the left.
+    With ``logits_only`` the logits of ``full`` are written as one plain tensor.
     """
     placements: list[tuple[bool, ...] | None] = [None] * len(rows)
     if pad_id is not None:
         placements = [row.placement for row in rows]
-        if len({None if given is None else len(given) for given in placements}) > 1 or placements[0] is None:
+        if len({None if real is None else len(real) for real in placements}) > 1 or placements[0] is None:
             width = max(len(row.prompt_ids) for row in rows)
             lengths = [len(row.prompt_ids) for row in rows]
             placements = [(False,) * (width - length) + (True,) * length for length in lengths]
@@ -102,7 +102,7 @@ def assemble_scores(
 
 
 def _stack(rows: list[TensorDictBase], batch_size: torch.Size, device: torch.device | None) -> TensorDictBase:
-    """Stacks rows lazily to any shape, one dimension at a time from the last."""
+    """Stack rows lazily to any shape, one dimension at a time from the last."""
     if device is not None:
         rows = [td.to(device) for td in rows]
     for size in reversed(batch_size):
@@ -128,8 +128,6 @@ def _row(
     pads = {"prompt": (left, 0), "response": (0, right), "full": (left, right)}
     prompt_P = _pad(torch.tensor(row.prompt_ids, dtype=torch.int64), left, 0, pad_id)
     response_T = _pad(torch.tensor(completion.response_ids, dtype=torch.int64), 0, right, pad_id)
-    response_mask_T = _pad(torch.ones(len(completion.response_ids), dtype=torch.bool), 0, right, False)
-    prompt_mask_P = _pad(torch.ones(len(row.prompt_ids), dtype=torch.bool), left, 0, False)
     values: dict[NestedKey | None, Any] = {
         keys.text: Text(
             prompt=row.prompt_text, response=completion.text, full=row.prompt_text + completion.text, batch_size=()
@@ -137,12 +135,7 @@ def _row(
         keys.tokens: Tokens(
             prompt=prompt_P, response=response_T, full=torch.cat([prompt_P, response_T]), padded=padded, batch_size=()
         ),
-        keys.masks: Masks(
-            all_attention_mask=torch.cat([prompt_mask_P, response_mask_T]),
-            all_assistant_mask=torch.cat([torch.zeros_like(prompt_mask_P), response_mask_T]),
-            padded=padded,
-            batch_size=(),
-        ),
+        keys.masks: _masks(len(row.prompt_ids), len(completion.response_ids), left, right, padded),
         keys.weight_version: completion.weight_version,
         keys.finish_reason: completion.finish_reason,
         keys.mixed_weights: torch.tensor(completion.mixed_weights),
@@ -174,6 +167,17 @@ def _row(
     if row.history is not None:
         values[keys.history] = _chat_history(row.history, completion.text)
     return _tensordict(values)
+
+
+def _masks(num_prompt: int, num_response: int, left: int, right: int, padded: bool) -> Masks:
+    prompt_P = _pad(torch.ones(num_prompt, dtype=torch.bool), left, 0, False)
+    response_T = _pad(torch.ones(num_response, dtype=torch.bool), 0, right, False)
+    return Masks(
+        all_attention_mask=torch.cat([prompt_P, response_T]),
+        all_assistant_mask=torch.cat([torch.zeros_like(prompt_P), response_T]),
+        padded=padded,
+        batch_size=(),
+    )
 
 
 def _scored_row(
@@ -221,9 +225,9 @@ def _scored_row(
             pad=(lambda field, rows_ND: placed(rows_ND, 0)) if padded else None,
         )
     if logits is not None:
-        # All of a given sequence is its prompt.
-        given = _logits(completion, ("prompt",), pad=lambda field, rows_NC: placed(rows_NC, 0))
-        scored = Logits(full=given.prompt, full_token_ids=given.prompt_token_ids, batch_size=())
+        # The engine gets all of a scored sequence as its prompt.
+        as_prompt = _logits(completion, ("prompt",), pad=lambda field, rows_NC: placed(rows_NC, 0))
+        scored = Logits(full=as_prompt.prompt, full_token_ids=as_prompt.prompt_token_ids, batch_size=())
         values[keys.logits] = scored.full if logits_only else scored
     if row.history is not None:
         values[keys.history] = ChatHistory(full=row.history, batch_size=())
@@ -239,7 +243,7 @@ def _tensordict(values: dict[NestedKey | None, Any]) -> TensorDictBase:
 
 
 def _pad(values: torch.Tensor, left: int, right: int, value: float | bool) -> torch.Tensor:
-    """Pads the first dimension."""
+    """Pad the first dimension."""
     return torch.nn.functional.pad(values, (0, 0) * (values.ndim - 1) + (left, right), value=value)
 
 
@@ -250,7 +254,7 @@ def _state_shape(spec: HiddenSpec, hidden_size: int) -> tuple[int, ...]:
 def _hidden_states(
     row: Row, completion: Completion, spec: HiddenSpec, hidden_size: int, sources: Mapping[str, str]
 ) -> HiddenStates:
-    """The pooled states of one row; ``sources`` tells the segment that each field is of."""
+    """Return the pooled states of one row; ``sources`` names the completion's segment that each field takes."""
 
     def read(pools: Mapping[Any, Pooled], name: str) -> tuple[torch.Tensor, torch.Tensor]:
         if row.wants_states is False:
@@ -272,21 +276,21 @@ def _token_states(
     completion: Completion,
     spec: HiddenSpec,
     hidden_size: int,
-    places: Mapping[str, range],
+    positions: Mapping[str, range],
     *,
     pad: Callable[[str, torch.Tensor], torch.Tensor] | None,
 ) -> TokenHiddenStates:
-    """The states of one row's tokens; ``places`` tells the positions that each field has, and ``pad`` pads it."""
+    """Return the states of one row's tokens: ``positions`` says which each field has, and ``pad`` pads it."""
     fields = {}
-    for field, positions in places.items():
+    for field, of_field in positions.items():
         if row.wants_states is False:
-            num_rows = 0 if pad is None else len(positions)
+            num_rows = 0 if pad is None else len(of_field)
             none_ND = torch.empty((num_rows, *_state_shape(spec, hidden_size)), dtype=spec.dtype)
             fields[field] = none_ND if pad is None else torch.full_like(pad(field, none_ND), NOT_MEASURED)
         else:
             rows = cast("TokenRows", completion.token_rows)
             # Copied: the fields overlap, and several samples of a prompt have the same rows.
-            rows_ND = rows.rows_ND[positions.start - rows.first : positions.stop - rows.first].to(spec.dtype, copy=True)
+            rows_ND = rows.rows_ND[of_field.start - rows.first : of_field.stop - rows.first].to(spec.dtype, copy=True)
             fields[field] = rows_ND if pad is None else pad(field, rows_ND)
     return TokenHiddenStates(**fields, batch_size=())
 
@@ -294,25 +298,25 @@ def _token_states(
 def _logits(
     completion: Completion, segments: Sequence[str], *, pad: Callable[[str, torch.Tensor], torch.Tensor]
 ) -> Logits:
-    """The logits of one row's tokens; ``pad`` pads the rows of a field."""
+    """Return the logits of one row's tokens; ``pad`` pads the rows of a field."""
     parts: dict[str, TokenLogits] = {}
-    if set(segments) != {"response"}:
-        parts["prompt"] = _after_nothing(cast("TokenLogits", completion.prompt_logits))
-    if set(segments) != {"prompt"}:
+    if reads_prompt(segments):
+        parts["prompt"] = _with_first_token(cast("TokenLogits", completion.prompt_logits))
+    if reads_response(segments):
         parts["response"] = cast("TokenLogits", completion.logits)
-    if "full" in segments:
+    if Segment.FULL in segments:
         parts["full"] = _joined(parts["prompt"], parts["response"])
     fields: dict[str, torch.Tensor] = {}
     for segment in segments:
         fields[str(segment)] = pad(segment, parts[segment].values_NC)
         ids_NC = parts[segment].token_ids_NC
         if ids_NC is not None:
-            fields["token_ids" if segment == "response" else f"{segment}_token_ids"] = pad(segment, ids_NC)
+            fields["token_ids" if segment == Segment.RESPONSE else f"{segment}_token_ids"] = pad(segment, ids_NC)
     return Logits(**fields, batch_size=())
 
 
-def _after_nothing(logits: TokenLogits) -> TokenLogits:
-    """The rows of the prompt's tokens, with one of zeros for the first, which nothing is before."""
+def _with_first_token(logits: TokenLogits) -> TokenLogits:
+    """Return the rows of the prompt's tokens, with a row of zeros for the first token, which no token precedes."""
     columns = torch.arange(logits.values_NC.shape[1])[None]
     zeros = TokenLogits(
         torch.zeros(columns.shape, dtype=logits.values_NC.dtype), None if logits.token_ids_NC is None else columns
@@ -320,9 +324,9 @@ def _after_nothing(logits: TokenLogits) -> TokenLogits:
     return _joined(zeros, logits)
 
 
-def _joined(before: TokenLogits, behind: TokenLogits) -> TokenLogits:
-    ids = [part.token_ids_NC for part in (before, behind) if part.token_ids_NC is not None]
-    return TokenLogits(torch.cat([before.values_NC, behind.values_NC]), torch.cat(ids) if ids else None)
+def _joined(first: TokenLogits, second: TokenLogits) -> TokenLogits:
+    ids = [part.token_ids_NC for part in (first, second) if part.token_ids_NC is not None]
+    return TokenLogits(torch.cat([first.values_NC, second.values_NC]), torch.cat(ids) if ids else None)
 
 
 def _chat_history(prompt: History, text: str) -> ChatHistory:

@@ -156,7 +156,7 @@ def _prompt_request(prompt: Row, call: CallOptions) -> Request:
 
 
 def _candidate_request(request: Request, ids: Ids) -> Request:
-    """Return the request that scores the ids of a candidate behind the prompt of a request."""
+    """Return the request that scores the ids of a candidate after the prompt of a request."""
     start, stop = len(request.prompt_ids), len(request.prompt_ids) + len(ids)
     return replace(
         request,

@@ -1,4 +1,4 @@
-"""Where things stand in a prompt: a message's words in the chat's text, and spans in the prompt's tokens.
+"""Finding things in a prompt: a message's words in the chat's text, and spans in the prompt's tokens.
 
 Knows nothing of TensorDict keys or engines.
 """
@@ -23,7 +23,7 @@ NO_MESSAGE = "<none>"  # the role of what fills a chat up to the length of other
 
 
 def decode_all(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text of ids as it is: with special tokens, and without a space taken out."""
+    """Return the exact text of ids: with special tokens, and with every space."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
@@ -34,7 +34,7 @@ class Chat:
     Args:
         history: ``[turns]``.
         text: what the template writes for it.
-        render: writes another chat in the same way, or with ``add_generation_prompt`` as given.
+        render: renders another chat in the same way; the keyword ``add_generation_prompt`` overrides the default.
     """
 
     history: History
@@ -47,13 +47,13 @@ class Chat:
         return [message for message in self.history.unbind(-1) if message.role != NO_MESSAGE]
 
     def words_of(self, turn: int) -> tuple[int, int]:
-        """Where the words of a message that has any stand in the text, half-open.
+        """Return where the words of a message stand in the text, ``(start, stop)``. The message must have words.
 
-        The chat is written a second time with a number in the words' place, so that neither the template's own text nor
-        another message that says the same is taken for them. The template may strip the words.
+        The chat is rendered a second time with a number in the place of the words, so that neither the template's own
+        text nor another message with the same words is mistaken for them. The template may strip the words.
 
         Raises:
-            InputError: the template does anything else to them.
+            InputError: the template changes the words in any other way.
         """
         messages = self.messages
         content = messages[turn].content
@@ -82,38 +82,46 @@ class Chat:
         )
 
     def _same_before(self, messages: list[History]) -> int:
-        """How far the text is that of the messages before, up to and with the header of the answer that follows."""
+        """Return how much of the text the previous messages and the header of the next response make up."""
         before = self.render(lazy_stack(messages), add_generation_prompt=True) if messages else ""
         return next((i for i, (a, b) in enumerate(zip(before, self.text, strict=False)) if a != b), len(before))
 
 
 def tokens_at(
-    places: Sequence[tuple[int, int]], text: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase
+    ranges: Sequence[tuple[int, int]], text: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase
 ) -> list[bool] | None:
-    """Which ids hold any part of half-open places, none of them empty, in the text that they stand for.
+    """Return a mask of the ids that hold any part of some ranges of the text.
 
-    Known for the tokenizer's own ids of the text, by its offsets, and for any other ids that decode to it; else None.
+    Args:
+        ranges: half-open ranges of characters, none of them empty.
+        text: what the ids stand for.
+        ids: token ids.
+        tokenizer: the tokenizer of the ids.
+
+    Returns:
+        One bool for each id: by the tokenizer's offsets if they are its own ids of the text, else by decoding. None if
+        the ids do not decode to the text.
     """
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
     if "offset_mapping" in encoded and list(encoded["input_ids"]) == list(ids):
         offsets = encoded["offset_mapping"]
-        return [any(start < until and end > since for since, until in places) for start, end in offsets]
+        return [any(start < until and end > since for since, until in ranges) for start, end in offsets]
     if decode_all(tokenizer, ids) != text:
         return None
     mask = [False] * len(ids)
     decode = functools.partial(decode_all, tokenizer)
-    around = tokens_around([place for pair in places for place in pair], text, ids, decode)
+    around = tokens_around([edge for pair in ranges for edge in pair], text, ids, decode)
     for (first, _), (_, stop) in zip(around[::2], around[1::2], strict=True):
         mask[first:stop] = [True] * (stop - first)
     return mask
 
 
 def spoken_tokens(span: Turn | Role, chat: Chat, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> PromptSpan:
-    """The tokens of the words of one message, or of one role's messages.
+    """Find the tokens of the words of one message, or of all messages of one role.
 
     Raises:
-        SpanError: the chat has no such message, or no words in it.
-        InputError: which tokens they are is not known.
+        SpanError: the chat has no such message, or the message has no words.
+        InputError: the tokens of the words cannot be known.
     """
     messages = chat.messages
     roles = [message.role for message in messages]
@@ -126,10 +134,10 @@ def spoken_tokens(span: Turn | Role, chat: Chat, ids: Sequence[int], tokenizer: 
         if not turns:
             raise SpanError(f"{span}: the chat has no message of this role; its messages are of {roles}")
     found = [chat.words_of(turn) for turn in turns if messages[turn].content]
-    places = [(since, until) for since, until in found if since < until]
-    if not places:
+    ranges = [(since, until) for since, until in found if since < until]
+    if not ranges:
         raise SpanError(f"{span}: the chat's messages {turns} are empty, and an empty span has no state")
-    mask = tokens_at(places, chat.text, ids, tokenizer)
+    mask = tokens_at(ranges, chat.text, ids, tokenizer)
     if mask is None:
         raise InputError(
             f"{span}: the {len(ids)} ids do not decode to the chat's text, so where a message stands in them is not "
@@ -139,10 +147,10 @@ def spoken_tokens(span: Turn | Role, chat: Chat, ids: Sequence[int], tokenizer: 
 
 
 def last_tokens(span: LastTokens, num_prompt: int) -> PromptSpan:
-    """The last tokens of a prompt.
+    """Find the last tokens of a prompt.
 
     Raises:
-        SpanError: there are fewer, and that is not allowed.
+        SpanError: the prompt has fewer tokens, and the span does not allow fewer.
     """
     if span.count > num_prompt and not span.allow_fewer:
         raise SpanError(f"{span}: the prompt has {num_prompt} tokens; lower the count, or pass allow_fewer=True")

@@ -1,4 +1,7 @@
-"""What TorchRL's losses ask of a policy as a distribution, apart from the policy: part of `SGLangHiddenWrapper`."""
+"""The methods of a policy that TorchRL's losses call: log-probs and distributions of scored sequences.
+
+A part of `SGLangHiddenWrapper`. Knows nothing of engines: it scores by calling the policy.
+"""
 
 from __future__ import annotations
 
@@ -30,15 +33,15 @@ class Distributions:
     __call__: Callable[..., TensorDictBase]
 
     def log_prob(self, data: TensorDictBase, **get_kwargs: Any) -> Any:
-        """The log-probs of the responses in given sequences, with ``generate=False``.
+        """Return the log-probs of the responses in scored sequences, with ``generate=False``.
 
         Args:
             data: what `forward` reads; not written to.
             **get_kwargs: as for ``TensorDict.get``: ``as_list``, ``as_padded_tensor``, ``as_nested_tensor`` …
 
         Returns:
-            float32 ``[*batch, T]``, the log-probs where ``all_assistant_mask`` is True, those of several turns one
-            behind the other. Rows of different T need one of the options above.
+            float32 ``[*batch, T]``, the log-probs where ``all_assistant_mask`` is True; several turns are
+            concatenated. Rows of different T need one of the options above.
 
         Raises:
             CapabilityError: the wrapper generates.
@@ -58,7 +61,7 @@ class Distributions:
         return self._responses(scored).get("response", **get_kwargs)
 
     def _responses(self, scored: TensorDictBase) -> TensorDictBase:
-        """The log-probs of the response tokens at ``"response"``, ragged."""
+        """Return the log-probs of the response tokens at ``"response"``, ragged."""
         if scored.ndim:
             return lazy_stack([self._responses(row) for row in scored.unbind(0)])
         mask_N = scored.get(self.config.keys.masks_key).all_assistant_mask
@@ -85,17 +88,17 @@ class Distributions:
         padding_side: Side = "left",
         layout: None = None,
     ) -> LLMMaskedCategorical:
-        """The distribution that each token of given sequences is drawn from, as TorchRL's losses ask for it.
+        """Return the distribution that each token of scored sequences is drawn from, as TorchRL's losses need it.
 
-        From the logits of the engine, so that no gradient flows through it. Where the wrapper has
-        ``LogitsSpec(token_ids=…)`` it is over these C tokens: ``log_prob`` takes places in ``token_ids``, 0 … C-1, and
-        an id elsewhere. Under constraints it is the constrained distribution, as the log-probs are.
+        It is made of the engine's logits, so no gradient flows through it. Where the wrapper has
+        ``LogitsSpec(token_ids=…)`` it is over these C tokens, and its ``log_prob`` takes indices into ``token_ids``,
+        0 … C-1; otherwise it takes token ids. Under constraints it is the constrained distribution.
 
         Args:
             tensordict: what `forward` reads with ``generate=False``; not written to.
             tensordict_out: None, as for every argument here that TorchRL's own does not use.
             logits_key: None; it is the wrapper's.
-            mask_key: a bool mask over the tokens, of the output or of the input; by default those that are no padding.
+            mask_key: a bool mask over the tokens, of the output or of the input; by default True at all but padding.
             as_padded_tensor: None or True, the only form that torch has a distribution of.
             as_nested_tensor: None or False.
             padding_value: of the logits beside shorter rows; by default 0.
@@ -111,8 +114,7 @@ class Distributions:
             InputError: an argument that cannot be served.
         """
         unused = {"tensordict_out": tensordict_out, "layout": layout}
-        given = [name for name, value in unused.items() if value is not None]
-        if given or as_padded_tensor is False or as_nested_tensor:
+        if any(value is not None for value in unused.values()) or as_padded_tensor is False or as_nested_tensor:
             named = {**unused, "as_padded_tensor": as_padded_tensor, "as_nested_tensor": as_nested_tensor}
             raise InputError(
                 f"get_dist with {', '.join(f'{name}={value!r:.40}' for name, value in named.items())}: the "
@@ -121,7 +123,7 @@ class Distributions:
         return self._masked(
             "get_dist",
             tensordict,
-            lambda scored, given: self._mask(scored, given, mask_key or self._key_of("all_attention_mask")),
+            lambda scored, source: self._mask(scored, source, mask_key or self._key_of("all_attention_mask")),
             padding_side,
             logits_key=logits_key,
             padding_value=padding_value or 0.0,
@@ -136,19 +138,19 @@ class Distributions:
         attention_mask_key: NestedKey | None = None,
         padding_side: Side = "left",
     ) -> LLMMaskedCategorical:
-        """`get_dist` over the tokens behind those at ``tokens.prompt``; without these, over the assistant's."""
+        """Return `get_dist` over the tokens after ``tokens.prompt``; where there is no prompt, over the assistant's."""
         prompt_key = tokens_key or unravel_key((self.config.keys.tokens_key, "prompt"))
         attention_key = attention_mask_key or self._key_of("all_attention_mask")
         assistant_key = assistant_mask_key or self._key_of("all_assistant_mask")
 
-        def mask_of(scored: TensorDictBase, given: TensorDictBase) -> torch.Tensor:
-            prompt_P = given.get(prompt_key, None)
+        def mask_of(scored: TensorDictBase, source: TensorDictBase) -> torch.Tensor:
+            prompt_P = source.get(prompt_key, None)
             if prompt_P is None:
-                return self._mask(scored, given, assistant_key)
+                return self._mask(scored, source, assistant_key)
             # Padded prompts too: their pads need not stand where the scored sequence has its own.
-            given_N = given.get(attention_key, None)
-            num_prompt = len(prompt_P) if given_N is None else int(given_N[: len(prompt_P)].sum())
-            real_N = self._mask(scored, given, attention_key)
+            attention_N = source.get(attention_key, None)
+            num_prompt = len(prompt_P) if attention_N is None else int(attention_N[: len(prompt_P)].sum())
+            real_N = self._mask(scored, source, attention_key)
             return real_N & (real_N.cumsum(0) > num_prompt)
 
         return self._masked("_get_sft_dist", tensordict, mask_of, padding_side, logits_key=logits_key)
@@ -160,12 +162,12 @@ class Distributions:
         logits_key: NestedKey | None = None,
         padding_side: Side = "left",
     ) -> LLMMaskedCategorical:
-        """`get_dist` over the assistant's tokens. Writes the ids that were scored to ``tokens.full``, as TorchRL's."""
+        """Return `get_dist` over the assistant's tokens, and write the scored ids to ``tokens.full``, as TorchRL."""
         key = assistant_mask_key or self._key_of("all_assistant_mask")
         return self._masked(
             "_get_rlhf_dist",
             tensordict,
-            lambda scored, given: self._mask(scored, given, key),
+            lambda scored, source: self._mask(scored, source, key),
             padding_side,
             logits_key=logits_key,
             writes_tokens=True,
@@ -178,7 +180,7 @@ class Distributions:
         logits_key: NestedKey | None = None,
         padding_side: Side = "left",
     ) -> LLMMaskedCategorical:
-        """`get_dist` over all tokens."""
+        """Return `get_dist` over all tokens."""
         return self.get_dist(tensordict, None, logits_key, attention_mask_key, padding_side=padding_side)
 
     def _get_dist_with_custom_mask(
@@ -188,7 +190,7 @@ class Distributions:
         logits_key: NestedKey | None = None,
         padding_side: Side = "left",
     ) -> LLMMaskedCategorical:
-        """`get_dist` over the tokens that a mask ``[*batch, N]`` names, N the longest row's."""
+        """Return `get_dist` over the tokens where a mask ``[*batch, N]`` is True, N the length of the longest row."""
         dist = self.get_dist(tensordict, None, logits_key, padding_side=padding_side)
         if mask.dtype != torch.bool or mask.shape != dist.batch_shape:
             raise InputError(
@@ -213,7 +215,7 @@ class Distributions:
         padding_value: float = 0.0,
         writes_tokens: bool = False,
     ) -> LLMMaskedCategorical:
-        """The distribution over padded rows; ``mask_of`` makes the mask of a scored row and the row it was given as."""
+        """Return the distribution over padded rows; ``mask_of`` makes a row's mask of its output and its input row."""
         if self.config.generate:
             raise CapabilityError(
                 f"{name} with generate=True: this wrapper samples; get_new_version(generate=False) has the "
@@ -231,7 +233,7 @@ class Distributions:
         scored = self(tensordict, tensordict_out=_empty(tensordict.batch_size), logits_only=True)
         rows = list(zip(_flat(scored), _flat(tensordict), strict=True))
         logits = [row.get(self.config.keys.logits_key).float() for row, _ in rows]
-        masks = [mask_of(row, given) for row, given in rows]
+        masks = [mask_of(row, source) for row, source in rows]
         for index, (mask_N, logits_NV) in enumerate(zip(masks, logits, strict=True)):
             if len(mask_N) != len(logits_NV):
                 raise InputError(
@@ -247,10 +249,10 @@ class Distributions:
         kind = _OverActions if of_actions else LLMMaskedCategorical
         return kind(logits_RNV.reshape(*shape, logits_RNV.shape[-1]), mask_RN.reshape(shape))
 
-    def _mask(self, scored: TensorDictBase, given: TensorDictBase, key: NestedKey) -> torch.Tensor:
-        """A mask of the output, or else of the input."""
-        found = scored.get(key, None)
-        mask_N = given.get(key, None) if found is None else found
+    def _mask(self, scored: TensorDictBase, source: TensorDictBase, key: NestedKey) -> torch.Tensor:
+        """Return a mask of the output row, or else of the input row."""
+        written = scored.get(key, None)
+        mask_N = source.get(key, None) if written is None else written
         if mask_N is None:
             raise InputError(
                 f"there is no mask at {key!r}, with input_mode={self.config.input_mode!r}: history mode takes the "
@@ -274,14 +276,14 @@ class Distributions:
             )
 
     def _no_keys(self) -> list[NestedKey]:
-        """None. A sequence joins its modules' keys, and losses take those for the action's, which tokens are not."""
+        """Return no keys: a sequence joins its modules' keys, losses read the action there, and tokens are none."""
         return self._NoKeys()
 
     dist_params_keys = dist_sample_keys = log_prob_keys = property(_no_keys)
 
 
 class _OverActions(LLMMaskedCategorical):  # type: ignore[misc]
-    """Over the tokens of an action set, by their places in it."""
+    """A distribution over the tokens of an action set, by their indices in it."""
 
     def log_prob(self, value: torch.Tensor) -> torch.Tensor:
         actions = self.logits.shape[-1]
@@ -295,12 +297,12 @@ class _OverActions(LLMMaskedCategorical):  # type: ignore[misc]
 
 
 def _empty(batch_size: torch.Size) -> TensorDictBase:
-    """A target that holds rows of different lengths."""
+    """Return a TensorDict that can hold rows of different lengths."""
     if not batch_size or 0 in batch_size:
         return TensorDict(batch_size=batch_size)
     return lazy_stack([_empty(batch_size[1:]) for _ in range(batch_size[0])])
 
 
 def _flat(tensordict: TensorDictBase) -> list[TensorDictBase]:
-    """The rows in row-major order."""
+    """Return the rows in row-major order."""
     return [row for part in tensordict.unbind(0) for row in _flat(part)] if tensordict.ndim else [tensordict]

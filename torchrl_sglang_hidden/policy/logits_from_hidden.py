@@ -1,4 +1,4 @@
-"""Logits from hidden states, for those who hold the model's head.
+"""Logits from hidden states, for programs that hold the model's head.
 
 Knows nothing of engines, wires or TensorDicts.
 """
@@ -30,10 +30,10 @@ def logits_from_hidden(
     weight_version: Any = None,
     head_version: str | None = None,
 ) -> States:
-    """The logits that a model's head makes of its last layer's states, computed in float32.
+    """Compute the logits of a model's head from the states of its last layer, in float32.
 
-    Of a wrapper with ``HiddenSpec(tokens=True)``, row t of the states in ``"response"`` gives the logits that response
-    token t was drawn from. In ``"full"``, and of a scored sequence, row n gives those of token n + 1.
+    With a wrapper that has ``HiddenSpec(tokens=True)``, row t of the states in ``"response"`` gives the logits that
+    response token t was drawn from. In ``"full"``, and of a scored sequence, row n gives the logits of token n + 1.
 
     Args:
         states: ``[*, N, D]`` of layer -1, or a list of such tensors, one per row, as ``td.get(key, as_list=True)``
@@ -43,12 +43,12 @@ def logits_from_hidden(
             Gradients reach it.
 
     Keyword Args:
-        tokens: int64 ``[*, N]``, or a list likewise: the token that was drawn from each row, for the check.
+        tokens: int64 ``[*, N]``, or a list of such rows: the token that was drawn from each row, for the check.
         log_probs: their log-probs as the wrapper returned them, in the same shape; NaN where none was measured.
             Sampled at temperature 1, without constraints or penalties, or scored.
         tolerance: by how much a log-prob may differ. Of a model that is served in bfloat16 allow 0.1.
-        weight_version: that of the rollout, ``td["weight_version"]``, one string or one per row.
-        head_version: that of the head.
+        weight_version: the rollout's, ``td["weight_version"]``, one string or one per row.
+        head_version: the weight version of the head.
 
     Returns:
         float32 ``[*, N, V]`` on the head's device, or a list of them.
@@ -93,7 +93,7 @@ def logits_from_hidden(
 
 
 def _texts(versions: Any) -> Iterable[str]:
-    """The strings in a string, a list of them, or what a TensorDict has of them."""
+    """Yield the strings in a string, a list of strings, or a TensorDict's container of strings."""
     if versions is None:
         return
     if isinstance(versions, str):
@@ -126,20 +126,20 @@ def _of_row(name: str, states_ND: Any, head: Any, tokens_N: Any, log_probs_N: An
             f"{name}states: shape {tuple(states_ND.shape)}, and the head is {tuple(weight_VD.shape)}; expected [*, N, "
             f"{weight_VD.shape[1]}]"
         )
-    given_ND = states_ND.to(weight_VD.device, torch.float32)
+    float_ND = states_ND.to(weight_VD.device, torch.float32)
     with torch.autocast(weight_VD.device.type, enabled=False):
         if isinstance(head, (torch.Tensor, nn.Linear)):
-            logits_NV = functional.linear(given_ND, weight_VD.float(), bias_V)
+            logits_NV = functional.linear(float_ND, weight_VD.float(), bias_V)
         else:
-            flat_NV = _by_model(head, given_ND.flatten(0, -2), weight_VD, bias_V)
-            logits_NV = flat_NV.reshape(*given_ND.shape[:-1], flat_NV.shape[-1])
+            flat_NV = _by_model(head, float_ND.flatten(0, -2), weight_VD, bias_V)
+            logits_NV = flat_NV.reshape(*float_ND.shape[:-1], flat_NV.shape[-1])
     if tokens_N is not None:
         _check(name, logits_NV.detach(), tokens_N, log_probs_N, tolerance)
     return logits_NV
 
 
 def _weights(head: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The weight of a head, and its bias in float32."""
+    """Return the weight of a head, and its bias in float32."""
     linear = head.get_output_embeddings() if hasattr(head, "get_output_embeddings") else head
     weight = getattr(linear, "weight", None) if isinstance(linear, nn.Linear) else linear
     if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.ndim != 2:
@@ -159,8 +159,8 @@ def _weights(head: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
 # HyperCLOVA X multiplies by it. So the model's own `forward` does it, with the states in the place of its decoder.
 
 
-class _Given(tuple[torch.Tensor]):
-    """What a decoder returns, of which only the states are there."""
+class _DecoderOutput(tuple[torch.Tensor]):
+    """The output of a decoder that has states and nothing else."""
 
     @property
     def last_hidden_state(self) -> torch.Tensor:
@@ -181,9 +181,9 @@ class _Decoder(nn.Module):
         # Falcon-H1 keeps its multiplier of the logits here.
         return getattr(self.real, name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> _Given:
+    def forward(self, *args: Any, **kwargs: Any) -> _DecoderOutput:
         self.called = True
-        return _Given((self.states_1ND,))
+        return _DecoderOutput((self.states_1ND,))
 
 
 class _Head(nn.Module):
@@ -219,7 +219,7 @@ def _by_model(
 
 
 def _check(name: str, logits_NV: torch.Tensor, tokens: Any, log_probs: Any, tolerance: float) -> None:
-    """Holds the log-probs of tokens against those of the logits."""
+    """Check the log-probs of tokens against the log-softmax of the logits."""
     shape, num_tokens = logits_NV.shape[:-1], logits_NV.shape[-1]
     for what, value in (("tokens", tokens), ("log_probs", log_probs)):
         found = tuple(value.shape) if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
@@ -229,15 +229,15 @@ def _check(name: str, logits_NV: torch.Tensor, tokens: Any, log_probs: Any, tole
     outside = ids_N[(ids_N < 0) | (ids_N >= num_tokens)]
     if outside.numel():
         raise TokenIdError(f"{name}tokens: id {int(outside[0])}; the head has ids 0..{num_tokens - 1}")
-    given_N = log_probs.to(logits_NV.device, torch.float32)
+    returned_N = log_probs.to(logits_NV.device, torch.float32)
     own_N = logits_NV.gather(-1, ids_N[..., None])[..., 0] - logits_NV.logsumexp(-1)
-    wrong_N = ~((own_N - given_N).abs() <= tolerance) & ~given_N.isnan()
+    wrong_N = ~((own_N - returned_N).abs() <= tolerance) & ~returned_N.isnan()
     if wrong_N.any():
-        place = tuple(wrong_N.nonzero()[0].tolist())
-        at = place[0] if len(place) == 1 else place
+        index = tuple(wrong_N.nonzero()[0].tolist())
+        at = index[0] if len(index) == 1 else index
         raise AlignmentError(
-            f"{name}token {at}, id {int(ids_N[place])}: its log-prob is {float(given_N[place]):.4f}, and "
-            f"{float(own_N[place]):.4f} by these states and this head, further apart than tolerance={tolerance}; "
+            f"{name}token {at}, id {int(ids_N[index])}: its log-prob is {float(returned_N[index]):.4f}, and "
+            f"{float(own_N[index]):.4f} by these states and this head, further apart than tolerance={tolerance}; "
             f"{int(wrong_N.sum())} of {wrong_N.numel()} are. Give the states of layer -1 that produced these tokens, "
             "the head of the same weights, and log-probs of temperature 1 without constraints; or a wider tolerance "
             "for a model that is served in a narrower dtype than float32"

@@ -23,7 +23,7 @@ from tensordict import (
 from tensordict.utils import NestedKey, unravel_key
 
 from torchrl_sglang_hidden.errors import InputError
-from torchrl_sglang_hidden.spec.hidden import HiddenSpec
+from torchrl_sglang_hidden.spec.hidden import HiddenSpec, Segment
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 
 __all__ = [
@@ -47,8 +47,8 @@ class HiddenStates(TensorClass["nocast"]):  # type: ignore[misc,name-defined]
         full (torch.Tensor | None): every position once: ``0 … P+T-2``; of a scored sequence ``0 … N-1``.
         prompt_count (torch.Tensor | None): rows of the segment, P. Each was pooled for ``"mean"``; ``"last"`` took the
             last of them.
-        response_count (torch.Tensor | None): likewise, T.
-        full_count (torch.Tensor | None): likewise, P+T-1, or N.
+        response_count (torch.Tensor | None): rows of the segment, T.
+        full_count (torch.Tensor | None): rows of the segment, P+T-1, or N of a scored sequence.
         spans (TensorDict | None): the pooled spans by their names, read as ``("hidden_states", "spans", name)``.
         span_counts (TensorDict | None): rows of each span, by the same names.
 
@@ -85,8 +85,8 @@ class TokenHiddenStates(TensorClass["nocast"]):  # type: ignore[misc,name-define
     Shapes:
         - ``[*batch, rows, D]``, or ``[*batch, rows, K, D]`` where `HiddenSpec.layers` is a tuple; in
           `HiddenSpec.dtype`. Ragged, unless the output is padded: then the prompt's rows on the left, the response's on
-          the right, and those of ``full`` as in ``tokens.full``, with zeros beside them. The masks tell which rows are
-          real; in ``full`` those of tokens that another token follows. None for a segment that was not asked for.
+          the right, and the rows of ``full`` as in ``tokens.full``, with zeros beside them. The masks say which rows
+          are real; in ``full`` the row of the last token is not. None for a segment that was not asked for.
 
     A row that said it wants no states (``"return_hidden_states"``) has none; padded, it has NaN everywhere.
     """
@@ -104,15 +104,15 @@ class Logits(TensorClass["nocast"]):  # type: ignore[misc,name-defined]
             0: its row is zeros, as TorchRL's own shifted logits are.
         response (torch.Tensor | None): row t is what response token t was drawn from.
         full (torch.Tensor | None): both, one row for each token of ``tokens.full``; of a scored sequence all N.
-        token_ids (torch.Tensor | None): of the response's columns, for `LogitsSpec.top_k`, where they differ from row
-            to row; None else: the columns are those asked for. That of token 0 is ``0 … k-1``.
-        prompt_token_ids (torch.Tensor | None): likewise, of the prompt's.
-        full_token_ids (torch.Tensor | None): likewise, of both.
+        token_ids (torch.Tensor | None): with `LogitsSpec.top_k`, the token ids of the response's columns, which differ
+            from row to row. None otherwise, where the columns are the ids that were asked for, or all.
+        prompt_token_ids (torch.Tensor | None): the same for the prompt's columns; ``0 … k-1`` in the row of token 0.
+        full_token_ids (torch.Tensor | None): the same for the columns of ``full``.
 
     Shapes:
         - prompt, response, full: ``[*batch, rows, C]`` in `LogitsSpec.dtype`; C is V, k, or the number of
           `LogitsSpec.token_ids`. None for a segment that was not asked for.
-        - token_ids: int64, likewise.
+        - token_ids, prompt_token_ids, full_token_ids: int64 ``[*batch, rows, k]``.
 
     Ragged, unless the output is padded: then as the tokens are, with zeros, and 0 for ids.
     """
@@ -203,12 +203,12 @@ def list_out_keys(
     # A module that reads ("hidden_states", "prompt") is fed by this one only if it says so.
     leaves: dict[NestedKey | None, list[NestedKey]] = {}
     if hidden is not None:
-        segments = tuple(map(str, hidden.segments)) if generate else ("full",)
+        segments = [str(segment) for segment in hidden.segments] if generate else [str(Segment.FULL)]
         pooled: list[NestedKey] = [f"{segment}{suffix}" for segment in segments for suffix in ("", "_count")]
         pooled += [(suffix, name) for name in hidden.spans for suffix in ("spans", "span_counts")]
-        leaves |= {keys.hidden_states: pooled, keys.token_hidden_states: list(segments)}
+        leaves |= {keys.hidden_states: pooled, keys.token_hidden_states: [*segments]}
     if logits is not None:
-        fields = tuple(map(str, logits.segments)) if generate else ("full",)
+        fields = [str(segment) for segment in logits.segments] if generate else [str(Segment.FULL)]
         ids = {"prompt": "prompt_token_ids", "response": "token_ids", "full": "full_token_ids"}
         leaves[keys.logits] = [*fields, *(ids[name] for name in fields if logits.top_k is not None)]
     return [key for key in written if key not in leaves] + [

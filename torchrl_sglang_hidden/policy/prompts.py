@@ -1,6 +1,6 @@
 """Reading prompts: rows of a TensorDict to token ids, in history, text and tokens mode.
 
-Knows nothing of engines. What is read here is what the engine gets, and what ``tokens.prompt`` says.
+Knows nothing of engines. The ids that are read here are the ids that the engine gets, and those in ``tokens.prompt``.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast, get_args
 
 import torch
-from tensordict import LazyStackedTensorDict, TensorDictBase, is_leaf_nontensor, is_non_tensor, is_tensor_collection
+from tensordict import LazyStackedTensorDict, TensorDictBase, is_non_tensor, is_tensor_collection
 from tensordict.utils import NestedKey, unravel_key
 from torchrl.data.llm import History
 from torchrl.data.llm.history import _CHAT_TEMPLATES as CHAT_TEMPLATES
 from transformers import PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden.errors import (
-    ConstraintError,
     InputError,
     InputTypeError,
     MissingKeyError,
@@ -28,6 +27,7 @@ from torchrl_sglang_hidden.errors import (
 )
 from torchrl_sglang_hidden.policy.action_masks import ActionMaskReader
 from torchrl_sglang_hidden.policy.chat_text import Chat, decode_all, last_tokens, spoken_tokens, tokens_at
+from torchrl_sglang_hidden.policy.row_fields import keys_of, read_action_mask, read_token_mask, read_wants_states
 from torchrl_sglang_hidden.spec.constraints import ActionMask
 from torchrl_sglang_hidden.spec.spans import (
     Between,
@@ -39,32 +39,29 @@ from torchrl_sglang_hidden.spec.spans import (
     TokenMask,
     Turn,
     find_between,
-    intervals_of,
 )
 
-__all__ = ["INPUT_MODES", "WANTS_STATES_KEY", "InputMode", "PromptReader", "Row"]
+__all__ = ["INPUT_MODES", "InputMode", "PromptReader", "Row"]
 
 InputMode = Literal["history", "text", "tokens"]
 INPUT_MODES: tuple[InputMode, ...] = get_args(InputMode)
 # A chat template that says which tokens the assistant wrote.
 GENERATION = re.compile(r"\{%-?\s*generation\b")
 CONTAINERS = {"history": "ChatHistory", "text": "Text", "tokens": "Tokens"}
-WANTS_STATES_KEY = "return_hidden_states"
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One prompt as the user gave it, beside the ids made of it.
+    """One prompt row: a prompt, or with ``generate=False`` a sequence to score, as token ids.
 
     Args:
         prompt_ids: P ids.
         prompt_text: the text that the ids stand for.
-        history: the chat that the text was made of, ``[turns]``, in history mode.
-        assistant_mask: for scoring, which of the ids the assistant wrote; None when nothing tells.
-        placement: where the ids stand among the pads that they were given with, True at an id; None when they were not
-            given as a tensor.
-        wants_states: what the row says at ``"return_hidden_states"``; None when it says nothing.
-        spans: the spans, those of the prompt as positions; none where the row wants no states.
+        history: the chat that was rendered to the text, ``[turns]``, in history mode.
+        assistant_mask: for scoring, which of the ids the assistant wrote; None where nothing says so.
+        placement: in tokens mode, the places of the ids tensor: True at an id, False at a pad; else None.
+        wants_states: what the row says at ``"return_hidden_states"``; None where it says nothing.
+        spans: the spans by name, spans of the prompt as positions; empty where the row wants no states.
         action_mask: the tokens that the row allows, or None.
     """
 
@@ -80,13 +77,13 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class PromptReader:
-    """Reads the prompts of a TensorDict; the arguments are those of `SGLangHiddenWrapper`.
+    """Reads the prompts of a TensorDict. Arguments that are not described here are those of `PolicyConfig`.
 
     Args:
-        generate: whether prompts are read, or whole sequences to score.
+        generate: True reads prompts, False whole sequences to score.
         padding_value: the id that pads a ``Tokens`` that says it is padded.
-        prefer_tokens: where the ids are that history mode prefers to its own, or None.
-        spans: the spans to find in each prompt. Those of a response stay as they are.
+        prefer_tokens: the key of ids that history mode prefers to the tokenizer's own, or None.
+        spans: the spans to find in each prompt. Spans of a response stay as they are.
         action_masks: reads each row's action mask; None reads none.
     """
 
@@ -105,14 +102,14 @@ class PromptReader:
     action_masks: ActionMaskReader | None = None
 
     def read(self, tensordict: TensorDictBase) -> list[Row]:
-        """The prompts in row-major order of the batch.
+        """Read the prompts, in row-major order of the batch.
 
         Raises:
-            PromptLengthError: no rows, or a row without text. Rows without ids are the engine's to refuse.
+            PromptLengthError: no rows, or a row without text. The engine refuses rows without ids.
             MissingKeyError: the input key is not there.
-            InputTypeError: what is there is not what the input mode reads.
-            SpanError: a span has no tokens in a row's prompt, or wants more than it has.
-            InputError: a mask of another length, or a place in the prompt that cannot be known.
+            InputTypeError: the input key holds something that the input mode does not read.
+            SpanError: a span has no tokens in a row's prompt, or wants more tokens than there are.
+            InputError: a mask of another length, or a span whose tokens cannot be known.
             ConstraintError: an action mask that allows nothing.
         """
         if not is_tensor_collection(tensordict):
@@ -127,7 +124,7 @@ class PromptReader:
         return rows
 
     def _read_row(self, index: int, row: TensorDictBase) -> Row:
-        """The prompt of one row, a TensorDict without batch dimensions."""
+        """Read the prompt of one row, a TensorDict without batch dimensions."""
         try:
             value = row.get(self.input_key, None)
         except ValueError as error:  # a tensor where the key's path has a container
@@ -138,7 +135,7 @@ class PromptReader:
         if value is None:
             raise MissingKeyError(
                 f"the TensorDict has no {self.input_key!r}, which input_mode={self.input_mode!r} reads; it has "
-                f"{_keys_of(row)}"
+                f"{keys_of(row)}"
             )
         if is_non_tensor(value):
             value = value.data
@@ -150,9 +147,9 @@ class PromptReader:
         else:
             found = self._read_tokens(name, row, value)
         if self.action_masks is not None:
-            found = replace(found, action_mask=_read_action_mask(index, row, self.action_masks))
-        wants_states = _read_flag(index, row)
-        # Ids that no tokenizer has are the engine's to refuse.
+            found = replace(found, action_mask=read_action_mask(index, row, self.action_masks))
+        wants_states = read_wants_states(index, row)
+        # The engine refuses ids that no tokenizer has.
         readable = found.prompt_ids and all(0 <= token_id < 2**31 for token_id in found.prompt_ids)
         if wants_states is False or not readable:
             return replace(found, wants_states=wants_states)
@@ -197,14 +194,16 @@ class PromptReader:
         )
 
     def _assistant_mask(self, name: str, chat: Chat, ids: tuple[int, ...]) -> tuple[bool, ...]:
-        """Which tokens of the chat are the assistant's: those in ``{% generation %}``, else those of its words."""
+        """Return which tokens are the assistant's: by ``{% generation %}``, or else the tokens of its messages."""
         mask: list[bool] | None
         if GENERATION.search(str(self._template())):
             mask = self._render(chat.history, return_assistant_tokens_mask=True)["assistant_masks"].bool().tolist()
         else:
-            answers = [turn for turn, said in enumerate(chat.messages) if said.role == "assistant" and said.content]
+            turns = [
+                turn for turn, message in enumerate(chat.messages) if message.role == "assistant" and message.content
+            ]
             try:
-                mask = tokens_at([chat.words_of(turn) for turn in answers], chat.text, ids, self.tokenizer)
+                mask = tokens_at([chat.words_of(turn) for turn in turns], chat.text, ids, self.tokenizer)
             except InputError as error:
                 raise InputError(f"{name} {error}, or one that says {{% generation %}}") from error
         if mask is None or len(mask) != len(ids):
@@ -216,7 +215,7 @@ class PromptReader:
         return tuple(mask)
 
     def _resolve(self, name: str, row: TensorDictBase, found: Row, span: Span) -> ResolvedSpan:
-        """Where a span is in a prompt."""
+        """Return a span as positions in a prompt, or as it is if it is of the response."""
         ids = found.prompt_ids
         try:
             match span:
@@ -228,7 +227,7 @@ class PromptReader:
                     decode = functools.partial(decode_all, self.tokenizer)
                     return PromptSpan((find_between(span, ids, decode),))
                 case TokenMask():
-                    return _masked_tokens(row, found, span)
+                    return read_token_mask(row, span, found.placement or (True,) * len(ids))
                 case Turn() | Role():
                     chat = Chat(cast("History", found.history), found.prompt_text, self._render)
                     return spoken_tokens(span, chat, ids, self.tokenizer)
@@ -236,11 +235,11 @@ class PromptReader:
             raise type(error)(f"{name} {error}") from error
 
     def _preferred(self, row: TensorDictBase, prompt_ids: tuple[int, ...]) -> tuple[int, ...]:
-        """The ids at `prefer_tokens` where they stand for the chat, or for its beginning: then the rest is added.
+        """Return the ids at `prefer_tokens` if they stand for the chat, or for its beginning; else ``prompt_ids``.
 
-        The beginning is what torchrl's IncrementalTokenizer leaves after a turn, prompt and response as they were
-        sampled, without the generation prompt and any message that follow. Ids that say anything else belong to
-        another chat, and ``prompt_ids`` stay, the chat as the tokenizer writes it.
+        The beginning is what torchrl's IncrementalTokenizer leaves after a turn: the prompt, and the response as it was
+        sampled, without the generation prompt and the messages that follow; the ids of the rest are then appended. Ids
+        with any other text belong to another chat.
         """
         try:
             found = row.get(self.prefer_tokens, None)
@@ -255,7 +254,7 @@ class PromptReader:
         for preferred in (ids, _strip(ids, self.padding_value)):
             rest = text[len(self._decode(preferred)) :]
             whole = preferred + self._encode(rest, add_special_tokens=False)
-            # Not so for ids of another chat, nor where a tokenizer writes a text otherwise than its two halves.
+            # Differs for ids of another chat, and where a tokenizer writes a text otherwise than its two halves.
             if self._decode(whole) == text:
                 return whole
         return prompt_ids
@@ -276,7 +275,7 @@ class PromptReader:
         _check_ids(name, ids)
         real = assistant_mask = None
         if not self.generate and self.masks_key is not None:
-            # Before the user's own mask, which may be that of the prompt alone.
+            # Read before the user's own mask, which may cover the prompt alone.
             real = self._read_mask(name, row, ids, unravel_key((self.masks_key, "all_attention_mask")))
             assistant_mask = self._read_mask(name, row, ids, unravel_key((self.masks_key, "all_assistant_mask")))
         if real is None and self.attention_mask_key is not None:
@@ -303,13 +302,13 @@ class PromptReader:
         return None if mask is None else mask.bool()
 
     def _guess_padding(self, name: str, row: TensorDictBase, ids: torch.Tensor) -> torch.Tensor:
-        """Which ids are real when no mask tells: all, but the left padding of a ``Tokens`` that says it is padded."""
+        """Return which ids are real without a mask: all but the left padding of a ``Tokens`` that says it is padded."""
         if self.generate and self.masks_key is not None:
             # torchrl's ChatEnv makes a padded ``full`` the next prompt, and forgets that it is padded. The mask of that
             # turn is still there; it is this prompt's where it leaves out pads, and nothing else.
-            found = row.get(unravel_key((self.masks_key, "all_attention_mask")), None)
-            if found is not None and found.shape == ids.shape:
-                mask: torch.Tensor = found.bool()
+            previous = row.get(unravel_key((self.masks_key, "all_attention_mask")), None)
+            if previous is not None and previous.shape == ids.shape:
+                mask: torch.Tensor = previous.bool()
                 if not mask.all() and bool((ids[~mask] == self.padding_value).all()):
                     return mask
         if not self._is_padded(row):
@@ -327,58 +326,10 @@ class PromptReader:
         return getattr(parent, "padded", None) is True
 
     def _decode(self, prompt_ids: tuple[int, ...]) -> str:
-        """The text of the ids; of unknown ids too, which the engine's check names with their row."""
+        """Return the text of the ids; an empty one for unknown ids, which the engine's check reports by row."""
         if any(not 0 <= i < len(self.tokenizer) for i in prompt_ids):
             return ""
         return str(self.tokenizer.decode(prompt_ids))
-
-
-def _masked_tokens(row: TensorDictBase, found: Row, span: TokenMask) -> PromptSpan:
-    try:
-        mask = row.get(span.key, None)
-    except ValueError as error:  # a tensor where the key's path has a container
-        raise InputTypeError(f"{span}: {error}") from error
-    if mask is None:
-        raise MissingKeyError(f"{span}: the TensorDict has no {span.key!r}; it has {_keys_of(row)}")
-    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
-        is_a = f"tensor of {mask.dtype}" if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise InputTypeError(f"{span}: there is a {is_a}; expected a tensor of torch.bool")
-    length = len(found.prompt_ids if found.placement is None else found.placement)
-    if mask.shape != (length,):
-        raise InputError(
-            f"{span}: the mask has shape {tuple(mask.shape)}, and the prompt's ids {(length,)}; give both the same"
-        )
-    return intervals_of((mask if found.placement is None else mask[torch.tensor(found.placement)]).tolist())
-
-
-def _read_flag(index: int, row: TensorDictBase) -> bool | None:
-    """What a row says of whether it wants states."""
-    flag = row.get(WANTS_STATES_KEY, None)
-    if is_non_tensor(flag):
-        flag = flag.data
-    if isinstance(flag, torch.Tensor) and flag.dtype == torch.bool and flag.numel() == 1:
-        flag = bool(flag)
-    if flag is not None and not isinstance(flag, bool):
-        raise InputTypeError(f"row {index}, {WANTS_STATES_KEY!r}: {flag!r:.80}; expected one bool per row")
-    return flag
-
-
-def _read_action_mask(index: int, row: TensorDictBase, masks: ActionMaskReader) -> ActionMask:
-    name = f"row {index}, {masks.key!r}:"
-    try:
-        value = row.get(masks.key, None)
-    except ValueError as error:  # a tensor where the key's path has a container
-        raise InputTypeError(f"{name} cannot be read: {error}; action_mask_key reads a mask there") from error
-    if value is None:
-        raise MissingKeyError(f"{name} not there, and action_mask_key reads it; the row has {_keys_of(row)}")
-    try:
-        return masks.read(value.tolist() if is_non_tensor(value) else value)
-    except (InputError, ConstraintError) as error:
-        raise type(error)(f"{name} {error}") from error
-
-
-def _keys_of(row: TensorDictBase) -> list[str]:
-    return sorted(map(str, row.keys(True, True, is_leaf=is_leaf_nontensor)))
 
 
 def _check_ids(name: str, ids: Any) -> None:
@@ -390,13 +341,13 @@ def _check_ids(name: str, ids: Any) -> None:
 
 
 def _strip(ids: tuple[int, ...], pad_id: int) -> tuple[int, ...]:
-    """The ids without the pads at both ends."""
-    real = [place for place, token_id in enumerate(ids) if token_id != pad_id]
+    """Return the ids without the pads at both ends."""
+    real = [index for index, token_id in enumerate(ids) if token_id != pad_id]
     return ids[real[0] : real[-1] + 1] if real else ()
 
 
 def _unbind(tensordict: TensorDictBase) -> Iterator[TensorDictBase]:
-    """The rows in row-major order, without reshaping: ragged and lazy leaves have no reshape."""
+    """Yield the rows in row-major order, without a reshape, which ragged and lazy leaves do not have."""
     if tensordict.ndim == 0:
         yield tensordict
     elif isinstance(tensordict, LazyStackedTensorDict) and not tensordict.tensordicts:

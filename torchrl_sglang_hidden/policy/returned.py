@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from torchrl_sglang_hidden.errors import InputError, InputTypeError
-from torchrl_sglang_hidden.spec.hidden import HiddenSpec
+from torchrl_sglang_hidden.spec.hidden import HiddenSpec, Segment
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 from torchrl_sglang_hidden.spec.spans import Between, LastTokens, Role, Turn
 
@@ -49,17 +49,17 @@ def scored_hidden(hidden: HiddenSpec | None) -> HiddenSpec | None:
         for name, span in hidden.spans.items()
         if not (isinstance(span, (LastTokens, Between)) and span.segment == "response")
     }
-    return replace(hidden, segments=("prompt",), spans=spans)
+    return replace(hidden, segments=(Segment.PROMPT,), spans=spans)
 
 
 def scored_logits(logits: LogitsSpec | None, *, logits_only: bool = False) -> LogitsSpec | None:
     """Return the logits to ask for of a scored sequence: of all its tokens.
 
-    With ``logits_only`` they are all columns, or those of the wrapper's ``token_ids``, as processed: their log-softmax
-    has the log-probs.
+    With ``logits_only`` they are all columns, or the wrapper's ``token_ids``, after processing, so that their
+    log-softmax has the log-probs.
     """
     if not logits_only:
-        return None if logits is None else replace(logits, segments=("prompt",))
+        return None if logits is None else replace(logits, segments=(Segment.PROMPT,))
     own = LogitsSpec(full=True) if logits is None or logits.token_ids is None else logits
     dtype = torch.float32 if logits is None else logits.dtype
-    return replace(own, stage="processed", segments=("prompt",), dtype=dtype)
+    return replace(own, stage="processed", segments=(Segment.PROMPT,), dtype=dtype)

@@ -18,16 +18,17 @@ __all__ = ["read_tokenizer"]
 def read_tokenizer(
     tokenizer: PreTrainedTokenizerBase | str | None, engine_path: str, vocab_size: int
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer to use: the one given, or the engine's own.
+    """Return the tokenizer that the argument names, or the engine's own.
 
     Args:
-        tokenizer: a tokenizer, a name or path of one, or None for the engine's.
-        engine_path: where the engine read its own.
+        tokenizer: a tokenizer, the name or path of one, or None for the engine's.
+        engine_path: where the engine read its own tokenizer.
         vocab_size: the engine's.
 
     Raises:
-        InputError: it cannot be read; or it gives a token another id than the engine's own does, where that can be read
-            from here; or ids outside the engine's vocabulary. A padding token may be outside: pads are never sent.
+        InputError: the tokenizer cannot be read; or it gives a token another id than the engine's tokenizer does (as
+            far as that can be read from this machine), or an id outside the engine's vocabulary. A padding token may be
+            outside, because pads are never sent.
     """
     if not isinstance(tokenizer, (str, type(None))):
         _check_vocabulary(tokenizer, engine_path, vocab_size)
@@ -63,8 +64,8 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, engine_path: str, voca
 
 @functools.lru_cache(maxsize=8)
 def _vocabulary(path: str) -> dict[str, int]:
-    """The ids of a served model's tokens; none where they cannot be read from this machine."""
-    # Of directories only: a model hub's name would be looked up in the network.
+    """Return the ids of a served model's tokens; an empty dict where they cannot be read from this machine."""
+    # Directories only: the name of a model on a hub would be looked up on the network.
     if not Path(path).is_dir():
         return {}
     try:

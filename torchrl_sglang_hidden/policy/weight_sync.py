@@ -20,7 +20,7 @@ __all__ = ["SGLangHiddenWeightSender", "SGLangHiddenWeightSyncScheme"]
 
 
 class SGLangHiddenWeightSyncScheme(WeightSyncScheme):  # type: ignore[misc]
-    """Sends a trainer's weights to SGLang; takes the place of torchrl's ``SGLangWeightSyncScheme``.
+    """Sends a trainer's weights to SGLang; replaces torchrl's ``SGLangWeightSyncScheme``.
 
     With an ``LLMCollector``, which takes no schemes in TorchRL 0.14.1, use the sender::
 
@@ -45,7 +45,7 @@ class SGLangHiddenWeightSyncScheme(WeightSyncScheme):  # type: ignore[misc]
         self.transport, self.running = transport, running
 
     def push(self, weights: Any) -> str:
-        """Sends weights, and returns their version.
+        """Send weights, and return their version.
 
         Args:
             weights: what `Engine.update_weights` takes, or a TensorDict of parameters as torchrl extracts it.
@@ -62,18 +62,18 @@ class SGLangHiddenWeightSyncScheme(WeightSyncScheme):  # type: ignore[misc]
         )
 
     def create_sender(self) -> SGLangHiddenWeightSender:
-        """The trainer's side, with the interface of torchrl's ``SGLangWeightSender``."""
+        """Return the trainer's side, with the interface of torchrl's ``SGLangWeightSender``."""
         return SGLangHiddenWeightSender(self)
 
     def create_receiver(self, *args: Any, **kwargs: Any) -> None:
-        """None: the engine receives by itself. Takes any arguments, as torchrl's scheme for SGLang does."""
+        """Return None: the engine receives by itself. Any arguments are accepted, as by torchrl's scheme for SGLang."""
 
     def create_transport(self, **kwargs: Any) -> _EngineTransport:
-        """The way of torchrl's generic ``send``."""
+        """Return the transport that torchrl's generic ``send`` uses."""
         return _EngineTransport(self)
 
     def send(self, weights: Any = None, worker_ids: int | list[int] | None = None) -> None:
-        """Sends weights, those of the model given at initialisation if None.
+        """Send weights; None sends those of the model that the sender was initialised with.
 
         Raises:
             InputError: no weights and no model, or only some workers, which all share the engine.
@@ -83,7 +83,7 @@ class SGLangHiddenWeightSyncScheme(WeightSyncScheme):  # type: ignore[misc]
         super().send(weights)
 
     def prepare_weights(self, weights: Any, model_id: str, strategy: Any, context: Any = None) -> Any:
-        """The weights as they are: what a collector could resolve by itself is the policy, which has none."""
+        """Return the weights unchanged. A collector could find only the policy's own weights, and it has none."""
         if weights is None:
             weights = self._model_ref() if self._model_ref is not None else None
         if weights is None:
@@ -110,18 +110,18 @@ class SGLangHiddenWeightSender:
         self._collectors: list[Any] = []
 
     def register_model(self, model: torch.nn.Module) -> None:
-        """The model whose weights `update_weights` sends, held weakly."""
+        """Set the model whose weights `update_weights` sends, held by a weak reference."""
         self._model_ref = weakref.ref(model)
 
     def register_collector(self, collector: Any) -> None:
-        """A collector whose ``increment_version`` is called after each update."""
+        """Add a collector whose ``increment_version`` is called after each update."""
         self._collectors.append(collector)
 
     def init_all_workers_group(self, model_metadata: Any = None) -> None:
-        """Does nothing, for programs written for torchrl's scheme: a group is made for each update that needs one."""
+        """Do nothing, for programs written for torchrl's scheme: each update that needs a group makes one."""
 
     def update_weights(self, weights: Any = None) -> str:
-        """Sends weights, those of the registered model if None, and returns their version.
+        """Send weights, and return their version; None sends the weights of the registered model.
 
         Raises:
             InputError: there are none.
@@ -137,11 +137,11 @@ class SGLangHiddenWeightSender:
         return version
 
     def flush_cache(self) -> bool:
-        """True: every update has emptied the prefix cache already."""
+        """Return True: every update has emptied the prefix cache already."""
         return True
 
     def shutdown(self) -> None:
-        """Forgets the collectors and the model; the engine is the caller's to close."""
+        """Forget the collectors and the model. The caller closes the engine."""
         self._collectors.clear()
         self._model_ref = None
 
@@ -156,7 +156,7 @@ class _EngineTransport:
         self._push(weights)
 
     def receive_weights(self, timeout: float | None = None, **kwargs: Any) -> None:
-        """Nothing arrives here."""
+        """Do nothing: no weights arrive here."""
 
     def setup_connection_and_weights_on_sender(self) -> None:
-        """The engine has weights; the first are sent when the trainer says so."""
+        """Do nothing: the engine has weights, and the trainer says when it sends the first of its own."""

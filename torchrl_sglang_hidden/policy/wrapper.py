@@ -56,11 +56,9 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         - token_hidden_states and logits, if asked for: see `TokenHiddenStates`, `Logits`.
         - weight_version and finish_reason (one string per row), mixed_weights (bool).
 
-    `forward` says what each of them holds, and what scoring (``generate=False``) writes. `score` returns the log-probs
-    of candidate answers, `log_prob` and `get_dist` serve TorchRL's losses, `get_new_version` changes arguments.
-
-    Raises:
-        SGLangHiddenError: every error of this package; those of a call are listed at `forward`.
+    `forward` says what each of them holds, what scoring (``generate=False``) writes, and which errors are raised.
+    `score` returns the log-probs of candidates, `log_prob` and `get_dist` serve TorchRL's losses, `get_new_version`
+    changes arguments.
 
     Example:
         >>> from tensordict import TensorDict
@@ -329,8 +327,8 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
     ) -> TensorDict:
         """Return the log-probs of candidate continuations of each prompt: logits over A actions, for a distribution.
 
-        Each prompt is computed once: it goes ahead, and its candidates find it in the server's prefix cache. Several
-        servers, or data-parallel parts of one, share the candidates, and each computes the prompts that it gets.
+        Each prompt is computed once, ahead of its candidates, which find it in the server's prefix cache; where several
+        servers or data-parallel workers share the candidates, once in each.
 
         Args:
             tensordict: prompts, as for generation, of any batch size; not written to.
@@ -356,9 +354,8 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
             - num_tokens: int64 ``[*batch, A]``, each candidate's tokens, 0 where there is none.
 
         Raises:
-            InputError: candidates, a mask or prompts that cannot be served, before anything is sent; or a wrapper with
-                ``generate=False``.
-            ConstraintError: a row without a candidate that it may choose; by ``mask`` before anything is sent.
+            InputError: candidates, a mask or prompts that cannot be served, or a wrapper with ``generate=False``.
+            ConstraintError: a row without a candidate that it may choose.
             EngineError: the engine could not be reached, refused or aborted.
 
         Example:
@@ -374,9 +371,9 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
             raise InputError(f"reduction={reduction!r}: expected one of {REDUCTIONS}")
         vocab_size = self.model.info.vocab_size
         call = read_scoring(self.config, {}, vocab_size=vocab_size)
-        reader = replace(self._reader, action_masks=self.config.make_mask_reader(vocab_size))
+        masks = self.config.make_mask_reader(vocab_size)
         scores = score_candidates(
-            reader.read(tensordict),
+            replace(self._reader, action_masks=masks).read(tensordict),
             candidates,
             call=call,
             reduction=reduction,
@@ -397,7 +394,6 @@ def _argument(name: str) -> property:
     return property(read)
 
 
-# Programs read the arguments under their own names, as of TorchRL's wrappers. They are read-only: `get_new_version`
-# changes them.
+# The arguments by name, as TorchRL's wrappers have them; read-only, because `get_new_version` changes them.
 for _name in ARGUMENTS - BatchingConfig.__dataclass_fields__.keys() - vars(SGLangHiddenWrapper).keys():
     setattr(SGLangHiddenWrapper, _name, _argument(_name))

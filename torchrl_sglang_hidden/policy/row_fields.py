@@ -1,0 +1,91 @@
+"""What a row of a TensorDict says beside its prompt: masks of spans, the tokens it allows, whether it wants states.
+
+Knows nothing of prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from tensordict import TensorDictBase, is_leaf_nontensor, is_non_tensor
+
+from torchrl_sglang_hidden.errors import ConstraintError, InputError, InputTypeError, MissingKeyError
+from torchrl_sglang_hidden.policy.action_masks import ActionMaskReader
+from torchrl_sglang_hidden.spec.constraints import ActionMask
+from torchrl_sglang_hidden.spec.spans import PromptSpan, TokenMask, intervals_of
+
+__all__ = ["WANTS_STATES_KEY", "keys_of", "read_action_mask", "read_token_mask", "read_wants_states"]
+
+WANTS_STATES_KEY = "return_hidden_states"
+
+
+def read_token_mask(row: TensorDictBase, span: TokenMask, placement: Sequence[bool]) -> PromptSpan:
+    """Return the tokens of a `TokenMask` span.
+
+    Args:
+        row: a TensorDict without batch dimensions.
+        span: says where the mask stands.
+        placement: which places of the row's ids hold a token, True, and which a pad. The mask has as many places.
+
+    Raises:
+        MissingKeyError: the mask is not there.
+        InputTypeError: it is no bool tensor.
+        InputError: it has another length.
+    """
+    try:
+        mask = row.get(span.key, None)
+    except ValueError as error:  # a tensor where the key's path has a container
+        raise InputTypeError(f"{span}: {error}") from error
+    if mask is None:
+        raise MissingKeyError(f"{span}: the TensorDict has no {span.key!r}; it has {keys_of(row)}")
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+        is_a = f"tensor of {mask.dtype}" if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise InputTypeError(f"{span}: there is a {is_a}; expected a tensor of torch.bool")
+    if mask.shape != (len(placement),):
+        raise InputError(
+            f"{span}: the mask has shape {tuple(mask.shape)}, and the prompt's ids {(len(placement),)}; give both the "
+            "same"
+        )
+    return intervals_of(mask[torch.tensor(placement)].tolist())
+
+
+def read_wants_states(index: int, row: TensorDictBase) -> bool | None:
+    """Return what a row says at `WANTS_STATES_KEY`, or None if it says nothing.
+
+    Raises:
+        InputTypeError: something that is not one bool.
+    """
+    flag = row.get(WANTS_STATES_KEY, None)
+    if is_non_tensor(flag):
+        flag = flag.data
+    if isinstance(flag, torch.Tensor) and flag.dtype == torch.bool and flag.numel() == 1:
+        flag = bool(flag)
+    if flag is not None and not isinstance(flag, bool):
+        raise InputTypeError(f"row {index}, {WANTS_STATES_KEY!r}: {flag!r:.80}; expected one bool per row")
+    return flag
+
+
+def read_action_mask(index: int, row: TensorDictBase, masks: ActionMaskReader) -> ActionMask:
+    """Return the tokens that a row allows.
+
+    Raises:
+        MissingKeyError: the mask is not there.
+        InputError, InputTypeError, ConstraintError: see `ActionMaskReader.read`.
+    """
+    name = f"row {index}, {masks.key!r}:"
+    try:
+        value = row.get(masks.key, None)
+    except ValueError as error:  # a tensor where the key's path has a container
+        raise InputTypeError(f"{name} cannot be read: {error}; action_mask_key reads a mask there") from error
+    if value is None:
+        raise MissingKeyError(f"{name} not there, and action_mask_key reads it; the row has {keys_of(row)}")
+    try:
+        return masks.read(value.tolist() if is_non_tensor(value) else value)
+    except (InputError, ConstraintError) as error:
+        raise type(error)(f"{name} {error}") from error
+
+
+def keys_of(row: TensorDictBase) -> list[str]:
+    """Return the names of all leaves of a row, for an error that says what is there."""
+    return sorted(map(str, row.keys(True, True, is_leaf=is_leaf_nontensor)))
