@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from torchrl_sglang_hidden.errors import UnknownOptionError as UnknownOptionError
     from torchrl_sglang_hidden.errors import WeightsError as WeightsError
     from torchrl_sglang_hidden.policy.candidates import CandidateActor as CandidateActor
+    from torchrl_sglang_hidden.policy.config import PolicyConfig as PolicyConfig
     from torchrl_sglang_hidden.policy.logits_from_hidden import logits_from_hidden as logits_from_hidden
     from torchrl_sglang_hidden.policy.outputs import HiddenStates as HiddenStates
     from torchrl_sglang_hidden.policy.outputs import Logits as Logits
@@ -96,6 +97,7 @@ _ROOMS = {
     "demo_model": "demo.model",
     "launch": "engines.launch",
     "logits_from_hidden": "policy.logits_from_hidden",
+    "PolicyConfig": "policy.config",
     "ragged": "policy.ragged",
     **dict.fromkeys(
         (
