@@ -14,14 +14,17 @@ import pytest
 import torch
 from helpers.policy_checks import (
     CHUNKED_PREFILL_SIZE,
+    LOG_PROB_ATOL,
     POOLINGS,
     QUESTIONS,
     SEGMENTS,
+    STATE_RTOL,
     assert_greedy,
     assert_row,
     assert_rows,
     history_input,
     prompt_of,
+    relative_error,
     rows_of,
     text_input,
     tokens_input,
@@ -31,7 +34,7 @@ from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory
 from transformers import PreTrainedTokenizerBase
 
-from torchrl_sglang_hidden import SGLangHiddenWrapper, SGLangServer
+from torchrl_sglang_hidden import SGLangHiddenWrapper, SGLangServer, ragged
 
 Policy = Callable[..., SGLangHiddenWrapper]
 ChatIds = Callable[[str], list[int]]
@@ -290,3 +293,28 @@ def test_one_row_stands_for_itself_in_a_batch(policy: Policy, smol_dir: str) -> 
         (alone,) = rows_of(policy(max_new_tokens=4)(tokens_input([prompt])), SEGMENTS)
         assert alone.response_ids == row.response_ids
         assert_row(alone, smol_dir)
+
+
+@pytest.mark.parametrize("scored", [False, True])
+@pytest.mark.parametrize("mode", ["history", "text", "tokens"])
+def test_ragged_rows_answer_as_if_sent_alone(
+    policy: Policy, tokenizer: PreTrainedTokenizerBase, mode: str, scored: bool
+) -> None:
+    questions = [QUESTIONS[0], "Why?", QUESTIONS[2] * 3]
+    rows = {
+        "history": [[{"role": "user", "content": question}] for question in questions],
+        "text": questions,
+        "tokens": [tokenizer(question)["input_ids"] for question in questions],
+    }[mode]
+    asked = policy(mode).get_new_version(generate=not scored)
+    together = asked(ragged(**{mode: rows}, full=scored))
+    alone = [asked(ragged(**{mode: [row]}, full=scored))[0] for row in rows]
+    assert len({len(row["tokens"].full) for row in alone}) == 3, "of three lengths"
+    for one, row in zip(alone, together.unbind(0), strict=True):
+        assert row["tokens"].full.tolist() == one["tokens"].full.tolist()
+        assert row["text"].full == one["text"].full
+        torch.testing.assert_close(
+            row["log_probs"].full, one["log_probs"].full, atol=LOG_PROB_ATOL, rtol=0, equal_nan=True
+        )
+        assert relative_error(row["hidden_states"].full, one["hidden_states"].full) < STATE_RTOL
+        assert row["hidden_states"].full_count == one["hidden_states"].full_count
