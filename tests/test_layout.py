@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+import torchrl_sglang_hidden
+
 TESTS = Path(__file__).parent
+PACKAGE = Path(torchrl_sglang_hidden.__file__).parent
 FILES = sorted(TESTS.rglob("*.py"))
 TEST_MODULES = {path.stem for path in FILES if path.stem.startswith("test_") or path.stem == "conftest"}
 
@@ -44,6 +47,12 @@ def test_no_file_imports_a_test_file(path: Path) -> None:
 )
 def test_the_check_of_imports_goes_red(source: str) -> None:
     assert list(imported_tests(source))
+
+
+def test_directories_are_those_of_the_package() -> None:
+    """Beside them stand the tests on real servers, and what several files share."""
+    found = {path.parent.relative_to(TESTS).as_posix() for path in FILES} - {".", "engine", "helpers"}
+    assert found == {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
 
 
 def test_base_names_are_unique() -> None:

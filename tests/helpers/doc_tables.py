@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-NAMED = re.compile(r"`(tests/(?:engine/)?test_\w+\.py)::(test_\w+)`")
+NAMED = re.compile(r"`(tests/(?:\w+/)?test_\w+\.py)::(test_\w+)`")
 
 
 def rows_of(page: str) -> list[list[str]]:
