@@ -13,6 +13,7 @@ import torchrl_sglang_hidden
 
 TESTS = Path(__file__).parent
 PACKAGE = Path(torchrl_sglang_hidden.__file__).parent
+MAX_LINES = 600
 FILES = sorted(TESTS.rglob("*.py"))
 TEST_MODULES = {path.stem for path in FILES if path.stem.startswith("test_") or path.stem == "conftest"}
 
@@ -59,3 +60,8 @@ def test_base_names_are_unique() -> None:
     """pytest imports a test file by its base name, and the groups of several processes have it too."""
     counts = Counter(path.name for path in FILES if path.stem.startswith("test_"))
     assert [name for name, count in counts.items() if count > 1] == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(TESTS)))
+def test_no_file_is_too_long(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= MAX_LINES, "split it by subject"

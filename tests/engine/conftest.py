@@ -9,10 +9,18 @@ from collections.abc import Iterator
 
 import pytest
 from helpers import user_constraints
-from helpers.policy_checks import CHUNKED_PREFILL_SIZE
-from helpers.weight_changes import restore
+from helpers.policy_checks import (
+    CHUNKED_PREFILL_SIZE,
+)
+from helpers.weight_changes import load_trainer, perturb, restore
+from transformers import PreTrainedModel
 
-from torchrl_sglang_hidden import SGLangOffline, SGLangServer, connect, launch
+from torchrl_sglang_hidden import (
+    SGLangOffline,
+    SGLangServer,
+    connect,
+    launch,
+)
 
 # A running server for the `trainee` fixture, started with the arguments below, whose weights tests may change.
 TRAINEE_URL_ENV = "TORCHRL_SGLANG_HIDDEN_TRAINEE_URL"
@@ -86,3 +94,16 @@ def in_process_log(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
         )
     assert done.returncode == 0, log.read_text()[-6000:]
     return log.read_text()
+
+
+@pytest.fixture(scope="module")
+def trainer(smol_dir: str) -> PreTrainedModel:
+    """A model that was trained a step away from the served one."""
+    return perturb(load_trainer(smol_dir))
+
+
+@pytest.fixture(scope="module")
+def trained_dir(trainer: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> str:
+    directory = tmp_path_factory.mktemp("trained")
+    trainer.save_pretrained(directory)
+    return str(directory)

@@ -33,10 +33,7 @@ from helpers.policy_checks import (
     rows_of,
     tokens_input,
 )
-from helpers.weight_changes import load_trainer, perturb, restore
-from tensordict import TensorDict
-from torchrl.modules.llm import TransformersWrapper
-from torchrl.weight_update.llm import SGLangWeightSyncScheme
+from helpers.weight_changes import answers, assert_answered_with, restore, wrapper_of
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden import (
@@ -44,7 +41,6 @@ from torchrl_sglang_hidden import (
     EngineError,
     HiddenSpec,
     InputError,
-    SGLangHiddenWeightSyncScheme,
     SGLangOffline,
     SGLangServer,
     TokenMask,
@@ -59,36 +55,6 @@ from torchrl_sglang_hidden.weights import disk as disk_module
 from torchrl_sglang_hidden.weights.transports import WeightUpdate
 
 ChatIds = Callable[[str], list[int]]
-
-
-@pytest.fixture(scope="module")
-def trainer(smol_dir: str) -> PreTrainedModel:
-    """A model that was trained a step away from the served one."""
-    return perturb(load_trainer(smol_dir))
-
-
-@pytest.fixture(scope="module")
-def trained_dir(trainer: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> str:
-    directory = tmp_path_factory.mktemp("trained")
-    trainer.save_pretrained(directory)
-    return str(directory)
-
-
-def wrapper_of(trainer: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TransformersWrapper:
-    return TransformersWrapper(trainer, tokenizer=tokenizer, input_mode="tokens")
-
-
-def answers(engine: Any, prompts: list[list[int]], num_tokens: int = 8) -> list[Completion]:
-    sampling = {"max_new_tokens": num_tokens, "temperature": 0}
-    return engine.generate([Request(tuple(ids), sampling, hidden=HiddenSpec(segments=SEGMENTS)) for ids in prompts])
-
-
-def assert_completion(completion: Completion, model_dir: str) -> None:
-    """Log-probs and pools are those of Hugging Face on the weights of a directory."""
-    truth = hf_oracle.teacher_force(model_dir, completion.prompt_ids, completion.response_ids)
-    torch.testing.assert_close(completion.log_probs_T, truth.log_probs_T, atol=LOG_PROB_ATOL, rtol=0)
-    for segment, pooled in completion.hidden.items():
-        assert relative_error(pooled.vector, truth.pooled(segment, "mean")) < STATE_RTOL
 
 
 FORMS: dict[str, Callable[..., Any]] = {
@@ -182,7 +148,7 @@ def test_all_servers_get_the_weights(
     trainee.update_weights(trainer)
     assert [completion.weight_version for completion in found] == [version, version]
     for completion in found:
-        assert_completion(completion, trained_dir)
+        assert_answered_with(completion, trained_dir)
 
 
 def test_awaited(trainee: SGLangServer, trainer: PreTrainedModel) -> None:
@@ -249,7 +215,7 @@ def test_bad_weights_are_refused_and_the_server_keeps_its_own(
     with pytest.raises(WeightsError, match=message):
         trainee.update_weights(state, transport=transport)
     (after,) = answers(trainee, [chat_ids(QUESTIONS[0])], 2)
-    assert_completion(after, smol_dir)
+    assert_answered_with(after, smol_dir)
     assert after.weight_version == trainee.info.weight_version == version
 
 
@@ -268,7 +234,7 @@ def test_a_directory_the_server_does_not_see(trainee: SGLangServer, trained_dir:
     finally:
         del endpoint.call  # type: ignore[method-assign]
     (after,) = answers(trainee, [[5, 6, 7]], 2)
-    assert_completion(after, smol_dir)
+    assert_answered_with(after, smol_dir)
     assert after.weight_version == version
 
 
@@ -310,7 +276,7 @@ def test_threads_generate_on_while_weights_change(
         assert row.response_ids == first.response_ids
         torch.testing.assert_close(row.log_probs_T, first.log_probs_T, atol=LOG_PROB_ATOL, rtol=0)
     for row in firsts.values():
-        assert_completion(row, versions[row.weight_version])
+        assert_answered_with(row, versions[row.weight_version])
     assert len({version for version, _ in firsts}) > 1
 
 
@@ -326,7 +292,7 @@ def test_updates_at_once_go_one_after_another(
     (after,) = answers(trainee, [chat_ids(QUESTIONS[0])])
     assert len(path_of) == 2
     assert after.weight_version == trainee.info.weight_version
-    assert_completion(after, path_of[after.weight_version])
+    assert_answered_with(after, path_of[after.weight_version])
 
 
 def raw_answer(engine: SGLangServer, prompt: list[int], num_tokens: int) -> dict[str, Any]:
@@ -448,7 +414,7 @@ def test_a_request_whose_client_hung_up_leaves_no_stale_cache(
         del endpoint.call  # type: ignore[method-assign]
     assert routes[1:] == ["pause_generation", "flush_cache", "update_weight_version", "continue_generation"]
     (after,) = answers(trainee, [prompt])
-    assert_completion(after, trained_dir)
+    assert_answered_with(after, trained_dir)
     assert after.weight_version == endpoint.weight_version() == "hung-up"
 
 
@@ -475,99 +441,13 @@ def test_a_trainer_that_dies_while_it_sends(trainee: SGLangServer, smol_dir: str
     command = [sys.executable, "-c", DYING_TRAINER, trainee.url, smol_dir]
     assert subprocess.run(command, timeout=120, check=False).returncode == 9
     (after,) = answers(trainee, [chat_ids(QUESTIONS[0])], 2)
-    assert_completion(after, smol_dir)
+    assert_answered_with(after, smol_dir)
     assert after.weight_version == version
     # What it left open is told with its remedy. The way by disk needs no session.
     with pytest.raises(EngineError, match=r"already open.*POST /end_weight_update once"):
         trainee.update_weights(smol_dir, transport="network")
     assert httpx.post(f"{trainee.url}/end_weight_update", json={}).json()["success"]
     assert trainee.update_weights(smol_dir, transport="network") == trainee.info.weight_version != version
-
-
-# --- TorchRL's schemes ----------------------------------------------------------------------------------------------
-
-
-class Collector:
-    """What a sender wants of a collector."""
-
-    def __init__(self) -> None:
-        self.version = 0
-
-    def increment_version(self) -> None:
-        self.version += 1
-
-
-def test_the_sender_of_the_scheme(
-    trainee: SGLangServer,
-    trainer: PreTrainedModel,
-    trained_dir: str,
-    tokenizer: PreTrainedTokenizerBase,
-    chat_ids: ChatIds,
-) -> None:
-    sender, collector = SGLangHiddenWeightSyncScheme(trainee).create_sender(), Collector()
-    with pytest.raises(InputError, match="register_model"):
-        sender.update_weights()
-    model = wrapper_of(trainer, tokenizer)
-    sender.register_model(model)
-    sender.register_collector(collector)
-    sender.init_all_workers_group({name: (value.dtype, value.shape) for name, value in trainer.state_dict().items()})
-    version = sender.update_weights()
-    (after,) = answers(trainee, [chat_ids(QUESTIONS[0])])
-    assert_completion(after, trained_dir)
-    assert after.weight_version == version
-    with pytest.raises(WeightsError):
-        sender.update_weights({"model.norm.weight": torch.zeros(576)})
-    assert collector.version == 1
-
-
-def test_the_scheme_as_torchrl_uses_it(
-    trainee: SGLangServer, trainer: PreTrainedModel, trained_dir: str, smol_dir: str, chat_ids: ChatIds
-) -> None:
-    scheme = SGLangHiddenWeightSyncScheme(trainee.url)
-    scheme.init_on_sender(model_id="policy", model=trainer)
-    scheme.connect()
-    scheme.send()
-    (after,) = answers(trainee, [chat_ids(QUESTIONS[0])])
-    assert_completion(after, trained_dir)
-    scheme.send(TensorDict.from_module(hf_oracle.load(smol_dir)))
-    (after,) = answers(trainee, [chat_ids(QUESTIONS[0])])
-    assert_completion(after, smol_dir)
-    with pytest.raises(InputError, match="worker_ids=1"):
-        scheme.send(trainer, worker_ids=1)
-    # Its own client moved the version; the fixture's must see that to put the weights back.
-    trainee.update_weights(trainer)
-
-
-def test_where_torchrls_own_scheme_stops(
-    trainee: SGLangServer, trainer: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its group needs CUDA; behind that it asks for a route that SGLang 0.5.23 does not have; behind that for an
-    update outside of a session. Each step is let pass here to see the next."""
-    version, state = trainee.info.weight_version, dict(trainer.state_dict())
-    scheme = SGLangWeightSyncScheme(trainee.url, master_address="127.0.0.1")
-    transport = scheme.create_transport()
-    if not torch.cuda.is_available():
-        with pytest.raises((RuntimeError, AssertionError), match=r"NVIDIA|CUDA"):
-            transport.init_all_workers_group({})
-
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    transport._comm_group, transport._group_name = object(), "no-group"
-    transport._model_metadata = {name: (value.dtype, value.shape) for name, value in state.items()}
-    with pytest.raises(RuntimeError, match=r"load query while pausing generation .*Not Found"):
-        transport.send_weights("policy", state)
-
-    monkeypatch.setattr(transport, "_wait_for_generation_pause", lambda model_id: None)
-    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device: tensor)
-    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src, group: None)
-    with pytest.raises(Exception, match="400 Client Error") as refused:
-        transport.send_weights("policy", state)
-    assert "must run between begin_weight_update() and end_weight_update()" in refused.value.response.text
-    monkeypatch.undo()
-    transport._comm_group = None
-    transport.shutdown()
-    # It paused the server, and let it go on in spite of both failures.
-    assert answers(trainee, [[5, 6]], 2)[0].weight_version == version
 
 
 # --- in this process ------------------------------------------------------------------------------------------------
@@ -584,7 +464,7 @@ class InProcess:
         def assert_serves(model_dir: str, version: str) -> None:
             (completion,) = answers(in_process, [prompt])
             assert completion.weight_version == version
-            assert_completion(completion, model_dir)
+            assert_answered_with(completion, model_dir)
 
         assert_serves(smol_dir, "default")
         in_process.update_weights(trainer)

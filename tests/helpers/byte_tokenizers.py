@@ -5,8 +5,6 @@ from __future__ import annotations
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-# --- between markers --------------------------------------------------------------------------------------------------
-
 PIECES = [
     b"<t>",
     b"</t>",

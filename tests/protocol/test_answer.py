@@ -14,18 +14,8 @@ from typing import Any
 import pytest
 import torch
 from helpers.bad_options import (
-    CHOICES,
-    CHOSEN,
-    FIELDS,
-    GARBAGE,
-    GOOD,
     INFINITY,
-    SPEC,
-    WANTED,
     anything,
-    custom_of,
-    logits_of,
-    span_of,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,173 +23,23 @@ from hypothesis import strategies as st
 from torchrl_sglang_hidden.errors import CapabilityError, ConstraintError, ProtocolError, SpanError
 from torchrl_sglang_hidden.protocol import (
     CHANNEL,
-    MAX_CONSTRAINTS,
-    PROTOCOL,
-    Options,
-    Status,
     Way,
     answer_of,
     drop_shared,
     pack_answer,
-    pack_options,
     unpack_answer,
-    unpack_options,
 )
 from torchrl_sglang_hidden.protocol import answer as answer_module
 from torchrl_sglang_hidden.protocol import tensors as blocks
 from torchrl_sglang_hidden.protocol.shared_memory import MIN_BYTES, SharedFiles, discard, fetch
 from torchrl_sglang_hidden.protocol.tensors import pack_tensor
 from torchrl_sglang_hidden.records import TokenLogits
-from torchrl_sglang_hidden.reduce.pooling import Pools, Wanted, WantedRows
-from torchrl_sglang_hidden.reduce.token_logits import FoundLogits, WantedLogits
-from torchrl_sglang_hidden.spec.constraints import (
-    ActionMask,
-    DisallowedTokens,
-    LinearSchedule,
-    TemperatureScale,
-)
-from torchrl_sglang_hidden.spec.hidden import POOLINGS, SEGMENTS
-from torchrl_sglang_hidden.spec.logits import STAGES, LogitsSpec
-from torchrl_sglang_hidden.spec.spans import Between, LastTokens, intervals_of
+from torchrl_sglang_hidden.reduce.pooling import Pools, WantedRows
+from torchrl_sglang_hidden.reduce.token_logits import FoundLogits
 
 D = 8
 WAYS: tuple[Way, ...] = ("binary", "text", "shared")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-# --- options ----------------------------------------------------------------------------------------------------------
-
-markers = st.text(min_size=1)
-resolved = (
-    st.lists(st.booleans(), min_size=1).filter(any).map(intervals_of)
-    | st.builds(LastTokens, st.integers(1, 10**6), allow_fewer=st.booleans())
-    | st.builds(Between, markers, st.none() | markers, unclosed=st.sampled_from(["error", "end"]))
-    | st.builds(Between, st.none(), markers, unclosed=st.sampled_from(["error", "end"]))
-)
-columns = st.one_of(
-    st.integers(1, 10**6).map(lambda k: {"top_k": k}),
-    st.lists(st.integers(0, 10**6), min_size=1, max_size=5, unique=True).map(lambda ids: {"token_ids": tuple(ids)}),
-    st.just({"full": True}),
-)
-specs = st.builds(
-    lambda asked, **more: LogitsSpec(**asked, **more),
-    columns,
-    stage=st.sampled_from(STAGES),
-    segments=st.permutations(SEGMENTS).flatmap(lambda all_: st.integers(1, 3).map(lambda size: tuple(all_[:size]))),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-)
-constraints = st.one_of(
-    st.builds(ActionMask, st.lists(st.integers(0, 10**5), min_size=1, max_size=9, unique=True)),
-    st.builds(
-        lambda ids: DisallowedTokens(ids, first_tokens=3), st.lists(st.integers(0, 10**5), max_size=9, unique=True)
-    ),
-    st.builds(TemperatureScale, st.floats(0.01, 100)),
-    st.just(TemperatureScale(LinearSchedule(2.0, 0.5), positions=(0, 4))),
-)
-chosen = st.builds(
-    WantedLogits,
-    spec=st.none() | specs,
-    constraints=st.lists(constraints, max_size=3).map(tuple),
-    prompt_from=st.none() | st.integers(1, 10**6),
-    scored=st.booleans(),
-    response_ranges=st.lists(st.tuples(st.integers(0, 99), st.integers(1, 99)), max_size=3).map(
-        lambda parts: tuple((start, start + size) for start, size in parts)
-    ),
-    response_limit=st.integers(0, 10**6),
-)
-options = st.builds(
-    Options,
-    st.builds(
-        Wanted,
-        segments=st.permutations(SEGMENTS).flatmap(lambda all_: st.integers(0, 3).map(lambda size: tuple(all_[:size]))),
-        pooling=st.sampled_from([*POOLINGS, None]),
-        layers=st.lists(st.integers(-1, 200), min_size=1, max_size=4, unique=True).map(tuple),
-        spans=st.dictionaries(st.text(min_size=1), resolved, max_size=4),
-        tokens=st.booleans(),
-        row_dtype=st.sampled_from(DTYPES),
-    ),
-    st.sampled_from(WAYS),
-    chosen,
-)
-
-
-@given(asked=options)
-def test_options_round_trip(asked: Options) -> None:
-    custom = {CHANNEL: pack_options(asked.wanted, asked.way, asked.logits)}
-    assert all(isinstance(value, (str, int)) for value in custom[CHANNEL].values()), "SGLang carries scalars"
-    assert unpack_options(json.loads(json.dumps(custom))) == asked
-
-
-def test_more_constraints_than_there_may_be_are_not_read() -> None:
-    """Each is read and applied while everybody waits."""
-    for count in (MAX_CONSTRAINTS, MAX_CONSTRAINTS + 1):
-        logits = WantedLogits(constraints=(TemperatureScale(2.0),) * count)
-        found = unpack_options({CHANNEL: pack_options(Wanted((), None), "text", logits)})
-        assert found == (Options(Wanted((), None), "text", logits) if count == 64 else None)
-
-
-@given(wanted=options.map(lambda asked: asked.wanted))
-def test_who_wants_no_logits_says_nothing_of_them(wanted: Wanted) -> None:
-    packed = pack_options(wanted, "text")
-    assert "logits" not in json.loads(packed["options"])
-    assert unpack_options({CHANNEL: packed}) == Options(wanted, "text", WantedLogits())
-
-
-@pytest.mark.parametrize("custom", GARBAGE, ids=lambda custom: repr(custom)[:80])
-def test_options_that_are_not_understood(custom: Any) -> None:
-    assert unpack_options({CHANNEL: GOOD}) == Options(WANTED, "text", CHOSEN)
-    assert unpack_options(custom) is None
-
-
-@given(
-    custom=anything
-    | st.fixed_dictionaries({CHANNEL: anything})
-    | st.fixed_dictionaries({CHANNEL: st.fixed_dictionaries({"protocol": st.just(PROTOCOL), "options": anything})})
-    | st.fixed_dictionaries({}, optional=dict.fromkeys(FIELDS, anything)).map(lambda changes: custom_of(**changes))
-    | st.fixed_dictionaries({}, optional=dict.fromkeys(CHOICES, anything)).map(lambda changes: logits_of(**changes))
-    | st.fixed_dictionaries({}, optional=dict.fromkeys(SPEC, anything)).map(
-        lambda changes: logits_of(spec={**SPEC, **changes})
-    )
-    | st.lists(anything, max_size=4).flatmap(
-        lambda values: st.sampled_from(["prompt", "last", "between"]).map(lambda kind: span_of(kind, *values))
-    )
-)
-def test_no_options_raise(custom: Any) -> None:
-    """An exception in the scheduler ends the server."""
-    found = unpack_options(custom)
-    if found is not None:
-        assert unpack_options({CHANNEL: pack_options(found.wanted, found.way, found.logits)}) == found
-
-
-# --- status -----------------------------------------------------------------------------------------------------------
-
-STATUS = Status(
-    vocab_size=96, hidden_size=D, num_layers=4, context_length=64, layers=(0, -1), because="", normed=True, shared="",
-    open_pools=0, prefix_bytes=0, constraints=("action_mask",),
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("layers", [None, (), (0, 2, -1)])
-def test_a_status_round_trip(layers: tuple[int, ...] | None) -> None:
-    values = {**{name: getattr(STATUS, name) for name in Status.__slots__}, "layers": layers}
-    status = Status(**values)
-    assert Status.unpack(json.loads(json.dumps(status.pack()))) == status
-
-
-@pytest.mark.parametrize("protocol", [None, 0, 1, 2, 3, 5, "4"])
-def test_a_status_of_another_protocol(protocol: Any) -> None:
-    with pytest.raises(ProtocolError, match=rf"{protocol!r} and this client {PROTOCOL}; install the same version"):
-        Status.unpack({**STATUS.pack(), "protocol": protocol})
-
-
-@pytest.mark.parametrize("gone", Status.__slots__)
-def test_a_status_that_lacks_something(gone: str) -> None:
-    fields = STATUS.pack()
-    del fields[gone]
-    with pytest.raises(ProtocolError, match=rf"lacks '{gone}'"):
-        Status.unpack(fields)
-
-
-# --- answers ----------------------------------------------------------------------------------------------------------
 
 
 def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -74,6 +74,8 @@ def test_the_size_of_a_span() -> None:
     assert (span.count, span.end) == (3, 6)
 
 
+# --- between markers --------------------------------------------------------------------------------------------------
+
 KINDS = {"byte-level": byte_tokenizer(), "byte fallback": fallback_tokenizer()}
 WORDS = tiny_tokenizer()
 

@@ -1,0 +1,16 @@
+"""Fixtures of the server half's tests."""
+
+from __future__ import annotations
+
+import pytest
+
+from torchrl_sglang_hidden.server import plugin
+from torchrl_sglang_hidden.server.capture import Capture
+
+
+@pytest.fixture
+def capture(monkeypatch: pytest.MonkeyPatch) -> Capture:
+    """The plugin's, of this test alone."""
+    capture = Capture()
+    monkeypatch.setattr(plugin, "_capture", capture)
+    return capture
