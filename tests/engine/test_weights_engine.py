@@ -20,7 +20,7 @@ import httpx
 import pytest
 import torch
 from helpers import hf_oracle
-from helpers.completion_checks import assert_completion as assert_equals_hugging_face
+from helpers.completion_checks import assert_completion
 from helpers.policy_checks import (
     LOG_PROB_ATOL,
     QUESTIONS,
@@ -51,7 +51,7 @@ from torchrl_sglang_hidden.protocol import CHANNEL, unpack_answer
 from torchrl_sglang_hidden.records import Completion, Request
 from torchrl_sglang_hidden.sglang_api.payload import to_payload
 from torchrl_sglang_hidden.spec.spans import PromptSpan
-from torchrl_sglang_hidden.weights import disk as disk_module
+from torchrl_sglang_hidden.weights import disk
 from torchrl_sglang_hidden.weights.transports import WeightUpdate
 
 ChatIds = Callable[[str], list[int]]
@@ -91,7 +91,7 @@ def test_every_answer_is_of_the_new_weights(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(disk_module, "TMPFS", tmp_path)
+    monkeypatch.setattr(disk, "TMPFS", tmp_path)
     prompts = tokens_input([chat_ids(question) for question in QUESTIONS[:2]])
     # Response states alone leave the prompt in the prefix cache, and read from it.
     policies = {
@@ -373,7 +373,7 @@ def test_a_prompt_across_an_update_is_of_one_model(
     assert not completion.mixed_weights
     model_dir = {before: smol_dir, after: trained_dir}[completion.weight_version]
     assert completion.weight_version == after, "the prompt was in before the update, which then shows nothing"
-    assert_equals_hugging_face(request, completion, model_dir, 30)
+    assert_completion(request, completion, model_dir, 30)
 
 
 def test_an_update_waits_for_what_runs(trainee: SGLangServer, trainer: PreTrainedModel, chat_ids: ChatIds) -> None:

@@ -1,4 +1,4 @@
-"""`generate_samples` and ``num_samples`` over the recorder."""
+"""`generate_samples` and ``num_samples`` over the fake engine."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ def test_closing_tells_the_server_once(recorder: RecordingEngine) -> None:
     with recorder.session() as session:
         assert len(recorder.sessions) == 1
     assert recorder.sessions == {}
-    session.close()  # a second close_session would be a KeyError in the recorder
+    session.close()  # a second close_session would be a KeyError in the fake engine
 
 
 def test_a_batching_engine_gives_its_own(recorder: RecordingEngine) -> None:

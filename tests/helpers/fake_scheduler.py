@@ -37,7 +37,7 @@ TOKENIZER = SimpleNamespace(
 
 
 def states_of(ids: list[int], layers: tuple[int, ...] = LAYERS) -> torch.Tensor:
-    """`recorder.state_D` of every position, ``[N, K, D]``: of the tokens up to there."""
+    """`fake_engine.state_D` of every position, ``[N, K, D]``: of the tokens up to there."""
     ids_N = torch.tensor(ids)
     before_N = torch.cat([torch.zeros(1, dtype=torch.int64), ids_N[:-1]])
     angles_ND = torch.arange(1, HIDDEN_SIZE + 1) * (1.0 + ids_N)[:, None]

@@ -73,7 +73,7 @@ def read(rows: Any, requests: list[Request] | None = None, **info: Any) -> list[
 
 
 def assert_states(one: Completion, sent: Request, info: Any) -> None:
-    """Segments, spans and token states are those of the recorder, in plain torch."""
+    """Segments, spans and token states are those of the fake engine, in plain torch."""
     spec = sent.hidden
     assert spec is not None
     wanted = options_of(to_payload([sent], dataclasses.replace(info, pools_in_server=True), binary=False)).wanted

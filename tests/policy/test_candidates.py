@@ -1,4 +1,4 @@
-"""Candidate continuations over the recorder: what is sent, how the scores are laid out, what is refused."""
+"""Candidate continuations over the fake engine: what is sent, how the scores are laid out, what is refused."""
 
 from __future__ import annotations
 

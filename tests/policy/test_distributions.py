@@ -1,4 +1,4 @@
-"""The distribution half of torchrl's wrapper contract, over the recorder.
+"""The distribution half of torchrl's wrapper contract, over the fake engine.
 
 1. A loss built from a sequence that holds the wrapper takes the keys of the sequence's own distribution.
 2. ``get_dist`` and what TorchRL's losses call are the distributions that given tokens are drawn from, each over the

@@ -1,4 +1,4 @@
-"""Scoring over the recorder: what is read as the sequence, what is sent, and where the scores are written."""
+"""Scoring over the fake engine: what is read as the sequence, what is sent, and where the scores are written."""
 
 from __future__ import annotations
 

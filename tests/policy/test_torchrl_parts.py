@@ -1,4 +1,4 @@
-"""What TorchRL's parts need of a policy and no other room's tests hold, over the recorder.
+"""What TorchRL's parts need of a policy and no other test holds, over the fake engine.
 
 1. A collector registers with its policy, and finds the engine at ``policy.model``; a step holds what the environment
    wrote at ``"next"``, and what the policy wrote at its root.

@@ -1,4 +1,4 @@
-"""`SGLangHiddenWrapper` over the recorder: what it reads, what it sends, what it writes, and what it leaves alone."""
+"""`SGLangHiddenWrapper` over the fake engine: what it reads, sends and writes, and what it leaves alone."""
 
 from __future__ import annotations
 

@@ -27,10 +27,10 @@ from torchrl_sglang_hidden.protocol import (
     answer_of,
     drop_shared,
     pack_answer,
+    tensors,
     unpack_answer,
 )
 from torchrl_sglang_hidden.protocol import answer as answer_module
-from torchrl_sglang_hidden.protocol import tensors as blocks
 from torchrl_sglang_hidden.protocol.shared_memory import MIN_BYTES, SharedFiles, discard, fetch
 from torchrl_sglang_hidden.protocol.tensors import pack_tensor
 from torchrl_sglang_hidden.records import TokenLogits
@@ -128,7 +128,7 @@ def test_an_answer_without_logits_has_none() -> None:
 
 def test_many_logits_go_through_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the log-probs, one number for each token, do not."""
-    monkeypatch.setattr(blocks, "fetch", functools.partial(fetch, directory=tmp_path))
+    monkeypatch.setattr(tensors, "fetch", functools.partial(fetch, directory=tmp_path))
     monkeypatch.setattr(answer_module, "discard", functools.partial(discard, directory=tmp_path))
     files, logits = SharedFiles(tmp_path), found_logits(MIN_BYTES // 8, MIN_BYTES // 12 + 1)
     logits = dataclasses.replace(logits, log_probs_N=numbers(MIN_BYTES // 4))
@@ -145,9 +145,9 @@ def test_many_logits_go_through_shared_memory(tmp_path: Path, monkeypatch: pytes
 
 def test_an_answer_without_room_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And nothing of it stays in shared memory."""
-    monkeypatch.setattr(blocks, "fetch", functools.partial(fetch, directory=tmp_path))
+    monkeypatch.setattr(tensors, "fetch", functools.partial(fetch, directory=tmp_path))
     monkeypatch.setattr(answer_module, "discard", functools.partial(discard, directory=tmp_path))
-    monkeypatch.setattr(blocks, "MAX_TEXT_BYTES", 4 * MIN_BYTES - 1)
+    monkeypatch.setattr(tensors, "MAX_TEXT_BYTES", 4 * MIN_BYTES - 1)
     logits = found_logits(MIN_BYTES // 2, MIN_BYTES // 12 + 1)  # four times MIN_BYTES, their ids as many
     wide, tight = SharedFiles(tmp_path), SharedFiles(tmp_path, max_bytes=5 * MIN_BYTES)
     signs = {wide.sign, tight.sign}
@@ -237,7 +237,7 @@ def test_an_answer_round_trip(way: Way, num_layers: int, num_rows: int | None, d
 def test_many_rows_go_through_shared_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(blocks, "fetch", functools.partial(fetch, directory=tmp_path))
+    monkeypatch.setattr(tensors, "fetch", functools.partial(fetch, directory=tmp_path))
     files, pools = SharedFiles(tmp_path), pools_of(2, MIN_BYTES // (2 * D), dtype)
     answer = sent(pools, "shared", files.share)
     assert len(json.dumps(answer)) < 2000
@@ -247,7 +247,7 @@ def test_many_rows_go_through_shared_memory(
 
 
 def test_a_shared_file_that_is_gone_or_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "fetch", functools.partial(fetch, directory=tmp_path))
+    monkeypatch.setattr(tensors, "fetch", functools.partial(fetch, directory=tmp_path))
     files, pools = SharedFiles(tmp_path), pools_of(2, MIN_BYTES // (2 * D))
     for spoil in (
         Path.unlink,
@@ -266,7 +266,7 @@ def test_a_shared_file_that_is_gone_or_another(tmp_path: Path, monkeypatch: pyte
 
 def test_shared_states_that_were_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server on another machine names no files of this one."""
-    monkeypatch.setattr(blocks, "fetch", functools.partial(fetch, directory=tmp_path))
+    monkeypatch.setattr(tensors, "fetch", functools.partial(fetch, directory=tmp_path))
     files, pools = SharedFiles(tmp_path), pools_of(2, MIN_BYTES // (2 * D))
     answer = sent(pools, "shared", files.share)
     name = answer[0]["rows"]["shared"]
@@ -279,7 +279,7 @@ def test_shared_states_that_were_not_asked_for(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_vectors_are_never_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool) -> None:
-    monkeypatch.setattr(blocks, "fetch", functools.partial(fetch, directory=tmp_path))
+    monkeypatch.setattr(tensors, "fetch", functools.partial(fetch, directory=tmp_path))
     files, answer = SharedFiles(tmp_path), sent(pools_of(), "text")
     vectors = base64.b64decode(answer[0].pop("data"))
     name = files.share(vectors + bytes(MIN_BYTES))

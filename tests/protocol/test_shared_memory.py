@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from torchrl_sglang_hidden.protocol import shared_memory as shared
+from torchrl_sglang_hidden.protocol import shared_memory
 from torchrl_sglang_hidden.protocol.shared_memory import (
     MIN_BYTES,
     SharedFiles,
@@ -31,7 +31,7 @@ DATA = bytes(range(256)) * (MIN_BYTES // 256)
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A time that a test sets."""
     time = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(shared, "time", SimpleNamespace(monotonic=lambda: time.now))
+    monkeypatch.setattr(shared_memory, "time", SimpleNamespace(monotonic=lambda: time.now))
     return time
 
 
@@ -266,7 +266,7 @@ def test_a_link_among_the_leftovers_is_no_hindrance(tmp_path: Path) -> None:
 
 def test_no_link_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody on this machine guessed the name, and wants a file of ours overwritten."""
-    monkeypatch.setattr(shared.secrets, "token_hex", lambda size: "0123456789abcdef")
+    monkeypatch.setattr(shared_memory.secrets, "token_hex", lambda size: "0123456789abcdef")
     (tmp_path / "shm").mkdir()
     ours, name = tmp_path / "ours", "torchrl_sglang_hidden-0123456789abcdef"
     ours.write_text("precious")

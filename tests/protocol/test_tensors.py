@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchrl_sglang_hidden.protocol import tensors as blocks
+from torchrl_sglang_hidden.protocol import tensors
 from torchrl_sglang_hidden.protocol.shared_memory import MIN_BYTES, SharedFiles, fetch
 from torchrl_sglang_hidden.protocol.tensors import (
     DTYPES,
@@ -72,7 +72,7 @@ def test_bytes_come_back(data: bytes, way: Way) -> None:
 
 
 def test_many_bytes_go_through_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "fetch", functools.partial(fetch, directory=tmp_path))
+    monkeypatch.setattr(tensors, "fetch", functools.partial(fetch, directory=tmp_path))
     files, tensor = SharedFiles(tmp_path), numbers(MIN_BYTES // 4)
     fields = sent(pack_tensor(tensor, "shared", files.share), "shared")
     assert len(json.dumps(fields)) < 500
@@ -85,8 +85,8 @@ def test_many_bytes_go_through_shared_memory(tmp_path: Path, monkeypatch: pytest
 
 def test_bytes_that_are_too_many_for_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only where shared memory was asked for: who asks for text or raw bytes has counted."""
-    assert blocks.MAX_TEXT_BYTES == 2**28
-    monkeypatch.setattr(blocks, "MAX_TEXT_BYTES", 3 * 2**20)
+    assert tensors.MAX_TEXT_BYTES == 2**28
+    monkeypatch.setattr(tensors, "MAX_TEXT_BYTES", 3 * 2**20)
     most = bytes(3 * 2**20)
     assert unpack_bytes(pack_bytes(most, "shared", lambda data: None)) == most
     for share in (None, lambda data: None):

@@ -31,8 +31,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchrl_sglang_hidden.errors import CapabilityError, SpanError
-from torchrl_sglang_hidden.protocol import CHANNEL, unpack_answer, unpack_options
-from torchrl_sglang_hidden.protocol import tensors as blocks
+from torchrl_sglang_hidden.protocol import CHANNEL, tensors, unpack_answer, unpack_options
 from torchrl_sglang_hidden.protocol.shared_memory import MIN_BYTES, SharedFiles, fetch
 from torchrl_sglang_hidden.reduce.pooling import Wanted
 from torchrl_sglang_hidden.reduce.token_logits import WantedLogits
@@ -280,7 +279,7 @@ def test_a_requests_rows_do_not_keep_the_whole_step() -> None:
 
 
 def test_many_rows_are_answered_through_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "fetch", lambda name: fetch(name, tmp_path))
+    monkeypatch.setattr(tensors, "fetch", lambda name: fetch(name, tmp_path))
     scheduler, wanted = Scheduler(), Wanted(("prompt",), None, tokens=True)
     scheduler.capture._shared = SharedFiles(tmp_path)
     reqs = [Req([7] * (MIN_BYTES // (4 * HIDDEN_SIZE)), wanted, way=way) for way in ("shared", "text", "binary")]
@@ -295,7 +294,7 @@ def test_many_rows_are_answered_through_shared_memory(tmp_path: Path, monkeypatc
 
 
 def test_an_answer_without_room_is_refused_and_the_others_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "MAX_TEXT_BYTES", 1000)
+    monkeypatch.setattr(tensors, "MAX_TEXT_BYTES", 1000)
     scheduler, wanted = Scheduler(), Wanted(("prompt",), None, tokens=True)
     scheduler.capture._shared = SharedFiles(tmp_path, max_bytes=0)
     bad, good = Req([7] * 40, wanted, way="shared"), asking(9, 8)

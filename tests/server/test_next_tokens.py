@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from torchrl_sglang_hidden.reduce.token_logits import FoundLogits, RequestLogits, WantedLogits
-from torchrl_sglang_hidden.server import next_tokens as room
+from torchrl_sglang_hidden.server import next_tokens
 from torchrl_sglang_hidden.server.next_tokens import HostLogits, PromptPart, SamplingRow, StepLogits
 from torchrl_sglang_hidden.spec.constraints import (
     ActionMask,
@@ -363,7 +363,7 @@ def test_rows_of_a_prompt_in_pieces(parts: Any, scored: bool) -> None:
     spec = LogitsSpec(full=True, segments=("prompt",))
     one = asking(spec, prompt_from=1, scored=scored, prompt_ids=PROMPT)
     sizes = given_rows(one, states_ND, parts)
-    assert max(sizes) <= room.PIECE == 128
+    assert max(sizes) <= next_tokens.PIECE == 128
     assert sum(sizes) == len(PROMPT) - 1
     expected_NV = head_rows(states_ND)
     found = found_of(one)

@@ -58,8 +58,8 @@ def test_the_longest_kept_beginning_is_found(data: st.DataObject) -> None:
 @given(data=st.data())
 def test_what_was_not_used_for_longest_goes_first_and_bytes_are_exact(data: st.DataObject) -> None:
     """Putting again and finding are both a use."""
-    sizes, room = (4, 8, 12), 5 * ENTRY_BYTES
-    store, model = PrefixSums(room), dict[tuple[int, ...], int]()
+    sizes, max_bytes = (4, 8, 12), 5 * ENTRY_BYTES
+    store, model = PrefixSums(max_bytes), dict[tuple[int, ...], int]()
     for _ in range(data.draw(st.integers(1, 20))):
         ids = data.draw(st.lists(st.sampled_from([7, 8]), min_size=1, max_size=3).map(tuple))
         keys = PrefixKeys("", ids)
@@ -73,9 +73,9 @@ def test_what_was_not_used_for_longest_goes_first_and_bytes_are_exact(data: st.D
             assert (None if found is None else ids[: found[0]]) == expected
             if expected is not None:
                 model[expected] = model.pop(expected)
-        while sum(model.values()) > room:
+        while sum(model.values()) > max_bytes:
             del model[next(iter(model))]
-        assert store.bytes == sum(model.values()) <= room
+        assert store.bytes == sum(model.values()) <= max_bytes
     for ids in [*model]:
         assert store.longest(PrefixKeys("", ids), len(ids)) is not None
 

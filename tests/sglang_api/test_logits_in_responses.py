@@ -63,7 +63,7 @@ def test_logits_become_a_completion(binary: bool, dtype: torch.dtype, asked: Any
     num_given, num_response = len(PROMPT) - 1, len(one.response_ids)
     raw_TV = rows_NV[num_given:]
     for index, token in enumerate(RESPONSE):
-        raw_TV[index, token] = 20.0  # the recorder prefers it
+        raw_TV[index, token] = 20.0  # the fake engine prefers it
     masked_TV = raw_TV.masked_fill(~ActionMask((6, 7, 8)).allowed(V), -math.inf) / 0.5
     for found, expected_NV, rows in (
         (one.prompt_logits, rows_NV[:num_given], num_given),

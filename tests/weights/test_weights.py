@@ -35,7 +35,7 @@ from torchrl_sglang_hidden import (
 from torchrl_sglang_hidden.protocol import CHANNEL
 from torchrl_sglang_hidden.protocol.served_weights import PUSHED_PREFIX, ServedWeights, served_weights
 from torchrl_sglang_hidden.server import plugin
-from torchrl_sglang_hidden.weights import disk as module
+from torchrl_sglang_hidden.weights import disk
 from torchrl_sglang_hidden.weights.control import paused
 from torchrl_sglang_hidden.weights.disk import checkpoint, load_from_disk
 from torchrl_sglang_hidden.weights.validation import check_weights, new_version, next_version, open_weights
@@ -228,11 +228,11 @@ def test_a_checkpoint_is_gone_after_an_error() -> None:
 
 
 def test_a_checkpoint_goes_where_there_is_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(module.tempfile, "gettempdir", lambda: str(tmp_path))
-    monkeypatch.setattr(module, "_free_bytes", lambda place: 1000 if place == tmp_path else 10)
+    monkeypatch.setattr(disk.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(disk, "_free_bytes", lambda place: 1000 if place == tmp_path else 10)
     with checkpoint(FITTING) as path:
         assert path.parent == tmp_path
-    monkeypatch.setattr(module, "_free_bytes", lambda place: 10)
+    monkeypatch.setattr(disk, "_free_bytes", lambda place: 10)
     with pytest.raises(EngineError, match=r"take 56 bytes, and 10 in .* are free; "), checkpoint(FITTING):
         pass
 
@@ -322,7 +322,7 @@ def test_all_servers_get_them_and_the_version_moves(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     servers = [serve(tmp_path) for _ in range(2)]
     with SGLangServer([server.url for server in servers]) as engine:
-        assert engine.update_weights(model) == "v8"  # the recorder serves "v7"
+        assert engine.update_weights(model) == "v8"  # the fake engine serves "v7"
         assert engine.info.weight_version == "v8"
     for server in servers:
         server.stop()
@@ -380,7 +380,7 @@ def test_a_version_is_new_to_every_server() -> None:
 
 
 def test_what_a_killed_process_left_is_swept_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "TMPFS", tmp_path)
+    monkeypatch.setattr(disk, "TMPFS", tmp_path)
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     names = (f"{gone.pid}-x", "no-pid", f"{os.getpid()}-x")
