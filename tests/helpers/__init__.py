@@ -1,1 +1,2 @@
-"""What several test files share. Imported as `helpers.…`: tests/ is on the path of pytest and of what it starts."""
+"""Code that several test files share. Imported as `helpers.…`: pytest and the processes that tests start have tests/ on
+their path."""

@@ -1,4 +1,4 @@
-"""Options of the server half that a client must not have sent: each is one good request spoilt."""
+"""Options of the server half that a client must not have sent: each is one good request with one thing wrong."""
 
 from __future__ import annotations
 

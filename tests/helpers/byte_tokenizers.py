@@ -1,4 +1,4 @@
-"""Tokenizers made here, of bytes: their tokens begin and end within characters."""
+"""Tokenizers whose tokens begin and end within characters."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ PIECES = [
 
 
 def _byte_characters() -> list[str]:
-    """How byte-level vocabularies write each byte: printable ones as they are, the others from 256 on (GPT-2's)."""
+    """Return how byte-level vocabularies write each byte: printable ones as they are, others from 256 on (as GPT-2)."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(256)]
 
 
 def byte_tokenizer() -> tuple[PreTrainedTokenizerBase, list[bytes]]:
-    """A tokenizer of all bytes and some runs of them, and the bytes of each of its ids."""
+    """Return a tokenizer of all bytes and some runs of bytes, and the bytes of each of its ids."""
     tokens = [*(bytes([byte]) for byte in range(256)), *PIECES]
     characters = _byte_characters()
     vocabulary = {"".join(characters[byte] for byte in token): i for i, token in enumerate(tokens)}
@@ -42,7 +42,7 @@ def byte_tokenizer() -> tuple[PreTrainedTokenizerBase, list[bytes]]:
 
 
 def fallback_tokenizer() -> tuple[PreTrainedTokenizerBase, list[bytes]]:
-    """The same of SentencePiece's kind: what is not in the vocabulary becomes one token for each byte."""
+    """Return a tokenizer of SentencePiece's kind: text outside its vocabulary becomes one token for each byte."""
     pieces = ["<t>", "</t>", "<t", "t>", "</", ">a", "a<", "ab", "日本", "t><", "a", "<"]
     vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {piece: 256 + i for i, piece in enumerate(pieces)}
     tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))

@@ -1,4 +1,4 @@
-"""Holds what an engine returned against the oracle, at the level of `Request` and `Completion`."""
+"""Compares what an engine returned with Hugging Face, at the level of `Request` and `Completion`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Stack = torch.Tensor
 def assert_completion(
     request: Request, completion: Completion, model_dir: str, num_layers: int, *, rtol: float = STATE_RTOL
 ) -> hf_oracle.Truth:
-    """Every log-prob, segment, span and token state of one completion equals Hugging Face's.
+    """Check that every log-prob, segment, span and token state of one completion equals Hugging Face's.
 
     A prompt that was only read has no response; its truth is that of any one token.
     """

@@ -10,7 +10,7 @@ NAMED = re.compile(r"`(tests/(?:\w+/)?test_\w+\.py)::(test_\w+)`")
 
 
 def rows_of(page: str) -> list[list[str]]:
-    """The rows of the page's tables; the last cell names the tests that hold the others."""
+    """Return the rows of the page's tables. The last cell of a row names the tests that hold it."""
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if line.startswith("|")]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]

@@ -31,7 +31,7 @@ LOG_PROB_ATOL = 1e-3
 
 
 def prompt_of(engine: Engine, length: int, seed: int) -> tuple[int, ...]:
-    """Ordinary ids: special ones stand at the ends of a vocabulary."""
+    """Return ordinary ids. Special ids stand at the ends of a vocabulary, so none are drawn from there."""
     size = engine.info.vocab_size
     generator = torch.Generator().manual_seed(seed)
     return tuple(torch.randint(size // 4, 3 * size // 4, (length,), generator=generator).tolist())

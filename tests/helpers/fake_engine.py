@@ -1,6 +1,6 @@
-"""`RecordingEngine`: an engine without a model, for the tests of what stands before and behind an engine.
+"""`RecordingEngine`: an engine without a model, for tests of the code that calls engines and reads their answers.
 
-It answers the payload that `wire.to_payload` wrote as SGLang would, and `answers.read_responses` reads that answer:
+It answers the payload of `payload.to_payload` as SGLang would, and `responses.read_responses` reads that answer:
 every check that guards a real engine guards this one. Tokens, log-probs and states are functions of the prompt, given
 here as `response_of`, `log_prob_of` and `state_D`, so that a test can say what must come out.
 """
@@ -67,7 +67,7 @@ CHAT_TEMPLATE = (
 
 
 def tiny_tokenizer(**options: Any) -> PreTrainedTokenizerBase:
-    """A tokenizer of 96 words, made here: its pad token is its EOS token, as in the demo model."""
+    """Return a tokenizer of 96 words. Its pad token is its EOS token, as in the demo model."""
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"unk_token": "<unk>", "eos_token": "<|end|>", "pad_token": "<|end|>", **options}
@@ -75,7 +75,7 @@ def tiny_tokenizer(**options: Any) -> PreTrainedTokenizerBase:
 
 
 def response_of(prompt_ids: Sequence[int]) -> list[int]:
-    """1 to 5 ids that differ from prompt to prompt; ends with EOS when there are fewer than 5."""
+    """Return 1 to 5 ids that differ from prompt to prompt. A response of fewer than 5 ends with EOS."""
     total = sum((i + 1) * token for i, token in enumerate(prompt_ids))
     length = 1 + total % DEFAULT_NEW_TOKENS
     ids = [6 + (7 * total + 11 * i) % 90 for i in range(length)]
@@ -83,35 +83,35 @@ def response_of(prompt_ids: Sequence[int]) -> list[int]:
 
 
 def log_prob_of(token_id: int) -> float:
-    """A multiple of 1/4, so that float32 holds it exactly."""
+    """Return the log-prob of a token: a multiple of 1/4, which float32 holds exactly."""
     return -0.25 * (1 + token_id % 7)
 
 
 def state_D(ids: Sequence[int], position: int) -> torch.Tensor:
-    """The last layer's state at a position: of the token there and of the one before it."""
+    """Return the last layer's state at a position: a function of the token there and of the token before it."""
     before = ids[position - 1] if position else 0
     return torch.sin(torch.arange(1, HIDDEN_SIZE + 1) * (1.0 + ids[position]) + 0.37 * before + position)
 
 
 def logits_V(ids: Sequence[int]) -> torch.Tensor:
-    """What the made-up head says of the token behind these ids."""
+    """Return the logits from which the token after these ids is drawn."""
     return 3 * torch.sin(torch.arange(len(WORDS)) * (1.0 + ids[-1]) + 0.37 * len(ids))
 
 
 def states_ND(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> torch.Tensor:
-    """The states of every position that is computed, ``[P+T-1, D]``."""
+    """Return the states of every position that is computed, ``[P+T-1, D]``."""
     ids = [*prompt_ids, *response_ids]
     return torch.stack([state_D(ids, position) for position in range(len(ids) - 1)])
 
 
 def pooled_D(hidden_ND: torch.Tensor, segment: Segment, pooling: Pooling, num_prompt: int) -> torch.Tensor:
-    """What a segment pools to, in plain torch, in float64."""
+    """Return what a segment pools to, in plain torch and float64."""
     rows = {"prompt": hidden_ND[:num_prompt], "response": hidden_ND[num_prompt - 1 :], "full": hidden_ND}[segment]
     return pool(rows.double(), pooling)
 
 
 def make_info(**changes: Any) -> EngineInfo:
-    """What a `RecordingEngine` says of itself."""
+    """Return what a `RecordingEngine` says of itself."""
     fields: dict[str, Any] = {
         "model_path": "recorder",
         "tokenizer_path": "recorder",
@@ -132,7 +132,7 @@ def make_info(**changes: Any) -> EngineInfo:
 
 
 class RecordingEngine(Engine):
-    """See the module.
+    """An engine without a model; see the module's docstring.
 
     Args:
         tokenizer: makes the texts; without one they are the ids in words.
@@ -200,7 +200,7 @@ class RecordingEngine(Engine):
         return await AsyncStream.open(rows(), request, self._info)
 
     def _growing(self, request: Request) -> Generator[Any, None, None]:
-        """What SGLang streams: the answer so far with each token, and how it ended with the last one."""
+        """Yield what SGLang streams: the answer so far after each token, and the whole answer at the end."""
         check_stream(request, self._info, cumulative=True)
         self._check([request], self._info)
         row = self._send([request])[0]
@@ -210,7 +210,7 @@ class RecordingEngine(Engine):
         yield row
 
     def so_far(self, row: dict[str, Any], count: int) -> dict[str, Any]:
-        """A row of an answer when ``count`` of its tokens had been sampled."""
+        """Return a row of an answer as it was after ``count`` tokens."""
         ids = row["output_ids"][:count]
         meta = {name: value for name, value in row["meta_info"].items() if name != CHANNEL} | {"finish_reason": None}
         if "output_token_logprobs" in meta:
@@ -227,7 +227,7 @@ class RecordingEngine(Engine):
             del self.sessions[payload["session_id"]]
 
     def turn(self, payload: dict[str, Any]) -> Answer:
-        """As SGLang's session: the turn named by ``rid`` and its response go before the new ids."""
+        """Answer as SGLang's session does: the turn named by ``rid`` and its response are prepended to the new ids."""
         self.payloads.append(payload)
         session = payload["session_params"]
         turns = self.sessions.get(session["id"], {})
@@ -244,7 +244,7 @@ class RecordingEngine(Engine):
     def update_weights(
         self, weights: Any, *, version: str | None = None, transport: str = "auto", running: str = "finish"
     ) -> str:
-        """Takes note of the weights; the version moves as SGLang's does."""
+        """Record the weights, and move the version as SGLang does."""
         version = version or next_version(self._info.weight_version)
         self.updates.append((weights, transport, running))
         self._info = dataclasses.replace(self._info, weight_version=version)
@@ -254,7 +254,7 @@ class RecordingEngine(Engine):
         self.closed += 1
 
     def answer(self, payload: dict[str, Any]) -> Answer:
-        """What SGLang's ``/generate`` would say to a payload."""
+        """Return what SGLang's ``/generate`` would answer to a payload."""
         stock = payload.get("return_hidden_states", [False] * len(payload["input_ids"]))
         starts = payload.get("logprob_start_len", [-1] * len(payload["input_ids"]))
         columns = (payload["input_ids"], payload["sampling_params"], payload["return_logprob"], stock, starts)
@@ -308,7 +308,7 @@ class RecordingEngine(Engine):
 def choose(
     wanted: WantedLogits, prompt_ids: list[int], preferred: list[int], limit: int, temperature: float
 ) -> tuple[list[int], list[float] | None, FoundLogits]:
-    """Chooses as a server does: the preferred ids where the constraints allow them, else the best that is left.
+    """Choose tokens as a server does: the preferred ids where the constraints allow them, else the best allowed id.
 
     Returns the ids, their log-probs where the request has constraints or wants logits of the response, and its logits.
     """
@@ -341,12 +341,12 @@ def choose(
 
 
 def of_layer(hidden: torch.Tensor, layer: int) -> torch.Tensor:
-    """The states of another layer: other numbers, that tell which."""
+    """Return the states of another layer: different numbers, which tell the layer."""
     return hidden if layer == -1 else hidden * 0.5 + layer + 1
 
 
 def feed(pools: RequestPools, hidden_NKD: torch.Tensor) -> None:
-    """Feeds a request's rows as a server does that computes the prompt in one piece."""
+    """Add a request's rows to its pools, as a server does that computes the prompt in one piece."""
     num_prompt, (_, depth, size) = pools.num_prompt, hidden_NKD.shape
     step = pools.plan_prompt(0, num_prompt)
     if step is not None:
@@ -392,7 +392,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class RecordingServer(ThreadingHTTPServer):
-    """Serves a `RecordingEngine` as SGLang would; `pages` and `respond` may be set to serve something else."""
+    """Serves a `RecordingEngine` as SGLang would. Set `pages` and `respond` to serve something else."""
 
     daemon_threads = True
 

@@ -37,7 +37,7 @@ TOKENIZER = SimpleNamespace(
 
 
 def states_of(ids: list[int], layers: tuple[int, ...] = LAYERS) -> torch.Tensor:
-    """`fake_engine.state_D` of every position, ``[N, K, D]``: of the tokens up to there."""
+    """Return `fake_engine.state_D` of every position, ``[N, K, D]``."""
     ids_N = torch.tensor(ids)
     before_N = torch.cat([torch.zeros(1, dtype=torch.int64), ids_N[:-1]])
     angles_ND = torch.arange(1, HIDDEN_SIZE + 1) * (1.0 + ids_N)[:, None]
@@ -46,7 +46,7 @@ def states_of(ids: list[int], layers: tuple[int, ...] = LAYERS) -> torch.Tensor:
 
 
 def capturing() -> Capture:
-    """A server that was started for all layers."""
+    """Return the capture of a server that was started for all layers."""
     capture = Capture()
     capture.taps.layers = LAYERS[1:]
     return capture
@@ -121,7 +121,7 @@ class Scheduler:
         self.commit()
 
     def launch(self, step: Step) -> None:
-        """Forward pass and copy. The device's buffers are overwritten at once, as a CUDA graph's are."""
+        """Run the forward pass and copy. The device's buffers are overwritten at once, as a CUDA graph's are."""
         batch = step.batch()
         plan = self.capture.plan_step(batch)
         step_logits = self.capture.plan_logits(batch, VOCAB)
@@ -144,7 +144,7 @@ class Scheduler:
         self.waiting.append((hosts, batch, commits))
 
     def choose(self, step: Step, step_logits: StepLogits, last_ND: torch.Tensor) -> Any:
-        """What the head and the sampler see of a step."""
+        """Do what the model's head and the sampler do in a step."""
         ends = torch.tensor([stop - start for start, stop in step.spans]).cumsum(0) - 1
         ids = [i for req, (start, stop) in zip(step.reqs, step.spans, strict=True) for i in [*req.ids, 0][start:stop]]
         step_logits.input_ids = torch.tensor(ids + [77] * step.padding)
@@ -172,7 +172,7 @@ class Scheduler:
         return self.capture.answer(req)
 
     def assert_right(self, req: Req) -> None:
-        """Finishes the request, and holds its answer against plain torch."""
+        """Finish the request, and compare its answer with plain torch."""
         wanted = req.wanted
         assert wanted is not None
         case = Case(
@@ -204,7 +204,7 @@ DENIED = 1
 
 
 def assert_logits(req: Req, raw_NV: torch.Tensor, found: Any) -> None:
-    """All that was wanted is there. Of constraints `DisallowedTokens` of one token is known here."""
+    """Check that all logits that were wanted are there. Of constraints, it knows `DisallowedTokens` of one token."""
     wanted, num_prompt = req.logits, len(req.origin_input_ids)
     assert wanted is not None
     processed_NV = raw_NV.clone()
@@ -254,7 +254,7 @@ def counts(answer: Any) -> dict[str, int]:
 
 
 def planned(capture: Capture, step: Step) -> tuple[list[Any], list[Any]]:
-    """Of each choice its row, input row and index; of each given run its row, offset, first and last."""
+    """Return row, input row and index of each sampled token; row, offset, first and stop of each part of a prompt."""
     capture.plan_step(step.batch())
     found = capture.plan_logits(step.batch(), VOCAB)
     if found is None:

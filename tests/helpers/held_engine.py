@@ -22,7 +22,7 @@ A, B, C, D = (request((6 + i, 7)) for i in range(4))
 
 
 class Held(RecordingEngine):
-    """Says when a call has come in, holds it until the gate is open, and refuses it when told to.
+    """An engine that signals each call, holds the call until the gate is open, and refuses it when told to.
 
     Attributes:
         entered: released by every call.
@@ -59,7 +59,7 @@ class Held(RecordingEngine):
 
 
 class Turned(BatchingEngine):
-    """A `BatchingEngine` whose time is turned by hand, and which says when a call has joined."""
+    """A `BatchingEngine` whose time is turned by hand, and which signals when a call has joined its queue."""
 
     def __init__(self, engine: Engine, **options: Any) -> None:
         self.time = 0.0
@@ -81,7 +81,7 @@ class Turned(BatchingEngine):
 
 
 def in_thread(work: Callable[[], Any]) -> Future[Any]:
-    """Runs something in a thread of its own, which does not outlive pytest where it waits for ever."""
+    """Run something in a daemon thread: if it waits for ever, pytest can still end."""
     future: Future[Any] = Future()
 
     def run() -> None:
@@ -100,7 +100,7 @@ def take(semaphore: threading.Semaphore, count: int = 1) -> None:
 
 
 def call(engine: Turned, *requests: Request, way: str = "thread") -> Future[list[Completion]]:
-    """Calls the engine in a thread, and returns when the call has joined the queue."""
+    """Call the engine in a thread, and return when the call has joined the queue."""
     if way == "thread":
         future = in_thread(lambda: engine.generate(requests))
     else:
@@ -114,7 +114,7 @@ def ids_of(*requests: Request) -> list[tuple[int, ...]]:
 
 
 def assert_answered(future: Future[list[Completion]], *requests: Request) -> None:
-    """The very completions that the requests get alone."""
+    """Check that the completions are the very ones that the requests get when they are sent alone."""
     assert_all_same(future.result(LIMIT_S), RecordingEngine().generate(requests))
 
 

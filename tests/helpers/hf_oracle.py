@@ -1,4 +1,4 @@
-"""What the engine should have said: Hugging Face on the same weights, float32, on the CPU, by teacher forcing.
+"""What the engine should have answered: Hugging Face on the same weights, float32, on the CPU, by teacher forcing.
 
 Knows nothing of SGLang or of the package under test: the segments are written down here a second time, on purpose.
 """
@@ -35,7 +35,7 @@ class Truth:
     layer_states: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
     def states(self, layer: int = FINAL) -> torch.Tensor:
-        """``[S, D]`` of decoder layer ``layer``, with its residual and before the final norm; -1 is after it."""
+        """Return ``[S, D]`` of a decoder layer, with its residual and before the final norm; -1 is after the norm."""
         return self.states_SD if layer == FINAL else self.layer_states[layer]
 
     def rows(self, segment: str, layer: int = FINAL) -> torch.Tensor:
@@ -58,7 +58,7 @@ def load(model_dir: str) -> PreTrainedModel:
 
 @contextmanager
 def _recorded(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
-    """What the decoder layers put out in the forward pass inside the block, ``[S, D]`` each.
+    """Yield what the decoder layers return in the forward pass inside the block, ``[S, D]`` each.
 
     By hooks: the tuple of ``output_hidden_states=True`` has the last layer's output only after the final norm.
     """
@@ -80,7 +80,7 @@ def _recorded(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[dict[in
 
 
 def head(model: PreTrainedModel, states_ND: torch.Tensor) -> torch.Tensor:
-    """The logits ``[N, V]`` of states after the final norm, scaled and softcapped where the model does that."""
+    """Return the logits ``[N, V]`` of states after the final norm, scaled and softcapped where the model does that."""
     logits_NV = model.get_output_embeddings()(states_ND) / getattr(model.config, "logits_scaling", 1.0)
     cap = getattr(model.config, "final_logit_softcapping", None)
     return logits_NV if cap is None else cap * torch.tanh(logits_NV / cap)
@@ -93,7 +93,7 @@ def teacher_force(
     temperature: float = 1.0,
     layers: Sequence[int] = (),
 ) -> Truth:
-    """One forward pass over the prompt and all but the last response token, which no step ever reads.
+    """Run one forward pass over the prompt and all response tokens but the last, which no step ever reads.
 
     ``layers`` are those that `Truth.states` is asked for, beside -1, which is always there.
     """

@@ -1,4 +1,4 @@
-"""Constraints of a user's own, of every kind, and the right answers of made-up logits."""
+"""Constraints as a user would write them, good and bad, for the tests of what is done to logits."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ V = 6
 
 @dataclass(frozen=True)
 class Add(LogitConstraint, name="logits_add"):
-    """In place, as most would write it."""
+    """Changes the logits in place, as most users would."""
 
     by: float
 
@@ -47,7 +47,7 @@ class Times(LogitConstraint, name="logits_times"):
 
 @dataclass(frozen=True)
 class Give(LogitConstraint, name="logits_give"):
-    """Whatever it is told to."""
+    """Returns whatever it is told to."""
 
     values: Any
 
@@ -64,7 +64,7 @@ class Fail(LogitConstraint, name="logits_fail"):
 
 @dataclass(frozen=True)
 class Ask(LogitConstraint, name="logits_ask"):
-    """Notes where it was asked."""
+    """Records where it was called."""
 
     def apply(self, logits_V: torch.Tensor, step: ConstraintStep) -> torch.Tensor:
         ASKED.append(step)
@@ -100,7 +100,7 @@ class BadTemperature(TemperatureScale, name="logits_bad_temperature"):
 
 @dataclass(frozen=True)
 class Soft(ActionMask, name="logits_soft"):
-    """A mask that changes logits in a way of its own."""
+    """A subclass of a mask that changes logits in its own way."""
 
     def apply(self, logits_V: torch.Tensor, step: ConstraintStep) -> torch.Tensor:
         return torch.where(self.allowed(len(logits_V)), logits_V, logits_V - 8)

@@ -1,4 +1,4 @@
-"""Holds what an engine chose, and the logits that it returned, against Hugging Face on the same weights.
+"""Compares the tokens that an engine chose, and the logits that it returned, with Hugging Face on the same weights.
 
 Knows nothing of SGLang. What is done to logits before a token is drawn from them, and in which order, is written down
 here a second time, on purpose.
@@ -32,7 +32,7 @@ Grammar = Callable[[Sequence[int]], torch.Tensor]
 @functools.lru_cache(maxsize=8)
 @torch.inference_mode()
 def logits_of(model_dir: str, ids: tuple[int, ...]) -> torch.Tensor:
-    """``[N, V]``: row n is what the token behind the first n+1 is drawn from."""
+    """Return ``[N, V]``: row n is what the token after the first n+1 is drawn from."""
     return hf_oracle.load(model_dir)(torch.tensor([list(ids)]), use_cache=False).logits[0]
 
 
@@ -56,7 +56,7 @@ def constrained(
     before: Sequence[int],
     most: int,
 ) -> torch.Tensor:
-    """One token's logits after the constraints: users' own, then temperatures, then masks."""
+    """Return one token's logits after the constraints: users' own first, then temperatures, then masks."""
     row_V, index = row_V.clone(), len(before)
     acting = [
         one
@@ -89,7 +89,7 @@ def processed(
     grammar: Grammar | None = None,
     overlap: bool = True,
 ) -> torch.Tensor:
-    """``[T, V]``: what the tokens of a response were drawn from."""
+    """Return ``[T, V]``: what the tokens of a response were drawn from."""
     sampling, rows = request.sampling, []
     most = sampling.get("max_new_tokens", DEFAULT_NEW_TOKENS)
     for index, raw_V in enumerate(raw_TV):
@@ -121,7 +121,7 @@ def assert_logits(
     atol: float = LOGITS_ATOL,
     rtol: float = 0.0,
 ) -> None:
-    """The columns asked for, of every row, and ``-inf`` in the same places."""
+    """Check the requested columns of every row, and that ``-inf`` stands in the same places."""
     assert found is not None, name
     values_NC, ids_NC = found.values_NC, found.token_ids_NC
     assert values_NC.dtype == spec.dtype, name
@@ -161,7 +161,7 @@ def assert_choices(
     overlap: bool = True,
     atol: float = LOGITS_ATOL,
 ) -> None:
-    """Tokens, log-probs and logits of one completion: each as Hugging Face's logits and the request would have it.
+    """Check tokens, log-probs and logits of one completion against Hugging Face's logits and the request.
 
     Args:
         request: what was asked.
@@ -217,7 +217,7 @@ def assert_choices(
 def check_choices(
     engine: Engine, requests: Sequence[Request], model_dir: str, *, overlap: bool = True
 ) -> list[Completion]:
-    """Generates, and holds every completion as `assert_choices` does."""
+    """Generate, and check every completion with `assert_choices`."""
     completions = engine.generate(requests)
     pairs = zip(requests, completions, strict=True)
     # Sorted, so that Hugging Face's logits of one sequence are computed once.
@@ -227,7 +227,7 @@ def check_choices(
 
 
 def assert_same_log_probs(spec: LogitsSpec, completion: Completion, expected_TV: torch.Tensor, name: str) -> None:
-    """Where nothing that could be chosen is missing, the logits and the engine's own log-probs are of one softmax."""
+    """Check that the logits' softmax is the engine's own log-probs, where no allowed token's logit is missing."""
     found, log_probs_T = completion.logits, completion.log_probs_T
     if found is None or log_probs_T is None or spec.stage == "raw" or spec.dtype != torch.float32:
         return
@@ -246,7 +246,7 @@ def assert_same_log_probs(spec: LogitsSpec, completion: Completion, expected_TV:
 
 
 def _scored(request: Request, all_NV: torch.Tensor) -> torch.Tensor:
-    """``[P-1, V]``: what the tokens 1 … of a prompt are scored by."""
+    """Return ``[P-1, V]``: what tokens 1 and later of a prompt are scored by."""
     ids = request.prompt_ids
     rows_NV = all_NV[: len(ids) - 1]
     if not (request.score_prompt and request.constraints):
@@ -272,7 +272,7 @@ def assert_scores(
 
 
 def positioned(prompts: Sequence[Sequence[int]], length: int, *, own: bool) -> list[Request]:
-    """Requests that tell at every token of their responses whether constraints acted on exactly that one.
+    """Return requests whose answers tell, at every token, whether constraints acted on exactly that token.
 
     Args:
         prompts: taken in turn.
@@ -303,5 +303,5 @@ def positioned(prompts: Sequence[Sequence[int]], length: int, *, own: bool) -> l
 
 
 def with_context(request: Request, completion: Completion) -> Request:
-    """A session's turn as the request that it came to."""
+    """Return the request that is equivalent to a session's turn: with the whole context as its prompt."""
     return replace(request, prompt_ids=completion.prompt_ids)

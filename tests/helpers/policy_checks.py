@@ -1,4 +1,4 @@
-"""What the engine tests share: prompts, inputs, and the check that holds every row of an output against the oracle.
+"""What the engine tests share: prompts, inputs, and the check of every row of an output against Hugging Face.
 
 The tolerances are those that issue 2 promises: log-probs to 1e-3, pooled vectors to 1e-4 relative.
 """
@@ -56,7 +56,7 @@ def make_policy(
     pad_output: bool = False,
     **generate: Any,
 ) -> SGLangHiddenWrapper:
-    """A greedy policy that returns all segments and eight tokens, unless told otherwise."""
+    """Return a greedy policy that returns all segments and eight tokens, unless told otherwise."""
     return SGLangHiddenWrapper(
         engine,
         tokenizer=tokenizer,
@@ -69,7 +69,7 @@ def make_policy(
 
 @dataclass(frozen=True)
 class Row:
-    """One row of an unpadded output; lengths are not yet known to agree."""
+    """One row of an unpadded output. Whether its lengths agree has not been checked yet."""
 
     prompt_ids: list[int]
     response_ids: list[int]
@@ -103,7 +103,7 @@ def rows_of(out: TensorDict, segments: Sequence[str]) -> list[Row]:
 
 
 def assert_row(row: Row, model_dir: str, pooling: str = "mean", temperature: float = 1.0) -> hf_oracle.Truth:
-    """Tokens, log-probs, counts and vectors of one row belong together and equal Hugging Face's."""
+    """Check that tokens, log-probs, counts and vectors of one row belong together and equal Hugging Face's."""
     num_prompt, num_response = len(row.prompt_ids), len(row.response_ids)
     expected_counts = {"prompt": num_prompt, "response": num_response, "full": num_prompt + num_response - 1}
     assert row.full_ids == row.prompt_ids + row.response_ids
@@ -128,7 +128,7 @@ def assert_rows(
 
 
 def assert_greedy(row: Row, model_dir: str, max_new_tokens: int, eos_id: int | None = None) -> None:
-    """Each token is the best one behind those before it, and the response ends where it should."""
+    """Check that each token is the best one after the tokens before it, and that the response ends where it should."""
     assert row.response_ids == hf_oracle.teacher_force(model_dir, row.prompt_ids, row.response_ids).argmax_T
     assert eos_id not in row.response_ids[:-1]
     assert row.response_ids[-1] == eos_id or len(row.response_ids) == max_new_tokens
@@ -152,5 +152,5 @@ def history_input(prompts: Sequence[str]) -> TensorDict:
 
 
 def prompt_of(num_tokens: int, seed: int) -> list[int]:
-    """Ordinary ids, no special ones, that share no prefix with those of another seed."""
+    """Return ordinary ids, no special ones, that share no prefix with the ids of another seed."""
     return torch.randint(100, 40000, (num_tokens,), generator=torch.Generator().manual_seed(seed)).tolist()

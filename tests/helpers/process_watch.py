@@ -13,7 +13,7 @@ Watch = dict[int, int]
 
 @contextmanager
 def watched(pids: Iterable[int]) -> Iterator[Watch]:
-    """Handles on running processes, by process id. Opened before they end, so that no later process is mistaken."""
+    """Yield handles on running processes, by process id. A handle never means a later process of the same id."""
     handles = {pid: os.pidfd_open(pid) for pid in pids}
     try:
         yield handles
@@ -23,7 +23,7 @@ def watched(pids: Iterable[int]) -> Iterator[Watch]:
 
 
 def still_running(handles: Watch, timeout_s: float) -> list[int]:
-    """The processes that have not ended after ``timeout_s``; returns as soon as all have."""
+    """Return the processes that have not ended after ``timeout_s``; return as soon as all have ended."""
     deadline = time.monotonic() + timeout_s
     return [
         pid

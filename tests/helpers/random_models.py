@@ -59,21 +59,21 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 
 def save_random_llama(directory: Path, tokenizer_dir: str) -> Path:
-    """A Llama of five layers and D=64 whose head is its embeddings."""
+    """Save a Llama of five layers and D=64 whose head is its embeddings."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     config = LlamaConfig(**SHAPE, **_token_ids(tokenizer), num_hidden_layers=5, tie_word_embeddings=True)
     return _save(LlamaForCausalLM, config, tokenizer, directory)
 
 
 def save_random_qwen3(directory: Path, tokenizer_dir: str) -> Path:
-    """A Qwen3 of four layers and D=64 whose head is its own matrix."""
+    """Save a Qwen3 of four layers and D=64 whose head is its own matrix."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     config = Qwen3Config(**SHAPE, **_token_ids(tokenizer), num_hidden_layers=4, tie_word_embeddings=False)
     return _save(Qwen3ForCausalLM, config, tokenizer, directory)
 
 
 def save_random_qwen3_moe(directory: Path, tokenizer_dir: str) -> Path:
-    """A Qwen3-MoE of four layers and D=64: eight experts, two for each token, none dense; and an odd vocabulary."""
+    """Save a Qwen3-MoE of four layers and D=64: eight experts, two for each token, and an odd vocabulary size."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     config = Qwen3MoeConfig(
         **SHAPE,
@@ -89,7 +89,7 @@ def save_random_qwen3_moe(directory: Path, tokenizer_dir: str) -> Path:
 
 
 def save_random_gemma3(directory: Path, tokenizer_dir: str) -> Path:
-    """A Gemma 3, text only, of six layers and D=64: every third one attends to all, the others to `SLIDING_WINDOW`.
+    """Save a Gemma 3, text only, of six layers and D=64. Every third layer attends to all, others to `SLIDING_WINDOW`.
 
     Its head is its embeddings, and its logits are softcapped.
     """
@@ -107,7 +107,7 @@ def save_random_gemma3(directory: Path, tokenizer_dir: str) -> Path:
 
 
 def save_random_granite(directory: Path, tokenizer_dir: str) -> Path:
-    """A Granite of three layers and D=64: its head is its embeddings, and its logits are divided by a number."""
+    """Save a Granite of three layers and D=64: its head is its embeddings, and its logits are divided by a number."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     shape = {name: value for name, value in SHAPE.items() if name != "head_dim"}
     config = GraniteConfig(
@@ -124,7 +124,7 @@ def save_random_granite(directory: Path, tokenizer_dir: str) -> Path:
 
 
 def save_random_lora(directory: Path, model_dir: str, seed: int = 1) -> Path:
-    """A LoRA adapter for all projections of a Llama or Qwen3 at ``model_dir``, as `peft` would write it."""
+    """Save a LoRA adapter for all projections of a Llama or Qwen3 at ``model_dir``, as `peft` would write it."""
     weights = load_file(Path(model_dir) / "model.safetensors")
     torch.manual_seed(seed)
     adapter = {}
@@ -151,7 +151,7 @@ def save_random_lora(directory: Path, model_dir: str, seed: int = 1) -> Path:
 
 
 def save_merged(directory: Path, model_dir: str, adapter_dir: str) -> Path:
-    """The model at ``model_dir`` with the adapter added to its weights: what the adapter's requests should come to."""
+    """Save the model at ``model_dir`` with the adapter added to its weights, to compare the adapter's requests with."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     adapter = load_file(Path(adapter_dir) / "adapter_model.safetensors")
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What pooling must come to, in plain torch in float64. Knows no way in which it is done."""
+"""What pooling must come to, in plain torch and float64. It knows none of the ways in which pooling is done."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LAYERS = [(-1,), (0, -1), (2, 0, 1)]
 
 
 def decode(ids: Sequence[int]) -> str:
-    """One character per token."""
+    """Return the text of token ids, one character for each."""
     return "".join("ab|"[i % 3] for i in ids)
 
 
@@ -47,7 +47,7 @@ class Case:
         return len(self.response_ids)
 
     def rows(self, what: str) -> torch.Tensor | None:
-        """The rows of a segment or span, in float64; None for a span of the response that is not there."""
+        """Return the rows of a segment or span, in float64; None for a span that the response does not have."""
         span = self.wanted.spans.get(what)
         if isinstance(span, PromptSpan):
             places = [place for start, stop in span.intervals for place in range(start, stop)]
@@ -65,7 +65,7 @@ class Case:
 
 
 def in_response(span: ResolvedSpan, text: str) -> tuple[int, int] | None:
-    """Which tokens of the response a span means, one character each."""
+    """Return the first and last token of the response that a span covers; a token is one character."""
     if isinstance(span, LastTokens):
         return (max(len(text) - span.count, 0), len(text)) if span.allow_fewer or span.count <= len(text) else None
     assert isinstance(span, Between)
@@ -107,7 +107,7 @@ def token_places(case: Case) -> tuple[int, int]:
 
 
 def assert_pools(case: Case, found: Pools) -> None:
-    """Everything that was wanted is there, with the values of plain torch."""
+    """Check that everything that was wanted is there, with the values of plain torch."""
     wanted = case.wanted
     assert tuple(found.segments) == (() if wanted.pooling is None else wanted.segments)
     missing = {name for name in wanted.spans if case.rows(name) is None}
@@ -140,7 +140,7 @@ def spans_of(draw: st.DrawFn, num_prompt: int) -> Mapping[str, ResolvedSpan]:
 
 @st.composite
 def wanted_of(draw: st.DrawFn, num_prompt: int) -> Wanted:
-    """Anything that can be asked of a prompt of this length."""
+    """Draw anything that can be wanted of a prompt of this length."""
     pooling = draw(st.sampled_from([*POOLINGS, None]))
     spans = {} if pooling is None else draw(spans_of(num_prompt))
     segments = draw(st.sampled_from([*SUBSETS, ()] if spans else SUBSETS))

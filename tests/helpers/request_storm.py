@@ -29,7 +29,7 @@ BASES = [prompt_of(length, 1000 + length) for length in (5, 64, 65, 100, 130, 19
 
 
 def draw_request(chance: random.Random) -> Request:
-    """A request of any kind; half of them share a prefix with others."""
+    """Draw a request of any kind. Half of them share a prefix with others."""
     seed = chance.randrange(10**6)
     if chance.random() < 0.6:
         base = chance.choice(BASES)
@@ -87,7 +87,7 @@ def _intervals(places: list[int]) -> tuple[tuple[int, int], ...]:
 
 
 def storm(server: LaunchedServer, http: httpx.Client, model_dir: str, seed: int) -> int:
-    """Sends all of it, checks every answer, and returns how many there were."""
+    """Send all requests, check every answer, and return how many there were."""
     chance = random.Random(seed)
     calls = [[draw_request(chance) for _ in range(chance.randint(1, MOST_ROWS))] for _ in range(CALLS)]
     doomed = [(f"doomed-{seed}-{index}", draw_request(chance)) for index in range(ABORTS)]

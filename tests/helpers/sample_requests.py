@@ -59,7 +59,7 @@ def request(
 
 
 def spanned(segments: Any = ("response",), pooling: Any = "mean", **more: Any) -> Request:
-    """A request with spans, whose other fields are those of a `HiddenSpec`."""
+    """Return a request with spans. The other arguments are fields of its `HiddenSpec`."""
     return request(HiddenSpec(segments, pooling, spans=SPANS, **more), spans=RESOLVED)
 
 
@@ -73,7 +73,7 @@ def read(rows: Any, requests: list[Request] | None = None, **info: Any) -> list[
 
 
 def assert_states(one: Completion, sent: Request, info: Any) -> None:
-    """Segments, spans and token states are those of the fake engine, in plain torch."""
+    """Check that segments, spans and token states are the fake engine's, in plain torch."""
     spec = sent.hidden
     assert spec is not None
     wanted = options_of(to_payload([sent], dataclasses.replace(info, pools_in_server=True), binary=False)).wanted
@@ -117,7 +117,7 @@ def spoiled(rows: list[dict[str, Any]], spoil: Spoil) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Forbid(LogitConstraint, name="wire_forbid"):
-    """A user's own: takes the token away that the model likes best, or fails."""
+    """A user's constraint that forbids the token that the model likes best, or that fails."""
 
     fails: bool = False
 
@@ -143,7 +143,7 @@ def asks(*constraints: LogitConstraint, spec: LogitsSpec | None = None, ids: Any
 
 
 def scores(*constraints: LogitConstraint, first: int = 0, spec: LogitsSpec | None = None, ids: Any = GIVEN) -> Request:
-    """A sequence that is scored; a constraint acts on all of it behind its first two tokens."""
+    """Return a request that scores a sequence. A constraint acts on everything after its first two tokens."""
     responses = ((2, len(ids)),) if constraints and len(ids) > 2 else ((1, len(ids)),) if constraints else ()
     return asks(
         *constraints, spec=spec, ids=ids, score_prompt=True, score_from=first, response_ranges=responses,
@@ -152,5 +152,5 @@ def scores(*constraints: LogitConstraint, first: int = 0, spec: LogitsSpec | Non
 
 
 def model_rows(ids: Any) -> torch.Tensor:
-    """What the made-up head says of tokens 1, 2, …"""
+    """Return the fake engine's logits for tokens 1, 2, …"""
     return torch.stack([logits_V(ids[: place + 1]) for place in range(len(ids) - 1)])

@@ -45,12 +45,12 @@ BAD_TURNS: dict[str, tuple[Any, type[InputError], str]] = {
 
 
 def scored(prompt_ids: Any, **sampling: Any) -> Request:
-    """A greedy request with everything, and the prompt's log-probs: they name the ids that the engine really had."""
+    """Return a greedy request for everything. The prompt's log-probs tell which ids the engine really had."""
     return replace(request(prompt_ids, **sampling), score_prompt=True)
 
 
 def assert_turn(engine: Engine, found: Completion, context: tuple[int, ...], new_ids: tuple[int, ...]) -> None:
-    """A turn is what a request with the whole context as its prompt is."""
+    """Check that a turn equals a request with the whole context as its prompt."""
     assert found.prompt_ids == (*context, *new_ids)
     expected = engine.generate([scored(found.prompt_ids)])[0]
     assert_same(found, expected)

@@ -1,4 +1,4 @@
-"""What SGLang's scheduler hands to the plugin, as much of it as is read."""
+"""Stand-ins for what SGLang's scheduler passes to the plugin, with the attributes that the plugin reads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torchrl_sglang_hidden.reduce.token_logits import WantedLogits
 
 
 class Req:
-    """SGLang's request, as much of it as is read."""
+    """SGLang's request, with the attributes that the plugin reads."""
 
     def __init__(self, wanted: Wanted | None = None, length: int = 200, logits: WantedLogits | None = None) -> None:
         wanted = Wanted((), None) if wanted is None and logits is not None else wanted

@@ -1,4 +1,4 @@
-"""Tokenizers made here, whose tokens do not end where characters or words do."""
+"""A tokenizer of letters and pieces of words: most texts can be cut into tokens in several ways."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ID_OF = {piece: token_id for token_id, piece in enumerate(VOCABULARY)}
 
 
 def letters_tokenizer(**options: str) -> PreTrainedTokenizerBase:
-    """A tokenizer of letters and pairs of them: most texts can be cut in several ways, and one is its own."""
+    """Return a tokenizer of letters and pieces of words. It cuts a text in one way where most have several."""
     tokenizer = Tokenizer(models.BPE(ID_OF, MERGES, unk_token="<unk>"))
     tokenizer.decoder = decoders.Fuse()
     special = {
@@ -34,7 +34,7 @@ def letters_tokenizer(**options: str) -> PreTrainedTokenizerBase:
 
 
 def letter_by_letter(text: str) -> list[int]:
-    """The text cut into letters, which the tokenizer would not do."""
+    """Return the ids of the text cut into letters, which the tokenizer itself would not do."""
     ids: list[int] = []
     while text:
         special = next((piece for piece in ("<|end|>", "<|start|>") if text.startswith(piece)), text[0])

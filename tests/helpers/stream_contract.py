@@ -20,7 +20,7 @@ from torchrl_sglang_hidden.records import Completion
 
 
 def assert_adds_up(chunks: list[StreamChunk], completion: Completion) -> None:
-    """The chunks, put together, are the completion: exactly, for they are the same numbers."""
+    """Check that the chunks, put together, are exactly the completion: they are the same numbers."""
     assert sum((chunk.ids for chunk in chunks), ()) == completion.response_ids
     assert "".join(chunk.text for chunk in chunks) == completion.text
     log_probs = [chunk.log_probs_T for chunk in chunks if chunk.log_probs_T is not None]

@@ -83,7 +83,7 @@ def chat_env(
     transforms: Iterable[Transform] = (),
     **options: Any,
 ) -> EnvBase:
-    """A ``ChatEnv`` that takes its questions in order, for ever.
+    """Return a ``ChatEnv`` that takes its questions in order, for ever.
 
     Args:
         questions: what the chats begin with.
@@ -114,29 +114,29 @@ def collector(
     total_turns: int = -1,
     **options: Any,
 ) -> LLMCollector:
-    """An ``LLMCollector``; ``options`` are its own. Shut it down when done."""
+    """Return an ``LLMCollector``; ``options`` are its own. Shut it down when done."""
     return LLMCollector(
         env, policy=policy, dialog_turns_per_batch=turns_per_batch, total_dialog_turns=total_turns, **options
     )
 
 
 def buffer(batch_size: int, max_size: int = 64) -> ReplayBuffer:
-    """A buffer that gives back what it was given, each row once per round, in an order of its own."""
+    """Return a buffer that gives back what it was given, each row once per round, in random order."""
     return ReplayBuffer(storage=LazyStackStorage(max_size), sampler=SamplerWithoutReplacement(), batch_size=batch_size)
 
 
 def flat(td: TensorDictBase) -> list[TensorDictBase]:
-    """The rows in row-major order."""
+    """Return the rows in row-major order."""
     return [row for part in td.unbind(0) for row in flat(part)] if td.ndim else [td]
 
 
 def chat_of(chat: History) -> list[dict[str, str]]:
-    """The messages of one chat, ``[turns]``."""
+    """Return the messages of one chat, ``[turns]``."""
     return [{"role": role, "content": content} for role, content in zip(chat.role, chat.content, strict=True)]
 
 
 def unpadded(row: TensorDictBase) -> Row:
-    """One row of an output with all segments, padded or not, as `checks.assert_row` takes it."""
+    """Return one row of an output with all segments, padded or not, as `policy_checks.assert_row` takes it."""
     mask, assistant = row["masks"].all_attention_mask, row["masks"].all_assistant_mask
     ids = row["tokens"].full
     return Row(
@@ -164,7 +164,7 @@ class Direct:
         self._rows: dict[str, TensorDictBase] = {}
 
     def assert_equal(self, rows: Sequence[TensorDictBase]) -> None:
-        """Every row, padded or not, has every field of the row that the policy gives for its ``history.prompt``."""
+        """Check that every row, padded or not, has every field that the policy gives for its ``history.prompt``."""
         chats = {str(chat_of(row["history"].prompt)): row["history"].prompt for row in rows}
         new = {name: chat for name, chat in chats.items() if name not in self._rows}
         if new:
@@ -175,7 +175,7 @@ class Direct:
 
 
 def _assert_row_equal(row: TensorDictBase, direct: TensorDictBase) -> None:
-    """``direct`` is not padded."""
+    """Compare a row, padded or not, with a row that is not padded."""
     mask = row["masks"].all_attention_mask
     num_prompt, num_response = len(direct["tokens"].prompt), len(direct["tokens"].response)
     for name, ids in (("full", row["tokens"].full[mask]), ("prompt", row["tokens"].prompt[-num_prompt:]),

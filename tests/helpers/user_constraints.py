@@ -1,4 +1,4 @@
-"""Constraints of a user's own, which the tests' servers are started with."""
+"""Constraints as a user would write them. The tests' servers import this module by its name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NUM_TOLD = 8
 
 @dataclass(frozen=True)
 class NoImmediateRepeat(LogitConstraint, name="no_immediate_repeat"):
-    """The token before is not chosen again."""
+    """Forbids the token that was chosen just before."""
 
     def apply(self, logits_V: torch.Tensor, step: ConstraintStep) -> torch.Tensor:
         logits_V[step.response_ids[-1:]] = -math.inf
@@ -26,7 +26,7 @@ class NoImmediateRepeat(LogitConstraint, name="no_immediate_repeat"):
 
 @dataclass(frozen=True)
 class Tell(LogitConstraint, name="tell"):
-    """Writes what it is told into the logits of the first tokens, where it can be read."""
+    """Writes what it is told into the logits of the first tokens, where a test can read it."""
 
     def apply(self, logits_V: torch.Tensor, step: ConstraintStep) -> torch.Tensor:
         logits_V[:NUM_TOLD] = torch.tensor(told(step), dtype=torch.float32, device=logits_V.device)

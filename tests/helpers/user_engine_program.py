@@ -1,4 +1,4 @@
-"""An in-process engine that a user made, in a process of its own, which `sglang.Engine` changes for good.
+"""A program that makes an in-process engine itself, as a user may: `sglang.Engine` changes its process for good.
 
     python user_engine_program.py JOB.json RESULT.json
 
@@ -42,7 +42,7 @@ def holds_bytes(value: Any) -> bool:
 
 @contextmanager
 def spied(engine: Any) -> Iterator[list[bool]]:
-    """Notes of every answer of ``engine`` whether it carried raw bytes."""
+    """Record for every answer of ``engine`` whether it carried raw bytes."""
     carried: list[bool] = []
     plain = engine.async_generate
 
@@ -73,7 +73,7 @@ def run_cases(model: Any, sglang_engine: Any, tokenizer: Any, cases: list[dict[s
 
 
 def outcome(future: Future[list[Any]]) -> list[Any] | str:
-    """The rows, or what went wrong: the other cases must still be told."""
+    """Return the rows, or what went wrong, so that the other cases are still reported."""
     error = future.exception()
     return future.result() if error is None else f"{type(error).__name__}: {error}"
 

@@ -1,4 +1,4 @@
-"""A server whose weights tests may change, and the ways to change them and back."""
+"""Ways to change a server's weights and back, and to check which weights answered."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from torchrl_sglang_hidden.records import Completion, Request
 
 
 def restore(engine: Engine) -> str:
-    """Gives an engine the demo model's own weights again. Every test that changed them ends with this."""
+    """Give an engine the demo model's own weights again. Every test that changed them ends with this."""
     return engine.update_weights(demo_model())
 
 
 def load_trainer(model_dir: str | Path) -> PreTrainedModel:
-    """A model of its own, float32, for a test to change."""
+    """Return a model of its own, float32, for a test to change."""
     return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
 
 
 @torch.no_grad()
 def perturb(model: PreTrainedModel, scale: float = 0.02, seed: int = 0) -> PreTrainedModel:
-    """Changes every weight by some per cent, in place: an optimiser step that everybody would notice."""
+    """Change every weight by some per cent, in place: a step of training that every check would notice."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.mul_(1 + scale * torch.randn(parameter.shape, generator=generator))
@@ -53,7 +53,7 @@ def answers(engine: Any, prompts: list[list[int]], num_tokens: int = 8) -> list[
 
 
 def assert_answered_with(completion: Completion, model_dir: str) -> None:
-    """Log-probs and pools are those of Hugging Face on the weights of a directory."""
+    """Check that log-probs and pooled states are Hugging Face's on the weights of a directory."""
     truth = hf_oracle.teacher_force(model_dir, completion.prompt_ids, completion.response_ids)
     torch.testing.assert_close(completion.log_probs_T, truth.log_probs_T, atol=LOG_PROB_ATOL, rtol=0)
     for segment, pooled in completion.hidden.items():
