@@ -35,7 +35,7 @@ torch.set_num_threads(1)
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in this hook of its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Orders the engine tests, and groups them for runs in several processes (``--dist loadgroup``).
+    """Order the engine tests, and group them for runs in several processes (``--dist loadgroup``).
 
     So that no more servers stand side by side than 24 GiB hold: each takes 3 to 4.
     """
@@ -56,7 +56,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def group_of(item: pytest.Item) -> str:
-    """The tests of a group run in the same process: those of a file, but for `ONCE`."""
+    """Return the group of a test, whose tests run in one process: those of a file, or of a fixture in `ONCE`."""
     fixtures = getattr(item, "fixturenames", ())
     return next((name for name in ONCE if name in fixtures), item.path.stem)
 
@@ -90,13 +90,13 @@ def smol(smol_dir: str) -> Iterator[SGLangServer]:
 
 @pytest.fixture
 def policy(smol: SGLangServer, tokenizer: PreTrainedTokenizerBase) -> Callable[..., SGLangHiddenWrapper]:
-    """`policy_checks.make_policy` over the session's server."""
+    """Return `policy_checks.make_policy` for the session's server."""
     return functools.partial(make_policy, smol, tokenizer)
 
 
 @pytest.fixture(scope="session")
 def chat_ids(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
-    """A question as the ids of a chat that waits for its answer."""
+    """Return a function that turns a question into the ids of a chat that waits for its answer."""
 
     def ids(question: str) -> list[int]:
         chat = [{"role": "user", "content": question}]

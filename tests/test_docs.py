@@ -14,7 +14,7 @@ PAGES = {"faults.md": (3, 41), "engine_features.md": (4, 18), "logits_and_constr
 
 
 def names_in(path: str) -> set[str]:
-    """The names of the tests of a file, without importing it."""
+    """Return the names of the tests of a file, without importing it."""
     tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
 

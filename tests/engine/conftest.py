@@ -48,7 +48,7 @@ def trainee_server(smol_dir: str) -> Iterator[SGLangServer]:
 
 @pytest.fixture
 def trainee(trainee_server: SGLangServer) -> Iterator[SGLangServer]:
-    """A real server of the demo model, float32, whose weights a test may change; it gets its own back afterwards."""
+    """Yield a float32 server of the demo model whose weights a test may change; they are restored after the test."""
     before = trainee_server.info.weight_version
     yield trainee_server
     if trainee_server.info.weight_version != before:
@@ -57,7 +57,7 @@ def trainee(trainee_server: SGLangServer) -> Iterator[SGLangServer]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """Ends the trainee's server with the last of its tests: its 3 GiB are for others."""
+    """End the trainee's server after the last test that uses it: other tests need its 3 GiB."""
     server = getattr(item, "funcargs", {}).get("trainee_server")
     if server is not None and "trainee_server" not in getattr(nextitem, "fixturenames", ()):
         server.close()
@@ -65,7 +65,7 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 @pytest.fixture(scope="session")
 def in_process(smol_dir: str) -> Iterator[SGLangOffline]:
-    """An engine in this process, for the classes named ``InProcess``: in the process that `in_process_log` starts."""
+    """Yield an engine in this process, for the classes named ``InProcess``, which `in_process_log` runs."""
     modules = (user_constraints.__name__,)
     with SGLangOffline(
         smol_dir, dtype="float32", chunked_prefill_size=CHUNKED_PREFILL_SIZE, constraint_modules=modules
@@ -75,7 +75,7 @@ def in_process(smol_dir: str) -> Iterator[SGLangOffline]:
 
 @pytest.fixture(scope="session")
 def in_process_log(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What pytest said of the classes named ``InProcess``, all of which passed.
+    """Run the classes named ``InProcess`` in a process of their own, and return pytest's output; all must pass.
 
     `sglang.Engine` changes the process that it runs in for good, so its tests get one of their own. Those of all files
     of this run share it: its start takes longer than they do.
@@ -98,7 +98,7 @@ def in_process_log(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
 
 @pytest.fixture(scope="module")
 def trainer(smol_dir: str) -> PreTrainedModel:
-    """A model that was trained a step away from the served one."""
+    """Return a model whose weights are one training step away from the served ones."""
     return perturb(load_trainer(smol_dir))
 
 

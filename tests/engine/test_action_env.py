@@ -79,7 +79,7 @@ def critic() -> ValueOperator:
 
 
 def assert_chosen(step: TensorDictBase, scorer: SGLangHiddenWrapper) -> None:
-    """One step of a rollout: the logits are those of its own prompt, and the log-prob that of its action."""
+    """Check one step: its logits are of its own prompt, and its log-prob is of its action."""
     scores = scorer.score(step, ACTIONS, mask=step["action_mask"])
     torch.testing.assert_close(step["logits"], scores["logits"], atol=1e-3, rtol=0)
     assert torch.equal(step["logits_mask"], step["action_mask"])

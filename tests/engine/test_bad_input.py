@@ -50,7 +50,7 @@ def server_answers_afterwards(policy: Policy, smol_dir: str) -> Iterator[None]:
 
 
 def plain(batch: TensorDictBase) -> list[dict[str, Any]]:
-    """Everything a TensorDict holds, row by row, as values that compare."""
+    """Return everything that a TensorDict holds, row by row, as values that can be compared."""
     rows = batch.unbind(0) if batch.batch_dims else [batch]
     found = [{str(key): row[key] for key in row.keys(True, True)} for row in rows]
     return [

@@ -135,7 +135,7 @@ def test_a_temperature_that_changes_with_the_candidates_tokens(policy: Policy, s
 
 @pytest.fixture
 def cached(smol: SGLangServer, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """What SGLang says of every answer: its prompt's tokens, and those it found in the prefix cache."""
+    """Record, for every answer of SGLang, the number of prompt tokens and how many were in the prefix cache."""
     from torchrl_sglang_hidden.engines import endpoint
 
     found: list[tuple[int, int]] = []

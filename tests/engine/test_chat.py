@@ -46,7 +46,7 @@ def template_ids(tokenizer: PreTrainedTokenizerBase, chat: Chat, template: str |
 def assert_turn(
     out: TensorDictBase, smol_dir: str, tokenizer: PreTrainedTokenizerBase, template: str | None = None
 ) -> None:
-    """Every row of a turn in history mode: its ids are the template's, and Hugging Face says the same of them."""
+    """Check a turn in history mode: its ids are the template's, and its numbers equal Hugging Face's on these ids."""
     for row in flat(out):
         checked = unpadded(row)
         chat = chat_of(row["history"].prompt)

@@ -57,7 +57,7 @@ def env(questions: list[str] = QUESTIONS, batch_size: int = 2) -> Any:
 
 @pytest.fixture
 def collect() -> Iterator[Callable[..., LLMCollector]]:
-    """`pipelines.collector`, shut down at the end."""
+    """Return `torchrl_pipelines.collector`, shut down at the end of the test."""
     made: list[LLMCollector] = []
 
     def make_one(*args: Any, **options: Any) -> LLMCollector:
@@ -70,7 +70,7 @@ def collect() -> Iterator[Callable[..., LLMCollector]]:
 
 
 def assert_steps(rows: list[TensorDictBase], direct: Direct) -> None:
-    """Each row is a whole step of a chat, the policy's part of it as the policy gives it."""
+    """Check that each row is a whole step of a chat, with the same values as the policy gives when it is called."""
     direct.assert_equal(rows)
     for row in rows:
         assert set(row.keys()) >= POLICY_KEYS
@@ -86,7 +86,7 @@ def assert_steps(rows: list[TensorDictBase], direct: Direct) -> None:
 
 
 def assert_chats(rows: list[TensorDictBase]) -> None:
-    """Rows that follow each other are turns of one chat, from its question to its end."""
+    """Check that consecutive rows are the turns of one chat, from its question to its end."""
     for first, second in itertools.pairwise(rows):
         if not first["next", "done"]:
             assert chat_of(second["history"].prompt) == chat_of(first["next", "history"].prompt)

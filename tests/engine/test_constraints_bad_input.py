@@ -36,7 +36,7 @@ from torchrl_sglang_hidden.spec.constraints import LinearSchedule
 
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many requests each payload had that was made for a server."""
+    """Record how many requests each payload for a server had."""
     counts: list[int] = []
     original = endpoint.to_payload
 
@@ -159,7 +159,7 @@ def test_what_must_not_be_sent(smol: SGLangServer, smol_dir: str, sent: list[int
 
 @pytest.mark.parametrize("beside", ["a grammar", "min_new_tokens", "logit_bias"])
 def test_nothing_is_left_together_with_what_sglang_takes(smol: SGLangServer, smol_dir: str, beside: str) -> None:
-    """Only the server can find it out; the others in the batch do not notice, and the server goes on."""
+    """Only the server can find this out. Other rows of the batch are answered, and the server goes on."""
     options: dict[str, tuple[dict[str, Any], ActionMask]] = {
         "a grammar": ({"regex": "[0-9]{4}"}, ActionMask([1000, 1001])),
         "min_new_tokens": ({"min_new_tokens": 4}, ActionMask([2])),
@@ -182,7 +182,7 @@ def test_nothing_is_left_together_with_what_sglang_takes(smol: SGLangServer, smo
 
 
 def test_an_unknown_name_that_reaches_the_server(smol: SGLangServer, smol_dir: str) -> None:
-    """Such as from a client that does not ask what the server has: refused, and the server lives."""
+    """A client that does not ask which constraints the server has can send one: it is refused, and the server lives."""
     request = replace(GOOD, constraints=(NoImmediateRepeat(),))
     payload = to_payload([request], smol.info, binary=False)
     rows = httpx.post(f"{smol.url}/generate", json=payload, timeout=120).raise_for_status().json()

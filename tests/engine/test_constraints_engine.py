@@ -142,7 +142,7 @@ def test_not_one_of_ten_thousand_tokens_is_outside_its_mask(chooser: LaunchedSer
 
 
 def test_the_engines_own_log_probs_sum_to_one_over_the_mask(chooser: LaunchedServer) -> None:
-    """By SGLang's ``token_ids_logprob``, which this package has no part in."""
+    """Measured with SGLang's own ``token_ids_logprob``, which does not pass through this package."""
     masks = [(7, 8, 9), tuple(range(1000, 1200)), (40000,)]
     requests = [
         Request(
@@ -171,7 +171,7 @@ def test_every_constraint_acts_on_exactly_its_tokens(chooser: LaunchedServer, qw
 
 
 def test_behind_a_prompt_of_several_chunks(chooser: LaunchedServer, qwen3_dir: str) -> None:
-    """Then again, with the prompt in the prefix cache."""
+    """Run twice: the second time the prompt is in the prefix cache."""
     prompts = [prompt_of(CHUNK * 3 + row, 8100 + row) for row in (-1, 0, 1)]
     for _ in range(2):
         check_choices(chooser, positioned(prompts, 7, own=True), qwen3_dir)
@@ -288,7 +288,7 @@ def test_in_process(in_process_log: str) -> None:
 
 
 def test_no_token_repeats_the_one_before_it(chooser: LaunchedServer) -> None:
-    """Among so few tokens a constraint that saw the ids one token late would repeat one soon."""
+    """With so few allowed tokens, a constraint that saw the ids one token late would soon let a token repeat."""
     requests = [
         Request(
             tuple(prompt_of(5 + row, 8700 + row)),
@@ -361,7 +361,7 @@ def test_one_that_fails_where_a_prompt_is_scored(chooser: LaunchedServer, qwen3_
 
 
 def test_one_that_fails_for_a_token_that_is_thrown_away(chooser: LaunchedServer, qwen3_dir: str) -> None:
-    """Under overlap scheduling the step behind the last token has begun when that one is known to be the last."""
+    """Under overlap scheduling the step after the last token begins before that token is known to be the last."""
     ids = tuple(prompt_of(12, 9050))
     [plain] = chooser.generate([Request(ids, {"max_new_tokens": 8, "min_new_tokens": 8, "temperature": 0.0})])
     last = next(n for n in range(2, 8) if plain.response_ids[n] not in plain.response_ids[:n])
@@ -419,7 +419,7 @@ def test_scores_under_constraints(chooser: LaunchedServer, qwen3_dir: str, stage
 
 
 def test_scores_from_a_place_on(chooser: LaunchedServer, qwen3_dir: str, cached: list[int]) -> None:
-    """They are the slice of the whole, and what is before them comes from the prefix cache."""
+    """They equal the slice of all scores, and the tokens before come from the prefix cache."""
     ids, start = tuple(prompt_of(140, 9200)), 110
     whole = Request(ids, {"max_new_tokens": 0}, False, score_prompt=True)
     masked = replace(whole, constraints=(ActionMask([*ids[::2], 5]),), response_ranges=((start, 140),))
@@ -525,7 +525,7 @@ def test_a_storm_of_every_combination(chooser: LaunchedServer, qwen3_dir: str) -
 
 
 def test_sglangs_own_processor(chooser: LaunchedServer, qwen3_dir: str) -> None:
-    """Its string goes as it is, beside requests without one; what it needs to know comes as ``custom_params``."""
+    """Its string is sent unchanged, beside requests without a processor; its arguments travel as ``custom_params``."""
     from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
 
     assert chooser.info.takes_processors

@@ -125,7 +125,7 @@ def dialogues(policy: Policy) -> Callable[..., tuple[ActorValueOperator, TensorD
 
 
 def encoder_of(policy: SGLangHiddenWrapper) -> SGLangHiddenWrapper:
-    """The same states of the same prompts and little else, for the states at ``"next"``."""
+    """Return a policy that gives the same states of the same prompts and little else, for the states at ``"next"``."""
     rest = dict.fromkeys(["history_key", "text_key", "masks_key", "log_probs_key"])
     return policy.get_new_version(generate_kwargs={"max_new_tokens": 1}, **rest)
 

@@ -159,7 +159,7 @@ def test_an_abort_leaves_nothing_and_nobody_else_is_touched(pressed: LaunchedSer
 def test_a_server_that_dies_in_the_middle_of_a_call(
     pressed: LaunchedServer, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """The last test of its server."""
+    """This must be the last test of its server."""
     policy = make_policy(pressed, tokenizer, max_new_tokens=400, min_new_tokens=400)
     batch = tokens_input([prompt_of(8, seed=9)])
     with ThreadPoolExecutor(1) as pool:
@@ -238,7 +238,7 @@ def test_lora(qwen3_dir: str, tmp_path: Path) -> None:
 
 
 def test_bfloat16(smol_dir: str, tmp_path: Path) -> None:
-    """To bfloat16's own tolerance: the states that were pooled have eight bits of mantissa."""
+    """The tolerance is bfloat16's own: the states that were pooled have eight bits of mantissa."""
     with launch(
         smol_dir, dtype="bfloat16", layers=(15,), context_length=512, log_file=tmp_path / "server.log"
     ) as server:

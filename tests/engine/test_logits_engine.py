@@ -39,7 +39,7 @@ DIGITS = 5
 
 
 def test_every_selection_stage_and_segment(smol: SGLangServer, smol_dir: str) -> None:
-    """Then again, with every prompt in the prefix cache; then behind what was answered, of which the cache has most."""
+    """Three times: fresh, with every prompt in the prefix cache, and with the responses as part of the prompts."""
     prompts = [tuple(prompt_of(length, seed=5000 + length)) for length in LENGTHS]
     combinations = itertools.product(SEGMENTS, STAGES, SELECTIONS)
     requests = [
@@ -60,7 +60,7 @@ def test_every_selection_stage_and_segment(smol: SGLangServer, smol_dir: str) ->
 
 
 def test_in_half_the_bytes(smol: SGLangServer, smol_dir: str) -> None:
-    """The same numbers, rounded: to the bit but where two runs differ in their last one."""
+    """The same numbers in bfloat16: equal to the bit, except where two runs differ in their last bit."""
     whole = [
         LogitsSpec(**selection, stage=stage, segments=("full",))
         for selection in SELECTIONS.values()
@@ -135,7 +135,7 @@ CONSTRAINED = {
 
 @pytest.fixture(scope="module")
 def digits(tokenizer: PreTrainedTokenizerBase) -> Grammar:
-    """What ``[0-9]{5}`` allows: this tokenizer has a token for each digit."""
+    """Return what ``[0-9]{5}`` allows: this tokenizer has a token for each digit."""
     texts = tokenizer.batch_decode([[token_id] for token_id in range(len(tokenizer))])
     single_V = torch.tensor([text.isascii() and text.isdigit() for text in texts])
     assert {len(texts[token_id]) for token_id in single_V.nonzero().flatten()} == {1}
@@ -148,7 +148,7 @@ def digits(tokenizer: PreTrainedTokenizerBase) -> Grammar:
 def test_beside_all_that_sglang_does_to_logits(
     smol: SGLangServer, smol_dir: str, digits: Grammar, constraints: str
 ) -> None:
-    """Raw are those before all of it; processed those whose softmax has the log-prob that is returned."""
+    """Raw logits are taken before SGLang changes them. The softmax of processed logits gives the returned log-prob."""
     # Behind its digits this grammar leaves the end of the text alone, which the mask denies.
     length = DIGITS if CONSTRAINED[constraints] else DIGITS + 2
     requests = [

@@ -43,7 +43,7 @@ CASES: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def given(qwen3_dir: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What user_engine_program.py found: Qwen3 in an engine of the user's."""
+    """Return what user_engine_program.py found with Qwen3 in an engine that the user made."""
     directory = tmp_path_factory.mktemp("offline")
     job, result, log = directory / "job.json", directory / "result.json", directory / "log.txt"
     server_args = {"dtype": "float32", "chunked_prefill_size": CHUNKED_PREFILL_SIZE}
@@ -80,7 +80,7 @@ def check_case(case: dict[str, Any], outcome: list[dict[str, Any]] | str, model_
 
 
 def check_way(found: dict[str, Any]) -> None:
-    """Vectors travel as raw bytes, and bad ids do not travel."""
+    """Check that vectors travelled as raw bytes, and that bad ids were refused before they were sent."""
     assert len(found["carried_bytes"]) >= len(CASES)
     assert all(found["carried_bytes"])
     assert found["refused"] == "TokenIdError"

@@ -75,7 +75,7 @@ def test_an_equal_prompt_costs_its_last_token(asker: Asker, length: int, spec: H
 
 @pytest.mark.parametrize("pooling", PREFIX_POOLINGS)
 def test_a_group_of_samples_costs_one_prefill(asker: Asker, pooling: Pooling) -> None:
-    """Of GRPO: the prompt once, and a token of it for each of the samples that come after."""
+    """As in GRPO: the prompt is computed once, and one token of it again for each further sample."""
     ids = prompt_of(150, 32000)
     asker.one(ids, HiddenSpec(("prompt",), pooling), max_new_tokens=0)
     sampling = {"max_new_tokens": 4, "temperature": 1.0}
@@ -141,7 +141,7 @@ def test_rows_of_the_whole_prompt_are_computed_each_time(asker: Asker) -> None:
 
 
 def test_a_flush_forgets_the_sums(asker: Asker) -> None:
-    """A sum that outlived its keys and values would still be right, one that outlived its weights would not."""
+    """A sum that outlives its cached keys is still right, but one that outlives its weights is not."""
     ids = prompt_of(2 * BLOCK, 38000)
     asker.one(ids, PROMPT)
     assert asker.prefix_bytes() > 0

@@ -71,7 +71,7 @@ def qwen3_policy(qwen3: LaunchedServer, tokenizer: PreTrainedTokenizerBase) -> P
 
 
 def test_the_head_is_untied(qwen3_dir: str) -> None:
-    """Else this file would test what test_against_hf.py tests."""
+    """If it were tied, this file would test what test_against_hf.py tests."""
     model = AutoModelForCausalLM.from_pretrained(qwen3_dir)
     head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     assert not head.equal(embeddings)

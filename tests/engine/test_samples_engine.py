@@ -67,7 +67,7 @@ def test_a_prompt_is_computed_once(smol: SGLangServer, monkeypatch: pytest.Monke
 
 
 def _recorded(monkeypatch: pytest.MonkeyPatch, cached: list[int]) -> Callable[[], int]:
-    """Notes SGLang's ``cached_tokens`` of every answer; returns how many calls there were."""
+    """Record SGLang's ``cached_tokens`` of every answer, and return how many calls there were."""
     from torchrl_sglang_hidden.engines import endpoint
 
     calls = 0

@@ -63,7 +63,7 @@ def scorer(smol: SGLangServer, tokenizer: PreTrainedTokenizerBase) -> Policy:
 
 @torch.inference_mode()
 def assert_scored(row: TensorDictBase, ids: Sequence[int], model_dir: str, pooling: str = "mean") -> None:
-    """One unpadded row: every id's log-prob given those before it, and the states of all positions."""
+    """Check one unpadded row: every id's log-prob given the ids before it, and the states of all positions."""
     model = hf_oracle.load(model_dir)
     out = model(torch.tensor([list(ids)]), output_hidden_states=True)
     expected_N = out.logits[0, :-1].log_softmax(-1).gather(-1, torch.tensor(ids)[1:, None])[:, 0]

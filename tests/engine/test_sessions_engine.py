@@ -52,7 +52,7 @@ def open_pools(http: httpx.Client) -> int:
 
 
 def turn(new_ids: Any, pooling: Pooling = "mean", **sampling: Any) -> Request:
-    """All segments, and the prompt's log-probs: they name the ids that the server really had."""
+    """Return a request for all segments and the prompt's log-probs, which tell the ids that the server really had."""
     return Request(
         tuple(new_ids),
         sampling={**GREEDY, **sampling},
@@ -71,7 +71,7 @@ def assert_truth(found: Completion, model_dir: str, pooling: Pooling = "mean") -
 
 @pytest.fixture
 def question(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
-    """A later question of a chat, from behind the end of the answer before it."""
+    """Return a later question of a chat: what follows the end of the previous answer."""
 
     def ids(text: str) -> list[int]:
         turn = f"\n<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"

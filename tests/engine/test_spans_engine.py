@@ -62,7 +62,7 @@ def row_of(out: TensorDict, row: int = 0) -> tuple[list[int], list[int]]:
 
 
 def words_of(tokenizer: PreTrainedTokenizerBase, ids: list[int], words: str, after: str = "") -> list[int]:
-    """The places of the tokens that have a part in ``words``, found by adding up the tokens' own texts."""
+    """Return the positions of the tokens that overlap ``words``, found by adding up the tokens' own texts."""
     pieces = [tokenizer.decode([token_id]) for token_id in ids]
     text = "".join(pieces)
     assert text == tokenizer.decode(ids), "the pieces do not add up, so they place nothing"

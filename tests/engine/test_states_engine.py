@@ -78,7 +78,7 @@ def served(request: pytest.FixtureRequest, smol_dir: str, tmp_path_factory: pyte
 
 
 def ask(served: Served, spec: HiddenSpec, prompts: list[list[int]], **fields: Any) -> list[Completion]:
-    """Greedy, the same request twice: the second finds the prompt in the prefix cache. Both are checked."""
+    """Send a greedy request twice and check both: the second finds the prompt in the prefix cache."""
     requests = [Request(tuple(ids), GREEDY, hidden=spec) for ids in prompts]
     requests = [replace(request, **fields) for request in requests]
     for _ in range(2):
@@ -151,7 +151,7 @@ def test_spans(served: Served, pooling: Any) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_logits(served: Served, stage: Any) -> None:
-    """With all columns of the vocabulary and none of its padding, also where all but its end is denied."""
+    """All columns of the vocabulary are there and none of its padding, also where only its end is allowed."""
     vocab_size = served.server.info.vocab_size
     selections: list[dict[str, Any]] = [{"full": True}, {"top_k": 5}, {"token_ids": (vocab_size - 1, 0, 700)}]
     constraints = [(), (ActionMask((5, vocab_size - 1, vocab_size - 2)),), (DisallowedTokens(range(vocab_size - 3)),)]

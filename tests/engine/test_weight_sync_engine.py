@@ -79,8 +79,10 @@ def test_the_scheme_as_torchrl_uses_it(
 def test_where_torchrls_own_scheme_stops(
     trainee: SGLangServer, trainer: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its group needs CUDA; behind that it asks for a route that SGLang 0.5.23 does not have; behind that for an
-    update outside of a session. Each step is let pass here to see the next."""
+    """TorchRL's group needs CUDA, then it calls a route that SGLang 0.5.23 lacks, then it updates outside a session.
+
+    The test lets each step pass to see the next.
+    """
     version, state = trainee.info.weight_version, dict(trainer.state_dict())
     scheme = SGLangWeightSyncScheme(trainee.url, master_address="127.0.0.1")
     transport = scheme.create_transport()

@@ -220,7 +220,7 @@ def test_bad_weights_are_refused_and_the_server_keeps_its_own(
 
 
 def test_a_directory_the_server_does_not_see(trainee: SGLangServer, trained_dir: str, smol_dir: str) -> None:
-    """SGLang says no by itself here: the one thing that only it can know."""
+    """Only SGLang can know that it cannot read the directory, and its refusal is passed on."""
     endpoint, call = trainee._endpoints[0], trainee._endpoints[0].call
 
     def elsewhere(route: str, payload: dict[str, Any]) -> dict[str, Any]:
@@ -296,7 +296,7 @@ def test_updates_at_once_go_one_after_another(
 
 
 def raw_answer(engine: SGLangServer, prompt: list[int], num_tokens: int) -> dict[str, Any]:
-    """SGLang's own words about one request."""
+    """Return SGLang's own answer to one request."""
     sampling = {"max_new_tokens": num_tokens, "temperature": 0, "ignore_eos": True}
     request = Request(tuple(prompt), sampling, hidden=HiddenSpec(segments=SEGMENTS))
     payload = to_payload([request], engine.info, binary=False)
@@ -305,7 +305,7 @@ def raw_answer(engine: SGLangServer, prompt: list[int], num_tokens: int) -> dict
 
 
 def wait_until_running(engine: SGLangServer, tokens: int) -> None:
-    """Returns once the server has generated for a while."""
+    """Return once the server has generated for a while."""
     with httpx.Client(base_url=engine.url, timeout=60) as client:
         while not client.get("/server_info").json()["internal_states"][0][CHANNEL]["open_pools"]:
             pass
@@ -357,7 +357,7 @@ def test_a_trajectory_across_an_update_goes_on_with_the_new_weights_and_says_so(
 def test_a_prompt_across_an_update_is_of_one_model(
     trainee: SGLangServer, trainer: PreTrainedModel, trained_dir: str, smol_dir: str
 ) -> None:
-    """Taken out between two chunks it has no token yet that would say that its first rows are of the old weights."""
+    """A prompt taken out between two chunks has no token yet to tell that its first rows are of old weights."""
     prompt = tuple(prompt_of(1900, seed=77))
     spec = HiddenSpec(("prompt",), spans={"start": TokenMask("m")}, tokens=True)
     spans = {"start": PromptSpan(((0, 100),))}

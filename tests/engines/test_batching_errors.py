@@ -57,7 +57,7 @@ def test_bad_input_is_refused_before_it_joins(inner: Held, make: Callable[..., T
 
 
 def refuse(bad: Request, error: SGLangHiddenError) -> Callable[[Sequence[Request]], None]:
-    """Refuses every call that has a certain row in it."""
+    """Return a function that refuses every call with a certain row in it."""
 
     def look(requests: Sequence[Request]) -> None:
         if bad.prompt_ids in ids_of(*requests):
@@ -170,7 +170,7 @@ def test_a_leader_that_is_interrupted_leaves_nobody_waiting(
 
 
 async def cancel_once(engine: Turned, ready: threading.Semaphore, *requests: Request) -> None:
-    """Calls, cancels the call when it is ready for that, and lets what it was waiting for go on."""
+    """Call, cancel the call once it is ready for that, and let what it was waiting for go on."""
     task = asyncio.ensure_future(engine.agenerate(requests))
     await asyncio.to_thread(take, ready)
     task.cancel()

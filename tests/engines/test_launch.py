@@ -49,7 +49,7 @@ def no_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Starts a script in the server's place; ends what is left of it after the test."""
+    """Return a function that starts a script in the server's place; whatever is left of it ends after the test."""
     started: list[ServerProcess] = []
 
     def run(script: str, arguments: list[str] | None = None, **options: Any) -> ServerProcess:
@@ -363,7 +363,7 @@ def test_a_forked_child_does_not_end_its_parents_server(start: START) -> None:
 
 
 def first_line(process: ServerProcess) -> str:
-    """The first line of the log, once the child has written it."""
+    """Return the first line of the log, once the child has written it."""
     command = ["tail", "--follow", "--lines=+1", f"--pid={process.pid}", str(process.log_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as tail:
         assert tail.stdout is not None

@@ -71,7 +71,7 @@ def test_samples_carry_what_single_requests_would(prompts: list[list[int]], num_
 
 
 def assert_same(found: Completion, expected: Completion) -> None:
-    """Everything but the float32 sums' last bits."""
+    """Compare everything; float32 sums may differ in their last bits."""
     for name in ("prompt_ids", "response_ids", "text", "finish_reason", "weight_version", "mixed_weights"):
         assert getattr(found, name) == getattr(expected, name)
     assert found.log_probs_T is not None

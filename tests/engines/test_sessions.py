@@ -149,7 +149,7 @@ def test_a_batching_engine_gives_its_own(recorder: RecordingEngine) -> None:
 
 @contextmanager
 def serving() -> Iterator[RecordingServer]:
-    """A server that keeps sessions as the fake engine does."""
+    """Serve sessions over HTTP as the fake engine keeps them."""
     recorder, server = RecordingEngine(), RecordingServer()
 
     def respond(handler: Handler, payload: dict[str, Any]) -> None:

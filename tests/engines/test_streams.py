@@ -67,7 +67,7 @@ def test_the_last_part_is_checked_as_every_answer(fault: Fault, kind: type[Excep
 
 
 def ids_of_length(num_response: int) -> list[int]:
-    """A prompt whose recorded response has so many tokens."""
+    """Return a prompt to which the fake engine answers with so many tokens."""
     return next([5, 6, last] for last in range(3, 90) if len(response_of([5, 6, last])) == num_response)
 
 
@@ -91,7 +91,7 @@ PROMPT = ids_of_length(4)
 
 
 def events(handler: Handler, *lines: str) -> None:
-    """Answers with these lines, and closes the connection."""
+    """Answer with these lines, and close the connection."""
     handler.send_response(200)
     handler.send_header("Content-Type", "text/event-stream")
     handler.end_headers()
@@ -105,7 +105,7 @@ def event(row: Any) -> str:
 
 
 def parts(payload: dict[str, Any]) -> list[dict[str, Any]]:
-    """What SGLang would send for each token."""
+    """Return what SGLang would send for each token."""
     recorder = RecordingEngine()
     row = recorder.answer(payload)[0]
     return [*(recorder.so_far(row, count) for count in range(1, len(row["output_ids"]))), row]
@@ -255,7 +255,7 @@ class Held:
             self.hung_up.set()
 
     def wait(self) -> None:
-        """Until the client has hung up."""
+        """Wait until the client has hung up."""
         assert self.hung_up.wait(timeout=20)
 
 

@@ -38,7 +38,7 @@ def shape_of(spec: HiddenSpec) -> tuple[int, ...]:
 
 
 def row_at(prompt_ids: list[int], position: int, spec: HiddenSpec) -> torch.Tensor:
-    """The state of one position; every number of it tells the prompt, the position and the layer."""
+    """Return the state of one position: each number tells the prompt, the position and the layer."""
     return torch.arange(math.prod(shape_of(spec))).reshape(shape_of(spec)) / 8 + 100.0 * sum(prompt_ids) + position
 
 
@@ -105,7 +105,7 @@ def assert_one_block(mask: torch.Tensor) -> None:
 
 
 def assert_row(row: TensorDictBase, prompt: list[int], response: list[int], left: int = 0, right: int = 0) -> None:
-    """One row against what it must hold, with ``left`` pads before the prompt and ``right`` behind the response."""
+    """Check one row, which has ``left`` pads before the prompt and ``right`` pads after the response."""
     tokens, masks, log_probs, text = (row[key] for key in ("tokens", "masks", "log_probs", "text"))
     assert tokens.prompt.tolist() == [PAD_ID] * left + prompt
     assert tokens.response.tolist() == response + [PAD_ID] * right

@@ -212,7 +212,7 @@ def test_any_batch_shape_and_the_input_is_as_it_was() -> None:
 
 
 def constrained(prompt: Sequence[int], candidate: Sequence[int], allowed: Sequence[int]) -> float:
-    """A candidate's log-prob where every token is one of these."""
+    """Return a candidate's log-prob where only these tokens are allowed."""
     total = 0.0
     for place, token_id in enumerate(candidate):
         row = logits_V([*prompt, *candidate[:place]])

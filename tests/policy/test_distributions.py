@@ -63,7 +63,7 @@ def ids_of(text: str) -> list[int]:
 
 
 def answers() -> list[torch.Tensor]:
-    """What `log_prob` gives for `chats`."""
+    """Return what `log_prob` gives for `chats`."""
     return [torch.tensor([log_prob_of(i) for i in ids_of(text)]) for text in ANSWERS]
 
 
@@ -113,7 +113,7 @@ def flat(td: TensorDictBase) -> list[TensorDictBase]:
 
 
 def head_NV(ids: list[int]) -> torch.Tensor:
-    """What the made-up head says of each token; of the first, which nothing is before, zeros."""
+    """Return the fake engine's logits for each token. The first token has none before it, so its row is zeros."""
     return torch.stack([torch.zeros(len(WORDS)), *(logits_V(ids[:place]) for place in range(1, len(ids)))])
 
 
@@ -127,7 +127,7 @@ def left(rows: list[torch.Tensor], value: Any = 0, side: str = "left") -> torch.
 
 
 def chat_masks(name: str) -> list[torch.Tensor]:
-    """What each distribution's mask must be, row by row."""
+    """Return what each distribution's mask must be, row by row."""
     scored = make(generate=False)[0](chats())
     if name in ("_get_sft_dist", "_get_dist_with_prompt_mask"):
         # Without tokens.prompt, the assistant's.

@@ -49,7 +49,7 @@ def make(mode: str = "tokens", **options: Any) -> tuple[SGLangHiddenWrapper, Rec
 
 
 def prompts(rows: list[Any] | None = None, key: Any = KEY) -> TensorDictBase:
-    """Prompts of several lengths, each with what its row says at a key."""
+    """Return prompts of several lengths, each with what its row says at a key."""
     out = []
     for index, ids in enumerate(PROMPTS[: len(rows)] if rows is not None else PROMPTS):
         row = TensorDict(tokens=Tokens(prompt=torch.tensor(ids), batch_size=()))
@@ -430,7 +430,7 @@ def test_responses_are_the_runs_of_the_assistant(mask: list[bool]) -> None:
 
 
 def expected_log_probs(ids: list[int], assistant: list[bool], allowed: set[int]) -> list[float]:
-    """In plain torch: of the made-up head, masked where the assistant speaks."""
+    """Return the log-probs in plain torch: the fake engine's logits, masked where the assistant speaks."""
     out = [0.0]
     for place in range(1, len(ids)):
         row_V = logits_V(ids[:place])

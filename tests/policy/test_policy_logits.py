@@ -70,7 +70,7 @@ def head_NV(ids: list[int], sampled: int = 0) -> torch.Tensor:
 
 
 def columns(rows_NV: torch.Tensor, spec: LogitsSpec) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The columns asked for, and their ids where they differ from row to row; row 0 is that of nothing."""
+    """Return the requested columns, and their ids where they differ from row to row. Row 0 is of no token."""
     if spec.top_k is not None:
         values_NC, ids_NC = rows_NV.topk(spec.top_k, -1)
         ids_NC[0] = torch.arange(spec.top_k)

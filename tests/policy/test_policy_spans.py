@@ -42,14 +42,14 @@ STATES = {"hidden_states", "token_hidden_states"}
 
 
 def rows_of(prompt: Sequence[int], response: Sequence[int], spec: HiddenSpec) -> torch.Tensor:
-    """What the engine computes for a row: ``[P+T-1, D]``, or ``[P+T-1, K, D]``."""
+    """Return what the engine computes for a row: ``[P+T-1, D]``, or ``[P+T-1, K, D]``."""
     states = states_ND(prompt, response)
     layers = torch.stack([of_layer(states, layer % 4 if layer < -1 else layer) for layer in spec.layer_ids], 1)
     return layers if isinstance(spec.layers, tuple) else layers[:, 0]
 
 
 def assert_states(row: TensorDictBase, spec: HiddenSpec, spans: dict[str, list[int]], response: list[int]) -> None:
-    """The states of one unpadded row; ``spans`` gives the positions of each."""
+    """Check the states of one unpadded row; ``spans`` gives the positions of each span."""
     prompt = row["tokens"].prompt.tolist()
     assert row["tokens"].response.tolist() == response
     rows = rows_of(prompt, response, spec)
@@ -204,7 +204,7 @@ THOUGHT = Between("w1", "w2")
 
 
 def thinking(*responses: Sequence[str], **options: Any) -> tuple[SGLangHiddenWrapper, RecordingEngine]:
-    """A policy whose n-th prompt, of one token, is answered by the n-th text."""
+    """Return a policy that answers its n-th prompt, of one token, with the n-th text."""
     texts = {6 + index: TOKENIZER(text)["input_ids"] for index, text in enumerate(responses)}
     engine = RecordingEngine(tokenizer=TOKENIZER, respond=lambda prompt_ids: texts[prompt_ids[0]])
     spec = HiddenSpec(("response",), spans={"why": THOUGHT})

@@ -197,7 +197,7 @@ def test_a_chat_that_begins_with_the_pad_id() -> None:
 
 
 def turns_of(env: EnvBase, policy: SGLangHiddenWrapper, questions: list[str], turns: int) -> list[TensorDictBase]:
-    """The policy's output of each turn, and beside it at ``given`` what it was given at ``tokens.prompt``."""
+    """Return the policy's output of each turn, with ``tokens.prompt`` of its input at ``given``."""
     td = env.reset(TensorDict(query=questions, batch_size=len(questions)))
     outputs = []
     for _ in range(turns):

@@ -64,7 +64,7 @@ def places(engine: RecordingEngine, name: str = "it") -> list[list[int]]:
 
 
 def words(engine: RecordingEngine, tokenizer: PreTrainedTokenizerBase, name: str = "it") -> list[str]:
-    """The text of each request's span."""
+    """Return the text of each request's span."""
     return [
         tokenizer.decode([request.prompt_ids[place] for place in row])
         for request, row in zip(engine.requests, places(engine, name), strict=True)

@@ -54,7 +54,7 @@ def ids_sent(policy: SGLangHiddenWrapper) -> list[list[int]]:
 
 
 def ids_of(mode: str, *, scored: bool = False) -> list[list[int]]:
-    """The ids of `ROWS`, by the tokenizer alone."""
+    """Return the ids of `ROWS`, by the tokenizer alone."""
     if mode != "history":
         return IDS
     return [

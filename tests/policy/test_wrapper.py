@@ -46,7 +46,7 @@ def sent(engine: RecordingEngine) -> list[list[int]]:
 
 
 def assert_rows(out: TensorDictBase, prompts: list[list[int]]) -> None:
-    """Every field of every row, for prompts whose responses are `response_of` them."""
+    """Check every field of every row, for prompts that the fake engine answers with `response_of` them."""
     rows = flat(out)
     assert len(rows) == len(prompts)
     for row, prompt in zip(rows, prompts, strict=True):

@@ -1,4 +1,4 @@
-"""The server half's channel: what goes in comes out, and what did not come out whole is refused."""
+"""The answer of the server half: what goes in comes out, and what did not come out whole is refused."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def pools_of(num_layers: int = 2, num_rows: int | None = 5, dtype: torch.dtype =
 
 
 def found_logits(num_response: int = 3, num_given: int = 4, dtype: torch.dtype = torch.float32) -> FoundLogits:
-    """Some of them ``-inf``, which JSON does not have."""
+    """Return logits of which some are ``-inf``, which JSON cannot write."""
     response_NC = numbers(num_response, 2, seed=5, dtype=dtype)
     response_NC[0, 0] = -INFINITY
     return FoundLogits(
@@ -127,7 +127,7 @@ def test_an_answer_without_logits_has_none() -> None:
 
 
 def test_many_logits_go_through_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the log-probs, one number for each token, do not."""
+    """The log-probs, one number for each token, do not."""
     monkeypatch.setattr(tensors, "fetch", functools.partial(fetch, directory=tmp_path))
     monkeypatch.setattr(answer_module, "discard", functools.partial(discard, directory=tmp_path))
     files, logits = SharedFiles(tmp_path), found_logits(MIN_BYTES // 8, MIN_BYTES // 12 + 1)
@@ -144,7 +144,7 @@ def test_many_logits_go_through_shared_memory(tmp_path: Path, monkeypatch: pytes
 
 
 def test_an_answer_without_room_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And nothing of it stays in shared memory."""
+    """Nothing of the answer stays in shared memory."""
     monkeypatch.setattr(tensors, "fetch", functools.partial(fetch, directory=tmp_path))
     monkeypatch.setattr(answer_module, "discard", functools.partial(discard, directory=tmp_path))
     monkeypatch.setattr(tensors, "MAX_TEXT_BYTES", 4 * MIN_BYTES - 1)
@@ -175,7 +175,7 @@ def test_an_answer_without_room_says_so(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_logits_that_were_refused() -> None:
-    """Before a fault is told: what is refused was not looked at."""
+    """A refusal is reported before a fault: what was refused was not looked at."""
     logits = FoundLogits(
         constrained=3, fault="token 1", refused="the logits are over 2048 MiB for one request; ask for"
     )
@@ -265,7 +265,7 @@ def test_a_shared_file_that_is_gone_or_another(tmp_path: Path, monkeypatch: pyte
 
 
 def test_shared_states_that_were_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server on another machine names no files of this one."""
+    """A server on another machine must not name files of this machine."""
     monkeypatch.setattr(tensors, "fetch", functools.partial(fetch, directory=tmp_path))
     files, pools = SharedFiles(tmp_path), pools_of(2, MIN_BYTES // (2 * D))
     answer = sent(pools, "shared", files.share)
@@ -335,7 +335,7 @@ def test_an_answer_without_any_rows() -> None:
 
 
 def test_rows_that_are_no_block_of_memory() -> None:
-    """Such as a transposed view."""
+    """For example a transposed view."""
     rows_NKD = numbers(2, 5, D).transpose(0, 1)
     found = unpack_answer(sent(Pools({}, {}, {}, WantedRows(0, rows_NKD)), "text"), "row 0", D).pools
     assert torch.equal(found.rows.rows_NKD, rows_NKD)

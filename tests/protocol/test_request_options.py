@@ -109,7 +109,7 @@ def test_options_round_trip(asked: Options) -> None:
 
 
 def test_more_constraints_than_there_may_be_are_not_read() -> None:
-    """Each is read and applied while everybody waits."""
+    """Reading and applying each constraint holds up all other requests."""
     for count in (MAX_CONSTRAINTS, MAX_CONSTRAINTS + 1):
         logits = WantedLogits(constraints=(TemperatureScale(2.0),) * count)
         found = unpack_options({CHANNEL: pack_options(Wanted((), None), "text", logits)})

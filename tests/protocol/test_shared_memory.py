@@ -29,7 +29,7 @@ DATA = bytes(range(256)) * (MIN_BYTES // 256)
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A time that a test sets."""
+    """Return a clock that a test sets."""
     time = SimpleNamespace(now=1000.0)
     monkeypatch.setattr(shared_memory, "time", SimpleNamespace(monotonic=lambda: time.now))
     return time

@@ -1,4 +1,4 @@
-"""Tensors on their way: what is packed comes back, or is refused."""
+"""Tensors between client and server half: what is packed comes back, or is refused."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_many_bytes_go_through_shared_memory(tmp_path: Path, monkeypatch: pytest
 
 
 def test_bytes_that_are_too_many_for_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only where shared memory was asked for: who asks for text or raw bytes has counted."""
+    """The limit holds only where shared memory was asked for: who asks for text or raw bytes has counted the bytes."""
     assert tensors.MAX_TEXT_BYTES == 2**28
     monkeypatch.setattr(tensors, "MAX_TEXT_BYTES", 3 * 2**20)
     most = bytes(3 * 2**20)

@@ -51,7 +51,7 @@ def running(wanted: Wanted, rows_NKD: torch.Tensor) -> torch.Tensor:
 
 
 def prefill(pools: RequestPools, hidden_NKD: torch.Tensor, start: int, stop: int, base: bool = False) -> Any:
-    """One forward step over the positions ``start … stop-1``: there are no rows of others."""
+    """Run one forward step over the positions ``start … stop-1``, without rows of other requests."""
     step = pools.plan_prompt(start, stop, running(pools.wanted, hidden_NKD[:start].float()) if base else None)
     if step is not None:
         computed = torch.full_like(hidden_NKD, torch.nan)
@@ -84,7 +84,7 @@ def assert_sums(case: Case, pools: RequestPools) -> None:
 
 @st.composite
 def cuts(draw: st.DrawFn, start: int, stop: int) -> list[tuple[int, int]]:
-    """Any split of ``start … stop`` into pieces."""
+    """Draw a split of ``start … stop`` into pieces."""
     inner = draw(st.sets(st.integers(start + 1, stop - 1), max_size=8)) if stop - start > 1 else set()
     return list(pairwise([start, *sorted(inner), stop]))
 
@@ -172,7 +172,7 @@ def test_a_repetition_after_a_retraction(case: Case, data: st.DataObject) -> Non
 
 @given(case=cases(), data=st.data())
 def test_whatever_comes_a_full_count_has_the_right_value(case: Case, data: st.DataObject) -> None:
-    """Chunks lost, doubled, out of order and behind prefix hits; sums that are there or not; produced rows lost."""
+    """Chunks are lost, doubled, out of order and after prefix hits; sums are there or not; produced rows are lost."""
     pools = pools_for(case)
     for _ in range(data.draw(st.integers(0, 6))):
         if data.draw(st.booleans()):
@@ -345,7 +345,7 @@ def test_a_sum_does_not_alias_its_input(ranges: Any, dtype: torch.dtype) -> None
 
 
 def test_kept_sums_are_not_written_to_later() -> None:
-    """They go to other requests while this one adds to its own."""
+    """Other requests use them while this one adds to its own sum."""
     case = case_of(("prompt", "full"), num_prompt=BLOCK + 2)
     pools = pools_for(case)
     prefill(pools, case.hidden_NKD, 0, BLOCK)
@@ -465,7 +465,7 @@ def test_a_prefix_hit_beyond_what_is_needed_is_not_planned(case: Case, data: st.
     ],
 )
 def test_the_first_position_that_must_be_computed(wanted: Wanted, needed: list[int]) -> None:
-    """At the start, with two positions done, with the prompt done."""
+    """Checked at the start, with two positions done, and with the whole prompt done."""
     pools, hidden_NKD = RequestPools(wanted, 6), hidden_of(6)
     found = [pools.first_needed()]
     for start, stop in ((0, 2), (2, 6)):

@@ -1,4 +1,4 @@
-"""What is done to logits and kept of them: columns, the order of constraints, dead rows, and the rows of a prompt."""
+"""What is done to logits: which columns are selected, the order of constraints, and rows with no token left."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def at(one: RequestLogits, index: int, limit: int = 8, ids: Iterable[int] | None
 
 
 def fault_of(one: RequestLogits, last: int) -> str:
-    """Of the response up to token ``last``."""
+    """Return the fault of the response up to token ``last``."""
     for index in range(last + 1):
         one.add_response(index, None)
     return one.finish().fault
@@ -110,7 +110,7 @@ def test_the_same_columns_in_another_order() -> None:
 
 @pytest.mark.parametrize("order", [*itertools.permutations(range(4))])
 def test_own_then_temperatures_then_masks(order: tuple[int, ...]) -> None:
-    """In whichever order they are given; the user's own among themselves in theirs."""
+    """The order in which they are given does not matter, except among the user's own constraints."""
     given_ones = [Add(2.0), TemperatureScale(4.0), DisallowedTokens((0,)), Times(10.0)]
     found = changed([1.0, 2.0, -4.0], *(given_ones[i] for i in order))
     if order.index(0) < order.index(3):
@@ -133,7 +133,7 @@ def test_temperatures_multiply_and_masks_are_all_kept() -> None:
 
 
 def test_what_a_subclass_does_itself_is_done() -> None:
-    """Where it has an `apply` of its own, that is called, before all masks and temperatures."""
+    """A subclass that overrides `apply` is called, before all masks and temperatures."""
     assert changed([1.0, 2.0, 3.0], Soft((1,))) == [-7.0, 2.0, -5.0]
     assert changed([1.0, 2.0, 3.0], TemperatureScale(0.5), DisallowedTokens((0,)), Soft((1,))) == [-INF, 4.0, -10.0]
     assert changed([8.0, 4.0], ActionMask((0,)), Warm(4.0), index=3) == [5.0, -INF]
@@ -156,7 +156,7 @@ def test_each_acts_on_its_own_tokens_only() -> None:
 
 
 def test_each_row_is_of_its_own_request() -> None:
-    """And a row without anything that acts is left as it is, bit for bit."""
+    """A row that no constraint acts on is unchanged, bit for bit."""
     logits_NV = torch.tensor([[0.1, -0.0, 3.3, -INF]] * 6)
     ones = [
         one_of(Add(1.0)),
@@ -262,7 +262,7 @@ def test_the_fault_of_a_token_that_was_thrown_away_is_nobodys() -> None:
 
 
 def test_what_fails_inside_a_given_sequence_counts() -> None:
-    """None of its tokens are sampled, and all of them are there."""
+    """None of a scored sequence's tokens are sampled, but all of them are part of the answer."""
     for bad in (Fail(positions=(1,)), BadMask(positions=(1,)), BadWhen(1.0), BadTemperature(1.0)):
         one = one_of(bad, prompt_ids=(4, 5, 6, 7))
         constrain(torch.zeros(1, 3), [NextToken(one, 1, 2, lambda: torch.tensor([6]), response_start=2)])

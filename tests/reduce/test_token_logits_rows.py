@@ -25,7 +25,7 @@ from torchrl_sglang_hidden.spec.logits import LogitsSpec
 
 
 def rows_of(first: int, stop: int) -> TokenLogits:
-    """A row per token, of its number."""
+    """Return a row for each token, filled with the token's number."""
     return TokenLogits(torch.arange(first, stop)[:, None].float(), torch.arange(first, stop)[:, None])
 
 
@@ -128,7 +128,7 @@ def test_rows_that_come_twice_or_too_early_are_left_out() -> None:
 @settings(max_examples=60)
 @given(data=st.data())
 def test_any_chunks_bring_every_row_once(data: st.DataObject) -> None:
-    """With prefix hits as far as they may go, and retractions behind which some of it runs again."""
+    """With prefix hits as far as they are allowed, and with retractions after which a part is computed again."""
     num_prompt = data.draw(st.integers(1, 12))
     start = data.draw(st.integers(1, num_prompt))
     one, position = prompt_of(num_prompt, start), 0
@@ -189,7 +189,7 @@ def test_tokens_are_counted_without_rows() -> None:
 
 @pytest.mark.parametrize("ids", [False, True])
 def test_more_bytes_than_there_may_be_are_refused(monkeypatch: pytest.MonkeyPatch, ids: bool) -> None:
-    """Of prompt and response together. What was kept is dropped, what comes is not kept, and tokens are counted on."""
+    """The limit counts prompt and response together. Kept rows are dropped, later ones too; tokens still count."""
     monkeypatch.setattr(logits_module, "MAX_ANSWER_BYTES", 5 * 2 * (4 + 8 * ids))
     one = RequestLogits(WantedLogits(LogitsSpec(top_k=2, segments=("full",)), prompt_from=1), range(4))
 
@@ -209,7 +209,7 @@ def test_more_bytes_than_there_may_be_are_refused(monkeypatch: pytest.MonkeyPatc
 
 
 def test_nothing_is_kept_of_logits_that_were_refused() -> None:
-    """Such as those of a request whose prompt a head with adapters gave none of."""
+    """For example when a head with adapters gives no logits of a prompt."""
     one = RequestLogits(WantedLogits(LogitsSpec(top_k=1)), (1,))
     one.refused = "the server's LoRA adapters act on the head"
     one.add_response(0, rows_of(0, 1))
@@ -218,7 +218,7 @@ def test_nothing_is_kept_of_logits_that_were_refused() -> None:
 
 
 def test_a_prompt_of_more_bytes_than_there_may_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is computed once all the same: nobody waits for rows that are not kept."""
+    """It is still computed only once: nobody waits for rows that are not kept."""
     monkeypatch.setattr(logits_module, "MAX_ANSWER_BYTES", 40)
     one = prompt_of(6)
     bring(one, 1, 5)

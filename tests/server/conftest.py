@@ -10,7 +10,7 @@ from torchrl_sglang_hidden.server.capture import Capture
 
 @pytest.fixture
 def capture(monkeypatch: pytest.MonkeyPatch) -> Capture:
-    """The plugin's, of this test alone."""
+    """Return a capture that replaces the plugin's own for one test."""
     capture = Capture()
     monkeypatch.setattr(plugin, "_capture", capture)
     return capture

@@ -147,7 +147,7 @@ def test_other_forward_modes_are_not_read(mode: str) -> None:
 
 @pytest.mark.parametrize("spoiled", [None, torch.zeros(2, HIDDEN_SIZE), torch.zeros(3), torch.zeros(1, 3, HIDDEN_SIZE)])
 def test_states_of_another_shape_are_left_out(spoiled: Any) -> None:
-    """Of any of the layers, or not there at all."""
+    """For any of the layers, and where the states are missing."""
     capture, req = capturing(), asking(9, 8, 7, layers=(0, -1))
     plan = capture.plan_step(Step("EXTEND", [req], [(0, 3)], [True]).batch())
     assert plan.layers == {0, -1}
@@ -171,7 +171,7 @@ def test_states_before_the_norm_are_not_taken() -> None:
 
 
 def crowd() -> list[Req]:
-    """Requests that want different things of different layers, and some that want nothing."""
+    """Return requests that want different things of different layers, and some that want nothing."""
     mask = PromptSpan(((0, 1), (2, 3)))
     return [
         Req([4, 4, 4]),
@@ -305,7 +305,7 @@ def test_an_answer_without_room_is_refused_and_the_others_come(tmp_path: Path, m
 
 
 def test_options_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At each of its steps they would hold up everybody. Who is refused is so for good, as its first rows are gone."""
+    """Reading them at every step would hold up everybody. A refusal is final, because the first rows are gone."""
     read: list[Any] = []
 
     def reading(custom: Any) -> Any:
@@ -370,7 +370,7 @@ def test_what_is_not_understood_is_not_answered(custom: Any) -> None:
     ids=range(23),
 )
 def test_options_that_no_client_sends_harm_nobody(custom: Any) -> None:
-    """They can be understood, and ask for what is not there."""
+    """They can be read, but ask for what does not exist."""
     scheduler, req, good = Scheduler(), Req([5, 6, 7], custom=custom), asking(9, 8)
     scheduler.capture.prefix_limit(scheduler.capture.open(req), 3)
     scheduler.run(Step("EXTEND", [req, good], [(0, 2), (0, 2)], [False, True]))
@@ -383,7 +383,7 @@ def test_options_that_no_client_sends_harm_nobody(custom: Any) -> None:
 @pytest.mark.parametrize("asked", [{"top_k": VOCAB + 1}, {"token_ids": (0, VOCAB)}])
 @pytest.mark.parametrize("mode", ["EXTEND", "DECODE"])
 def test_columns_that_the_model_does_not_have_are_not_taken(asked: Any, mode: str) -> None:
-    """The count of rows then tells, and the constraints of the others are kept."""
+    """The short count of rows tells, and other requests' constraints still act."""
     scheduler, good = Scheduler(), choosing(9, 8, spec=LogitsSpec(full=True), constraints=DENY)
     req = Req([5, 6, 7], logits=WantedLogits(LogitsSpec(**asked, segments=("full",)), prompt_from=1))
     scheduler.prefill(req, good)

@@ -86,7 +86,7 @@ def test_after_a_retraction_the_next_token_is_chosen() -> None:
 
 
 def test_a_chunk_that_never_ran_is_planned_again() -> None:
-    """The request went back into the queue behind it."""
+    """The request went back into the queue after it was planned."""
     capture, req = capturing(), choosing(9, 8, 7, 6, spec=BOTH, prompt_from=1)
     Scheduler(capture).run(Step("EXTEND", [req], [(0, 2)], [False]))
     assert planned(capture, Step("EXTEND", [req], [(2, 4)], [True]))[1] == [(0, -2, 3, 4)]
@@ -109,7 +109,7 @@ def test_who_wants_logits_only_takes_no_rows() -> None:
 
 
 def test_the_ids_before_are_those_of_the_response() -> None:
-    """Also where the host lags by one, as under overlap scheduling."""
+    """Also where the host is one token behind, as under overlap scheduling."""
     asked.clear()
     scheduler, req = Scheduler(), choosing(9, 8, 7, constraints=(Ask(),), response_limit=11)
     scheduler.prefill(req)

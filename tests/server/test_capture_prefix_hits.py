@@ -39,7 +39,7 @@ PROMPT = list(range(200))
 
 
 def computed(capture: Capture, *lengths: int, extra_key: str | None = None, **wanted: Any) -> None:
-    """Requests that left their sums behind: over all of a prompt of this length, and over all but its last token."""
+    """Run requests that leave their sums: over a whole prompt of this length, and over all but its last token."""
     scheduler = Scheduler(capture)
     for length in lengths:
         req = asking(*PROMPT[:length], segments=("prompt",), **wanted)
@@ -92,7 +92,7 @@ MASK = {"m": PromptSpan(((100, 110),))}
     ],
 )
 def test_how_far_a_request_may_hit_the_prefix_cache(wanted: Any, without: int, with_150: int) -> None:
-    """Where nothing is kept, and where a prompt of 150 that begins alike was computed."""
+    """Without a kept sum, and after a prompt of 150 tokens with the same beginning was computed."""
     capture = capturing()
     assert limit_of(capture, **wanted) == without
     computed(capture, 150)
@@ -138,7 +138,7 @@ def test_a_request_that_hits_a_kept_sum_is_complete(start: int) -> None:
 
 
 def test_a_response_is_a_beginning_too() -> None:
-    """Of the prompt of a chat's next turn."""
+    """Prompt and response begin the prompt of a chat's next turn."""
     scheduler = Scheduler()
     first = asking(*PROMPT[:50], segments=("full",))
     scheduler.prefill(first)
@@ -212,7 +212,7 @@ class World(Scheduler):
         self.running: list[Req] = []
 
     def match(self, req: Req, tree_cache: Any, cow_mamba: Any) -> None:
-        """SGLang's own `init_next_round_input`, as far as it is about the prefix."""
+        """Do what SGLang's own `init_next_round_input` does with the prefix."""
         limit = len(req.ids) - 1
         given = plugin.after_max_prefix_len(limit, req, len(req.ids))
         limit = limit if given is None else given
@@ -246,7 +246,7 @@ class World(Scheduler):
             plugin.after_flush_cache(True, self)
 
     def step(self) -> None:
-        """One chunk, all that decode, or both; its results may wait for the next one."""
+        """Run one chunk, all requests that decode, or both; the results may wait for the next step."""
         if self.chunked is None and self.queue:
             self.settle()
             self.chunked = self.queue.pop(0)
@@ -295,7 +295,7 @@ prompts = st.builds(
 
 @st.composite
 def chosen_of(draw: st.DrawFn, num_prompt: int) -> WantedLogits:
-    """Anything that a client asks of the logits of a prompt of this length."""
+    """Draw anything that a client may ask of the logits of a prompt of this length."""
     columns = draw(st.sampled_from([None, {"full": True}, {"top_k": 2}, {"token_ids": (4, DENIED)}]))
     stage = draw(st.sampled_from(["raw", "processed"]))
     segments = draw(st.sampled_from([("response",), ("prompt",), ("full",)]))

@@ -22,7 +22,7 @@ from torchrl_sglang_hidden.server.cpu import (
 
 
 def run(code: str, **environment: str) -> Any:
-    """The JSON that a fresh interpreter prints last."""
+    """Return the JSON that a fresh interpreter prints last."""
     env = {k: v for k, v in os.environ.items() if k not in (CPU_ENGINE_ENV, "PYTHONPATH")} | environment
     result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
@@ -89,7 +89,7 @@ def test_choosing_the_cpu_engine_after_sglang_was_imported_raises_and_changes_no
 
 @pytest.fixture
 def unbound(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No binding in the environment, and none after the test."""
+    """Remove the core binding from the environment, and restore it after the test."""
     monkeypatch.setenv(BIND_ENV, "")
     monkeypatch.delenv(BIND_ENV)
 
@@ -112,7 +112,7 @@ def test_cores_that_the_user_chose_stay(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.fixture(scope="module")
 def with_torch() -> Any:
-    """What a process finds that has imported torch, which takes seconds: one for several tests."""
+    """Return what a process that has imported torch finds. The import takes seconds, so several tests share it."""
     return run(
         "import json, sys\nfrom torchrl_sglang_hidden.server.cpu import has_accelerator, ignore_pinning\n"
         "has_accelerator()\nimport torchrl_sglang_hidden.server.__main__\nsglang_loaded = 'sglang' in sys.modules\n"

@@ -103,7 +103,7 @@ def _no_grad() -> Any:
 
 
 def truth(x_ND: torch.Tensor = X) -> list[torch.Tensor]:
-    """The residual stream behind each layer."""
+    """Return the residual stream after each layer."""
     states = []
     for layer in Model().model.layers:
         x_ND = x_ND + layer.linear(x_ND).tanh()
@@ -120,7 +120,7 @@ def tapped(model: Model, *layers: int, max_rows: int = 16) -> LayerTaps:
 def step(
     taps: LayerTaps, model: Model, layers: tuple[int, ...] = (), x_ND: torch.Tensor = X
 ) -> dict[int, torch.Tensor]:
-    """One forward step, as plugin.py goes through it."""
+    """Run one forward step as plugin.py does."""
     taps.open(layers)
     head_ND = model(x_ND.clone())
     taken = taps.take()
@@ -149,7 +149,7 @@ def test_the_stream_behind_each_layer_is_taken(form: str, keywords: bool) -> Non
 
 @pytest.mark.parametrize("form", FORMS)
 def test_what_was_taken_is_of_its_own(form: str) -> None:
-    """Layers to come, and whoever has the tensor, write over what they were given."""
+    """Later layers, and whoever else holds the tensor, overwrite what they were given."""
     model = Model(form)
     original = model.model.layers[1].forward
 
@@ -260,7 +260,7 @@ def test_something_between_layers_that_nobody_asked_for() -> None:
 
 
 def test_layers_that_return_something_else() -> None:
-    """It is said at the first step, and not never."""
+    """The error comes at the first step."""
     model = Model("triple")
     taps = tapped(model, 0)
     assert step(taps, model) == {}

@@ -1,4 +1,4 @@
-"""One step's choices, with made-up batches: whose rows are written to, what is cut of them, and who gets it."""
+"""What one step chooses, with made-up batches: whose rows are changed, which columns are kept, and who gets them."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_a_row_where_nothing_is_left_is_a_fault() -> None:
 
 
 def test_a_dead_row_that_is_not_committed_is_no_fault() -> None:
-    """Such as a step beyond a request's end."""
+    """For example in a step after a request's end."""
     dead = asking(None, Nothing())
     batch = Batch(dead)
     batch.run()
@@ -156,7 +156,7 @@ def test_a_dead_row_that_is_not_committed_is_no_fault() -> None:
 
 
 def test_a_dead_row_behind_the_response_is_no_fault() -> None:
-    """Under overlap scheduling it is chosen, and thrown away."""
+    """Under overlap scheduling a token after the last one is chosen, and thrown away."""
     dead = asking(None, Nothing(positions=(1,)))
     for index in (0, 1):
         batch = Batch(dead, index=index)
@@ -210,7 +210,7 @@ def test_raw_is_before_everything_and_processed_behind_the_temperature() -> None
 
 
 def test_processed_without_a_temperature() -> None:
-    """SGLang divides nothing in a batch where all are greedy."""
+    """In a batch where all rows are greedy, SGLang divides by no temperature."""
     processed, both = asking(PROCESSED), asking(PROCESSED, TemperatureScale(4.0))
     batch = Batch(processed, both)
     head_BV = batch.logits_BV.clone()
@@ -332,7 +332,7 @@ PARTS = [(1, 300)], [(1, 2), (2, 130), (130, 300)], [(1, 129), (129, 257), (257,
 
 
 def given_rows(one: RequestLogits, states_ND: torch.Tensor, parts: Any, padding: int = 4) -> list[int]:
-    """Steps in which the request's rows stand behind those of another one; the sizes of what the head computed."""
+    """Run steps where another request's rows come first; return the sizes of what the head computed."""
     head_DV = numbers(states_ND.shape[1], WIDE + padding, seed=9)
     sizes: list[int] = []
 
@@ -352,7 +352,7 @@ def given_rows(one: RequestLogits, states_ND: torch.Tensor, parts: Any, padding:
 
 
 def head_rows(states_ND: torch.Tensor, padding: int = 4) -> torch.Tensor:
-    """What the model says of tokens 1 … P-1."""
+    """Return the model's logits for tokens 1 … P-1."""
     return (states_ND @ numbers(states_ND.shape[1], WIDE + padding, seed=9))[: len(PROMPT) - 1, :WIDE]
 
 
@@ -408,7 +408,7 @@ def test_constraints_act_inside_the_responses_of_a_prompt(stage: Any, parts: Any
 
 @pytest.mark.parametrize(("limit", "temperatures"), [(3, [2.0, 1.5, 1.0]), (5, [2.0, 1.75, 1.5]), (1, [2.0] * 3)])
 def test_a_schedule_of_a_scored_response_goes_by_its_limit(limit: int, temperatures: list[float]) -> None:
-    """It may have ended before that."""
+    """The response may have ended before its limit."""
     states_ND = numbers(4, 8)
     scale = TemperatureScale(LinearSchedule(2.0, 1.0))
     more = {"response_ranges": ((1, 4),), "response_limit": limit, "prompt_ids": (1, 2, 3, 4)}

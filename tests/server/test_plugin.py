@@ -35,7 +35,7 @@ class HookType(enum.Enum):
 
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What was registered with SGLang's registry. Importing the real one takes seconds and a CUDA wheel."""
+    """Return what is registered with SGLang's registry. Importing the real one takes seconds and a CUDA wheel."""
     calls: list[Any] = []
     for name in ("sglang", "sglang.srt", "sglang.srt.plugins", "sglang.srt.plugins.hook_registry"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
@@ -179,7 +179,7 @@ class Cache:
 
 
 def kept(capture: Capture, *lengths: int) -> None:
-    """Sums over the beginnings of `Req`'s ids."""
+    """Keep sums over the beginnings of `Req`'s ids."""
     req = Req(Wanted(("prompt",)))
     one = capture.open(req)
     for length in lengths:

@@ -51,7 +51,7 @@ def runner(is_draft_worker: bool = False, **args: Any) -> Any:
 
 @pytest.fixture
 def auxiliary(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SGLang's list of auxiliary outputs; importing the real one takes seconds."""
+    """Replace SGLang's list of auxiliary outputs; importing the real one takes seconds."""
     outputs, logits = "sglang.srt.managers.auxiliary_output", "sglang.srt.layers.logits_processor"
     for name in ("sglang", "sglang.srt", "sglang.srt.managers", outputs, "sglang.srt.layers", logits):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
@@ -89,7 +89,7 @@ def run_step(
     processor: Processor | None = None,
     fails: bool = False,
 ) -> list[Any]:
-    """One forward step, hook by hook; what goes to the host with its results."""
+    """Run one forward step, hook by hook, and return what goes to the host with its results."""
     sampling_info = sampling_info or sampling_of(batch)
     forward_batch = SimpleNamespace(input_ids=torch.arange(NUM_ROWS), sampling_info=sampling_info)
     plugin.after_forward_batch(forward_batch, object, batch, model_runner)
@@ -140,7 +140,7 @@ def states_of_step() -> torch.Tensor:
 
 
 def stock_logits(batch: Any) -> torch.Tensor:
-    """What SGLang's sampler sees where nobody asks for anything."""
+    """Return what SGLang's sampler sees where nobody asks for anything."""
     return Processor(batch).forward("ids", states_of_step(), "head", "a copy", "more") + 1
 
 
@@ -198,7 +198,7 @@ def test_a_step_takes_logits_of_prompt_and_response() -> None:
 
 @pytest.mark.usefixtures("auxiliary", "capture")
 def test_a_head_that_is_a_collective_is_asked_for_nothing_more() -> None:
-    """Ranks that have no such rows would wait for ever. The count tells."""
+    """Ranks that have no such rows would wait for ever. The short count of rows tells the client."""
     batch = batch_of(Req(None, 5, WantedLogits(LogitsSpec(full=True, segments=("prompt",)), prompt_from=1)))
     processor = Processor(batch, parallel=True)
     (found,) = run_step(runner(), batch, processor=processor)
@@ -293,7 +293,7 @@ def test_a_draft_model_is_left_alone(capture: Capture, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(("asked", "words"), [("4", "the model has 4 layers"), ("x", "invalid literal"), ("", "")])
 def test_layers_that_cannot_be_read(capture: Capture, monkeypatch: pytest.MonkeyPatch, asked: str, words: str) -> None:
-    """From the environment of a server that was started by hand. It serves its last layer, and says why."""
+    """They come from the environment of a server that was started by hand. It serves its last layer, and says why."""
     monkeypatch.setenv(LAYERS_ENV, asked)
     plugin.after_load_model(None, runner())
     assert (capture.taps.layers, capture.taps.checked) == ((), True)

@@ -26,7 +26,7 @@ def sum_of(number: float = 0.0, size: int = 4) -> torch.Tensor:
 
 
 def near(draw: st.DrawFn, length: int) -> int:
-    """A length of at most this: the whole, or near a block's end."""
+    """Draw a length of at most this: the whole length, or one near a block's end."""
     ends = [place for block in range(BLOCK, length + 1, BLOCK) for place in (block - 1, block, block + 1)]
     return draw(st.sampled_from(sorted({1, length, max(length - 1, 1), *(end for end in ends if end <= length)})))
 
@@ -57,7 +57,7 @@ def test_the_longest_kept_beginning_is_found(data: st.DataObject) -> None:
 
 @given(data=st.data())
 def test_what_was_not_used_for_longest_goes_first_and_bytes_are_exact(data: st.DataObject) -> None:
-    """Putting again and finding are both a use."""
+    """Putting a sum again and finding it both count as use."""
     sizes, max_bytes = (4, 8, 12), 5 * ENTRY_BYTES
     store, model = PrefixSums(max_bytes), dict[tuple[int, ...], int]()
     for _ in range(data.draw(st.integers(1, 20))):
@@ -88,7 +88,7 @@ def test_one_that_has_no_room_at_all_is_not_kept() -> None:
 
 @pytest.mark.parametrize("length", [1, BLOCK - 1, BLOCK, BLOCK + 1])
 def test_kinds_are_apart(length: int) -> None:
-    """Other layers, or another adapter's states."""
+    """Sums of other layers, or of another adapter's states, are never found."""
     store, ids = PrefixSums(), (3,) * 100
     store.put(PrefixKeys("(-1,) ", ids), length, sum_of())
     assert store.longest(PrefixKeys("(-1,) lora", ids), 100) is None
@@ -105,7 +105,7 @@ def test_nothing_is_left_after_clear() -> None:
 
 
 def cost(size: int, length: int) -> int:
-    """Of a sum of ``size`` numbers, with the ids behind its last whole block and what stands around it."""
+    """Return the bytes of a sum of ``size`` numbers, with its entry and the ids after its last whole block."""
     return 4 * size + 8 * (length % BLOCK) + ENTRY_BYTES
 
 

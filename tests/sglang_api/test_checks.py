@@ -203,7 +203,7 @@ def test_a_prompt_that_is_only_read_must_leave_room_for_a_token() -> None:
     "span", [LastTokens(2, "prompt"), Between("a", "b", "prompt"), TokenMask("m")], ids=lambda span: type(span).__name__
 )
 def test_a_span_that_is_not_resolved(span: Any) -> None:
-    """It would be pooled over the response, with a count that fits."""
+    """If it were sent, it would be pooled over the response, with a count that fits."""
     one = Request((5, 6, 7), hidden=HiddenSpec(spans={"s": span}), spans={"s": span})
     with pytest.raises(InputTypeError, match=r"row 0, span 's': .* is not resolved; .*PromptSpan"):
         check_requests([one], make_info())

@@ -193,7 +193,7 @@ def test_what_is_asked_of_logits_and_can_be_had(one: Request, info: Any) -> None
     ids=lambda value: str(value)[:40],
 )
 def test_logits_have_a_limit(near: bool, limit: int, spec: LogitsSpec, num_bytes: int) -> None:
-    """To the byte: a row more is too many."""
+    """Exact to the byte: one row more is refused."""
     info = make_info(vocab_size=2**20, context_length=10**6, max_prompt_tokens=10**6, shares_memory=near)
     most = limit * 2**20 // num_bytes
     for num_new, num_prompt, segments in (
@@ -219,7 +219,7 @@ def test_logits_have_a_limit(near: bool, limit: int, spec: LogitsSpec, num_bytes
 
 
 def test_the_logits_of_a_batch_have_a_limit() -> None:
-    """Each row is under its own; together they would not find room. To the byte."""
+    """Each row is under its own limit, but together they are over it. Exact to the byte."""
     info = make_info(vocab_size=2**20, context_length=10**7, max_prompt_tokens=10**6, shares_memory=True)
 
     def row(mib: int) -> Request:

@@ -106,7 +106,7 @@ def test_a_prompt_of_one_token_has_no_rows_before_it(spec: LogitsSpec) -> None:
 @pytest.mark.parametrize("first", [0, 1, 2, 4, 5])
 @pytest.mark.parametrize("spec", [None, PROMPTS])
 def test_log_probs_of_a_given_sequence(first: int, spec: LogitsSpec | None) -> None:
-    """Stock ones, and those under constraints: of the tokens from ``score_from`` on, NaN for the very first."""
+    """Both stock log-probs and those under constraints: of the tokens from ``score_from`` on, NaN for token 0."""
     sent = [scores(*constraints, first=first, spec=spec) for constraints in ((), MASKED)]
     stock, masked = RecordingEngine().generate(sent)
     expected = [math.nan, *(log_prob_of(i) for i in GIVEN[1:])][first:]

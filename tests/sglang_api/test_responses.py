@@ -83,7 +83,7 @@ def test_a_prompt_that_was_only_read_has_no_response(info: Any, spec: HiddenSpec
 
 
 def test_a_span_between_markers() -> None:
-    """Its size is the server's to say; the policy checks it with its own tokenizer."""
+    """The server tells the span's size; the policy checks it with its own tokenizer."""
     spec = HiddenSpec((), spans={"b": Between("2", None)})
     sent = request(spec, spans=dict(spec.spans))
     engine = RecordingEngine(
@@ -274,7 +274,7 @@ BAD_CHANNELS: dict[str, tuple[Callable[[dict[str, Any]], Any], type[SGLangHidden
 
 
 def lose_rows(answer: dict[str, Any]) -> None:
-    """A sound answer over two positions only."""
+    """Replace the token states by a sound answer over two positions only."""
     one = request(HiddenSpec(("prompt",), tokens=True), prompt_ids=PROMPT[:2])
     answer["rows"] = rows_for([one])[0]["meta_info"][CHANNEL][0]["rows"]
 
@@ -347,7 +347,7 @@ def test_a_response_across_an_update_says_so() -> None:
 
 @pytest.mark.parametrize("near", [True, False])
 def test_rows_behind_one_that_failed_leave_nothing_in_shared_memory(near: bool) -> None:
-    """Of a server elsewhere nothing here is touched, whatever it names."""
+    """Files that a server on another machine names are never touched."""
     files = SharedFiles()
     name = files.share(bytes(2**20))
     assert name is not None

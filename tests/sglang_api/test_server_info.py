@@ -67,7 +67,7 @@ def test_a_stock_server_is_asked_for_its_model(info: Any) -> None:
     ],
 )
 def test_every_scheduler_must_have_a_layer(layers: list[Any], pools: bool, found: tuple[int, ...]) -> None:
-    """Of data-parallel ones any may get a request. One that has not run yet has its last to offer."""
+    """Any data-parallel scheduler may get a request. One that has not run yet offers only its last layer."""
     info = info_of(*({**STATUS, "layers": one} for one in layers))
     assert (info.pools_in_server, info.layers) == (pools, found)
 

@@ -70,7 +70,7 @@ KEPT = torch.tensor([True, True, True, False])
 
 @pytest.fixture(autouse=True)
 def same_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names that a test gives are gone behind it."""
+    """Forget the constraint names that a test registers."""
     monkeypatch.setattr(base, "_KINDS", dict(base._KINDS))
 
 
@@ -331,7 +331,7 @@ def test_a_dense_mask_is_written_in_the_shorter_way(seed: int, size: int, share:
 
 
 def test_how_bits_are_written() -> None:
-    """The lowest of the first byte is token 0."""
+    """The lowest bit of the first byte is token 0."""
     assert LogitConstraint.from_str(MASK + '{"valid_token_ids":"base64:BQE="}') == ActionMask((0, 2, 8))
     odd = ActionMask(range(1, 161, 2))
     assert odd.to_str() == f'{MASK}{{"valid_token_ids":"base64:{base64.b64encode(bytes([0xAA] * 20)).decode()}"}}'
@@ -386,7 +386,7 @@ def test_text_that_cannot_be_read(text: str) -> None:
 
 @given(name=st.sampled_from(["action_mask", "disallowed_tokens", "temperature_scale", "test_push"]), data=st.data())
 def test_no_text_raises_anything_else(name: str, data: st.DataObject) -> None:
-    """It comes from the network."""
+    """The text comes from the network."""
     fields = ["valid_token_ids", "ids", "schedule", "first_tokens", "positions", "amounts"]
     value = st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.just("3-7"),
@@ -434,7 +434,7 @@ def test_a_constraint_without_a_name() -> None:
 
 
 def test_a_constraint_does_not_go_by_another_ones_name() -> None:
-    """The server would build that one."""
+    """The server would build the other constraint."""
 
     @dataclass(frozen=True)
     class Warmer(TemperatureScale):
@@ -553,14 +553,14 @@ def test_masks_that_leave_something_everywhere(masks: list[LogitConstraint]) -> 
 
 
 def test_a_response_of_no_tokens_has_its_first_checked() -> None:
-    """SGLang draws one at least."""
+    """SGLang draws at least one token."""
     with pytest.raises(ConstraintError, match="for token 0"):
         check_constraints([ActionMask(ALLOW), DisallowedTokens(ALLOW)], 10, 0)
 
 
 @given(data=st.data())
 def test_what_is_refused_is_what_leaves_nothing(data: st.DataObject) -> None:
-    """Against every token of the response, one by one."""
+    """Compared with a check of every token of the response, one by one."""
     some = st.lists(st.integers(0, 3), min_size=1, max_size=4, unique=True)
     limit = st.just({}) | st.integers(1, 5).map(lambda n: {"first_tokens": n}) | st.sets(
         st.integers(0, 5), min_size=1, max_size=3

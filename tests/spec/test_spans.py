@@ -86,7 +86,7 @@ def decode(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
 
 @st.composite
 def cut_texts(draw: st.DrawFn, tokens: list[bytes]) -> tuple[str, list[int]]:
-    """A text and one of the ways to cut it into ids, through characters too."""
+    """Draw a text and one way to cut it into ids, through characters too."""
     text = "".join(
         draw(st.lists(st.sampled_from(["<t>", "</t>", "a", "b", "é", "😀", "日本", "<", "t", "> "]), max_size=12))
     )
@@ -99,7 +99,7 @@ def cut_texts(draw: st.DrawFn, tokens: list[bytes]) -> tuple[str, list[int]]:
 
 
 def tokens_between(pieces: list[bytes], span: Between) -> list[int] | None:
-    """The tokens all of whose bytes stand between the markers; None where a marker is missing."""
+    """Return the tokens all of whose bytes stand between the markers; None where a marker is missing."""
     data, begin = b"".join(pieces), 0
     if span.start is not None:
         found = data.find(span.start.encode())

@@ -41,7 +41,7 @@ def update(**changes: Any) -> WeightUpdate:
 
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What was sent, by the name of the function that sent it."""
+    """Return what was sent, by the name of the function that sent it."""
     found: list[str] = []
     monkeypatch.setattr(transports, "load_from_disk", lambda *arguments: found.append("disk"))
     monkeypatch.setattr(transports, "broadcast", lambda *arguments, **options: found.append("network"))

@@ -238,7 +238,7 @@ def test_a_checkpoint_goes_where_there_is_room(monkeypatch: pytest.MonkeyPatch, 
 
 
 class Calls:
-    """SGLang's control routes: notes the calls, answers as told, or with success."""
+    """SGLang's control routes: records the calls, and answers as told, or with success."""
 
     def __init__(self, **answers: Any) -> None:
         self.answers, self.seen = answers, []
@@ -295,7 +295,7 @@ def test_a_cache_that_was_not_flushed_is_flushed() -> None:
 
 
 def serve(model_dir: Path, answer: dict[str, Any] | None = None) -> RecordingServer:
-    """A server with the server half, as far as weights are concerned."""
+    """Serve as a server with the server half does, as far as weights are concerned."""
     server = RecordingServer(model_path=str(model_dir))
 
     def respond(handler: Handler, payload: dict[str, Any]) -> None:
