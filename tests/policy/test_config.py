@@ -1,286 +1,125 @@
-"""The options of `SGLangHiddenWrapper`: what overrides what, what raises, and that a new version loses nothing."""
+"""`PolicyConfig`: it agrees with the wrapper's signature, it is frozen, and it is what the wrapper stands on."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import pickle
-from concurrent.futures import CancelledError, ThreadPoolExecutor
-from pathlib import Path
+import re
 from typing import Any
 
 import pytest
 import torch
-from helpers.fake_engine import PAD_ID, WORDS, RecordingEngine, RecordingServer, tiny_tokenizer
-from helpers.policy_batches import FULL_CONFIG, TOKENIZER, batch_of, flat, make, plain, tokens_batch
-from tensordict import TensorDict, TensorDictBase
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
+from helpers.policy_batches import FULL_CONFIG
 
-from torchrl_sglang_hidden import SGLangHiddenWrapper, SGLangServer
-from torchrl_sglang_hidden.errors import (
-    InputError,
-    InputTypeError,
-    MissingKeyError,
-    PromptLengthError,
-    SGLangHiddenError,
-    TokenIdError,
-    UnknownOptionError,
-)
+from torchrl_sglang_hidden import HiddenSpec, InputError, SGLangHiddenWrapper
+from torchrl_sglang_hidden.policy.batching import BatchingConfig
+from torchrl_sglang_hidden.policy.config import ARGUMENTS, PolicyConfig
+from torchrl_sglang_hidden.policy.outputs import KeyConfig
+from torchrl_sglang_hidden.policy.wrapper import SGLangHiddenWrapper as Wrapper
+
+PARAMETERS = {
+    name: parameter
+    for name, parameter in inspect.signature(SGLangHiddenWrapper.__init__).parameters.items()
+    if name not in ("self", "model")
+}
+RECORDS = (PolicyConfig, KeyConfig, BatchingConfig)
 
 
-def test_options_of_a_call_win_over_those_of_the_constructor() -> None:
-    policy, engine = make(generate_kwargs={"max_tokens": 3, "temperature": 0.5, "stop": ["w1"]})
-    policy(batch_of("text"), max_new_tokens=1, do_sample=False)
-    policy(batch_of("text"))
-    expected = [{"max_new_tokens": 1, "temperature": 0.0}, {"max_new_tokens": 3, "temperature": 0.5}]
-    assert [dict(engine.requests[row].sampling) for row in (0, 3)] == [{**one, "stop": ["w1"]} for one in expected]
-    assert all(len(row["tokens"].response) == 1 for row in flat(policy(batch_of("text"), max_new_tokens=1)))
+def names_of(record: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(record) if field.name not in ("keys", "queue")]
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "words"),
-    [
-        ({"hiden": True}, TypeError, "hiden"),
-        ({"input_mode": "prose"}, InputError, r"input_mode='prose': expected one of .*'history'"),
-        ({"generate": 1}, InputTypeError, r"generate=1: expected True or False"),
-        ({"generate": False, "return_log_probs": False, "hidden": None}, InputError, r"nothing to compute"),
-        ({"pad_model_input": True}, InputError, r"pad_model_input=True: pads are never sent"),
-        ({"layout": torch.sparse_coo}, InputError, r"layout=torch.sparse_coo: expected torch.strided"),
-        ({"batching": False, "min_batch_size": 2}, InputError, r"batching=False with min_batch_size=2"),
-        ({"batching": True, "min_batch_size": 3, "max_batch_size": 2}, InputError, r"min_batch_size=3 is over"),
-        ({"max_batch_size": 0}, InputError, r"max_batch_size=0"),
-        ({"batching_timeout": 0, "batching": True}, InputError, r"timeout"),
-        ({"chat_template": "x", "chat_template_name": "qwen"}, InputError, r"chat_template_name='qwen' are both given"),
-        ({"chat_template_name": "nope"}, InputError, r"chat_template_name='nope': expected one of .*'chatml_format'"),
-        ({"text_key": "a", "tokens_key": ("a", "b")}, InputError, r"\('a', 'b'\) is inside \('a',\)"),
-        ({"num_samples": 0}, InputError, r"num_samples=0: expected an integer of at least 1"),
-        ({"num_samples": True}, InputError, r"num_samples=True: expected an integer"),
-        ({"num_samples": 2, "inplace": True}, InputError, r"inplace=True with num_samples=2"),
-        ({"num_samples": 1, "inplace": "empty"}, InputError, r"inplace='empty' with num_samples=1"),
-        ({"num_samples": 2, "generate_kwargs": {"n": 3}}, InputError, r"num_samples=2 and num_return_sequences=3"),
-        ({"inplace": "yes"}, InputError, r"inplace='yes': expected True, False or 'empty'"),
-        ({"inplace": 0}, InputError, r"inplace=0"),
-        ({"inplace": 1}, InputError, r"inplace=1"),
-        ({"generate_kwargs": {"temprature": 1}}, UnknownOptionError, r"'temprature': did you mean 'temperature'"),
-        ({"tokenizer": "./no-such-tokenizer"}, InputError, r"no tokenizer can be read at './no-such-tokenizer'"),
-        ({"text_key": "same", "tokens_key": "same"}, InputError, r"same"),
-    ],
-)
-def test_arguments_that_cannot_work(options: dict[str, Any], error: type[Exception], words: str) -> None:
-    with pytest.raises(error, match=words):
-        make(**options)
+def test_the_signature_and_the_fields_have_the_same_names() -> None:
+    fields = [name for record in RECORDS for name in names_of(record)]
+    assert len(fields) == len(set(fields))
+    assert set(fields) == set(PARAMETERS) == ARGUMENTS == set(FULL_CONFIG) == set(PolicyConfig().arguments())
+    assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in PARAMETERS.values())
 
 
-def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
-    tiny_tokenizer().save_pretrained(tmp_path)
-    engine = RecordingEngine(tokenizer_path=str(tmp_path))
-    SGLangHiddenWrapper(engine, tokenizer=tiny_tokenizer())
-    words = {word: i for i, word in enumerate(reversed(WORDS))}
-    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="<unk>")), unk_token="<unk>")
-    other.save_pretrained(tmp_path / "other")
-    for given in (other, str(tmp_path / "other")):
-        with pytest.raises(InputError, match=r"is not the engine's: 96 tokens have other ids"):
-            SGLangHiddenWrapper(engine, tokenizer=given)
-    # Where the engine's own cannot be read, its vocabulary's size still tells; a pad is never sent.
-    small = RecordingEngine(vocab_size=90)
-    with pytest.raises(InputError, match=r"6 ids are outside the engine's vocabulary of 90, such as 90 for 'w84'"):
-        SGLangHiddenWrapper(small, tokenizer=tiny_tokenizer())
-    with_pad = tiny_tokenizer()
-    with_pad.add_special_tokens({"pad_token": "<pad>"})
-    assert with_pad.pad_token_id == 96
-    SGLangHiddenWrapper(engine, tokenizer=with_pad)
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_the_signature_and_the_fields_have_the_same_defaults(name: str) -> None:
+    default = PARAMETERS[name].default
+    assert PolicyConfig.from_arguments(**{name: default}) == PolicyConfig()
 
 
-def test_options_of_a_call_that_cannot_work() -> None:
-    policy, engine = make()
-    with pytest.raises(UnknownOptionError, match="temprature"):
-        policy(batch_of("text"), temprature=1)
-    with pytest.raises(InputError, match="num_return_sequences=2 in a call"):
-        policy(batch_of("text"), n=2)
-    assert engine.requests == []
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_every_argument_is_kept_under_its_own_name(name: str) -> None:
+    default, other = PolicyConfig().arguments(), FULL_CONFIG[name]
+    if other == default[name]:
+        other = {"generate": False, "chat_template": "{{ messages }}"}[name]
+    needed = {"action_mask_key": "mask"} if name == "action_token_ids" else {}
+    changed = PolicyConfig(inplace=False).changed(**{name: other, **needed})
+    assert changed.arguments() == {**default, "inplace": False, name: other, **needed}
 
 
-@pytest.mark.parametrize(
-    ("mode", "batch", "error", "words"),
-    [
-        ("text", TensorDict(a=torch.ones(1), batch_size=1), MissingKeyError, r"no \('text', 'prompt'\).* has \['a'\]"),
-        ("text", batch_of("text", ["w1", ""]), PromptLengthError, r"row 1, .*0 tokens; SGLang needs at least 1"),
-        ("text", TensorDict(text={"prompt": torch.ones(1)}, batch_size=1), InputTypeError, r"row 0, .*Tensor.*string"),
-        ("history", batch_of("text"), MissingKeyError, r"\('history', 'prompt'\)"),
-        ("tokens", TensorDict(tokens=torch.ones(1, 2).long(), batch_size=1), InputTypeError, r"Tokens"),
-        ("tokens", tokens_batch([6, 7], [96, 5]), TokenIdError, r"row 1: token id 96 at position 0"),
-        ("tokens", tokens_batch([6, 7], [5, -1]), TokenIdError, r"row 1: token id -1 at position 1"),
-        ("tokens", TensorDict(tokens={"prompt": torch.ones(1, 2)}, batch_size=1), InputTypeError, r"row 0.*float32"),
-        ("tokens", TensorDict(tokens={"prompt": torch.ones(1).long()}, batch_size=1), InputTypeError, r"\[P\]"),
-        ("tokens", TensorDict(tokens={"prompt": torch.ones(1, 0).long()}, batch_size=1), PromptLengthError, r"row 0"),
-        ("tokens", tokens_batch([5] * 59), PromptLengthError, r"row 0: .*59 tokens, over the engine's limit of 58"),
-        ("tokens", tokens_batch([PAD_ID], of_tokens={"padded": True}), PromptLengthError, r"row 0: .*0 tokens"),
-        ("text", "w1", InputTypeError, r"'w1' is a str; the policy reads a TensorDict"),
-    ],
-)
-def test_inputs_that_are_not_sent(mode: str, batch: Any, error: type[SGLangHiddenError], words: str) -> None:
-    policy, engine = make(mode)
-    before = plain(batch) if isinstance(batch, TensorDictBase) else None
-    with pytest.raises(error, match=words):
-        policy(batch)
-    assert engine.requests == []
-    assert before is None or plain(batch) == before
+@pytest.mark.parametrize("record", RECORDS)
+def test_every_field_is_documented_once(record: Any) -> None:
+    for name in (field.name for field in dataclasses.fields(record)):
+        entries = [entry for other in (*RECORDS, Wrapper) for entry in re.findall(rf"^ +{name}: ", other.__doc__, re.M)]
+        assert len(re.findall(rf"^ {{8}}{name}: ", record.__doc__, re.M)) == 1, name
+        # The wrapper's outputs have names too: text, tokens, … but none of an argument.
+        assert len(entries) == 1, name
 
 
-def test_a_new_version_loses_nothing() -> None:
-    policy, engine = make(**FULL_CONFIG)
-    assert set(FULL_CONFIG) == set(inspect.signature(SGLangHiddenWrapper.__init__).parameters) - {"self", "model"}
-    assert policy.config.arguments() == FULL_CONFIG
-    again = policy.get_new_version()
-    assert again is not policy
-    assert (again.config, again.model) == (policy.config, engine)
-    assert (again.in_keys, again.out_keys) == (policy.in_keys, policy.out_keys)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"pad_output": False},
-        {"hidden": None},
-        {"generate_kwargs": {"top_k": 2}},
-        {"text_key": "t"},
-        {"num_samples": None, "inplace": "empty"},
-        {"generate": False},
-        {"layout": None},
-        {"logits": None, "constraints": ()},
-        {"action_mask_key": "a", "action_token_ids": None},
-    ],
-)
-def test_a_new_version_changes_only_what_is_said(changes: dict[str, Any]) -> None:
-    policy, _ = make(**FULL_CONFIG)
-    assert policy.get_new_version(**changes).config.arguments() == {**FULL_CONFIG, **changes}
-    assert policy.config.arguments() == FULL_CONFIG
-
-
-@pytest.mark.parametrize("mode", ["history", "text", "tokens"])
-def test_the_default_input_key_follows_mode_and_generate(mode: str) -> None:
-    policy, _ = make(mode)
-    scorer = policy.get_new_version(generate=False)
-    assert (scorer.input_key, scorer.in_keys) == ((mode, "full"), [(mode, "full")])
-    assert scorer.get_new_version(generate=True).config == policy.config
-    # What torchrl's RetrieveKL passes.
-    changes = {"generate": False, "return_log_probs": True, "log_probs_key": ("gen", "log_probs"), "pad_output": True}
-    gen = policy.get_new_version(**changes, input_mode="tokens", input_key=("tokens", "full"))
-    assert {key: gen.config.arguments()[key] for key in changes} == changes
-    assert (gen.input_mode, gen.input_key) == ("tokens", ("tokens", "full"))
-
-
-def test_the_number_of_samples_has_two_names() -> None:
-    named, _ = make(generate_kwargs={"n": 2, "top_k": 3})
-    assert (named.num_samples, named.inplace) == (2, False)
-    assert named.get_new_version().num_samples == 2
-    assert named.get_new_version(num_samples=4).num_samples == 4
-    assert named.get_new_version(num_samples=4).generate_kwargs == {"top_k": 3}
-    assert named.get_new_version(num_samples=None).num_samples is None
-    assert make(num_samples=2)[0].get_new_version(generate_kwargs={"num_return_sequences": 3}).num_samples == 3
-    assert make(num_samples=2)[0].get_new_version(generate_kwargs={"top_k": 3}).num_samples == 2
-    one, _ = make(generate_kwargs={"n": 1})
-    assert (one.num_samples, one.inplace) == (None, True)
-
-
-def test_concurrent_callers_share_a_request() -> None:
-    policy, engine = make("tokens", min_batch_size=2, batching_timeout=30.0)
-    assert policy.batching
-    assert policy.model is engine
-    with ThreadPoolExecutor(2) as pool:
-        outs = list(pool.map(policy, [tokens_batch([6, 7]), tokens_batch([8])]))
-    assert len(engine.payloads) == 1
-    assert [[list(row["tokens"].prompt) for row in flat(out)] for out in outs] == [[[6, 7]], [[8]]]
-    assert policy.get_new_version().get_batching_state()["min_batch_size"] == 2
-    assert policy.get_batching_state()["queue_size"] == 0
-    unbatched, _ = make()
-    assert (unbatched.batching, unbatched.get_batching_state()) == (False, {"batching_enabled": False})
-
-
-def test_a_copy_and_a_pickle_lose_nothing() -> None:
-    server = RecordingServer()
-    options = {**FULL_CONFIG, "min_batch_size": 2, "input_mode": "text", "input_key": None}
-    options |= {"action_mask_key": None, "action_token_ids": None}
-    try:
-        policy = SGLangHiddenWrapper(SGLangServer(server.url), **options)
-        policy.register_collector(server)
-        for same in (copy.deepcopy(policy), pickle.loads(pickle.dumps(policy))):
-            assert same.model is not policy.model
-            assert (policy.collector, same.collector) == (server, None)
-            assert same._engine.engine is same.model
-            assert {**same.config.arguments(), "tokenizer": None} == {**policy.config.arguments(), "tokenizer": None}
-            assert same.tokenizer.get_vocab() == TOKENIZER.get_vocab()
-            out = same(batch_of("text"))
-            assert out.batch_size == (3, 2)
-    finally:
-        server.stop()
-
-
-def test_the_sizes_switch_batching_on_and_batching_switches_it_off() -> None:
-    batched, _ = make(min_batch_size=2, max_batch_size=4)
-    off = batched.get_new_version(batching=False)
-    assert (off.batching, off.config.queue.min_batch_size, off.config.queue.max_batch_size) == (False, None, None)
-    on = off.get_new_version(max_batch_size=4)
-    assert on.get_batching_state()["min_batch_size"] == 1
-    with pytest.raises(InputError, match="batching=False with min_batch_size=3"):
-        batched.get_new_version(batching=False, min_batch_size=3)
-    with pytest.raises(InputTypeError, match="batching='no': expected True, False or None"):
-        make(batching="no")
-    with pytest.raises(InputError, match="batching timeout of nan"):
-        make(batching_timeout=float("nan"))
-
-
-def test_a_shallow_copy_that_goes_ends_nobodys_wait() -> None:
-    policy, engine = make("tokens", min_batch_size=2, batching_timeout=3600.0)
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(policy, tokens_batch([6, 7]))
-        while policy.get_batching_state()["queue_size"] == 0:
-            assert not waiting.done()
-        copy.copy(policy).__del__()
-        policy(tokens_batch([8]))
-        assert waiting.result(30)["tokens"].prompt.tolist() == [[6, 7]]
-    assert len(engine.payloads) == 1
-
-
-@pytest.mark.parametrize("flush", [True, False])
-def test_cleanup_ends_the_waiting(flush: bool) -> None:
-    policy, _ = make("tokens", min_batch_size=2, batching_timeout=3600.0)
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(policy, tokens_batch([6, 7]))
-        while policy.get_batching_state()["queue_size"] == 0:
-            assert not waiting.done()
-        policy.cleanup_batching(flush=flush)
-        if flush:
-            assert waiting.result(30)["tokens"].prompt.tolist() == [[6, 7]]
-        else:
-            with pytest.raises(CancelledError, match="the queue was emptied"):
-                waiting.result(30)
-
-
-def test_the_layout_is_of_ragged_output() -> None:
-    assert make()[0].layout is torch.strided
-    assert make(layout=torch.jagged)[0].layout is torch.jagged
-    assert make(pad_output=True)[0].layout is None
-
-
-def test_a_new_version_in_another_mode_reads_there() -> None:
-    policy, _ = make("text")
-    assert policy.get_new_version(input_mode="tokens").input_key == ("tokens", "prompt")
-    assert make("text", input_key="mine")[0].get_new_version(input_mode="tokens").input_key == "mine"
-    with pytest.raises(TypeError, match="hiden"):
-        policy.get_new_version(hiden=True)
-
-
-def test_a_new_version_of_another_engine() -> None:
-    other = RecordingEngine(tokenizer=TOKENIZER)
-    assert make("text")[0].get_new_version(model=other).model is other
-
-
-def test_the_configuration_is_a_copy() -> None:
+def test_it_is_frozen_and_its_mappings_are_its_own() -> None:
     options = {"temperature": 0.5}
-    policy, _ = make(generate_kwargs=options)
+    config = PolicyConfig(generate_kwargs=options, tokenizer_kwargs=options)
     options["temperature"] = 9
-    policy.config.arguments()["generate_kwargs"]["temperature"] = 9
-    assert policy.generate_kwargs == {"temperature": 0.5}
+    config.arguments()["generate_kwargs"]["temperature"] = 9
+    assert config.generate_kwargs == config.tokenizer_kwargs == {"temperature": 0.5}
+    for record in (config, config.keys, config.queue):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(record, dataclasses.fields(record)[0].name, None)
+
+
+def test_copies_and_pickles_are_equal() -> None:
+    config = PolicyConfig.from_arguments(**{**FULL_CONFIG, "tokenizer": None})
+    for same in (copy.copy(config), copy.deepcopy(config), pickle.loads(pickle.dumps(config)), config.changed()):
+        assert same == config
+        assert same.arguments() == {**FULL_CONFIG, "tokenizer": None}
+
+
+def test_values_of_several_forms_become_one() -> None:
+    config = PolicyConfig.from_arguments(hidden=True, device="cpu", return_log_probs=None, generate_kwargs={"n": 2})
+    assert (config.hidden, config.device, config.return_log_probs) == (HiddenSpec(), torch.device("cpu"), True)
+    assert config.generate_kwargs == {"num_return_sequences": 2}
+    assert (config.num_samples, config.num_responses, config.writes_inplace) == (None, 2, False)
+    assert PolicyConfig.from_arguments(hidden=False, return_log_probs=False).hidden is None
+
+
+def test_an_explicit_default_key_follows_the_mode_as_the_default_does() -> None:
+    config = PolicyConfig(input_mode="text", input_key=("text", "prompt"))
+    assert config == PolicyConfig(input_mode="text")
+    assert config.changed(generate=False).prompt_key == ("text", "full")
+    assert PolicyConfig(input_key="mine").changed(generate=False).prompt_key == "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes", "expected"),
+    [
+        ({"generate_kwargs": {"n": 2}}, {"num_samples": 4}, {"num_samples": 4, "generate_kwargs": {}}),
+        ({"num_samples": 2}, {"generate_kwargs": {"n": 3}}, {"num_samples": None}),
+        ({"num_samples": 2}, {"generate_kwargs": {"top_k": 3}}, {"num_samples": 2}),
+        ({"generate_kwargs": {"return_hidden_states": False}}, {"hidden": True}, {"hidden": HiddenSpec()}),
+        ({"generate_kwargs": {"return_hidden_states": True}}, {"hidden": None}, {"hidden": None}),
+        ({"min_batch_size": 2}, {"batching": False}, {"batching": False, "min_batch_size": None}),
+        ({"batching": False}, {"max_batch_size": 3}, {"batching": None, "max_batch_size": 3}),
+        ({"batching": True, "min_batch_size": 2}, {"min_batch_size": 3}, {"batching": True, "min_batch_size": 3}),
+    ],
+)
+def test_what_has_two_names_follows_the_one_that_is_changed(
+    arguments: dict[str, Any], changes: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    changed = PolicyConfig.from_arguments(**arguments).changed(**changes).arguments()
+    assert {name: changed[name] for name in expected} == expected
+
+
+def test_a_change_that_cannot_work() -> None:
+    with pytest.raises(TypeError, match="hiden"):
+        PolicyConfig().changed(hiden=True)
+    with pytest.raises(TypeError, match="keys"):
+        PolicyConfig().changed(keys=KeyConfig())
+    with pytest.raises(InputError, match="batching=False with min_batch_size=3"):
+        PolicyConfig().changed(batching=False, min_batch_size=3)
