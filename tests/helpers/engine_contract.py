@@ -22,7 +22,7 @@ from torchrl_sglang_hidden.errors import (
     TokenIdError,
 )
 from torchrl_sglang_hidden.records import Completion, Request
-from torchrl_sglang_hidden.spec.hidden import SEGMENTS, HiddenSpec
+from torchrl_sglang_hidden.spec.hidden import SEGMENTS, HiddenSpec, Segment
 
 GREEDY = {"temperature": 0.0, "max_new_tokens": 6}
 ALL = HiddenSpec(segments=SEGMENTS)
@@ -114,7 +114,7 @@ class EngineContract:
             assert one.log_probs_T.shape == (num_response,)
             assert set(one.hidden) == set(SEGMENTS)
             for segment, pooled in one.hidden.items():
-                assert pooled.count == len(segment.positions(num_prompt, num_response))
+                assert pooled.count == len(Segment(segment).positions(num_prompt, num_response))
                 assert pooled.vector.shape == (engine.info.hidden_size,)
                 assert pooled.vector.dtype == torch.float32
                 assert pooled.vector.isfinite().all()

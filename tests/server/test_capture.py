@@ -299,7 +299,7 @@ def test_an_answer_without_room_is_refused_and_the_others_come(tmp_path: Path, m
     scheduler.capture._shared = SharedFiles(tmp_path, max_bytes=0)
     bad, good = Req([7] * 40, wanted, way="shared"), asking(9, 8)
     scheduler.prefill(bad, good)
-    with pytest.raises(CapabilityError, match=r"row 0: .*no room in the server's shared memory"):
+    with pytest.raises(CapabilityError, match=r"row 0: .* do not fit into the server's shared memory"):
         unpack_answer(scheduler.finish(bad), "row 0", HIDDEN_SIZE)
     scheduler.assert_right(good)
 
