@@ -153,23 +153,26 @@ def serve(
     Example: torchrl-sglang-hidden serve Qwen/Qwen3-0.6B --port 30000 --layers 7,15,-1 --mem-fraction-static 0.8
     """
     model, server_args = parse_server_arguments(arguments or [])
+    options = {
+        "device": device,
+        "layers": parse_layers(layers),
+        "constraint_modules": tuple(filter(None, constraints.split(","))),
+        "host": host,
+        "port": port,
+        "api_key": api_key,
+        "log_file": log_file,
+    }
+    _serve_until_ended(model, options, server_args)
+
+
+def _serve_until_ended(model: str | None, options: dict[str, Any], server_args: dict[str, Any]) -> None:
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         from torchrl_sglang_hidden.demo.model import demo_model
         from torchrl_sglang_hidden.engines.launch import launch
 
-        with launch(
-            demo_model() if model is None else model,
-            device=device,
-            layers=parse_layers(layers),
-            constraint_modules=tuple(filter(None, constraints.split(","))),
-            host=host,
-            port=port,
-            api_key=api_key,
-            log_file=log_file,
-            **server_args,
-        ) as server:
-            _announce(server, with_key=api_key is not None)
+        with launch(demo_model() if model is None else model, **options, **server_args) as server:
+            _announce(server, with_key=options["api_key"] is not None)
             server.wait()
     except KeyboardInterrupt:
         typer.echo("Stopped.")

@@ -229,7 +229,7 @@ class ActionMaskReader:
         if other:
             raise InputError(
                 f"{min(other)} is not among the {len(self.token_ids or ())} action_token_ids; integers are token ids "
-                "here, for places give a bool mask"
+                "here; for places pass a bool mask"
             )
         return mask
 

@@ -298,7 +298,10 @@ class _CandidateLogits(TensorDictModuleBase):  # type: ignore[misc]
         if self.mask_key is not None:
             mask = tensordict.get(self.mask_key, None)
             if mask is None:
-                raise MissingKeyError(f"the TensorDict has no {self.mask_key!r}, which the actor reads its mask from")
+                raise MissingKeyError(
+                    f"the TensorDict has no {self.mask_key!r}, which the actor reads its mask from; add one, or make "
+                    "the actor without mask_key"
+                )
         scores = self.policy.score(tensordict, self.candidates, reduction=self.reduction, mask=mask)
         for key, name in zip(self.out_keys, ("logits", "mask"), strict=True):
             tensordict.set(key, scores[name])

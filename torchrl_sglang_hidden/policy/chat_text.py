@@ -127,16 +127,16 @@ def spoken_tokens(span: Turn | Role, chat: Chat, ids: Sequence[int], tokenizer: 
     roles = [message.role for message in messages]
     if isinstance(span, Turn):
         if not -len(roles) <= span.index < len(roles):
-            raise SpanError(f"{span}: the chat has {len(roles)} messages, of {roles}")
+            raise SpanError(f"{span}: the chat has {len(roles)} messages, of {roles}; name one of those")
         turns = [span.index % len(roles)]
     else:
         turns = [turn for turn, role in enumerate(roles) if role == span.name]
         if not turns:
-            raise SpanError(f"{span}: the chat has no message of this role; its messages are of {roles}")
+            raise SpanError(f"{span}: the chat has no message of this role; name one of {roles}")
     found = [chat.words_of(turn) for turn in turns if messages[turn].content]
     ranges = [(since, until) for since, until in found if since < until]
     if not ranges:
-        raise SpanError(f"{span}: the chat's messages {turns} are empty, and an empty span has no state")
+        raise SpanError(f"{span}: the chat's messages {turns} are empty, and an empty span has no state; name others")
     mask = tokens_at(ranges, chat.text, ids, tokenizer)
     if mask is None:
         raise InputError(

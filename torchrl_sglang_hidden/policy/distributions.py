@@ -49,7 +49,7 @@ class Distributions:
         """
         if self.config.generate:
             raise CapabilityError(
-                "log_prob with generate=True: this wrapper samples; get_new_version(generate=False) scores"
+                "log_prob with generate=True: this wrapper samples; use get_new_version(generate=False), which scores"
             )
         if self._keys.log_probs is None or self._keys.masks is None:
             keys = self.config.keys
@@ -218,8 +218,8 @@ class Distributions:
         """Return the distribution over padded rows; ``mask_of`` makes a row's mask of its output and its input row."""
         if self.config.generate:
             raise CapabilityError(
-                f"{name} with generate=True: this wrapper samples; get_new_version(generate=False) has the "
-                "distributions of given sequences"
+                f"{name} with generate=True: this wrapper samples; use get_new_version(generate=False), which "
+                "has the distributions of scored sequences"
             )
         if None in (self.config.keys.logits_key, self._keys.masks, self._keys.tokens):
             raise InputError(
@@ -271,8 +271,8 @@ class Distributions:
 
         def __getitem__(self, index: Any) -> NoReturn:
             raise CapabilityError(
-                "a loss with this wrapper as its actor: it writes no action, its action is tokens; torchrl's losses of "
-                "language models take it, others a head over its states or logits"
+                "a loss with this wrapper as its actor: it writes no action, its action is tokens; use torchrl's "
+                "losses of language models, or a head over its states or logits"
             )
 
     def _no_keys(self) -> list[NestedKey]:
@@ -290,7 +290,8 @@ class _OverActions(LLMMaskedCategorical):  # type: ignore[misc]
         if value.numel() and int(value.max()) >= actions:
             raise InputError(
                 f"log_prob of {int(value.max())}: the distribution is over the {actions} token_ids of the wrapper's "
-                "LogitsSpec, and takes places in them, not ids; for a loss over tokens use a wrapper without token_ids"
+                "LogitsSpec, and takes places in them, not ids; use a wrapper without token_ids for "
+                "a loss over tokens"
             )
         found: torch.Tensor = super().log_prob(value)
         return found

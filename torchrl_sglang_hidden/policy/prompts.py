@@ -135,7 +135,7 @@ class PromptReader:
         if value is None:
             raise MissingKeyError(
                 f"the TensorDict has no {self.input_key!r}, which input_mode={self.input_mode!r} reads; it has "
-                f"{keys_of(row)}"
+                f"{keys_of(row)}: add it, or pass input_key"
             )
         if is_non_tensor(value):
             value = value.data

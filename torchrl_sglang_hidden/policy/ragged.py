@@ -179,7 +179,7 @@ def _check_message(name: str, message: Any) -> None:
         )
     unknown = sorted(set(map(str, message)) - set(MESSAGE_FIELDS))
     if unknown:
-        raise InputError(f"{name} unknown fields {unknown}; a History has {', '.join(MESSAGE_FIELDS)}")
+        raise InputError(f"{name} unknown fields {unknown}; a History has {', '.join(MESSAGE_FIELDS)}: leave them out")
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str):
         raise InputTypeError(f"{name} role {role!r:.80}; expected a string, such as 'user'")

@@ -36,9 +36,9 @@ def read_token_mask(row: TensorDictBase, span: TokenMask, placement: Sequence[bo
     try:
         mask = row.get(span.key, None)
     except ValueError as error:  # a tensor where the key's path has a container
-        raise InputTypeError(f"{span}: {error}") from error
+        raise InputTypeError(f"{span}: {error}; expected a tensor of torch.bool there") from error
     if mask is None:
-        raise MissingKeyError(f"{span}: the TensorDict has no {span.key!r}; it has {keys_of(row)}")
+        raise MissingKeyError(f"{span}: the TensorDict has no {span.key!r}; it has {keys_of(row)}: add it")
     if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
         is_a = f"tensor of {mask.dtype}" if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise InputTypeError(f"{span}: there is a {is_a}; expected a tensor of torch.bool")
@@ -79,7 +79,7 @@ def read_action_mask(index: int, row: TensorDictBase, masks: ActionMaskReader) -
     except ValueError as error:  # a tensor where the key's path has a container
         raise InputTypeError(f"{name} cannot be read: {error}; action_mask_key reads a mask there") from error
     if value is None:
-        raise MissingKeyError(f"{name} not there, and action_mask_key reads it; the row has {keys_of(row)}")
+        raise MissingKeyError(f"{name} not there, and action_mask_key reads it; the row has {keys_of(row)}: add it")
     try:
         return masks.read(value.tolist() if is_non_tensor(value) else value)
     except (InputError, ConstraintError) as error:

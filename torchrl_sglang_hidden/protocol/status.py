@@ -83,7 +83,10 @@ class Status:
         try:
             values = {name: fields[name] for name in cls.__slots__}
         except KeyError as error:
-            raise ProtocolError(f"the server half's description lacks {error}") from error
+            raise ProtocolError(
+                f"the server half's description lacks {error}; use the same version of "
+                "torchrl_sglang_hidden on both sides"
+            ) from error
         layers = None if values["layers"] is None else tuple(values["layers"])
         return cls(**{**values, "layers": layers, "constraints": tuple(values["constraints"])})
 

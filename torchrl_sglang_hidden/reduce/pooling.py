@@ -280,7 +280,10 @@ def _positions_in_response(
             )
         return max(num_response - span.count, 0), num_response
     if decode is None:
-        raise SpanError(f"{span!r}: the server has no tokenizer to find the markers with")
+        raise SpanError(
+            f"{span!r}: start the server without --skip-tokenizer-init; the server has no tokenizer to find the "
+            "markers with"
+        )
     return find_between(span, response_ids, decode)
 
 

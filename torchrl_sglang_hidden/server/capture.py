@@ -255,6 +255,6 @@ def _decoder(tokenizer: Any) -> Callable[[Sequence[int]], str] | None:
         try:
             return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
         except Exception as error:  # a tokenizer is anybody's code, and what it raises would end the scheduler
-            raise SpanError(f"the server's tokenizer cannot read the response: {error!r}") from error
+            raise SpanError(f"the server's tokenizer cannot read the response: {error!r}; look at its log") from error
 
     return decode

@@ -166,7 +166,8 @@ def _check_response_ranges(name: str, request: Request) -> None:
         )
     if request.score_prompt and request.constraints and not request.response_ranges:
         raise InputError(
-            f"{name} constraints on a scored prompt without responses: nothing says which of its tokens they act on"
+            f"{name} constraints on a scored prompt without responses: nothing says which of its tokens they act on; "
+            "pass response_ranges"
         )
 
 
@@ -235,7 +236,8 @@ def _check_hidden(row: int, request: Request, spec: HiddenSpec, info: EngineInfo
         )
     if request.spans.keys() != spec.spans.keys():
         raise InputError(
-            f"row {row}: spans {sorted(request.spans)} are resolved, and {sorted(spec.spans)} are asked for"
+            f"row {row}: spans {sorted(request.spans)} are resolved, and {sorted(spec.spans)} are asked for; pass in "
+            "Request.spans what HiddenSpec.spans asks for"
         )
     for name, span in request.spans.items():
         _check_span(f"row {row}, span {name!r}:", span, request, info)
@@ -246,12 +248,14 @@ def _check_hidden(row: int, request: Request, spec: HiddenSpec, info: EngineInfo
 def _check_span(name: str, span: object, request: Request, info: EngineInfo) -> None:
     if isinstance(span, PromptSpan):
         if span.end > len(request.prompt_ids):
-            raise SpanError(f"{name} ends at {span.end} in a prompt of {len(request.prompt_ids)} tokens")
+            raise SpanError(
+                f"{name} ends at {span.end} in a prompt of {len(request.prompt_ids)} tokens; pass positions within it"
+            )
         return
     if not isinstance(span, (LastTokens, Between)) or span.segment != "response":
         raise InputTypeError(
-            f"{name} {span!r} is not resolved; what is of the prompt goes to an engine as a PromptSpan of positions, "
-            "which SGLangHiddenWrapper makes of it"
+            f"{name} {span!r} is not resolved; pass what is of the prompt as a PromptSpan of positions, which "
+            "SGLangHiddenWrapper makes of it"
         )
     most = request.sampling.get("max_new_tokens")
     if isinstance(span, LastTokens) and not span.allow_fewer and most is not None and span.count > most:

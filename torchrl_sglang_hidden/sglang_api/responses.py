@@ -43,7 +43,9 @@ def read_responses(
     """
     if not isinstance(rows, list) or len(rows) != len(requests):
         found = len(rows) if isinstance(rows, list) else repr(rows)[:80]
-        raise ProtocolError(f"sent {len(requests)} requests and got {found} answers")
+        raise ProtocolError(
+            f"sent {len(requests)} requests and got {found} answers; this is a fault of the engine, please report it"
+        )
     completions: list[Completion] = []
     try:
         for request, row in zip(requests, rows, strict=True):
@@ -69,13 +71,16 @@ def _read_row(index: int, request: Request, row: Any, info: EngineInfo) -> Compl
             # Before the rest: SGLang leaves fields out of a request that it aborts in its queue.
             message = meta["finish_reason"].get("message", "")
             raise RequestAbortedError(
-                f"{name}: finished with {finish_type!r} after {len(response_ids)} tokens: {message}"
+                f"{name}: finished with {finish_type!r} after {len(response_ids)} tokens: {message}; send it again, or "
+                "look at the server's log"
             )
         num_prompt = meta["prompt_tokens"]
         weight_version = str(meta["weight_version"])
         versions = {span["version"] for span in meta.get("weight_versions") or ()}
     except (KeyError, TypeError, ValueError) as error:
-        raise ProtocolError(f"row {index}: the answer lacks {error}: {str(row)[:200]}") from error
+        raise ProtocolError(
+            f"row {index}: the answer lacks {error}: {str(row)[:200]}; is that an SGLang server?"
+        ) from error
     if num_prompt != len(request.prompt_ids):
         raise AlignmentError(
             f"{name}: sent a prompt of {len(request.prompt_ids)} tokens and the engine took {num_prompt}; start the "
@@ -170,7 +175,10 @@ def _counted(
             "and report it if it stays"
         )
     if (rows.token_ids_NC is None) is not (spec.top_k is None):
-        raise ProtocolError(f"{name}: the {segment} logits came {'without' if spec.top_k else 'with'} their token ids")
+        raise ProtocolError(
+            f"{name}: the {segment} logits came {'without' if spec.top_k else 'with'} their token ids; use the same "
+            "version of torchrl_sglang_hidden on both sides"
+        )
     return rows
 
 
@@ -180,7 +188,7 @@ def _read_log_probs(
     """Return the log-prob of each of ``ids``, float32; NaN for the first of the input, which SGLang gives as null."""
     entries = meta.get(f"{side}_token_logprobs")
     if entries is None:
-        raise ProtocolError(f"{name}: {side} log-probs were asked for and are not in the answer")
+        raise ProtocolError(f"{name}: {side} log-probs were asked for and are not in the answer; send it again")
     try:
         found_ids = tuple(int(entry[1]) for entry in entries)
         values = [entry[0] for entry in entries]
@@ -188,7 +196,9 @@ def _read_log_probs(
             values[0] = math.nan
         log_probs = torch.tensor([float(value) for value in values], dtype=torch.float32)
     except (TypeError, ValueError, IndexError) as error:
-        raise ProtocolError(f"{name}: the {side} log-probs cannot be read ({error})") from error
+        raise ProtocolError(
+            f"{name}: the {side} log-probs cannot be read ({error}); is that an SGLang server?"
+        ) from error
     if found_ids != ids:
         raise AlignmentError(
             f"{name}: {len(entries)} log-probs for {len(ids)} {side} tokens, or of other ids; this is a fault of the "
@@ -282,7 +292,7 @@ def _pool_stock(name: str, wanted: Wanted, entries: Any, num_prompt: int, respon
     try:
         rows = [torch.tensor(entry, dtype=torch.float32) for entry in entries]
     except (TypeError, ValueError) as error:
-        raise ProtocolError(f"{name}: the hidden states cannot be read ({error})") from error
+        raise ProtocolError(f"{name}: the hidden states cannot be read ({error}); is that an SGLang server?") from error
     steps = [row if row.ndim == 2 else row[None] for row in rows]
     first_ND = steps[0]
     start = num_prompt - first_ND.shape[0]

@@ -107,5 +107,5 @@ def read_info(
         )
     except KeyError as error:
         raise ProtocolError(
-            f"the server's description lacks {error}; this client is written for SGLang 0.5.23"
+            f"the server's description lacks {error}; use SGLang 0.5.23, which this client is written for"
         ) from error

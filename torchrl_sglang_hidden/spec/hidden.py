@@ -163,7 +163,9 @@ class HiddenSpec:
         object.__setattr__(self, "spans", dict(self.spans))
         for name, span in self.spans.items():
             if not isinstance(name, str) or not name:
-                raise InputTypeError(f"HiddenSpec(spans={{{name!r}: …}}): a span's name is a non-empty string")
+                raise InputTypeError(
+                    f"HiddenSpec(spans={{{name!r}: …}}): expected a non-empty string for a span's name"
+                )
             if not isinstance(span, Span):
                 raise InputTypeError(
                     f"HiddenSpec(spans={{{name!r}: {span!r}}}): expected LastTokens, TokenMask, Turn, Role or Between"

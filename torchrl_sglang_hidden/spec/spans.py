@@ -152,11 +152,11 @@ class Between:
     def __post_init__(self) -> None:
         for marker in (self.start, self.end):
             if not isinstance(marker, (str, type(None))):
-                raise InputTypeError(f"{self!r}: a marker is a string or None")
+                raise InputTypeError(f"{self!r}: a marker is a string or None; pass one of these")
         if "" in (self.start, self.end) or (self.start is None and self.end is None):
             raise InputError(f"{self!r}: expected at least one marker, and none of them empty")
         if self.unclosed not in ("error", "end"):
-            raise InputError(f"{self!r}: unclosed is one of ('error', 'end')")
+            raise InputError(f"{self!r}: unclosed is one of ('error', 'end'); pass one of these")
         _check_segment(self)
 
 
@@ -199,7 +199,9 @@ def intervals_of(mask: Sequence[bool]) -> PromptSpan:
         if bool(inside) != bool(len(edges) % 2):
             edges.append(position)
     if not edges:
-        raise SpanError(f"a mask of {len(mask)} tokens is False everywhere, and an empty span has no state")
+        raise SpanError(
+            f"a mask of {len(mask)} tokens is False everywhere, and an empty span has no state; leave at least 1 True"
+        )
     return PromptSpan(tuple(zip(edges[::2], edges[1::2], strict=True)))
 
 
@@ -222,7 +224,10 @@ def find_between(span: Between, ids: Sequence[int], decode: Decode) -> tuple[int
     if span.start is not None:
         found = text.find(span.start)
         if found < 0:
-            raise SpanError(f"the marker {span.start!r} is not in the {span.segment}, {text[-80:]!r}")
+            raise SpanError(
+                f"the marker {span.start!r} is not in the {span.segment}, {text[-80:]!r}; check that the model "
+                "writes it"
+            )
         begin = found + len(span.start)
     end = len(text) if span.end is None else text.find(span.end, begin)
     if end < 0 and span.unclosed == "error":
@@ -234,7 +239,10 @@ def find_between(span: Between, ids: Sequence[int], decode: Decode) -> tuple[int
     around = tokens_around((begin, end) if closed else (begin,), text, ids, decode)
     first, last = around[0][1], around[1][0] if closed else len(ids)
     if last <= first:
-        raise SpanError(f"nothing stands between {span.start!r} and {span.end!r} in the {span.segment}, {text[-80:]!r}")
+        raise SpanError(
+            f"nothing stands between {span.start!r} and {span.end!r} in the {span.segment}, {text[-80:]!r}; an empty "
+            "span has no state: choose other markers"
+        )
     return first, last
 
 

@@ -182,7 +182,9 @@ class LogitConstraint(ABC):
         except InputError:
             raise
         except (TypeError, ValueError, AttributeError, LookupError, RecursionError) as error:
-            raise InputError(f"{text!r:.80} cannot be read as a {kind.__name__}: {error}") from error
+            raise InputError(
+                f"{text!r:.80} cannot be read as a {kind.__name__}: {error}; use what to_str() writes"
+            ) from error
 
 
 def constraints_of(module: str) -> tuple[str, ...]:

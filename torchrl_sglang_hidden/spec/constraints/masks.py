@@ -224,7 +224,7 @@ def _from_text(text: object) -> torch.Tensor | list[int]:
         raise InputTypeError(f"{text!r:.80}: expected token ids as runs, such as '3-7,9', or 'base64:…'")
     if text.startswith(_BITS):
         if len(text) > MAX_IDS // 6:
-            raise InputError(f"{text!r:.80}: more than {MAX_IDS} token ids")
+            raise InputError(f"{text!r:.80}: more than {MAX_IDS} token ids; pass fewer")
         data = base64.b64decode(text.removeprefix(_BITS), validate=True)
         packed_N = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
         return ((packed_N[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten().nonzero().flatten()
@@ -233,9 +233,9 @@ def _from_text(text: object) -> torch.Tensor | list[int]:
         first, dash, last = run.partition("-")
         start, stop = int(first), int(last if dash else first) + 1
         if stop <= start:
-            raise InputError(f"{text!r:.80}: {run!r} ends before it begins")
+            raise InputError(f"{text!r:.80}: {run!r} ends before it begins; expected runs such as '3-7,9'")
         # The text may come from the network: a few characters must not become a list that fills the memory.
         if stop - start + len(ids) > MAX_IDS:
-            raise InputError(f"{text!r:.80}: more than {MAX_IDS} token ids")
+            raise InputError(f"{text!r:.80}: more than {MAX_IDS} token ids; pass fewer")
         ids += range(start, stop)
     return ids

@@ -90,7 +90,9 @@ class TemperatureScale(LogitConstraint, name="temperature_scale"):
         if isinstance(schedule, (LinearSchedule, ExponentialSchedule)):
             steps = schedule.steps
             if steps is not None and type(steps) is not int:
-                raise InputTypeError(f"TemperatureScale({schedule}): steps is an integer of at least 2, or None")
+                raise InputTypeError(
+                    f"TemperatureScale({schedule}): expected steps to be an integer of at least 2, or None"
+                )
             if steps is not None and steps < 2:
                 raise InputError(f"TemperatureScale({schedule}): expected steps of at least 2, or None")
             start, end = _read_temperature(schedule.start), _read_temperature(schedule.end)
