@@ -25,8 +25,9 @@
     │                                           sent, or in the server together with a grammar or penalties
     └── DemoModelError (RuntimeError)           the demo model could not be made
 
-A message gives the value, the limit and the remedy, in that order; ``tests/test_errors.py`` checks that each has a
-remedy. Each class takes one message, so that errors pickle and cross process boundaries unchanged.
+A message gives the value, the limit and the remedy, in that order; ``tests/test_errors.py`` checks that each says what
+was expected, what to do, or where to look. Each class takes one message, so that errors pickle and cross process
+boundaries unchanged.
 """
 
 from __future__ import annotations

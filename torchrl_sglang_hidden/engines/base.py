@@ -1,10 +1,9 @@
 """What every engine is: `Request`s in, `Completion`s out, checked on both sides.
 
-The contract is SGLang's. `Engine` is the same for SGLang over HTTP, in this process or launched, and for test doubles;
-it is not neutral towards other inference engines. A `Request` carries SGLang's sampling parameters, token ids and
-priorities; payloads, sessions, control routes and answers are SGLang's; hidden states come from the server half that
-runs inside SGLang. Another inference engine would need records and a contract of its own. Knows nothing of TensorDicts,
-tokenizers or policies.
+Not neutral: an `Engine` is always an SGLang, over HTTP, in this process or launched, or a test double of one. A
+`Request` carries SGLang's sampling parameters, token ids and priorities; payloads, sessions, control routes and answers
+are SGLang's; hidden states come from the server half that runs inside SGLang. Another inference engine would need
+records and a contract of its own. Knows nothing of TensorDicts, tokenizers or policies.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """`BatchingEngine`: concurrent callers share the requests that are sent to another engine.
 
-There is no thread for the queue: the caller that completes a batch, or whose time runs out first, sends the batch for
-all. SGLang batches what runs at the same time by itself, so a queue is for users who want few and large requests. Knows
-nothing of how the wrapped engine sends.
+There is no thread for the queue: the caller that completes a batch, or whose waiting time ends first, sends the batch
+for all. SGLang batches what runs at the same time by itself, so a queue is for users who want few and large requests.
+Knows nothing of how the wrapped engine sends.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One SGLang server over HTTP: its connections, its routes, and what its statuses and foreign errors mean.
+"""One SGLang server over HTTP: connections, routes, timeouts; statuses and foreign errors become this package's.
 
 `SGLangServer` has one `Endpoint` per server, and spreads rows, streams, sessions and weights over them. Knows no other
 server.

@@ -1,4 +1,4 @@
-"""Sample a prompt several times for one prefill of it.
+"""Samples a prompt several times, and computes the prompt once.
 
 Knows requests and completions only: any engine samples them.
 """

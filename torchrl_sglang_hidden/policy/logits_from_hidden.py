@@ -1,6 +1,6 @@
 """Logits from hidden states, for programs that hold the model's head.
 
-Knows nothing of engines, wires or TensorDicts.
+Knows nothing of engines, protocols or TensorDicts.
 """
 
 from __future__ import annotations

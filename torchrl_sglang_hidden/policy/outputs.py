@@ -1,6 +1,7 @@
 """What a policy writes and where: this package's TensorClasses, the keys of all outputs, and writing to a TensorDict.
 
-Knows nothing of how the outputs are filled; that is `assemble`.
+A new output needs a key in `KeyConfig`, a place in `OutputKeys`, and its leaves in `list_out_keys`. Knows nothing of
+how the outputs are filled: see ``assemble.py``.
 """
 
 from __future__ import annotations

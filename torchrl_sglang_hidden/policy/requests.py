@@ -1,6 +1,7 @@
 """One call of `SGLangHiddenWrapper`: what its options mean, and the engine requests that its rows become.
 
-Knows nothing of wire formats or padding.
+The options of a call are read into `CallOptions`, and `to_requests` fills the fields of a `Request`; candidates fill
+theirs in ``candidates.py``. Knows nothing of wire formats or padding.
 """
 
 from __future__ import annotations

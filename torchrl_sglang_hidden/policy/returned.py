@@ -1,4 +1,4 @@
-"""Which hidden states and logits a call returns: the wrapper's, an option's, and the part that a scored sequence has.
+"""Which hidden states and logits a call returns: the wrapper's, an option's, and which of them scoring can return.
 
 Knows nothing of requests or keys.
 """

@@ -1,4 +1,4 @@
-"""What a row of a TensorDict says beside its prompt: masks of spans, the tokens it allows, whether it wants states.
+"""What a row of a TensorDict says beside its prompt: masks of spans, allowed tokens, whether its states are returned.
 
 Knows nothing of prompts.
 """

@@ -1,4 +1,4 @@
-"""Shares files in memory between a server and a client on one machine, for results that are many bytes.
+"""Shares files in memory between a server and a client on one machine, for large results.
 
 The server writes a file into tmpfs, and the client reads and removes it. Files that no client fetches are bounded in
 bytes for each process that writes. The server removes them after their lifetime, when the next answer or status is

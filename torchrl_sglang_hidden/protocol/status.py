@@ -1,6 +1,7 @@
 """Defines the protocol's name and number, and the status in which the server half describes itself.
 
-Knows nothing of requests and their answers.
+`PROTOCOL` grows whenever an older server half would not understand a new client, such as for a new pooling. Knows
+nothing of requests and their answers.
 """
 
 from __future__ import annotations

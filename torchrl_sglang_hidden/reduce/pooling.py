@@ -3,7 +3,7 @@
 Knows nothing of SGLang, JSON or TensorDicts. Rows come in order of position, in pieces: chunks of a prompt, then one
 row per generated token. Which rows a piece must bring is planned before it is computed (`RequestPools.plan_prompt`);
 what was reduced from them is added afterwards (`add_prompt`, `add_produced`). K layers are pooled side by side. How
-rows are reduced is the matter of ``reducers.py``, and what a request wants of ``wanted.py``.
+rows are reduced is in ``reducers.py``, and what a request wants in ``wanted.py``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Track the requests that a scheduler works on: what each asked for, its pools, and its answer.
 
-Knows SGLang's batches and auxiliary outputs by their shape only, and imports nothing of SGLang. Runs inside the
+Knows SGLang's batches and auxiliary outputs by attribute name, and imports nothing of SGLang. Runs inside the
 scheduler, where an exception ends the server: what does not fit is left out, and the client's count finds it.
 
 The order within one step: `Capture.plan_step` notes which rows are wanted, on the host, before the forward pass;

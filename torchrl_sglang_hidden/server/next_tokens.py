@@ -1,7 +1,7 @@
 """Constrains the next tokens of a forward step, and takes the logits that they are sampled from.
 
-Knows SGLang's batches, samplers and auxiliary outputs by their shape only, and imports nothing of SGLang. Runs inside
-the scheduler, where an exception ends the server.
+Knows SGLang's batches, samplers and auxiliary outputs by attribute name, and imports nothing of SGLang. Runs inside the
+scheduler, where an exception ends the server.
 
 The order within one step: before the forward pass, `Capture.plan_logits` notes which response token each request
 samples. While the head computes, `StepLogits.take_prompts` takes logits of prompt tokens. `StepLogits.take_raw` runs

@@ -6,8 +6,9 @@ ask for nothing are served as before.
 SGLang logs and swallows a hook that cannot be put in place. So the status that clients read at connect says whether
 every hook is in place.
 
-Knows SGLang's functions by name and calls into `Capture`, `StepLogits` and `LayerTaps`. Knows nothing of TorchRL or of
-the client, and computes nothing itself.
+`_BEFORE`, `_AFTER` and `_AROUND` at the end list every hooked function, and the docstring of each hook says why it is
+there. Calls into `Capture`, `StepLogits` and `LayerTaps`, and decides nothing about pooling or logits itself. Knows
+nothing of TorchRL or of the client.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Keep running values over the beginnings of prompts, for prompts that begin alike and hit SGLang's prefix cache.
+"""Keeps sums and maxima over the beginnings of prompts, for prompts that begin alike and hit SGLang's prefix cache.
 
 SGLang's prefix cache keeps keys and values and no states, so that a prompt that hits it has rows that nobody computes.
-A mean needs their sum, and a maximum their maximum: each is kept under a kind of its own, and none stands for another.
-They are found by what they are of: the kind, the tokens, and whatever else makes SGLang keep prefixes apart. So no slot
-of the KV cache is watched: what it forgets is computed again, and the kept values have a limit of their own.
+A mean needs their sum, and a maximum their maximum: sums and maxima are kept apart and are not interchangeable. A value
+is looked up by its kind, its tokens, and whatever else makes SGLang keep prefixes apart. The KV cache is not watched:
+rows that it loses are computed again, and the kept values have a byte limit of their own.
 """
 
 from __future__ import annotations

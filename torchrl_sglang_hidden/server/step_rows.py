@@ -1,8 +1,8 @@
 """Reduce one forward step's hidden rows on the device, and add them to their requests' pools on the host.
 
-Knows SGLang's batches and auxiliary outputs by their shape only, and imports nothing of SGLang. What a step must bring
-is planned by `Capture.plan_step`; this module carries the plan out. Runs inside the scheduler, where an exception ends
-the server: what does not fit is left out, and the client's count finds it.
+Knows SGLang's batches and auxiliary outputs by attribute name, and imports nothing of SGLang. What a step must bring is
+planned by `Capture.plan_step`; this module carries the plan out. Runs inside the scheduler, where an exception ends the
+server: what does not fit is left out, and the client's count finds it.
 """
 
 from __future__ import annotations

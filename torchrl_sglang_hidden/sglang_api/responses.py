@@ -87,7 +87,9 @@ def _read_row(index: int, request: Request, row: Any, info: EngineInfo) -> Compl
             "server without --allow-auto-truncate"
         )
     if not response_ids:
-        raise AlignmentError(f"{name}: 0 response tokens with finish reason {finish_type!r}; expected at least 1")
+        raise AlignmentError(
+            f"{name}: 0 response tokens with finish reason {finish_type!r}; expected at least 1; send it again"
+        )
     wanted = logits_of(request)
     answer = None
     if info.pools_in_server and (request.hidden is not None or wanted is not None):

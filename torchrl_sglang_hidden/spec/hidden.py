@@ -5,7 +5,7 @@ last sampled token is never fed back, so it has no state. `Segment` is the one p
 
     prompt     0 … P-1        P rows
     response   P-1 … P+T-2    T rows; row t is the state that produced response token t
-    full       0 … P+T-2      P+T-1 rows, each position once
+    full       0 … P+T-2      P+T-1 rows, no position twice
 
 ``response`` is the convention of Hugging Face ``generate(output_hidden_states=True)``: entry t, last position.
 """

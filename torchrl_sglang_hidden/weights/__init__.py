@@ -1,4 +1,4 @@
-"""New weights for a running engine: compared with the served ones first, then sent through disk or the network.
+"""New weights for a running engine: compared with the served ones first, then sent by disk or network.
 
-Knows which of SGLang's control routes to call, not how they are called. Knows nothing of requests.
+Knows the names and payloads of SGLang's control routes; the engine calls them. Knows nothing of requests.
 """

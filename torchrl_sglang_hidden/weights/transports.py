@@ -1,7 +1,7 @@
 """The transports that bring new weights to an engine: which one an engine gets, and the function behind each name.
 
-Every name of `Transport` is handled here and nowhere else. A name without a case is a type error, and stops the update
-when it runs. Knows engines as `Receiver`s, not how their control routes are called.
+The names are `Transport` in ``validation.py``; each is handled here and nowhere else. A name without a case is a type
+error, and stops the update when it runs. Knows engines as `Receiver`s, not how their control routes are called.
 """
 
 from __future__ import annotations
