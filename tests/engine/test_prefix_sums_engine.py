@@ -18,7 +18,7 @@ from helpers.policy_checks import CHUNKED_PREFILL_SIZE, prompt_of
 from torchrl_sglang_hidden import HiddenSpec, LastTokens, SGLangServer, TokenMask
 from torchrl_sglang_hidden.protocol import CHANNEL
 from torchrl_sglang_hidden.records import Completion, Request
-from torchrl_sglang_hidden.reduce.pooling import BLOCK
+from torchrl_sglang_hidden.reduce.wanted import BLOCK
 from torchrl_sglang_hidden.sglang_api.payload import to_payload
 from torchrl_sglang_hidden.sglang_api.responses import read_responses
 from torchrl_sglang_hidden.spec.hidden import Pooling

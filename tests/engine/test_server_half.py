@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden import HiddenSpec, SGLangServer
 from torchrl_sglang_hidden.protocol import CHANNEL, PROTOCOL, pack_options
-from torchrl_sglang_hidden.reduce.pooling import Wanted
+from torchrl_sglang_hidden.reduce.wanted import Wanted
 
 SPEC = HiddenSpec(segments=SEGMENTS)
 GOOD = pack_options(Wanted(SEGMENTS), "text")

@@ -61,6 +61,7 @@ def test_samples_carry_what_single_requests_would(prompts: list[list[int]], num_
     assert len(completions) == len(sent) == len(prompts) * num_samples
     for index, found in enumerate(completions):
         assert_same(found, expected[index // num_samples])
+        assert {type(name) for name in found.hidden} <= {str}
     # No sample asks for what is the prompt's alone, nor for its rows again.
     for request in sent:
         assert not any(isinstance(span, PromptSpan) for span in request.spans.values())

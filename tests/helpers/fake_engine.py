@@ -28,7 +28,8 @@ from torchrl_sglang_hidden.engines.streams import AsyncStream, Stream, check_str
 from torchrl_sglang_hidden.errors import RequestRejectedError
 from torchrl_sglang_hidden.protocol import CHANNEL, Status, pack_answer, unpack_options
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
-from torchrl_sglang_hidden.reduce.pooling import RequestPools, reduce_rows
+from torchrl_sglang_hidden.reduce.pooling import RequestPools
+from torchrl_sglang_hidden.reduce.reducers import reduce_rows
 from torchrl_sglang_hidden.reduce.token_logits import (
     FoundLogits,
     NextToken,

@@ -17,8 +17,8 @@ from helpers.fake_engine import HIDDEN_SIZE, of_layer
 from helpers.reference_pooling import Case, assert_pools, decode
 from torchrl_sglang_hidden.errors import SpanError
 from torchrl_sglang_hidden.protocol import CHANNEL, pack_options, unpack_answer
-from torchrl_sglang_hidden.reduce.pooling import Wanted
 from torchrl_sglang_hidden.reduce.token_logits import WantedLogits, select_columns
+from torchrl_sglang_hidden.reduce.wanted import Wanted
 from torchrl_sglang_hidden.server.capture import Capture
 from torchrl_sglang_hidden.server.next_tokens import HostLogits, StepLogits
 from torchrl_sglang_hidden.server.step_rows import HostRows

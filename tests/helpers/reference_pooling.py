@@ -9,7 +9,8 @@ from itertools import chain, combinations
 import torch
 from hypothesis import strategies as st
 
-from torchrl_sglang_hidden.reduce.pooling import Pools, Wanted
+from torchrl_sglang_hidden.reduce.pooling import Pools
+from torchrl_sglang_hidden.reduce.wanted import Wanted
 from torchrl_sglang_hidden.spec.hidden import POOLINGS, SEGMENTS, Segment
 from torchrl_sglang_hidden.spec.spans import Between, LastTokens, PromptSpan, ResolvedSpan, intervals_of
 

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from torchrl_sglang_hidden.protocol import CHANNEL, pack_options
-from torchrl_sglang_hidden.reduce.pooling import Wanted
 from torchrl_sglang_hidden.reduce.token_logits import WantedLogits
+from torchrl_sglang_hidden.reduce.wanted import Wanted
 
 
 class Req:

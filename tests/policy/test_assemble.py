@@ -16,6 +16,7 @@ from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, LogProbs, Masks, Text, Tokens
 
 from torchrl_sglang_hidden import LastTokens
+from torchrl_sglang_hidden.errors import InputError
 from torchrl_sglang_hidden.policy.assemble import assemble, assemble_scores
 from torchrl_sglang_hidden.policy.outputs import HiddenStates, OutputKeys, TokenHiddenStates
 from torchrl_sglang_hidden.policy.prompts import Row
@@ -216,6 +217,14 @@ def test_states_in_the_dtype_of_the_spec(dtype: torch.dtype) -> None:
     hidden = assembled(RAGGED, spec=HiddenSpec(SEGMENTS, dtype=dtype))["hidden_states"]
     assert {getattr(hidden, segment).dtype for segment in SEGMENTS} == {dtype}
     assert hidden.prompt_count.dtype == torch.int64
+
+
+def test_a_state_that_a_narrow_dtype_cannot_hold_is_said() -> None:
+    pairs = [([70000], [7])]
+    hidden = assembled(pairs, spec=HiddenSpec(("prompt",)))["hidden_states"]
+    assert hidden.prompt.max() > 65504, "the case is one"
+    with pytest.raises(InputError, match=r"'prompt' has a state of 70000, over 65504.*torch\.float32"):
+        assembled(pairs, spec=HiddenSpec(("prompt",), dtype=torch.float16))
 
 
 def test_tensors_go_to_the_device() -> None:

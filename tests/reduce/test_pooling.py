@@ -23,8 +23,9 @@ from helpers.reference_pooling import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchrl_sglang_hidden.reduce.pooling import BLOCK, Pools, PromptStep, RequestPools, Wanted, reduce_rows
-from torchrl_sglang_hidden.reduce.reducers import Sum
+from torchrl_sglang_hidden.reduce.pooling import Pools, RequestPools
+from torchrl_sglang_hidden.reduce.reducers import Sum, reduce_rows
+from torchrl_sglang_hidden.reduce.wanted import BLOCK, PromptStep, Wanted
 from torchrl_sglang_hidden.spec.hidden import POOLINGS, SEGMENTS
 from torchrl_sglang_hidden.spec.spans import Between, LastTokens, PromptSpan, ResolvedSpan
 

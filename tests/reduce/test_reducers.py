@@ -36,6 +36,15 @@ def test_every_kind_has_a_reducer_of_its_own() -> None:
         reducer_of("median")  # type: ignore[arg-type]
 
 
+def test_kinds_that_share_running_values_make_and_merge_the_same() -> None:
+    """A kept sum may go on as a mean: what one of them left in the prefix store the other takes."""
+    by_running: dict[str, set[Any]] = {}
+    for pooling in POOLINGS:
+        kind = type(reducer_of(pooling))
+        by_running.setdefault(kind.running, set()).add((kind.rows, kind.merge))
+    assert {name: len(ways) for name, ways in by_running.items()} == dict.fromkeys(by_running, 1)
+
+
 def test_every_kind_gives_another_result() -> None:
     """One that stood for another would be found."""
     rows_ND = rows_of(5, 8)

@@ -23,7 +23,7 @@ from helpers.fake_scheduler import (
 
 from torchrl_sglang_hidden.errors import ConstraintError
 from torchrl_sglang_hidden.protocol import unpack_answer
-from torchrl_sglang_hidden.reduce.pooling import Wanted
+from torchrl_sglang_hidden.reduce.wanted import Wanted
 from torchrl_sglang_hidden.spec.constraints import ActionMask, ConstraintStep, LogitConstraint
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 from torchrl_sglang_hidden.spec.spans import PromptSpan

@@ -20,7 +20,7 @@ from helpers.sglang_stand_ins import Req
 
 from torchrl_sglang_hidden.protocol import CHANNEL, CONSTRAINTS_ENV, PLUGIN_ENV, Status
 from torchrl_sglang_hidden.protocol.shared_memory import SharedFiles
-from torchrl_sglang_hidden.reduce.pooling import BLOCK, Wanted
+from torchrl_sglang_hidden.reduce.wanted import BLOCK, Wanted
 from torchrl_sglang_hidden.server import plugin
 from torchrl_sglang_hidden.server.capture import Capture
 from torchrl_sglang_hidden.spec.constraints import base, known_constraints

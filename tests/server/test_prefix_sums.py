@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchrl_sglang_hidden.reduce.pooling import BLOCK
+from torchrl_sglang_hidden.reduce.wanted import BLOCK
 from torchrl_sglang_hidden.server.prefix_sums import ENTRY_BYTES, PrefixKeys, PrefixSums
 
 # One block in two forms, so that beginnings are often equal, and differ in the middle of whole blocks too.

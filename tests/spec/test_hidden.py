@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from torchrl_sglang_hidden import Between, HiddenSpec, InputError, InputTypeError, LastTokens, Role, TokenMask
+from torchrl_sglang_hidden import (
+    Between,
+    HiddenSpec,
+    InputError,
+    InputTypeError,
+    LastTokens,
+    LogitsSpec,
+    Role,
+    TokenMask,
+)
 from torchrl_sglang_hidden.records import Request
 from torchrl_sglang_hidden.spec.hidden import Segment, canonical_layer, positions_of, reads_prompt, reads_response
 
@@ -164,13 +173,19 @@ def test_a_request_of_no_tokens_only_reads(sampling: dict[str, Any], reads: bool
     assert Request((1,), sampling=sampling).reads_only is reads
 
 
+def test_sums_do_not_fit_into_float16() -> None:
+    with pytest.raises(InputError, match=r"65504.*torch\.float32 or torch\.bfloat16"):
+        HiddenSpec(pooling="sum", dtype=torch.float16)
+
+
 # --- segments ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_segment_is_equal_to_its_name() -> None:
     spec = HiddenSpec(("prompt", Segment.FULL))
     assert spec.segments == ("prompt", "full") == (Segment.PROMPT, Segment.FULL)
-    assert all(isinstance(segment, Segment) for segment in spec.segments)
+    # Keys, YAML and stored TensorDicts made of them need no class of this package.
+    assert {type(name) for name in (*spec.segments, *LogitsSpec(full=True, segments=(Segment.FULL,)).segments)} == {str}
     assert (spec, hash(spec)) == (HiddenSpec((Segment.PROMPT, "full")), hash(HiddenSpec(("prompt", "full"))))
     assert repr(spec) == repr(eval(repr(spec), {"HiddenSpec": HiddenSpec, "torch": torch}))
     assert json.dumps(spec.segments) == '["prompt", "full"]'

@@ -125,7 +125,7 @@ class Engine(ABC):
             running: what becomes of requests that are being answered. ``"finish"``: they end with the old weights, the
                 update waits for them, and every sample is of one version. ``"continue"``: the update comes at once, the
                 tokens and log-probs so far stay, and the rest is sampled with the new weights from a prefix that is
-                computed again; the sample names every version that it is of. Pooled states follow the tokens: the row
+                computed again; the sample says so in ``mixed_weights``. Pooled states follow the tokens: the row
                 of a response token is of the weights that sampled the token, a prompt row of the weights that first
                 read the prompt. If this process dies during such an update, the server stays paused until the next one.
 

@@ -16,6 +16,7 @@ from tensordict.utils import NestedKey
 from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, LogProbs, Masks, Text, Tokens
 
+from torchrl_sglang_hidden.errors import InputError
 from torchrl_sglang_hidden.policy.outputs import HiddenStates, Logits, OutputKeys, TokenHiddenStates
 from torchrl_sglang_hidden.policy.prompts import Row
 from torchrl_sglang_hidden.records import Completion, Pooled, TokenLogits, TokenRows
@@ -259,7 +260,13 @@ def _hidden_states(
     def read(pools: Mapping[Any, Pooled], name: str) -> tuple[torch.Tensor, torch.Tensor]:
         if row.wants_states is False:
             return torch.full(_state_shape(spec, hidden_size), NOT_MEASURED, dtype=spec.dtype), torch.tensor(0)
-        return pools[name].vector.to(spec.dtype), torch.tensor(pools[name].count)
+        vector = pools[name].vector.to(spec.dtype)
+        if spec.dtype == torch.float16 and bool((vector.isinf() & pools[name].vector.isfinite()).any()):
+            raise InputError(
+                f"{name!r} has a state of {float(pools[name].vector.abs().max()):.6g}, over 65504, the largest "
+                "torch.float16; use HiddenSpec(dtype=torch.float32) or torch.bfloat16"
+            )
+        return vector, torch.tensor(pools[name].count)
 
     fields: dict[str, Any] = {}
     for field, segment in sources.items():

@@ -46,8 +46,8 @@ class HiddenStates(TensorClass["nocast"]):  # type: ignore[misc,name-defined]
         prompt (torch.Tensor | None): prompt positions ``0 … P-1``.
         response (torch.Tensor | None): the states that produced the response tokens, positions ``P-1 … P+T-2``.
         full (torch.Tensor | None): every position once: ``0 … P+T-2``; of a scored sequence ``0 … N-1``.
-        prompt_count (torch.Tensor | None): rows of the segment, P. Each was pooled for ``"mean"``; ``"last"`` took the
-            last of them.
+        prompt_count (torch.Tensor | None): rows of the segment, P. Every one was pooled, except that ``"last"`` took
+            the last one.
         response_count (torch.Tensor | None): rows of the segment, T.
         full_count (torch.Tensor | None): rows of the segment, P+T-1, or N of a scored sequence.
         spans (TensorDict | None): the pooled spans by their names, read as ``("hidden_states", "spans", name)``.

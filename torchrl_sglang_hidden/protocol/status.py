@@ -51,7 +51,7 @@ class Status:
         shared: the name of a file in shared memory; a client that finds the file is on the same machine. Empty where
             there is no shared memory.
         open_pools: the number of requests with pools at this moment; 0 when nothing is running.
-        prefix_bytes: bytes of the sums kept for prompts that begin alike.
+        prefix_bytes: bytes of the sums and maxima kept for prompts that begin alike.
         constraints: the names of the constraints whose code the server half has.
     """
 

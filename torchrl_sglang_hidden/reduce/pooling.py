@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 
 from torchrl_sglang_hidden.errors import SpanError
-from torchrl_sglang_hidden.reduce.reducers import Reducer, reduce_rows
+from torchrl_sglang_hidden.reduce.reducers import Reducer
 from torchrl_sglang_hidden.reduce.wanted import BLOCK, PromptStep, Wanted, clip, cuts, next_position
 from torchrl_sglang_hidden.spec.hidden import Segment, SegmentName
 from torchrl_sglang_hidden.spec.spans import Between, Decode, LastTokens, PromptSpan, ResolvedSpan, find_between
 
-__all__ = ["BLOCK", "Pools", "PromptStep", "RequestPools", "Wanted", "WantedRows", "reduce_rows"]
+__all__ = ["Pools", "RequestPools", "WantedRows"]
 
 
 @dataclass(slots=True)

@@ -22,9 +22,12 @@ Ranges = tuple[tuple[int, int], ...]
 class Reducer(ABC):
     """Turns rows into a running value, merges values, and reads the result off the last of them.
 
+    The running value of one row is the row itself in float32: a single row is merged as it is, and never goes through
+    `rows`.
+
     Attributes:
-        running: which running values this reducer makes. Those of the same name are interchangeable, so that a mean
-            can go on from the sum that was kept of a prompt's beginning.
+        running: which running values this reducer makes. Reducers of one name have the same `rows` and `merge`, so that
+            a mean can go on from the sum that was kept of a prompt's beginning.
         needs_all_rows: whether every row of a segment counts; otherwise its last one stands for all of them.
     """
 
@@ -43,7 +46,7 @@ class Reducer(ABC):
         """
 
     def result(self, value: torch.Tensor, count: int) -> torch.Tensor:
-        """Return what a running value over ``count`` rows pools to."""
+        """Return what a running value over ``count`` rows pools to; overridden together with `resume`."""
         return value
 
     def resume(self, result: torch.Tensor, count: int) -> torch.Tensor:

@@ -13,8 +13,9 @@ import torch
 
 from torchrl_sglang_hidden.protocol import CHANNEL, Way, pack_options
 from torchrl_sglang_hidden.records import DEFAULT_NEW_TOKENS, READING, EngineInfo, Request
-from torchrl_sglang_hidden.reduce.pooling import RequestPools, Wanted
+from torchrl_sglang_hidden.reduce.pooling import RequestPools
 from torchrl_sglang_hidden.reduce.token_logits import WantedLogits
+from torchrl_sglang_hidden.reduce.wanted import Wanted
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec, canonical_layer
 
 __all__ = ["logits_of", "shares", "to_payload", "wanted_of"]

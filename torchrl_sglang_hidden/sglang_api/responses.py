@@ -15,8 +15,10 @@ import torch
 from torchrl_sglang_hidden.errors import AlignmentError, ProtocolError, RequestAbortedError, SpanError
 from torchrl_sglang_hidden.protocol import CHANNEL, FALLBACK_REMEDY, Answer, drop_shared, unpack_answer
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Pooled, Request, TokenLogits, TokenRows
-from torchrl_sglang_hidden.reduce.pooling import Pools, RequestPools, Wanted, reduce_rows
+from torchrl_sglang_hidden.reduce.pooling import Pools, RequestPools
+from torchrl_sglang_hidden.reduce.reducers import reduce_rows
 from torchrl_sglang_hidden.reduce.token_logits import FoundLogits, WantedLogits
+from torchrl_sglang_hidden.reduce.wanted import Wanted
 from torchrl_sglang_hidden.sglang_api.payload import logits_of, shares, wanted_of
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec, Segment, positions_of
 from torchrl_sglang_hidden.spec.logits import LogitsSpec

@@ -84,7 +84,7 @@ class HiddenSpec:
     Args:
         segments: any of ``"prompt"``, ``"response"``, ``"full"``; none where spans are enough. A policy that reads
             ``V(s)`` wants ``"prompt"``: the response is the action, not the state. Names or `Segment` members; read
-            back as members, which are equal to their names.
+            back as names.
         pooling: how the rows of a segment or span become one vector. ``"mean"`` averages them; ``"last"`` takes the
             last one; ``"max"`` takes the largest value in each dimension; ``"sum"`` adds them up; None pools nothing,
             for ``tokens=True``. Means and sums are accumulated in float32 whatever the model's dtype: over ``"full"``
@@ -107,7 +107,7 @@ class HiddenSpec:
         InputTypeError: a value of the wrong type.
     """
 
-    segments: tuple[Segment | SegmentName, ...] = (Segment.RESPONSE,)
+    segments: tuple[Segment | SegmentName, ...] = ("response",)
     pooling: Pooling | None = "mean"
     layers: int | tuple[int, ...] = -1
     tokens: bool = False
@@ -124,7 +124,8 @@ class HiddenSpec:
         unknown = [segment for segment in self.segments if segment not in SEGMENTS]
         if unknown or len(set(self.segments)) != len(self.segments):
             raise InputError(f"HiddenSpec(segments={self.segments!r}): expected one or more of {SEGMENTS}, each once")
-        object.__setattr__(self, "segments", tuple(map(Segment, self.segments)))
+        # Names: keys and files made of them should not need this enum.
+        object.__setattr__(self, "segments", tuple(map(str, self.segments)))
         if self.pooling not in (*POOLINGS, None):
             raise InputError(f"HiddenSpec(pooling={self.pooling!r}): expected one of {(*POOLINGS, None)}")
         if not isinstance(self.tokens, bool):
@@ -134,6 +135,11 @@ class HiddenSpec:
             raise InputTypeError(f"HiddenSpec(dtype={self.dtype!r}): expected a torch.dtype, such as torch.float32")
         if self.dtype not in FLOAT_DTYPES:
             raise InputError(f"HiddenSpec(dtype={self.dtype}): expected one of {FLOAT_DTYPES}")
+        if self.pooling == "sum" and self.dtype == torch.float16:
+            raise InputError(
+                "HiddenSpec(pooling='sum', dtype=torch.float16): sums of many rows pass 65504, the largest float16, "
+                "and would become inf; use torch.float32 or torch.bfloat16"
+            )
         self._check_spans()
         if self.pooling is None and (self.spans or not self.tokens):
             raise InputError(

@@ -46,7 +46,7 @@ class LogitsSpec:
     token_ids: tuple[int, ...] | None = None
     full: bool = False
     stage: Stage = "raw"
-    segments: tuple[Segment | SegmentName, ...] = (Segment.RESPONSE,)
+    segments: tuple[Segment | SegmentName, ...] = ("response",)
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
@@ -72,7 +72,7 @@ class LogitsSpec:
         object.__setattr__(self, "segments", tuple(self.segments))
         if not self.segments or not set(self.segments) <= set(SEGMENTS) or len(set(self.segments)) < len(self.segments):
             raise InputError(f"LogitsSpec(segments={self.segments!r}): expected one or more of {SEGMENTS}, each once")
-        object.__setattr__(self, "segments", tuple(map(Segment, self.segments)))
+        object.__setattr__(self, "segments", tuple(map(str, self.segments)))
         if self.dtype not in (torch.float32, torch.bfloat16):
             raise InputError(f"LogitsSpec(dtype={self.dtype}): expected torch.float32 or torch.bfloat16")
 
