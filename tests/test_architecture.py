@@ -106,7 +106,7 @@ def imports_of(source: str, module: str) -> Iterator[Import]:
         elif isinstance(node, ast.ImportFrom):
             package = ".".join(module.split(".")[: -node.level]) if node.level else ""
             base = ".".join(part for part in (package, node.module) if part)
-            # `from package import room` reaches the room.
+            # `from package import module` reaches the module.
             names = [f"{base}.{alias.name}" if base == PACKAGE else base for alias in node.names]
         else:
             continue

@@ -32,7 +32,7 @@ def type_checking_imports() -> dict[str, str]:
 
 
 def test_type_checkers_see_what_is_there() -> None:
-    assert type_checking_imports() == torchrl_sglang_hidden._ROOMS
+    assert type_checking_imports() == torchrl_sglang_hidden._MODULES
 
 
 def test_all_is_sorted_and_without_doubles() -> None:
@@ -42,7 +42,7 @@ def test_all_is_sorted_and_without_doubles() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_name_is_that_of_its_module(name: str) -> None:
-    module = importlib.import_module(f"{PACKAGE}.{torchrl_sglang_hidden._ROOMS[name]}")
+    module = importlib.import_module(f"{PACKAGE}.{torchrl_sglang_hidden._MODULES[name]}")
     value = getattr(torchrl_sglang_hidden, name)
     assert value is getattr(module, name)
     assert value.__module__ == module.__name__, "re-exported from where it is defined"

@@ -76,7 +76,7 @@ if TYPE_CHECKING:
     from torchrl_sglang_hidden.spec.spans import TokenMask as TokenMask
     from torchrl_sglang_hidden.spec.spans import Turn as Turn
 
-_ROOMS = {
+_MODULES = {
     **dict.fromkeys(("AsyncStream", "Stream", "StreamChunk"), "engines.streams"),
     "CandidateActor": "policy.candidates",
     "Engine": "engines.base",
@@ -111,14 +111,14 @@ _ROOMS = {
     ),
 }  # fmt: skip
 
-__all__ = ["__version__", *sorted(_ROOMS)]
+__all__ = ["__version__", *sorted(_MODULES)]
 
 
 def __getattr__(name: str) -> Any:
-    room = _ROOMS.get(name)
-    if room is None:
+    module = _MODULES.get(name)
+    if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{room}"), name)
+    value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
     globals()[name] = value
     return value
 
