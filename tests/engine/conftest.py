@@ -51,7 +51,10 @@ def trainee(trainee_server: SGLangServer) -> Iterator[SGLangServer]:
     """Yield a float32 server of the demo model whose weights a test may change; they are restored after the test."""
     before = trainee_server.info.weight_version
     yield trainee_server
-    if trainee_server.info.weight_version != before:
+    # Ask the server: a program under test updates it through a client of its own.
+    with connect(trainee_server.url) as client:
+        served = client.info.weight_version
+    if served != before:
         restore(trainee_server)
 
 
