@@ -41,6 +41,8 @@ VALUES: dict[str, Any] = {
     "log_prob_keys": [], "dist_params_keys": [], "dist_sample_keys": [],
 }  # fmt: skip
 
+ARGUMENT_NAMES = sorted(inspect.signature(SGLangHiddenWrapper.__init__).parameters.keys() - {"self", "model"})
+
 
 def attributes_of_torchrls_wrappers() -> set[str]:
     found = set()
@@ -77,8 +79,8 @@ def test_return_flags_say_what_is_written(mode: str, left_out: str | None) -> No
         assert getattr(policy, f"return_{flag}") is written
 
 
-@pytest.mark.parametrize("name", ["generate", "hidden", "text_key", "num_samples", "tokenizer", "return_text"])
-def test_attributes_are_read_only(name: str) -> None:
+@pytest.mark.parametrize("name", ["padding_value", "return_text", "return_tokens", "return_masks", "return_history"])
+def test_what_follows_from_arguments_is_read_only(name: str) -> None:
     policy, _ = make("text")
     before = getattr(policy, name)
     with pytest.raises(AttributeError):
@@ -86,8 +88,29 @@ def test_attributes_are_read_only(name: str) -> None:
     assert getattr(policy, name) == before
 
 
+@pytest.mark.parametrize("name", ["config", *ARGUMENT_NAMES])
+def test_attributes_are_read_only(name: str) -> None:
+    policy, _ = make("text")
+    before = getattr(policy, name)
+    message = re.escape(f"use get_new_version({'num_samples' if name == 'config' else name}=…)")
+    for value in (None, 3, torch.nn.Linear(1, 1)):
+        with pytest.raises(AttributeError, match=message):
+            setattr(policy, name, value)
+    assert getattr(policy, name) == before
+
+
+def test_a_refused_write_leaves_the_policy_as_it_was() -> None:
+    policy, _ = make("text")
+    before = policy.config
+    other = policy.get_new_version(num_samples=2, text_key="t").config
+    with pytest.raises(AttributeError, match=re.escape("use get_new_version(num_samples=…)")):
+        policy.config = other
+    assert policy.config is before
+    assert policy(batch_of("text")).batch_size == (3,)
+
+
 def test_every_argument_is_an_attribute() -> None:
     policy, _ = make("text")
-    names = set(inspect.signature(SGLangHiddenWrapper.__init__).parameters) - {"self"}
-    of_the_queue = {"min_batch_size", "max_batch_size", "batching_timeout"}  # private in TorchRL too
-    assert {name for name in names if not hasattr(policy, name)} == of_the_queue
+    assert [name for name in ("model", *ARGUMENT_NAMES) if not hasattr(policy, name)] == []
+    policy, _ = make("text", min_batch_size=1, max_batch_size=7, batching_timeout=2.5)
+    assert (policy.min_batch_size, policy.max_batch_size, policy.batching_timeout) == (1, 7, 2.5)

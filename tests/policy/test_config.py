@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers.policy_batches import FULL_CONFIG
 
-from torchrl_sglang_hidden import HiddenSpec, InputError, SGLangHiddenWrapper
+from torchrl_sglang_hidden import HiddenSpec, InputError, InputTypeError, SGLangHiddenWrapper, TokenIdError
 from torchrl_sglang_hidden.policy.batching import BatchingConfig
 from torchrl_sglang_hidden.policy.config import ARGUMENTS, PolicyConfig
 from torchrl_sglang_hidden.policy.outputs import KeyConfig
@@ -28,7 +28,7 @@ RECORDS = (PolicyConfig, KeyConfig, BatchingConfig)
 
 
 def names_of(record: Any) -> list[str]:
-    return [field.name for field in dataclasses.fields(record) if field.name not in ("keys", "queue")]
+    return [field.name for field in dataclasses.fields(record) if field.init and field.name not in ("keys", "queue")]
 
 
 def test_the_signature_and_the_fields_have_the_same_names() -> None:
@@ -123,3 +123,63 @@ def test_a_change_that_cannot_work() -> None:
         PolicyConfig().changed(keys=KeyConfig())
     with pytest.raises(InputError, match="batching=False with min_batch_size=3"):
         PolicyConfig().changed(batching=False, min_batch_size=3)
+
+
+@pytest.mark.parametrize("generate", [True, False])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_samples": "three"}, "num_samples='three': expected an integer"),
+        ({"num_samples": 0}, "num_samples=0: expected an integer of at least 1"),
+        ({"num_samples": 2, "generate_kwargs": {"n": 3}}, "num_samples=2 and num_return_sequences=3 contradict"),
+    ],
+)
+def test_samples_are_checked_whether_or_not_it_generates(
+    arguments: dict[str, Any], message: str, generate: bool
+) -> None:
+    with pytest.raises(InputError, match=message):
+        PolicyConfig(generate=generate, **arguments)
+
+
+def test_the_number_of_samples_is_that_of_the_construction() -> None:
+    for config in (PolicyConfig(), PolicyConfig(generate_kwargs={"n": 2}), PolicyConfig(num_samples=2, generate=False)):
+        before = (config.num_responses, config.writes_inplace)
+        config.generate_kwargs["num_return_sequences"] = 3
+        for same in (config, copy.copy(config), copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+            assert (same.num_responses, same.writes_inplace) == before
+    assert dataclasses.replace(PolicyConfig(), num_samples=3).num_responses == 3
+    assert dataclasses.replace(PolicyConfig(), num_samples=3).writes_inplace is False
+
+
+@pytest.mark.parametrize(
+    ("ids", "key", "error", "message"),
+    [
+        (["w1"], "mask", InputTypeError, "expected token ids"),
+        ([], "mask", InputError, "0 actions"),
+        ([4, 4], "mask", TokenIdError, r"action_token_ids=\[4, 4\]: ids are 0 or more, each once"),
+        ([-1], "mask", TokenIdError, "ids are 0 or more, each once"),
+        ([4, 5], None, InputError, "without action_mask_key"),
+    ],
+)
+def test_action_ids_are_checked_before_there_is_an_engine(
+    ids: list[Any], key: str | None, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        PolicyConfig(action_token_ids=ids, action_mask_key=key)
+
+
+def test_action_ids_have_one_form() -> None:
+    for ids in ([8, 9], (8, 9), range(8, 10), torch.tensor([8, 9])):
+        assert PolicyConfig(action_token_ids=ids, action_mask_key="mask").action_token_ids == (8, 9)
+
+
+def test_equal_configurations_have_equal_hashes() -> None:
+    full = PolicyConfig.from_arguments(**FULL_CONFIG)  # with a tokenizer object
+    for config in (PolicyConfig(), full):
+        assert {config: 1}[copy.copy(config)] == 1
+        assert hash(config) == hash(config.changed())
+    config = PolicyConfig()
+    before = hash(config)
+    config.generate_kwargs["temperature"] = 0.5
+    assert hash(config) == before
+    assert config != PolicyConfig()

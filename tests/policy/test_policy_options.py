@@ -28,6 +28,9 @@ from torchrl_sglang_hidden.errors import (
     TokenIdError,
     UnknownOptionError,
 )
+from torchrl_sglang_hidden.policy import requests
+from torchrl_sglang_hidden.policy.config import PolicyConfig
+from torchrl_sglang_hidden.sglang_api.sampling import standardize
 
 
 def test_options_of_a_call_win_over_those_of_the_constructor() -> None:
@@ -284,3 +287,32 @@ def test_the_configuration_is_a_copy() -> None:
     options["temperature"] = 9
     policy.config.arguments()["generate_kwargs"]["temperature"] = 9
     assert policy.generate_kwargs == {"temperature": 0.5}
+
+
+@pytest.mark.parametrize("shaping", [{}, {"num_samples": 2}, {"generate_kwargs": {"n": 2}}])
+def test_options_can_be_changed_but_not_the_shape_of_the_output(shaping: dict[str, Any]) -> None:
+    policy, engine = make(**shaping)
+    before = (policy.num_samples, policy.inplace)
+    policy.generate_kwargs["temperature"] = 0.25
+    policy(batch_of("text"))
+    # With samples, the prompts go ahead, and sample nothing.
+    assert {request.sampling["temperature"] for request in engine.requests[-3:]} == {0.25}
+    policy.generate_kwargs["num_return_sequences"] = 3
+    assert (policy.num_samples, policy.inplace) == before
+    with pytest.raises(InputError, match="num_return_sequences=3"):
+        policy(batch_of("text"))
+
+
+def test_a_changed_number_of_samples_names_the_remedy() -> None:
+    policy, _ = make()
+    policy.generate_kwargs["num_return_sequences"] = 3
+    with pytest.raises(InputError, match=r"num_return_sequences=3 in a call, and no num_samples .*get_new_version"):
+        policy(batch_of("text"))
+
+
+@pytest.mark.parametrize("generate", [True, False])
+def test_the_options_of_a_call_are_standardised_once(generate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(requests, "standardize", lambda options: seen.append(options) or standardize(options))
+    call = requests.read_call(PolicyConfig(generate=generate), {"return_hidden_states": False}, vocab_size=40)
+    assert (call.hidden, seen) == (None, [{"return_hidden_states": False}])

@@ -1,4 +1,4 @@
-"""`PolicyConfig`: every argument of `SGLangHiddenWrapper` but its model, checked and in one form.
+"""`PolicyConfig`: every argument of `SGLangHiddenWrapper` but its model, checked.
 
 Knows nothing of rows or requests. What needs the engine's vocabulary or tokenizer is one step,
 `PolicyConfig.resolve_for`.
@@ -6,6 +6,7 @@ Knows nothing of rows or requests. What needs the engine's vocabulary or tokeniz
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, cast
@@ -40,10 +41,14 @@ __all__ = ["ARGUMENTS", "PolicyConfig", "resolve_num_samples"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyConfig:
-    """Every argument of `SGLangHiddenWrapper` but ``model``, checked and in one form.
+    """Every argument of `SGLangHiddenWrapper` but ``model``, checked as far as is possible without an engine.
+
+    What needs the engine waits for `resolve_for`, which the wrapper calls: the tokenizer is loaded and compared with
+    the model, token ids and constraints are checked against its vocabulary, and masks among the options are read.
 
     The wrapper takes the fields of ``keys`` and ``queue`` as arguments of its own, under their own names. Its
-    ``config`` is a `PolicyConfig`, and `SGLangHiddenWrapper.get_new_version` changes some of the arguments.
+    ``config`` is a `PolicyConfig`, and `SGLangHiddenWrapper.get_new_version` changes some of the arguments. The hash
+    leaves out ``generate_kwargs`` and ``tokenizer_kwargs``, which are dicts.
 
     Args:
         tokenizer: a Hugging Face tokenizer, the name or path of one, or None for the engine's own.
@@ -104,10 +109,16 @@ class PolicyConfig:
         keys: where the outputs are written.
         queue: whether and how concurrent callers share requests.
 
+    Attributes:
+        num_responses: responses per prompt, by either of its two names; None for one without a dimension of its own.
+            Like ``writes_inplace`` it is fixed here: a change inside ``generate_kwargs`` does not change the output.
+        writes_inplace: the value of ``inplace``, or its default.
+
     Raises:
         InputError: a value that cannot be served, or two arguments that contradict each other.
         InputTypeError: a value of the wrong type.
         UnknownOptionError: a generation option that does not exist.
+        TokenIdError: a negative id among ``action_token_ids``, or one that is there twice.
     """
 
     tokenizer: PreTrainedTokenizerBase | str | None = None
@@ -115,8 +126,8 @@ class PolicyConfig:
     input_key: NestedKey | None = None
     attention_mask_key: NestedKey | None = "attention_mask"
     generate: bool = True
-    generate_kwargs: dict[str, Any] = field(default_factory=dict)
-    tokenizer_kwargs: dict[str, Any] = field(default_factory=dict)
+    generate_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)
+    tokenizer_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)
     pad_output: bool = False
     pad_model_input: bool | None = None
     inplace: Literal[True, False, "empty"] | None = None
@@ -134,6 +145,8 @@ class PolicyConfig:
     action_token_ids: tuple[int, ...] | None = None
     keys: KeyConfig = field(default_factory=KeyConfig)
     queue: BatchingConfig = field(default_factory=BatchingConfig)
+    num_responses: int | None = field(init=False, repr=False, compare=False)
+    writes_inplace: Literal[True, False, "empty"] = field(init=False, repr=False, compare=False)
 
     @classmethod
     def from_arguments(cls, **arguments: Any) -> PolicyConfig:
@@ -145,13 +158,27 @@ class PolicyConfig:
         """Return the wrapper's arguments, each under its own name, as a dict of the caller's own."""
         own = {name: getattr(self, name) for name in _names(PolicyConfig) - {"keys", "queue"}}
         own |= {name: dict(own[name]) for name in ("generate_kwargs", "tokenizer_kwargs")}
-        return own | {name: getattr(part, name) for part in (self.keys, self.queue) for name in _names(type(part))}
+        return own | {name: getattr(part, name) for part in self.parts[1:] for name in _names(type(part))}
+
+    @property
+    def parts(self) -> tuple[PolicyConfig, KeyConfig, BatchingConfig]:
+        """The records that have the arguments as fields."""
+        return self, self.keys, self.queue
 
     def __post_init__(self) -> None:
         """Bring the values that have several forms into one, and check them."""
         self._check_choices()
         options = standardize(self.generate_kwargs)
+        responses = resolve_num_samples(self.num_samples, options)
+        many = self.generate and responses is not None
+        if many and self.inplace not in (None, False):
+            raise InputError(
+                f"inplace={self.inplace!r} with num_samples={responses}: the output has another batch size than the "
+                "input; leave inplace out, or set it to False"
+            )
         resolved = {
+            "num_responses": responses,
+            "writes_inplace": not many if self.inplace is None else self.inplace,
             # The default belongs to its mode, and follows it in a new version.
             "input_key": None if self.input_key == self._default_input_key else self.input_key,
             "generate_kwargs": options,
@@ -160,14 +187,10 @@ class PolicyConfig:
             "return_log_probs": self.return_log_probs is not False,
             "hidden": resolve_hidden(self.hidden, options.get("return_hidden_states"), self.input_mode),
             "constraints": read_constraints("constraints", self.constraints),
+            "action_token_ids": _read_ids(self.action_token_ids, self.action_mask_key),
         }
         for name, value in resolved.items():
             object.__setattr__(self, name, value)
-        if self.generate and self.num_responses is not None and self.inplace not in (None, False):
-            raise InputError(
-                f"inplace={self.inplace!r} with num_samples={self.num_responses}: the output has another batch size "
-                "than the input; leave inplace out, or set it to False"
-            )
 
     def _check_choices(self) -> None:
         if self.input_mode not in INPUT_MODES:
@@ -279,17 +302,6 @@ class PolicyConfig:
         return self._default_input_key if self.input_key is None else self.input_key
 
     @property
-    def num_responses(self) -> int | None:
-        """Responses per prompt, by either of its two names; None for one without a dimension of its own."""
-        return resolve_num_samples(self.num_samples, self.generate_kwargs)
-
-    @property
-    def writes_inplace(self) -> Literal[True, False, "empty"]:
-        """The value of ``inplace``, or its default."""
-        many = self.generate and self.num_responses is not None
-        return not many if self.inplace is None else self.inplace
-
-    @property
     def nested_layout(self) -> torch.layout | None:
         """The value of ``layout``, or its default."""
         return torch.strided if self.layout is None and not self.pad_output else self.layout
@@ -334,7 +346,7 @@ class PolicyConfig:
 
 
 def _names(kind: Any) -> set[str]:
-    return {found.name for found in fields(kind)}
+    return {found.name for found in fields(kind) if found.init}
 
 
 # The wrapper's arguments, by name.
@@ -361,6 +373,16 @@ def resolve_num_samples(num_samples: int | None, options: Mapping[str, Any]) -> 
         raise InputError(f"num_samples={num_samples} and num_return_sequences={option} contradict each other; give one")
     # One response without a dimension of samples is what every other wrapper gives for 1.
     return num_samples if option == 1 else cast("int", option)
+
+
+def _read_ids(ids: Any, key: NestedKey | None) -> tuple[int, ...] | None:
+    """Read ``action_token_ids`` before the vocabulary is known; `PolicyConfig.resolve_for` compares them with it."""
+    try:
+        return read_action_ids(ids, key, sys.maxsize)
+    except TokenIdError as error:
+        raise TokenIdError(
+            f"action_token_ids={ids!r:.80}: ids are 0 or more, each once; leave the others out"
+        ) from error
 
 
 def _check_logits(logits: LogitsSpec | None, vocab_size: int) -> None:

@@ -92,7 +92,7 @@ def read_call(
 
 def _read_generation(config: PolicyConfig, options: Mapping[str, Any], vocab_size: int) -> CallOptions:
     """Read the options of a call that generates."""
-    merged = _merge(config, options, vocab_size)
+    merged = _merge(config, options, standardize(options), vocab_size)
     if resolve_num_samples(config.num_responses, merged.options) != config.num_responses:
         raise InputError(
             f"num_return_sequences={merged.options['num_return_sequences']} in a call, and no num_samples in the "
@@ -139,12 +139,13 @@ def read_scoring(
         InputError: a sampling option in the call, or a native logit processor.
         ConstraintError: an action mask that allows nothing.
     """
-    sampling = standardize(options).keys() - NOT_OF_SAMPLING
+    own = standardize(options)
+    sampling = own.keys() - NOT_OF_SAMPLING
     if sampling:
         raise InputError(
             f"generate=False scores and samples nothing; leave {', '.join(sorted(sampling))} out of the call"
         )
-    merged = _merge(config, options, vocab_size)
+    merged = _merge(config, options, own, vocab_size)
     if merged.processor is not None:
         raise InputError(
             f"custom_logit_processor={merged.processor!r:.60} in scoring, of given sequences or of candidates: "
@@ -173,9 +174,10 @@ class _Merged(NamedTuple):
     processor: str | None
 
 
-def _merge(config: PolicyConfig, options: Mapping[str, Any], vocab_size: int) -> _Merged:
+def _merge(config: PolicyConfig, options: Mapping[str, Any], own: Mapping[str, Any], vocab_size: int) -> _Merged:
+    """Merge the options of a call, as the user wrote them and (``own``) standardised, over the wrapper's."""
     merged = override(config.generate_kwargs, read_options(options, vocab_size))
-    hidden, own = config.hidden, standardize(options)
+    hidden = config.hidden
     if "return_hidden_states" in own:
         hidden = resolve_hidden(hidden, own["return_hidden_states"], config.input_mode)
     processor = native_processor(merged)

@@ -18,7 +18,6 @@ from transformers import PreTrainedTokenizerBase
 from torchrl_sglang_hidden.engines import Engine, as_engine, generate_samples
 from torchrl_sglang_hidden.errors import InputError
 from torchrl_sglang_hidden.policy.assemble import assemble, assemble_scores
-from torchrl_sglang_hidden.policy.batching import BatchingConfig
 from torchrl_sglang_hidden.policy.candidates import REDUCTIONS, Candidates, Reduction, score_candidates
 from torchrl_sglang_hidden.policy.config import ARGUMENTS, PolicyConfig
 from torchrl_sglang_hidden.policy.distributions import Distributions
@@ -30,6 +29,14 @@ from torchrl_sglang_hidden.spec.hidden import HiddenSpec
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 
 __all__ = ["SGLangHiddenWrapper"]
+
+
+def _written(name: str) -> property:
+    def read(self: SGLangHiddenWrapper) -> bool:
+        return getattr(self._keys, name) is not None
+
+    read.__doc__ = f"Whether {name} is written."
+    return property(read)
 
 
 class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
@@ -115,7 +122,7 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         config = PolicyConfig.from_arguments(**{name: arguments[name] for name in ARGUMENTS})
         super().__init__()
         self.model: Engine = as_engine(model)
-        self.config = config.resolve_for(self.model.info)
+        self._config = config.resolve_for(self.model.info)
         self._keys = self.config.output_keys(self.config.returned_hidden, self.config.logits)
         self.in_keys, self.out_keys = self.config.in_keys, self.config.out_keys
         self._batcher = self.config.queue.make_queue(self.model)
@@ -125,6 +132,18 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         self._batching_timeout = batching_timeout
 
     # --- the wrapper itself: its arguments, versions, copies, queue --------------------------------------------------
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse to change an argument in place: others follow from it, and would keep its old value."""
+        if name in ARGUMENTS or name == "config":
+            argument = "num_samples" if name == "config" else name
+            raise AttributeError(f"{name} is read-only, as every argument is; use get_new_version({argument}=…)")
+        super().__setattr__(name, value)
+
+    @property
+    def config(self) -> PolicyConfig:  # type: ignore[override]  # the mixin declares it for reading alone
+        """The arguments, as they are in effect."""
+        return self._config
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -156,25 +175,7 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         """The id that pads: the tokenizer's pad id, else its EOS id, else 0."""
         return self.config.padding_value
 
-    @property
-    def return_text(self) -> bool:
-        """Whether text is written."""
-        return self._keys.text is not None
-
-    @property
-    def return_tokens(self) -> bool:
-        """Whether tokens are written."""
-        return self._keys.tokens is not None
-
-    @property
-    def return_masks(self) -> bool:
-        """Whether masks are written."""
-        return self._keys.masks is not None
-
-    @property
-    def return_history(self) -> bool:
-        """Whether the history is written."""
-        return self._keys.history is not None
+    return_text, return_tokens, return_masks, return_history = map(_written, ("text", "tokens", "masks", "history"))
 
     def get_new_version(self, **changes: Any) -> Self:
         """Return a wrapper of the same engine with some arguments changed; every other argument is kept.
@@ -388,12 +389,12 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
 
 def _argument(name: str) -> property:
     def read(self: SGLangHiddenWrapper) -> Any:
-        return getattr(self.config.keys if hasattr(self.config.keys, name) else self.config, name)
+        return getattr(next(part for part in self.config.parts if hasattr(part, name)), name)
 
     read.__doc__ = f"The argument ``{name}``; see `PolicyConfig`."
     return property(read)
 
 
-# The arguments by name, as TorchRL's wrappers have them; read-only, because `get_new_version` changes them.
-for _name in ARGUMENTS - BatchingConfig.__dataclass_fields__.keys() - vars(SGLangHiddenWrapper).keys():
+# The arguments by name, as TorchRL's wrappers have them. Of ``batching`` the base class says whether it is in effect.
+for _name in ARGUMENTS - {"batching"} - vars(SGLangHiddenWrapper).keys():
     setattr(SGLangHiddenWrapper, _name, _argument(_name))
