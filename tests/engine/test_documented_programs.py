@@ -201,9 +201,10 @@ def test_the_command_that_starts_sglang_with_the_server_half(line: str, smol_dir
     try:
         url, end = f"http://127.0.0.1:{port}", time.monotonic() + START_TIMEOUT_S
         while not answers(url):
+            with suppress(subprocess.TimeoutExpired):
+                server.wait(0.5)
             ended = server.poll() is not None or time.monotonic() > end
             assert not ended, (tmp_path / "log").read_text()[-4000:]
-            time.sleep(0.5)
         with connect(url) as engine:
             assert engine.info.pools_in_server
     finally:
