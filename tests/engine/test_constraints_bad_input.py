@@ -141,7 +141,7 @@ WORSE: dict[str, tuple[Callable[[], Request], type[Exception], str]] = {
     "a part outside of the prompt": (
         lambda: replace(GOOD, score_prompt=True, constraints=(ActionMask([5]),), response_ranges=((1, 4),)),
         InputError,
-        "row 1: .*responses",
+        "row 1: .*response_ranges=",
     ),
     "a score behind the prompt": (lambda: replace(GOOD, score_prompt=True, score_from=3), InputError, "score_from=3"),
 }
