@@ -421,7 +421,7 @@ def test_a_server_started_by_hand_does_not_watch_its_stdin() -> None:
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=240,
     )
     assert result.stdout.strip() == "['MainThread']"
 
@@ -434,7 +434,7 @@ def test_a_watching_server_that_shares_its_callers_group_refuses_to_run() -> Non
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=240,
     )
     assert result.returncode == 1
     assert "ending with the parent ends the group" in result.stderr

@@ -174,7 +174,7 @@ from torchrl_sglang_hidden.protocol.shared_memory import MIN_BYTES, SharedFiles
 files = SharedFiles(Path({str(tmp_path)!r}))
 print(files.share(bytes(MIN_BYTES)), len(list(Path({str(tmp_path)!r}).iterdir())))
 """
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=240).stdout
     assert said.split()[1:] == ["2"]
     assert said.startswith("torchrl_sglang_hidden-")
     assert names(tmp_path) == set()
@@ -195,14 +195,14 @@ def test_what_a_killed_server_left_goes_with_the_next_one(tmp_path: Path) -> Non
     kept = {alive.sign, alive.share(DATA), "somebody-elses", f"x{alive.sign}"}
     for name in ("somebody-elses", f"x{alive.sign}"):
         (tmp_path / name).write_text("")
-    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False, timeout=60)
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False, timeout=240)
     assert len(names(tmp_path)) == len(kept) + 2
     files = SharedFiles(tmp_path)
     assert names(tmp_path) == kept | {files.sign}
 
 
 def test_leftovers_go_when_somebody_says_so(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False, timeout=60)
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False, timeout=240)
     assert len(names(tmp_path)) == 2
     remove_leftovers(tmp_path)
     assert names(tmp_path) == set()
@@ -320,7 +320,7 @@ files.close()
 def test_without_file_locks_nothing_is_shared_and_the_client_imports(tmp_path: Path) -> None:
     """As on Windows."""
     command = [sys.executable, "-c", WITHOUT_LOCKS, str(tmp_path)]
-    said = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    said = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
     assert (said.stdout, said.returncode) == ("'' None\n", 0), said.stderr
     assert names(tmp_path) == set()
 
