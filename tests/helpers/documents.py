@@ -116,7 +116,8 @@ def shell_lines(page: Path) -> Iterator[str]:
     """What a reader types into a shell: lines of shell blocks and of indented blocks, and code inside a sentence."""
     for token in tokens_of(page):
         if token.type == "code_block" or (token.type == "fence" and token.info.strip() in SHELL):
-            yield from token.content.replace("\\\n", " ").splitlines()
+            # A line that goes on below is one, whatever the indentation there.
+            yield from re.sub(r"\s*\\\n\s*", " ", token.content).splitlines()
         elif token.type == "code_inline":
             yield token.content
 
