@@ -4,14 +4,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-CODE := torchrl_sglang_hidden tests benchmarks docs
+CODE := torchrl_sglang_hidden tests benchmarks tools docs
 # By files, so that the fixtures of a file are made once.
-FAST := $(BIN)/python -m pytest -m "not engine" -n 2 --dist loadfile
+NO_SERVER := -m "not engine" -n 2 --dist loadfile
+FAST := $(BIN)/python -m pytest $(NO_SERVER)
 # By files and servers, in the order that tests/conftest.py gives them.
 ENGINE := $(BIN)/python -m pytest -m engine -n 2 --dist loadgroup --no-loadscope-reorder
+# For `make compat`: packages with the versions to try, as for pip, and the tests to run with them.
+COMPAT := .compat
+WITH ?= torchrl tensordict
+TESTS ?= $(NO_SERVER)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fast lint docs check format clean
+.PHONY: help install demo test fast compat bench lint docs check format clean
 
 help: ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -35,6 +40,14 @@ test: $(INSTALLED) ## every test, those with a real server included
 fast: $(INSTALLED) ## the tests that need no server
 	$(FAST)
 
+# For example: make compat WITH="torchrl-nightly tensordict-nightly" TESTS="-m engine -n 0 tests/engine/test_grpo.py"
+compat: $(INSTALLED) ## the fast tests with the newest TorchRL and TensorDict; WITH= and TESTS= choose others
+	$(BIN)/python tools/second_environment.py $(COMPAT) $(WITH)
+	$(COMPAT)/bin/python -m pytest $(TESTS)
+
+bench: $(INSTALLED) ## the speed table: against stock SGLang, TorchRL and Hugging Face, about 16 minutes
+	$(BIN)/python benchmarks/speed_table.py --write
+
 lint: $(INSTALLED) ## ruff, format, mypy --strict
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
@@ -50,4 +63,4 @@ format: $(INSTALLED) ## let ruff rewrite what it can
 	$(BIN)/ruff format $(CODE)
 
 clean: ## remove everything that can be made again
-	rm -rf $(VENV) demo_output docs/_build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(COMPAT) demo_output docs/_build .pytest_cache .mypy_cache .ruff_cache

@@ -19,118 +19,125 @@ also need memory: some 3 GB for each prompt of 2048 tokens on the wide model, in
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-import statistics
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
-import httpx
 import torch
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
-from serving import new_prompts, served, settle
+from rounds import CONSOLE, Call, DifferentAnswersError, Rounds, print_record, read_arguments, same_tokens, take_turns
+from serving import ask, client_of, greedy, new_prompts, response_ids, served
 
 from torchrl_sglang_hidden import HiddenSpec, SGLangServer
-from torchrl_sglang_hidden.protocol import CHANNEL
-from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
-from torchrl_sglang_hidden.sglang_api.checks import check_requests
-from torchrl_sglang_hidden.sglang_api.payload import to_payload
-from torchrl_sglang_hidden.sglang_api.responses import read_responses
-from torchrl_sglang_hidden.spec.hidden import Segment
+from torchrl_sglang_hidden.records import Completion, Request
 
 PLAIN, POOLED, TOKENS, TOKENS_HTTP, STOCK = "plain", "pooled", "tokens", "tokens, HTTP", "stock"
-SEGMENTS: tuple[Segment, ...] = ("prompt", "response")
+READ = "read only"
+SEGMENTS = ("prompt", "response")
 STATE_RTOL = 1e-4
-TIMEOUT_S = 1800.0
 
 
-@dataclass(frozen=True)
-class Side:
-    """One way of asking: what is asked for, and how the answer is to come."""
+def compare_states(
+    server: SGLangServer,
+    *,
+    prompts: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    rounds: int,
+    sides: tuple[str, ...] = (PLAIN, POOLED, TOKENS, TOKENS_HTTP, STOCK),
+    layers: Mapping[str, tuple[int, ...]] | None = None,
+) -> Rounds:
+    """Let ways of asking for the states of the same generation take turns.
 
-    name: str
-    spec: HiddenSpec | None
-    info: EngineInfo
-
-
-@dataclass(frozen=True)
-class Call:
-    """One measured batch."""
-
-    seconds: float
-    http_bytes: int
-    shared_bytes: int
-    new_tokens: int
-    completions: list[Completion]
-
-
-def sides_of(info: EngineInfo) -> list[Side]:
+    Args:
+        server: serves the model.
+        prompts: rows of the batch.
+        prompt_tokens: of each.
+        new_tokens: of each.
+        rounds: that count.
+        sides: the ways.
+        layers: further pooled sides by name, with the layers that they ask for. The first one is the last layer.
+    """
+    info = server.info
     pooled = HiddenSpec(segments=SEGMENTS)
     # Both segments together are every position once.
     tokens = HiddenSpec(segments=SEGMENTS, pooling=None, tokens=True)
-    stock = dataclasses.replace(info, pools_in_server=False)
-    return [
-        Side(PLAIN, None, info),
-        Side(POOLED, pooled, info),
-        *([Side(TOKENS, tokens, info)] if info.shares_memory else []),
-        Side(TOKENS_HTTP, tokens, dataclasses.replace(info, shares_memory=False)),
-        Side(STOCK, pooled, stock),
-    ]
+    ways: dict[str, tuple[HiddenSpec | None, Any]] = {
+        PLAIN: (None, info),
+        POOLED: (pooled, info),
+        TOKENS: (tokens, info),
+        TOKENS_HTTP: (tokens, dataclasses.replace(info, shares_memory=False)),
+        STOCK: (pooled, dataclasses.replace(info, pools_in_server=False)),
+    }
+    chosen = {name: ways[name] for name in sides}
+    chosen |= {name: (HiddenSpec(segments=SEGMENTS, layers=ids), info) for name, ids in (layers or {}).items()}
+
+    with client_of(server) as client:
+
+        def side(spec: HiddenSpec | None, way: Any) -> Any:
+            def measure(batch: list[list[int]]) -> Call:
+                return ask(client, lambda: [Request(tuple(ids), greedy(new_tokens), hidden=spec) for ids in batch], way)
+
+            return measure
+
+        return take_turns(
+            f"{prompts} × ({prompt_tokens} + {new_tokens}) tokens",
+            {name: side(*way) for name, way in chosen.items()},
+            lambda number: new_prompts(info, prompts, prompt_tokens if number else min(16, prompt_tokens), seed=number),
+            rounds=rounds,
+            compare=largest_difference,
+        )
 
 
-def measure(client: httpx.Client, side: Side, prompts: Sequence[Sequence[int]], new_tokens: int) -> Call:
-    """Send one batch and read its answer, as `SGLangServer.generate` does; reading is part of the time."""
-    sampling = {"max_new_tokens": new_tokens, "temperature": 0.0, "ignore_eos": True}
-    requests = [Request(tuple(ids), sampling, hidden=side.spec) for ids in prompts]
-    check_requests(requests, side.info)
-    settle(client)
-    start = time.perf_counter()
-    response = client.post("/generate", json=to_payload(requests, side.info, binary=False))
-    response.raise_for_status()
-    answers = response.json()
-    completions = read_responses(requests, answers, side.info)
-    seconds = time.perf_counter() - start
-    return Call(
-        seconds=seconds,
-        http_bytes=response.num_bytes_downloaded,
-        shared_bytes=sum(map(shared_bytes_of, answers, completions)),
-        new_tokens=sum(len(completion.response_ids) for completion in completions),
-        completions=completions,
-    )
+def compare_reading(server: SGLangServer, *, prompts: int, prompt_tokens: int, new_tokens: int, rounds: int) -> Rounds:
+    """Let reading prompts and generating from them take turns; both return the prompts' pooled states."""
+    spec = HiddenSpec(segments=("prompt",))
+    with client_of(server) as client:
+
+        def side(sampling: dict[str, Any]) -> Any:
+            return lambda batch: ask(
+                client, lambda: [Request(tuple(ids), sampling, hidden=spec) for ids in batch], server.info
+            )
+
+        return take_turns(
+            f"reading {prompts} × {prompt_tokens} tokens",
+            {POOLED: side(greedy(new_tokens)), READ: side({"max_new_tokens": 0})},
+            lambda number: new_prompts(server.info, prompts if number else 2, prompt_tokens, seed=number),
+            rounds=rounds,
+            compare=lambda calls: largest_difference(calls, tokens=False),
+        )
 
 
-def shared_bytes_of(answer: dict[str, Any], completion: Completion) -> int:
-    """Count the bytes that came through shared memory: HTTP counts only the few that stay in the answer."""
-    rows = completion.token_rows
-    return rows.rows_ND.nbytes if rows is not None and "shared" in answer["meta_info"][CHANNEL][0]["rows"] else 0
-
-
-def vectors_of(completion: Completion) -> dict[Segment, torch.Tensor]:
-    """Return the two pooled vectors, as they came or pooled here from every token's states."""
+def vectors_of(completion: Completion) -> dict[str, torch.Tensor]:
+    """Return the two pooled vectors of the last layer, as they came or pooled here from every token's states."""
     if completion.token_rows is None:
-        return {segment: pooled.vector for segment, pooled in completion.hidden.items()}
+        # Several layers are a dimension of their own, the last layer their last row.
+        return {
+            segment: pooled.vector.reshape(-1, pooled.vector.shape[-1])[-1]
+            for segment, pooled in completion.hidden.items()
+        }
     rows_ND = completion.token_rows.rows_ND.double()
     num_prompt = len(completion.prompt_ids)
     return {"prompt": rows_ND[:num_prompt].mean(0).float(), "response": rows_ND[num_prompt - 1 :].mean(0).float()}
 
 
-def largest_difference(calls: dict[str, Call]) -> float:
-    """Return each side's distance from the pooled side's vectors, relative to their length; other ids end the run."""
+def largest_difference(calls: Mapping[str, Call], *, tokens: bool = True) -> float:
+    """Return each side's distance from the pooled side's vectors, relative to their length.
+
+    Args:
+        calls: of one round.
+        tokens: whether the sides generated, so that other tokens end the run.
+    """
+    if tokens:
+        same_tokens(calls, response_ids)
     worst = 0.0
-    for name, call in calls.items():
-        for row, (found, expected) in enumerate(zip(call.completions, calls[POOLED].completions, strict=True)):
-            if found.response_ids != expected.response_ids:
-                raise SystemExit(f"row {row}: {name!r} generated other tokens than {POOLED!r}; no ratio means anything")
+    for name in calls.keys() - {PLAIN}:
+        pairs = zip(calls[name].found["completions"], calls[POOLED].found["completions"], strict=True)
+        for row, (found, expected) in enumerate(pairs):
             vectors = vectors_of(expected)
-            for segment, vector_D in vectors_of(found).items() if name != PLAIN else ():
+            for segment, vector_D in vectors_of(found).items():
                 error = float((vector_D - vectors[segment]).norm() / vectors[segment].norm())
                 if not error < STATE_RTOL:
-                    raise SystemExit(
+                    raise DifferentAnswersError(
                         f"row {row}: {segment} vectors of {name!r} and {POOLED!r} differ by {error:.1e} relative, over "
                         f"{STATE_RTOL:.0e}; no ratio means anything"
                     )
@@ -138,98 +145,38 @@ def largest_difference(calls: dict[str, Call]) -> float:
     return worst
 
 
-def compare(server: SGLangServer, model: str, args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    sides = sides_of(server.info)
-    rounds: list[dict[str, Call]] = []
-    worst = 0.0
-    with (
-        httpx.Client(base_url=server.url, timeout=TIMEOUT_S, trust_env=False) as client,
-        Progress(console=console, transient=True) as progress,
-    ):
-        task = progress.add_task(model, total=(args.rounds + 1) * len(sides))
-        # Round 0 is for what is slow once, and is not counted.
-        for number in range(args.rounds + 1):
-            length = args.prompt_tokens if number else 16
-            prompts = new_prompts(server.info, args.prompts, length, seed=number)
-            calls = {}
-            for side in sides:
-                progress.update(task, description=f"{model}: round {number} of {args.rounds}, {side.name}")
-                calls[side.name] = measure(client, side, prompts, args.new_tokens)
-                progress.advance(task)
-            worst = max(worst, largest_difference(calls))
-            # What was compared is let go: all rounds' token states would fill the memory.
-            if number:
-                rounds.append({name: dataclasses.replace(call, completions=[]) for name, call in calls.items()})
-    results = {side.name: summary(side.name, rounds) for side in sides}
-    console.print(table_of(server, model, args, results, worst))
-    return {"hidden_size": server.info.hidden_size, "worst_relative_difference": worst, "sides": results}
-
-
-def summary(name: str, rounds: Sequence[dict[str, Call]]) -> dict[str, float]:
-    median = statistics.median
-    return {
-        "seconds": median(calls[name].seconds for calls in rounds),
-        "fastest_s": min(calls[name].seconds for calls in rounds),
-        "slowest_s": max(calls[name].seconds for calls in rounds),
-        "new_tokens_per_s": median(calls[name].new_tokens / calls[name].seconds for calls in rounds),
-        "speed_of_plain": median(calls[PLAIN].seconds / calls[name].seconds for calls in rounds),
-        "http_bytes": median(calls[name].http_bytes for calls in rounds),
-        "shared_memory_bytes": median(calls[name].shared_bytes for calls in rounds),
-        "speed_of_stock": median(calls[STOCK].seconds / calls[name].seconds for calls in rounds),
-        "http_bytes_of_stock": median(calls[name].http_bytes / calls[STOCK].http_bytes for calls in rounds),
-    }
-
-
-def table_of(
-    server: SGLangServer, model: str, args: argparse.Namespace, results: dict[str, dict[str, float]], worst: float
-) -> Table:
-    title = (
-        f"{model}, D = {server.info.hidden_size}, {args.dtype}: {args.prompts} prompts × {args.prompt_tokens} tokens, "
-        f"{args.new_tokens} new tokens each, medians of {args.rounds} rounds"
-    )
-    caption = f"same tokens on all sides; pooled vectors differ by at most {worst:.0e} relative"
-    table = Table(title=title, caption=caption)
-    table.add_column("side")
-    headings = ("s", "fastest – slowest", "new tokens/s", "speed / plain", "speed / stock", "HTTP MB", "shared MB")
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    for name, result in results.items():
-        table.add_row(
-            name,
-            f"{result['seconds']:.2f}",
-            f"{result['fastest_s']:.2f} – {result['slowest_s']:.2f}",
-            f"{result['new_tokens_per_s']:.1f}",
-            f"{result['speed_of_plain']:.2f}",
-            f"{result['speed_of_stock']:.1f}",
-            f"{result['http_bytes'] / 1e6:.2f}",
-            f"{result['shared_memory_bytes'] / 1e6:.2f}",
-        )
-    return table
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", action="append", help="smollm2, wide, a directory or a hub name; may be repeated; default both"
+    """Measure the models that the command line names."""
+    args = read_arguments(
+        __doc__, model=("smollm2", "wide"), prompts=2, prompt_tokens=2048, new_tokens=64, rounds=5, dtype="float32"
     )
-    parser.add_argument("--prompts", type=int, default=2, help="prompts in a batch")
-    parser.add_argument("--prompt-tokens", type=int, default=2048, help="tokens of each prompt")
-    parser.add_argument("--new-tokens", type=int, default=64, help="tokens generated from each prompt")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds that count")
-    parser.add_argument("--dtype", default="float32", help="of weights and states")
-    args = parser.parse_args()
-    # Piped output has no width of its own, and rich would take 80 columns.
-    console = Console(width=None if Console().is_terminal else 140)
-    console.print((__doc__ or "").rpartition("\n\n    python")[0].strip(), highlight=False, markup=False)
-    per_row = args.prompt_tokens + args.new_tokens
-    results = {}
-    for model in args.model or ("smollm2", "wide"):
+    per_row = args.prompt_tokens + args.new_tokens + 64
+    models = {}
+    for model in args.model:
         # A page and a bit for each row beside its tokens.
         total = args.prompts * (per_row + 64)
-        with served(model, dtype=args.dtype, context_length=per_row + 64, total_tokens=total) as server:
-            results[model] = compare(server, model, args, console)
-    setting = {key: value for key, value in vars(args).items() if key != "model"}
-    print(json.dumps({"benchmark": "hidden_states", **setting, "models": results}))
+        with served(model, dtype=args.dtype, context_length=per_row, total_tokens=total) as server:
+            sizes = {name: getattr(args, name) for name in ("prompts", "prompt_tokens", "new_tokens", "rounds")}
+            found = compare_states(server, **sizes)
+            hidden_size = server.info.hidden_size
+        CONSOLE.print(
+            found.table(
+                f"{model}, D = {hidden_size}, {args.dtype}: {args.prompts} prompts × {args.prompt_tokens} tokens, "
+                f"{args.new_tokens} new tokens each, medians of {args.rounds} rounds",
+                {
+                    "speed / plain": lambda side, found=found: f"{found.speed(side, PLAIN):.2f}",
+                    "speed / stock": lambda side, found=found: f"{found.speed(side, STOCK):.1f}",
+                    "HTTP MB": lambda side, found=found: f"{found.count(side, 'http_bytes') / 1e6:.2f}",
+                    "shared MB": lambda side, found=found: f"{found.count(side, 'shared_bytes') / 1e6:.2f}",
+                },
+                f"same tokens on all sides; pooled vectors differ by at most {found.worst:.0e} relative",
+            )
+        )
+        sides = found.results()
+        for name, result in sides.items():
+            result |= {"speed_of_plain": found.speed(name, PLAIN), "speed_of_stock": found.speed(name, STOCK)}
+        models[model] = {"hidden_size": hidden_size, "worst_relative_difference": found.worst, "sides": sides}
+    print_record("hidden_states", args, {"models": models})
 
 
 if __name__ == "__main__":

@@ -8,84 +8,71 @@
     full, bf16          likewise, half the bytes
     full, HTTP          the same as full inside the answer, as from a server on another machine
     top_logprobs_num    stock SGLang: the k largest log-probs of every token, as JSON
+    flat top_logprobs   the same as one array for each row in base64 (return_flat_raw_output_top_logprobs)
     token_ids_logprob   stock SGLang: the log-probs of k tokens, as JSON
 
 All sides run in one go on one server: round after round, each side generates from the same prompts, greedily, with the
-prefix cache emptied before each. A ratio compares two sides of one round, and what is shown is the median over the
-rounds. Before that the sides are compared: all but the masked one must have the same tokens, the log-softmax of the
-full logits must be stock's log-probs, the other selections must be columns of the full logits, and no masked row may
-have a token outside its mask.
+prefix cache emptied before each, and ends with tensors. A ratio compares two sides of one round, and what is shown is
+the median over the rounds. Before that the sides are compared: all but the masked one must have the same tokens, the
+log-softmax of the full logits must be stock's log-probs, the other selections must be columns of the full logits, and
+no masked row may have a token outside its mask.
 
     python benchmarks/logits.py --prompts 16 --rounds 5
 """
 
 from __future__ import annotations
 
-import argparse
+import base64
 import dataclasses
-import json
-import statistics
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import httpx
 import torch
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
-from serving import new_prompts, served, settle
+from rounds import CONSOLE, Call, DifferentAnswersError, Rounds, print_record, read_arguments, same_tokens, take_turns
+from serving import ask, client_of, greedy, new_prompts, response_ids, served
 
 from torchrl_sglang_hidden import ActionMask, LogitsSpec, SGLangServer
-from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
-from torchrl_sglang_hidden.sglang_api.checks import check_requests
-from torchrl_sglang_hidden.sglang_api.payload import to_payload
-from torchrl_sglang_hidden.sglang_api.responses import read_responses
+from torchrl_sglang_hidden.records import EngineInfo, Request, TokenLogits
 
 PLAIN, MASK, FULL, FULL_BF16, FULL_HTTP = "plain", "mask", "full", "full, bf16", "full, HTTP"
-TOP_K, TOKEN_IDS, STOCK_TOP_K, STOCK_IDS = "top_k", "token_ids", "top_logprobs_num", "token_ids_logprob"
-STOCK = {TOP_K: STOCK_TOP_K, TOKEN_IDS: STOCK_IDS}
+TOP_K, TOKEN_IDS = "top_k", "token_ids"
+STOCK_TOP_K, STOCK_FLAT, STOCK_IDS = "top_logprobs_num", "flat top_logprobs", "token_ids_logprob"
+STOCK = {TOP_K: (STOCK_TOP_K, STOCK_FLAT), TOKEN_IDS: (STOCK_IDS,)}
+FIRST_ID = 100
 # Of float32 logits of another kernel's shape; bfloat16 keeps 8 bits.
 ATOL, ATOL_BF16 = 1e-3, 0.25
-TIMEOUT_S = 1800.0
 
 
 @dataclass(frozen=True)
 class Side:
     """One way of asking: what is asked for, what of it is SGLang's own, and how the answer is to come."""
 
-    name: str
     info: EngineInfo
     spec: LogitsSpec | None = None
     masked: bool = False
     stock: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Call:
-    """One measured batch."""
-
-    seconds: float
-    http_bytes: int
-    completions: list[Completion]
-    answers: list[dict[str, Any]]
-
-
-def sides_of(info: EngineInfo, k: int) -> list[Side]:
-    ids = tuple(range(100, 100 + k))
-    http = dataclasses.replace(info, shares_memory=False)
-    return [
-        Side(PLAIN, info),
-        Side(MASK, info, masked=True),
-        Side(TOP_K, info, LogitsSpec(top_k=k)),
-        Side(TOKEN_IDS, info, LogitsSpec(token_ids=ids)),
-        *([Side(FULL, info, LogitsSpec(full=True))] if info.shares_memory else []),
-        *([Side(FULL_BF16, info, LogitsSpec(full=True, dtype=torch.bfloat16))] if info.shares_memory else []),
-        Side(FULL_HTTP, http, LogitsSpec(full=True)),
-        Side(STOCK_TOP_K, info, stock={"top_logprobs_num": k}),
-        Side(STOCK_IDS, info, stock={"token_ids_logprob": list(ids)}),
-    ]
+def sides_of(info: EngineInfo, k: int, num_ids: int) -> dict[str, Side]:
+    """Return every way of asking that this engine has, by name."""
+    ids = tuple(range(FIRST_ID, FIRST_ID + num_ids))
+    flat = {"return_flat_raw_output_top_logprobs": True, "return_flat_raw_top_logprobs_b64": True}
+    shared = {
+        FULL: Side(info, LogitsSpec(full=True)),
+        FULL_BF16: Side(info, LogitsSpec(full=True, dtype=torch.bfloat16)),
+    }
+    return {
+        PLAIN: Side(info),
+        MASK: Side(info, masked=True),
+        TOP_K: Side(info, LogitsSpec(top_k=k)),
+        TOKEN_IDS: Side(info, LogitsSpec(token_ids=ids)),
+        **(shared if info.shares_memory else {}),
+        FULL_HTTP: Side(dataclasses.replace(info, shares_memory=False), LogitsSpec(full=True)),
+        STOCK_TOP_K: Side(info, stock={"top_logprobs_num": k}),
+        STOCK_FLAT: Side(info, stock={"top_logprobs_num": k, **flat}),
+        STOCK_IDS: Side(info, stock={"token_ids_logprob": list(ids)}),
+    }
 
 
 def masks_of(info: EngineInfo, rows: int) -> list[ActionMask]:
@@ -94,153 +81,142 @@ def masks_of(info: EngineInfo, rows: int) -> list[ActionMask]:
     return [ActionMask.from_mask(torch.rand(info.vocab_size, generator=generator) < 0.5) for _ in range(rows)]
 
 
-def measure(
-    client: httpx.Client, side: Side, prompts: Sequence[Sequence[int]], masks: Sequence[ActionMask], new_tokens: int
-) -> Call:
-    """Send one batch and read its answer, as `SGLangServer.generate` does; writing and reading are part of the time."""
-    sampling = {"max_new_tokens": new_tokens, "temperature": 0.0, "ignore_eos": True}
-    settle(client)
-    start = time.perf_counter()
-    requests = [
-        Request(tuple(ids), sampling, logits=side.spec, constraints=(mask,) if side.masked else ())
-        for ids, mask in zip(prompts, masks, strict=True)
-    ]
-    check_requests(requests, side.info)
-    response = client.post("/generate", json={**to_payload(requests, side.info, binary=False), **side.stock})
-    response.raise_for_status()
-    answers = response.json()
-    completions = read_responses(requests, answers, side.info)
-    for answer in answers if side.stock else ():
-        _stock_log_probs(answer)
-    return Call(time.perf_counter() - start, response.num_bytes_downloaded, completions, answers)
-
-
-def _stock_log_probs(answer: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+def read_stock(answer: dict[str, Any]) -> TokenLogits:
     """Turn stock SGLang's log-probs and their ids into tensors ``[T, k]``, as every other side returns tensors."""
     meta = answer["meta_info"]
+    if "output_top_logprobs_val_flat_b64" in meta:
+        # The server writes little-endian float32 and int32, and says so in the fields' …_dtype.
+        shape = meta["output_top_logprobs_shape"]
+        values, ids = (
+            torch.frombuffer(bytearray(base64.b64decode(meta[f"output_top_logprobs_{name}_flat_b64"])), dtype=dtype)
+            for name, dtype in (("val", torch.float32), ("idx", torch.int32))
+        )
+        return TokenLogits(values.view(shape), ids.view(shape).long())
     entries = meta.get("output_top_logprobs") or meta["output_token_ids_logprobs"]
-    return (
+    return TokenLogits(
         torch.tensor([[entry[0] for entry in token] for token in entries]),
         torch.tensor([[entry[1] for entry in token] for token in entries]),
     )
 
 
-def check(calls: dict[str, Call], masks: Sequence[ActionMask]) -> float:
-    """Return each side's distance from the values of the full logits; sides that disagree end the run."""
-    worst = 0.0
-    full = calls.get(FULL, calls[FULL_HTTP])
+def compare_logits(
+    server: SGLangServer,
+    *,
+    prompts: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    columns: int,
+    num_ids: int,
+    rounds: int,
+    only: Sequence[str] | None = None,
+) -> Rounds:
+    """Let ways of asking for the logits of the same generation take turns.
+
+    Args:
+        server: serves the model.
+        prompts: rows of the batch.
+        prompt_tokens: of each.
+        new_tokens: of each.
+        columns: k of the k largest.
+        num_ids: tokens of the sides that name tokens.
+        rounds: that count.
+        only: the sides; all by default.
+    """
+    info = server.info
+    sides = sides_of(info, columns, num_ids)
+    sides = {name: sides[name] for name in only or sides}
+    masks = masks_of(info, prompts) if MASK in sides else []
+    with client_of(server) as client:
+
+        def measuring(side: Side) -> Any:
+            def requests_of(batch: Sequence[Sequence[int]]) -> list[Request]:
+                allowed = [(mask,) for mask in masks] if side.masked else [()] * len(batch)
+                return [
+                    Request(tuple(ids), greedy(new_tokens), logits=side.spec, constraints=constraints)
+                    for ids, constraints in zip(batch, allowed, strict=True)
+                ]
+
+            stock: dict[str, Any] = {"stock": side.stock, "read_stock": read_stock} if side.stock else {}
+            return lambda batch: ask(client, lambda: requests_of(batch), side.info, **stock)
+
+        return take_turns(
+            f"logits, {prompts} × ({prompt_tokens} + {new_tokens}) tokens",
+            {name: measuring(side) for name, side in sides.items()},
+            lambda number: new_prompts(info, prompts, prompt_tokens, seed=number),
+            rounds=rounds,
+            compare=lambda calls: largest_difference(calls, masks),
+        )
+
+
+def largest_difference(calls: Mapping[str, Call], masks: Sequence[ActionMask]) -> float:
+    """Return how far the sides are from the values of the full logits; sides that disagree end the run."""
     for row, mask in enumerate(masks):
-        allowed = set(mask.valid_token_ids)
-        if not set(calls[MASK].completions[row].response_ids) <= allowed:
-            raise SystemExit(f"row {row}: a token outside its mask; no ratio means anything")
-        logits_TV = full.completions[row].logits.values_NC
-        for name, call in calls.items():
-            if name != MASK and call.completions[row].response_ids != full.completions[row].response_ids:
-                raise SystemExit(f"row {row}: {name!r} generated other tokens than {FULL!r}; no ratio means anything")
-            found = call.completions[row].logits
-            if name in STOCK.values():
-                values, ids = _stock_log_probs(call.answers[row])
-                expected = logits_TV.log_softmax(-1).gather(1, ids)
-            elif found is None:
-                continue
-            elif found.values_NC.shape == logits_TV.shape:
-                values, expected = found.values_NC.float(), logits_TV
-            elif found.token_ids_NC is not None:
-                values, expected = found.values_NC, logits_TV.gather(1, found.token_ids_NC)
+        if not set(response_ids(calls[MASK].found)[row]) <= set(mask.valid_token_ids):
+            raise DifferentAnswersError(f"row {row}: a token outside its mask; no ratio means anything")
+    same_tokens({name: call for name, call in calls.items() if name != MASK}, response_ids)
+    worst = 0.0
+    full = calls[FULL if FULL in calls else FULL_HTTP].found["completions"]
+    for name in calls.keys() - {PLAIN, MASK}:
+        found = calls[name].found
+        logits = found["stock_rows"] or [completion.logits for completion in found["completions"]]
+        for row, rows in enumerate(logits):
+            logits_TV = full[row].logits.values_NC
+            values_TC, ids_TC = rows.values_NC.float(), rows.token_ids_NC
+            expected_TV = logits_TV.log_softmax(-1) if found["stock_rows"] else logits_TV
+            if ids_TC is not None:
+                expected_TC = expected_TV.gather(1, ids_TC)
             else:
-                values, expected = found.values_NC, logits_TV[:, 100 : 100 + found.values_NC.shape[1]]
-            error = float((values - expected).abs().max())
+                first = 0 if values_TC.shape == logits_TV.shape else FIRST_ID
+                expected_TC = expected_TV[:, first : first + values_TC.shape[1]]
+            error = float((values_TC - expected_TC).abs().max())
             if not error < (ATOL_BF16 if name == FULL_BF16 else ATOL):
-                raise SystemExit(
+                raise DifferentAnswersError(
                     f"row {row}: values of {name!r} are {error:.1e} off {FULL!r}'s; no ratio means anything"
                 )
             worst = worst if name == FULL_BF16 else max(worst, error)
     return worst
 
 
-def compare(server: SGLangServer, args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    sides = sides_of(server.info, args.columns)
-    masks = masks_of(server.info, args.prompts)
-    rounds: list[dict[str, Call]] = []
-    worst = 0.0
-    with (
-        httpx.Client(base_url=server.url, timeout=TIMEOUT_S, trust_env=False) as client,
-        Progress(console=console, transient=True) as progress,
-    ):
-        task = progress.add_task("", total=(args.rounds + 1) * len(sides))
-        # Round 0 is for what is slow once, and is not counted.
-        for number in range(args.rounds + 1):
-            prompts = new_prompts(server.info, args.prompts, args.prompt_tokens, seed=number)
-            calls = {}
-            for side in sides:
-                progress.update(task, description=f"round {number} of {args.rounds}, {side.name}")
-                calls[side.name] = measure(client, side, prompts, masks, args.new_tokens)
-                progress.advance(task)
-            worst = max(worst, check(calls, masks))
-            # What was compared is let go: all rounds' logits would fill the memory.
-            if number:
-                rounds.append({n: dataclasses.replace(c, completions=[], answers=[]) for n, c in calls.items()})
-    results = {side.name: summary(side.name, rounds) for side in sides}
-    console.print(table_of(args, results, worst))
-    return {"vocab_size": server.info.vocab_size, "worst_difference": worst, "sides": results}
-
-
-def summary(name: str, rounds: Sequence[dict[str, Call]]) -> dict[str, float]:
-    median = statistics.median
-    out = {
-        "seconds": median(calls[name].seconds for calls in rounds),
-        "fastest_s": min(calls[name].seconds for calls in rounds),
-        "slowest_s": max(calls[name].seconds for calls in rounds),
-        "time_of_plain": median(calls[name].seconds / calls[PLAIN].seconds for calls in rounds),
-        "http_bytes": median(calls[name].http_bytes for calls in rounds),
-    }
-    if name in STOCK:
-        stock = STOCK[name]
-        out["time_of_stock"] = median(calls[name].seconds / calls[stock].seconds for calls in rounds)
-        out["http_bytes_of_stock"] = median(calls[name].http_bytes / calls[stock].http_bytes for calls in rounds)
-    return out
-
-
-def table_of(args: argparse.Namespace, results: dict[str, dict[str, float]], worst: float) -> Table:
-    title = (
-        f"{args.model}, {args.dtype}: {args.prompts} prompts × {args.prompt_tokens} tokens, {args.new_tokens} new "
-        f"tokens each, k = {args.columns}, medians of {args.rounds} rounds"
-    )
-    table = Table(title=title, caption=f"same tokens on all sides but the masked; values differ by at most {worst:.0e}")
-    table.add_column("side")
-    for heading in ("s", "fastest – slowest", "time / plain", "time / stock", "HTTP MB"):
-        table.add_column(heading, justify="right")
-    for name, result in results.items():
-        table.add_row(
-            name,
-            f"{result['seconds']:.2f}",
-            f"{result['fastest_s']:.2f} – {result['slowest_s']:.2f}",
-            f"{result['time_of_plain']:.2f}",
-            f"{result['time_of_stock']:.2f}" if "time_of_stock" in result else "",
-            f"{result['http_bytes'] / 1e6:.2f}",
-        )
-    return table
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2", help="smollm2, wide, a directory or a hub name")
-    parser.add_argument("--prompts", type=int, default=16, help="prompts in a batch")
-    parser.add_argument("--prompt-tokens", type=int, default=64, help="tokens of each prompt")
-    parser.add_argument("--new-tokens", type=int, default=32, help="tokens generated from each prompt")
-    parser.add_argument("--columns", type=int, default=20, help="k: columns of top_k and token_ids")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds that count")
-    parser.add_argument("--dtype", default="float32", help="of the weights")
-    args = parser.parse_args()
-    # Piped output has no width of its own, and rich would take 80 columns.
-    console = Console(width=None if Console().is_terminal else 140)
-    console.print((__doc__ or "").rpartition("\n\n    python")[0].strip(), highlight=False, markup=False)
-    per_row = args.prompt_tokens + args.new_tokens + 64
-    with served(
-        args.model, dtype=args.dtype, context_length=per_row + 64, total_tokens=args.prompts * (per_row + 64)
-    ) as server:
-        results = compare(server, args, console)
-    print(json.dumps({"benchmark": "logits", **vars(args), **results}))
+    """Measure the model that the command line names."""
+    args = read_arguments(
+        __doc__,
+        model="smollm2",
+        prompts=16,
+        prompt_tokens=64,
+        new_tokens=32,
+        columns=20,
+        rounds=5,
+        dtype="float32",
+    )
+    per_row = args.prompt_tokens + args.new_tokens + 128
+    total = args.prompts * per_row
+    with served(args.model, dtype=args.dtype, context_length=per_row, total_tokens=total) as server:
+        sizes = {name: getattr(args, name) for name in ("prompts", "prompt_tokens", "new_tokens", "rounds", "columns")}
+        found = compare_logits(server, num_ids=args.columns, **sizes)
+        vocab_size = server.info.vocab_size
+
+    def of_stock(name: str) -> str:
+        return ", ".join(f"{1 / found.speed(name, stock):.2f}" for stock in STOCK.get(name, ()))
+
+    CONSOLE.print(
+        found.table(
+            f"{args.model}, {args.dtype}: {args.prompts} prompts × {args.prompt_tokens} tokens, {args.new_tokens} new "
+            f"tokens each, k = {args.columns}, medians of {args.rounds} rounds",
+            {
+                "time / plain": lambda name: f"{1 / found.speed(name, PLAIN):.2f}",
+                "time / stock": of_stock,
+                "HTTP MB": lambda name: f"{found.count(name, 'http_bytes') / 1e6:.2f}",
+            },
+            f"same tokens on all sides but the masked; values differ by at most {found.worst:.0e}",
+        )
+    )
+    sides = found.results()
+    for name, result in sides.items():
+        result["time_of_plain"] = 1 / found.speed(name, PLAIN)
+        for stock in STOCK.get(name, ()):
+            result[f"time_of_{stock}"] = 1 / found.speed(name, stock)
+    print_record("logits", args, {"vocab_size": vocab_size, "worst_difference": found.worst, "sides": sides})
 
 
 if __name__ == "__main__":

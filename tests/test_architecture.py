@@ -28,25 +28,42 @@ FLOORS: list[list[set[str]]] = [
     [{"protocol.shared_memory", "protocol.served_weights"}, {"protocol.tensors"}, {"protocol"}],
     [
         {"server", "sglang_api", "weights"},
-        {"sglang_api.sampling", "sglang_api.payload", "sglang_api.server_info"},
+        {
+            "sglang_api.sampling",
+            "sglang_api.payload",
+            "sglang_api.server_info",
+            "sglang_api.log_probs",
+            "sglang_api.sampled",
+        },
         {"sglang_api.checks", "sglang_api.responses"},
+        {"weights.trainers"},
         {"weights.validation"},
         {"weights.control"},
         {"weights.disk", "weights.network"},
-        {"weights.transports"},
+        {"weights.transports", "weights.sharding"},
+        {"weights.adapters"},
     ],
     [{"engines"}],
     [
         {"policy"},
-        {"policy.outputs", "policy.action_masks", "policy.chat_text", "policy.logits_from_hidden"},
-        {"policy.row_fields"},
-        {"policy.prompts", "policy.returned", "policy.tokenizer", "policy.batching"},
-        {"policy.assemble", "policy.config"},
-        {"policy.requests"},
-        {"policy.distributions", "policy.candidates"},
+        {"policy.outputs", "policy.action_masks", "policy.chat_template", "policy.logits_from_hidden"},
+        {"policy.row_fields", "policy.token_rows", "policy.chat_text", "policy.tokenizer"},
+        {"policy.sampled_turns", "policy.text_rows", "policy.literal_content"},
+        {"policy.chats"},
+        {"policy.prompts", "policy.returned", "policy.batching", "policy.outcomes", "policy.argument_checks"},
+        {"policy.sampling_rows", "policy.assemble_logits"},
+        {"policy.assemble", "policy.config", "policy.candidate_ids"},
+        {"policy.requests", "policy.attributes"},
+        {"policy.distributions", "policy.candidates", "policy.sending"},
+        {"policy.partial"},
         {"policy.wrapper", "policy.weight_sync"},
     ],
-    [{"demo"}],
+    [
+        {"demo", "rl.schedule", "rl.prompts", "rl.prompt_cache", "rl.ablations", "rl.projection", "rl.background"},
+        {"rl.rows", "rl.encoder"},
+        {"rl.transform"},
+        {"rl"},
+    ],
     [{"cli"}, {"__main__", "__init__"}],
 ]
 LEVELS = {
@@ -76,9 +93,24 @@ FORBIDDEN: dict[str, set[str]] = {
     },
     **{
         f"policy.{part}": {f"{PACKAGE}.engines"}
-        for part in ("outputs", "chat_text", "prompts", "assemble", "distributions")
+        for part in (
+            "outputs",
+            "chat_template",
+            "chat_text",
+            "sampled_turns",
+            "chats",
+            "prompts",
+            "assemble",
+            "distributions",
+        )
     },
     "policy.action_masks": {"torchrl", f"{PACKAGE}.engines"},
+    "rl": {
+        "sglang",
+        "httpx",
+        *(f"{PACKAGE}.{part}" for part in ("records", "reduce", "protocol", "sglang_api", "weights", "engines")),
+        f"{PACKAGE}.server",
+    },
     "policy.logits_from_hidden": FOREIGN | {f"{PACKAGE}.engines"},
 }
 # What reaches a package by its front door alone.

@@ -272,6 +272,7 @@ class TestServe:
         assert invoke("serve", "--dtype", "float32").exit_code == 0
         assert server.calls[0][0] == Path("the-demo-model")
         assert server.calls[0][1]["dtype"] == "float32"
+        assert server.calls[0][1]["layers"] is None, "all where that is cheap"
 
     @pytest.mark.parametrize("code", [SIGTERM_PARENT, SIGINT_PARENT], ids=["SIGTERM", "Ctrl-C"])
     def test_runs_until_a_signal_then_closes_and_is_content(

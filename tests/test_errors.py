@@ -26,9 +26,10 @@ ERRORS = set(errors.__all__)
 # The words with which a remedy begins. A clause that begins otherwise is no remedy, however helpful: add its verb here.
 REMEDIES = (
     "add", "allow", "ask", "await", "call", "change", "check", "choose", "connect", "copy", "define", "do", "drop",
-    "free", "gather", "generate", "give", "import", "install", "keep", "leave", "look", "lower", "make", "move", "name",
-    "open", "pass", "please report", "put", "raise", "read", "remove", "report", "run", "score", "send", "serve", "set",
-    "shorten", "start", "strip", "tie", "to wait", "train", "try", "update", "use", "write",
+    "free", "gather", "generate", "give", "import", "install", "keep", "leave", "load", "look", "lower", "make", "mend",
+    "merge", "move", "name", "open", "pass", "please report", "put", "raise", "read", "remove", "report", "run", "save",
+    "score", "send", "serve", "set", "shorten", "start", "strip", "tie", "to wait", "train", "try", "update", "use",
+    "write",
 )  # fmt: skip
 # What would have been right, after the value that is not.
 EXPECTATIONS = (
@@ -44,11 +45,12 @@ EXCEPTIONS: dict[tuple[str, str | None], str] = {
     ("engines.batching.BatchingEngine._serve", None): "a copy of an error that was made by the engine",
     ("engines.batching.BatchingEngine._wait_for_batch", None): "`cleanup` and `close` say it in `_cancel`",
     ("engines.batching.BatchingEngine._send", None): "a copy of an error that was made by the engine",
+    ("engines.process.ServerProcess.wait", None): "`how_it_ended` names the log",
+    ("engines.races._race_of_one", None): "a copy of an error that was made by the engine",
     ("engines.streams._Reader.completion", "no completion after … tokens: …"): "the reason, or to read on",
-    ("policy.prompts.PromptReader._assistant_mask", "… …, or one that says {% generation %}"): "goes on with a remedy",
     ("protocol.answer.unpack_answer", "…: …"): "the server half says what to do, in what it refuses",
-    ("protocol.answer.unpack_answer", "…, span …: …"): "the spans' errors, made in the server",
-    ("sglang_api.responses._pool_stock", "…, span …: …"): "the spans' errors, made where stock states are pooled",
+    ("sglang_api.responses._read_row", "…, span …: …"): "the spans' errors, made where states are pooled",
+    ("sglang_api.responses._read_row", "…: …"): "the constraints' errors, made in the server",
     ("engines.launch._check_arguments", "launch(…=…): launch sets this server argument itself; …"): (
         "OWNED_ARGUMENTS has the remedy of each"
     ),

@@ -107,8 +107,10 @@ def test_importing_the_package_loads_nothing() -> None:
     assert loaded_by("import httpx", *heavy)[0] == "httpx", "the check sees what is loaded"
 
 
-def test_a_client_loads_no_sglang() -> None:
-    assert loaded_by(f"from {PACKAGE} import SGLangServer, SGLangHiddenWrapper", "sglang", "httpx") == ["httpx"]
+def test_a_client_loads_neither_sglang_nor_transformers() -> None:
+    """A tokenizer is loaded with transformers when a policy needs one: that import takes seconds."""
+    names = "SGLangServer, SGLangHiddenWrapper, HiddenSpec, launch"
+    assert loaded_by(f"from {PACKAGE} import {names}", "sglang", "transformers", "httpx") == ["httpx"]
 
 
 def test_this_process_has_loaded_no_sglang() -> None:

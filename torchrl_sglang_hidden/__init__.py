@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torchrl_sglang_hidden.errors import AuthenticationError as AuthenticationError
     from torchrl_sglang_hidden.errors import BatchCancelledError as BatchCancelledError
     from torchrl_sglang_hidden.errors import CapabilityError as CapabilityError
+    from torchrl_sglang_hidden.errors import ChatTemplateError as ChatTemplateError
     from torchrl_sglang_hidden.errors import ConstraintError as ConstraintError
     from torchrl_sglang_hidden.errors import DemoModelError as DemoModelError
     from torchrl_sglang_hidden.errors import EngineError as EngineError
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
     from torchrl_sglang_hidden.policy.logits_from_hidden import logits_from_hidden as logits_from_hidden
     from torchrl_sglang_hidden.policy.outputs import HiddenStates as HiddenStates
     from torchrl_sglang_hidden.policy.outputs import Logits as Logits
+    from torchrl_sglang_hidden.policy.outputs import RoutedExperts as RoutedExperts
+    from torchrl_sglang_hidden.policy.outputs import Sampling as Sampling
     from torchrl_sglang_hidden.policy.outputs import TokenHiddenStates as TokenHiddenStates
     from torchrl_sglang_hidden.policy.ragged import ragged as ragged
     from torchrl_sglang_hidden.policy.weight_sync import SGLangHiddenWeightSyncScheme as SGLangHiddenWeightSyncScheme
@@ -57,8 +60,11 @@ if TYPE_CHECKING:
     from torchrl_sglang_hidden.records import EngineInfo as EngineInfo
     from torchrl_sglang_hidden.records import Pooled as Pooled
     from torchrl_sglang_hidden.records import Request as Request
+    from torchrl_sglang_hidden.records import SamplingMask as SamplingMask
+    from torchrl_sglang_hidden.records import SamplingRecords as SamplingRecords
     from torchrl_sglang_hidden.records import TokenLogits as TokenLogits
     from torchrl_sglang_hidden.records import TokenRows as TokenRows
+    from torchrl_sglang_hidden.rl.transform import HiddenStateTransform as HiddenStateTransform
     from torchrl_sglang_hidden.spec.constraints.base import ConstraintStep as ConstraintStep
     from torchrl_sglang_hidden.spec.constraints.base import LogitConstraint as LogitConstraint
     from torchrl_sglang_hidden.spec.constraints.base import known_constraints as known_constraints
@@ -80,15 +86,28 @@ _MODULES = {
     **dict.fromkeys(("AsyncStream", "Stream", "StreamChunk"), "engines.streams"),
     "CandidateActor": "policy.candidates",
     "Engine": "engines.base",
-    **dict.fromkeys(("Completion", "EngineInfo", "Pooled", "Request", "TokenLogits", "TokenRows"), "records"),
+    **dict.fromkeys(
+        (
+            "Completion",
+            "EngineInfo",
+            "Pooled",
+            "Request",
+            "SamplingMask",
+            "SamplingRecords",
+            "TokenLogits",
+            "TokenRows",
+        ),
+        "records",
+    ),
     "Session": "engines.sessions",
     **dict.fromkeys(("Between", "LastTokens", "Role", "TokenMask", "Turn"), "spec.spans"),
     **dict.fromkeys(("ConstraintStep", "LogitConstraint", "known_constraints"), "spec.constraints.base"),
     **dict.fromkeys(("ActionMask", "DisallowedTokens", "TokenConstraint"), "spec.constraints.masks"),
     **dict.fromkeys(("ExponentialSchedule", "LinearSchedule", "TemperatureScale"), "spec.constraints.temperature"),
     "HiddenSpec": "spec.hidden",
+    "HiddenStateTransform": "rl.transform",
     "LogitsSpec": "spec.logits",
-    **dict.fromkeys(("HiddenStates", "Logits", "TokenHiddenStates"), "policy.outputs"),
+    **dict.fromkeys(("HiddenStates", "Logits", "RoutedExperts", "Sampling", "TokenHiddenStates"), "policy.outputs"),
     "SGLangHiddenWeightSyncScheme": "policy.weight_sync",
     "SGLangHiddenWrapper": "policy.wrapper",
     "SGLangOffline": "engines.offline",
@@ -101,9 +120,9 @@ _MODULES = {
     "ragged": "policy.ragged",
     **dict.fromkeys(
         (
-            "AlignmentError", "AuthenticationError", "BatchCancelledError", "CapabilityError", "ConstraintError",
-            "DemoModelError", "EngineError", "EngineTimeoutError", "EngineUnreachableError", "InputError",
-            "InputTypeError", "LaunchError", "MissingKeyError", "PromptLengthError", "ProtocolError",
+            "AlignmentError", "AuthenticationError", "BatchCancelledError", "CapabilityError", "ChatTemplateError",
+            "ConstraintError", "DemoModelError", "EngineError", "EngineTimeoutError", "EngineUnreachableError",
+            "InputError", "InputTypeError", "LaunchError", "MissingKeyError", "PromptLengthError", "ProtocolError",
             "RequestAbortedError", "RequestRejectedError", "SGLangHiddenError", "SpanError", "TokenIdError",
             "UnknownOptionError", "WeightsError",
         ),

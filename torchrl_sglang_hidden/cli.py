@@ -122,9 +122,10 @@ def serve(
     layers: Annotated[
         str,
         typer.Option(
-            help="Layers whose hidden states clients can ask for, such as 7,15,-1; -1, the last, is always included."
+            help="Layers that the server's CUDA graphs record, such as 7,15,-1; -1, the last, is always included. By "
+            "default all where that is cheap. Without such graphs clients can ask for every layer."
         ),
-    ] = "-1",
+    ] = "all",
     constraints: Annotated[
         str,
         typer.Option(help="Modules with your own logit constraints, such as my.module,other.", show_default=False),
@@ -180,14 +181,16 @@ def _serve_until_ended(model: str | None, options: dict[str, Any], server_args: 
         signal.signal(signal.SIGTERM, previous)
 
 
-def parse_layers(text: str) -> tuple[int, ...]:
-    """Read the layer ids of ``--layers``: ``"7,15,-1"`` → ``(7, 15, -1)``.
+def parse_layers(text: str) -> tuple[int, ...] | None:
+    """Read the layer ids of ``--layers``: ``"7,15,-1"`` → ``(7, 15, -1)``, and ``"all"`` → None.
 
     Raises:
         InputError: a part is no integer.
     """
+    if text == "all":
+        return None
     if not re.fullmatch(r"-?\d+(,-?\d+)*", text):
-        raise InputError(f"serve --layers {text}: expected integers with commas between, such as 7,15,-1")
+        raise InputError(f"serve --layers {text}: expected integers with commas between, such as 7,15,-1, or all")
     return tuple(int(layer) for layer in text.split(","))
 
 

@@ -3,6 +3,7 @@
     SGLangHiddenError
     ├── InputError (ValueError)                 what the user passed; nothing was sent
     │   ├── TokenIdError                        an id the model does not have
+    │   ├── ChatTemplateError                   a chat that its template does not write
     │   ├── PromptLengthError                   an empty prompt or batch, or one over the context length
     │   ├── WeightsError                        weights that do not fit the served model, or are not finite
     │   ├── MissingKeyError (KeyError)          the TensorDict lacks a key
@@ -33,12 +34,14 @@ boundaries unchanged.
 from __future__ import annotations
 
 from concurrent.futures import CancelledError
+from typing import Any
 
 __all__ = [
     "AlignmentError",
     "AuthenticationError",
     "BatchCancelledError",
     "CapabilityError",
+    "ChatTemplateError",
     "ConstraintError",
     "DemoModelError",
     "EngineError",
@@ -61,7 +64,15 @@ __all__ = [
 
 
 class SGLangHiddenError(Exception):
-    """Base of every error this package raises."""
+    """Base of every error this package raises.
+
+    Attributes:
+        completions: where the error concerns one request of a call, after all were sent: one `Completion` for each of
+            the call's requests, in order. Of those that went wrong ``error`` says why, and what was sampled before is
+            there; None for a request that was not sent. Empty for every other error.
+    """
+
+    completions: tuple[Any, ...] = ()
 
     def __str__(self) -> str:
         # KeyError prints the repr of its argument, which would put a whole sentence in quotes.
@@ -74,6 +85,10 @@ class InputError(SGLangHiddenError, ValueError):
 
 class TokenIdError(InputError):
     """A token id that is not an integer in ``[0, vocab_size)``."""
+
+
+class ChatTemplateError(InputError):
+    """A chat template that is not there, raises, or would leave a part of the chat out without a word."""
 
 
 class PromptLengthError(InputError):
@@ -121,7 +136,7 @@ class RequestRejectedError(EngineError):
 
 
 class RequestAbortedError(EngineError):
-    """The engine dropped a request before its response was complete."""
+    """The engine dropped a request before its response was complete; ``completions`` has what was sampled."""
 
 
 class BatchCancelledError(EngineError, CancelledError):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from torchrl_sglang_hidden.errors import SGLangHiddenError
 from torchrl_sglang_hidden.spec.constraints import LogitConstraint
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
@@ -22,6 +23,24 @@ DEFAULT_NEW_TOKENS = 128
 READING: Mapping[str, Any] = {"max_new_tokens": 1, "temperature": 0.0}
 # Most bytes of states and logits that one server process holds at a time for clients to fetch.
 MAX_ANSWER_BYTES = 2 * 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRecords:
+    """Says what is recorded of each sampled token beside its log-prob.
+
+    Args:
+        entropy: the entropy of the distribution that it was drawn from, which the server half computes.
+        sampling_mask: the tokens that top-k, top-p and min-p left to draw from.
+        routed_experts: the experts that each position was routed to, of a mixture of experts.
+    """
+
+    entropy: bool = False
+    sampling_mask: bool = False
+    routed_experts: bool = False
+
+
+NO_RECORDS = SamplingRecords()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +67,10 @@ class Request:
         response_limit: the ``max_new_tokens`` that the responses of a scored prompt were sampled with. A
             `TemperatureScale` without ``steps`` of its own depends on it.
         processor: a serialised native SGLang logit processor (its ``to_str()``), or None.
+        records: what else is recorded of the sampling.
+        return_errors: whether what goes wrong with this request alone, after it was sent, comes back as
+            `Completion.error`: an abort, a span that the response does not have, constraints that left no token. False
+            raises it, and the completions of all rows are on the exception.
     """
 
     prompt_ids: tuple[int, ...]
@@ -64,6 +87,8 @@ class Request:
     response_ranges: tuple[tuple[int, int], ...] = ()
     response_limit: int = DEFAULT_NEW_TOKENS
     processor: str | None = None
+    records: SamplingRecords = NO_RECORDS
+    return_errors: bool = False
 
     @property
     def reads_only(self) -> bool:
@@ -118,6 +143,21 @@ class TokenLogits:
 
 
 @dataclass(frozen=True, slots=True)
+class SamplingMask:
+    """Holds what each of T tokens was drawn from, after top-k, top-p and min-p: up to S tokens, the best first.
+
+    Args:
+        log_probs_T: float32 ``[T]``, the log-prob of each sampled token among these: the behaviour policy's.
+        token_ids_TS: int64 ``[T, S]``, padded with -1.
+        token_log_probs_TS: float32 ``[T, S]``, the log-probs of all of them, padded with ``-inf``.
+    """
+
+    log_probs_T: torch.Tensor
+    token_ids_TS: torch.Tensor
+    token_log_probs_TS: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """Holds what came back for one `Request`. All per-token fields were checked to have the same T.
 
@@ -128,9 +168,11 @@ class Completion:
         text: the response as text, without special tokens and without a matched stop string.
         log_probs_T: float32 ``[T]``, the log-prob of each sampled token; None where the request does not ask.
         hidden: the pooled segments that the request asks for.
-        finish_reason: ``"stop"`` or ``"length"``.
+        finish_reason: ``"stop"`` or ``"length"``; ``"abort"`` of a response that the engine gave up on, and ``"error"``
+            of a request without a response, or one that cannot be gone on from, both with an ``error``.
         weight_version: the engine's name for the weights that sampled the last token.
         mixed_weights: whether earlier tokens were sampled with other weights, because of an update in between.
+        versions: the versions of the weights that sampled the response, each with the number of its tokens, in order.
         prompt_log_probs_P: float32 ``[P - score_from]``, the log-prob of each prompt token given the tokens before it;
             NaN for token 0, and None where the request does not ask. It is of the model's own distribution, without
             temperature or penalties. Inside ``response_ranges`` the request's constraints apply, and a token that they
@@ -140,6 +182,12 @@ class Completion:
             the last; or None.
         logits: the logits of the T response tokens, or None.
         prompt_logits: the logits of the prompt tokens 1 … P-1, or None.
+        error: what went wrong with this request alone, or None. The tokens and log-probs of an aborted response are
+            those that were sampled before; states that are not there are missing in ``hidden`` and ``spans``.
+        entropy_T: float32 ``[T]``, in nats, of the distribution that ``log_probs_T`` is of; None where it is not asked
+            for. So are the next two, which an aborted response may lack.
+        sampling_mask: the tokens that each token was drawn from.
+        routed_experts: int32 ``[P+T-1, L, k]``, the k experts of each position and layer.
     """
 
     prompt_ids: tuple[int, ...]
@@ -155,6 +203,36 @@ class Completion:
     token_rows: TokenRows | None = None
     logits: TokenLogits | None = None
     prompt_logits: TokenLogits | None = None
+    error: SGLangHiddenError | None = None
+    versions: tuple[tuple[str, int], ...] = ()
+    entropy_T: torch.Tensor | None = None
+    sampling_mask: SamplingMask | None = None
+    routed_experts: torch.Tensor | None = None
+
+
+def failed_completion(
+    request: Request, error: SGLangHiddenError, weight_version: str, *, finish_reason: str = "error"
+) -> Completion:
+    """Return the completion of a request without a response: every count is 0, and a scored token's log-prob NaN.
+
+    Args:
+        request: what was asked.
+        error: why there is no response.
+        weight_version: the engine's.
+        finish_reason: ``"abort"`` where the engine gave up on it, else ``"error"``.
+    """
+    num_scored = len(request.prompt_ids) - request.score_from
+    return Completion(
+        prompt_ids=request.prompt_ids,
+        response_ids=(),
+        text="",
+        log_probs_T=torch.empty(0) if request.return_log_probs else None,
+        hidden={},
+        finish_reason=finish_reason,
+        weight_version=weight_version,
+        prompt_log_probs_P=torch.full((num_scored,), torch.nan) if request.score_prompt else None,
+        error=error,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,9 +245,11 @@ class EngineInfo:
         vocab_size: V; token ids are in ``[0, V)``.
         hidden_size: D.
         num_layers: the number of the model's decoder layers.
-        layers: canonical ids of the layers whose states the engine gives.
+        layers: canonical ids of the layers whose states the engine gives. All of them, unless the engine runs CUDA
+            graphs that record some only.
         context_length: most tokens of prompt and response together.
-        max_prompt_tokens: most tokens of one prompt; less than the context length when the KV cache is small.
+        max_prompt_tokens: most tokens of one prompt; less than the context length when the KV cache is small. A
+            response ends where prompt and response together reach it, so that both can be scored and gone on from.
         weight_version: the engine's name for its weights at connect, or since the last update through this engine.
         pools_in_server: whether the server half runs there and speaks this version's protocol.
         returns_hidden_states: whether the engine serves stock ``return_hidden_states``.
@@ -177,12 +257,17 @@ class EngineInfo:
             ``--enable-deterministic-inference``.
         honours_priorities: whether a request's ``priority`` has an effect. SGLang reads it only under
             ``--enable-priority-scheduling``.
-        no_states_because: why the engine gives no hidden states, or only the last layer's. Empty where it gives every
-            layer that it was started for.
+        no_states_because: why the engine gives no hidden states, or not those of every layer. Empty where it gives
+            them all.
         shares_memory: whether the engine is on this machine, so that large results can come through shared memory.
         constraints: the names of the constraints whose code the server half has.
         takes_processors: whether the engine takes native SGLang logit processors, under
             ``--enable-custom-logit-processor``.
+        raw_log_probs: whether the log-probs of sampled tokens leave the temperature out, because the server was
+            started with ``SGLANG_RETURN_ORIGINAL_LOGPROB=1``. Only the server half says so.
+        max_sampling_mask: most tokens that one token is drawn from, for ``return_sampling_mask``; 0 where the engine
+            does not give them.
+        returns_routed_experts: whether the engine records experts, under ``--enable-return-routed-experts``.
     """
 
     model_path: str
@@ -202,3 +287,6 @@ class EngineInfo:
     shares_memory: bool = False
     constraints: tuple[str, ...] = ()
     takes_processors: bool = False
+    raw_log_probs: bool = False
+    max_sampling_mask: int = 0
+    returns_routed_experts: bool = False

@@ -1,4 +1,8 @@
-"""`BatchingEngine` on a real server: threads that share a request get what they get alone, errors included."""
+"""Threads that share a request, on a real server: each gets what it gets alone.
+
+They share it by `BatchingEngine`, errors included, or by TorchRL's `InferenceServer` in front of the policy, which
+gives an error that is raised to every caller of its batch.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,28 @@ from typing import Any
 
 import pytest
 from helpers.engine_contract import assert_all_same, assert_same, request
-from helpers.policy_checks import QUESTIONS, prompt_of
+from helpers.policy_checks import (
+    QUESTIONS,
+    assert_row,
+    history_input,
+    make_policy,
+    prompt_of,
+    text_input,
+    tokens_input,
+)
+from helpers.torchrl_pipelines import unpadded
+from tensordict import TensorDictBase
+from torchrl.modules.inference_server import InferenceServer, PolicyClientModule
+from transformers import PreTrainedTokenizerBase
 
-from torchrl_sglang_hidden import InputError, RequestRejectedError, SGLangServer, TokenIdError
+from torchrl_sglang_hidden import (
+    InputError,
+    PromptLengthError,
+    RequestRejectedError,
+    SGLangHiddenWrapper,
+    SGLangServer,
+    TokenIdError,
+)
 from torchrl_sglang_hidden.engines.batching import BatchingEngine
 from torchrl_sglang_hidden.records import Completion, Request
 
@@ -113,3 +136,67 @@ def test_a_split_call_is_answered_in_order(counting: Counting, smol: SGLangServe
     engine = BatchingEngine(counting, min_batch_size=2, max_batch_size=3, timeout_s=TIMEOUT_S)
     assert_all_same(engine.generate(requests), smol.generate(requests))
     assert counting.calls == [3, 3, 2]
+
+
+# --- TorchRL's InferenceServer --------------------------------------------------------------------------------------
+
+
+def submitted(policy: SGLangHiddenWrapper, rows: Sequence[TensorDictBase]) -> tuple[InferenceServer, list[Any]]:
+    """Return a server that has not begun, and the answers that threads wait for: they are one batch."""
+    server = InferenceServer(policy)
+    with ThreadPoolExecutor(len(rows)) as pool:
+        return server, list(pool.map(PolicyClientModule(server).submit, rows))
+
+
+@pytest.mark.parametrize(("mode", "padded"), [("history", False), ("text", True), ("tokens", False)])
+def test_an_inference_server_answers_each_thread(
+    mode: str,
+    padded: bool,
+    counting: Counting,
+    smol_dir: str,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_ids: Callable[[str], list[int]],
+) -> None:
+    batch = {
+        "history": lambda: history_input(QUESTIONS[:THREADS]),
+        "text": lambda: text_input(QUESTIONS[:THREADS]),
+        "tokens": lambda: tokens_input([chat_ids(question) for question in QUESTIONS[:THREADS]]),
+    }[mode]
+    policy = make_policy(counting, tokenizer, mode, pad_output=padded, max_new_tokens=4)
+    alone = [unpadded(row) for row in policy(batch()).unbind(0)]
+    counting.calls.clear()
+    rows = batch().unbind(0)
+    server, answers = submitted(policy, rows)
+    with server:
+        found = [answer.result(TIMEOUT_S) for answer in answers]
+    assert counting.calls == [THREADS]
+    assert [set(row.keys()) for row in rows] == [{mode}] * THREADS, "a thread's own row is as it was"
+    for row, expected in zip(found, alone, strict=True):
+        assert int(row["policy_version"]) == 0
+        shared = unpadded(row)
+        assert_row(shared, smol_dir)
+        for name in ("prompt_ids", "response_ids", "full_ids", "text", "finish_reason", "weight_version"):
+            assert getattr(shared, name) == getattr(expected, name)
+
+
+def test_an_inference_server_goes_on_after_an_error(
+    counting: Counting, smol_dir: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    rows = text_input(["The capital of France is", "", "Birds can"]).unbind(0)
+    policy = make_policy(counting, tokenizer, "text", max_new_tokens=4)
+    server, answers = submitted(policy, rows)
+    with server:
+        for answer in answers:
+            with pytest.raises(PromptLengthError, match=r"row \d.* an empty string"):
+                answer.result(TIMEOUT_S)
+        good = PolicyClientModule(server)(rows[0])
+    server, answers = submitted(policy.get_new_version(on_error="nan"), rows)
+    with server:
+        kept = [answer.result(TIMEOUT_S) for answer in answers]
+    assert counting.calls == [1, 2], "nothing is sent of the batch that raised, nor of the row without a prompt"
+    # Threads are answered by the row that they submitted, whatever the order of the batch.
+    assert [row["finish_reason"] for row in kept] == ["length", "error", "length"]
+    assert ["an empty string" in row["error"] for row in kept] == [False, True, False]
+    for row in (good, kept[0], kept[2]):
+        assert_row(unpadded(row), smol_dir)
+    assert kept[0]["text"].response == good["text"].response

@@ -139,13 +139,13 @@ def cached(smol: SGLangServer, monkeypatch: pytest.MonkeyPatch) -> list[tuple[in
     from torchrl_sglang_hidden.engines import endpoint
 
     found: list[tuple[int, int]] = []
-    original = endpoint.read_responses
+    original = endpoint.read_rows
 
-    def note(requests, rows, info, *, first_row):  # type: ignore[no-untyped-def]
+    def note(requests, rows, info, *, numbers):  # type: ignore[no-untyped-def]
         found.extend((row["meta_info"]["prompt_tokens"], row["meta_info"]["cached_tokens"]) for row in rows)
-        return original(requests, rows, info, first_row=first_row)
+        return original(requests, rows, info, numbers=numbers)
 
-    monkeypatch.setattr(endpoint, "read_responses", note)
+    monkeypatch.setattr(endpoint, "read_rows", note)
     # Other runs against the same server may have left these prompts in its cache.
     httpx.post(f"{smol.url}/flush_cache", timeout=60).raise_for_status()
     return found

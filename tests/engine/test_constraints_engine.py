@@ -42,6 +42,7 @@ from torchrl_sglang_hidden.engines import BatchingEngine, endpoint
 from torchrl_sglang_hidden.engines.launch import LaunchedServer
 from torchrl_sglang_hidden.protocol import CHANNEL
 from torchrl_sglang_hidden.records import Completion, Request
+from torchrl_sglang_hidden.server.cpu import cpu_engine_environment, has_accelerator
 from torchrl_sglang_hidden.sglang_api.payload import to_payload
 from torchrl_sglang_hidden.sglang_api.sampling import to_sglang
 from torchrl_sglang_hidden.spec.constraints import LinearSchedule
@@ -441,13 +442,13 @@ def test_scores_from_a_place_on(chooser: LaunchedServer, qwen3_dir: str, cached:
 def cached(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """SGLang's ``cached_tokens`` of every answer that comes."""
     noted: list[int] = []
-    original = endpoint.read_responses
+    original = endpoint.read_rows
 
     def note(requests: Any, rows: Any, info: Any, **where: Any) -> Any:
         noted.extend(row["meta_info"]["cached_tokens"] for row in rows)
         return original(requests, rows, info, **where)
 
-    monkeypatch.setattr(endpoint, "read_responses", note)
+    monkeypatch.setattr(endpoint, "read_rows", note)
     return noted
 
 
@@ -524,10 +525,20 @@ def test_a_storm_of_every_combination(chooser: LaunchedServer, qwen3_dir: str) -
 # --- SGLang's own processors ----------------------------------------------------------------------------------------
 
 
-def test_sglangs_own_processor(chooser: LaunchedServer, qwen3_dir: str) -> None:
-    """Its string is sent unchanged, beside requests without a processor; its arguments travel as ``custom_params``."""
-    from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
+@pytest.fixture(scope="module")
+def sglangs_processor() -> str:
+    """Return SGLang's own processor that bans tokens, as the string that it travels as.
 
+    The engine is chosen before SGLang is imported, as other tests of this process choose it too, and cannot afterwards.
+    """
+    with cpu_engine_environment(not has_accelerator()):
+        from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
+
+        return str(DisallowedTokensLogitsProcessor.to_str())
+
+
+def test_sglangs_own_processor(chooser: LaunchedServer, sglangs_processor: str, qwen3_dir: str) -> None:
+    """Its string is sent unchanged, beside requests without a processor; its arguments travel as ``custom_params``."""
     assert chooser.info.takes_processors
     ids = tuple(prompt_of(9, 9300))
     greedy = {"max_new_tokens": 6, "temperature": 0.0}
@@ -536,7 +547,7 @@ def test_sglangs_own_processor(chooser: LaunchedServer, qwen3_dir: str) -> None:
     native = Request(
         ids,
         {**greedy, "custom_params": {"token_ids": banned}},
-        processor=DisallowedTokensLogitsProcessor.to_str(),
+        processor=sglangs_processor,
     )
     same = Request(ids, greedy, constraints=(DisallowedTokens(banned),))
     for extra in ({}, {"logits": LogitsSpec(full=True, stage="processed")}, {"hidden": HiddenSpec()}):
@@ -548,11 +559,9 @@ def test_sglangs_own_processor(chooser: LaunchedServer, qwen3_dir: str) -> None:
 
 
 def test_sglangs_own_processor_through_a_policy(
-    chooser: LaunchedServer, tokenizer: PreTrainedTokenizerBase, qwen3_dir: str
+    chooser: LaunchedServer, tokenizer: PreTrainedTokenizerBase, sglangs_processor: str, qwen3_dir: str
 ) -> None:
     """Given to a call it takes the place of the wrapper's own constraints, and says so."""
-    from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
-
     batch = tokens_input([prompt_of(9, 9350), prompt_of(40, 9351)])
     policy = make_policy(chooser, tokenizer)
     [first, second] = assert_rows(policy(batch.clone()), qwen3_dir, SEGMENTS)
@@ -560,7 +569,7 @@ def test_sglangs_own_processor_through_a_policy(
     masked = policy.get_new_version(constraints=ActionMask(banned))
     assert set(masked(batch.clone())["tokens"].response[0].tolist()) <= set(banned)
     native = {
-        "custom_logit_processor": DisallowedTokensLogitsProcessor.to_str(),
+        "custom_logit_processor": sglangs_processor,
         "custom_params": {"token_ids": banned},
     }
     with pytest.warns(UserWarning, match="custom_logit_processor"):

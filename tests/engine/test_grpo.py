@@ -2,9 +2,12 @@
 
 1. On-policy: on every response token the trainer's log-prob is the sampler's, before an update and after it; without
    the push it is not.
-2. Loss and gradients are those of the formula, written down here a second time over rows without any padding: the NaN
-   of prompts and pads reaches neither.
+2. Loss and gradients, of `GRPOLoss` and the losses that TorchRL derives from it, are those of the formula, written
+   down here a second time over rows without any padding: the NaN of prompts and pads reaches neither.
 3. Every sample carries the version of the weights it was drawn with.
+4. With ``chat="append"`` the last turn's row is the whole conversation: the log-probs of all its answers are the
+   trainer's on these ids, and the loss is the formula's over all of them, whatever the template strips.
+5. TorchRL's `GRPOTrainer` trains: each batch is of the weights that the last one left, whoever fills the buffer.
 """
 
 from __future__ import annotations
@@ -18,14 +21,16 @@ import pytest
 import torch
 from helpers import hf_oracle
 from helpers.policy_checks import LOG_PROB_ATOL, QUESTIONS, history_input
-from helpers.torchrl_pipelines import AnswerReward, chat_env, collector
+from helpers.torchrl_pipelines import FOLLOW_UPS, AnswerReward, UserAsksOn, chat_env, collector
 from helpers.weight_changes import load_trainer, perturb
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase, lazy_stack
 from torchrl.collectors.llm import LLMCollector
 from torchrl.data import Composite, LazyStackStorage, ReplayBuffer, Unbounded
 from torchrl.data.replay_buffers.samplers import SamplerWithoutReplacement
+from torchrl.envs.llm import ChatEnv
 from torchrl.modules.llm import TransformersWrapper
-from torchrl.objectives.llm import GRPOLoss, MCAdvantage
+from torchrl.objectives.llm import DAPO, CISPOLoss, GRPOLoss, MCAdvantage
+from torchrl.trainers.algorithms import GRPOTrainer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden import SGLangHiddenWeightSyncScheme, SGLangHiddenWrapper, SGLangServer
@@ -34,7 +39,9 @@ GROUP = 3
 # Of different lengths, so that prompts are padded too; answered in many ways, so that a group hardly ever ties.
 CHATS = [QUESTIONS[5], QUESTIONS[9]]
 ROWS = GROUP * len(CHATS)
-CLIP, ENTROPY_COEFF, KL_COEFF = 0.2, 0.01, 0.5
+# Narrow: a small batch must have many tokens beyond each.
+CLIP, CLIP_HIGHER = 0.05, 0.1
+ENTROPY_COEFF, KL_COEFF = 0.01, 0.5
 REF_KEY = ("next", "ref_log_probs")
 # The demo model's own, without the system prompt that it adds: a third of the tokens.
 CHAT_TEMPLATE = (
@@ -101,8 +108,8 @@ def make_buffer(prompt_key: str = "query") -> ReplayBuffer:
 
 
 @contextmanager
-def collecting(policy: SGLangHiddenWrapper, buffer: ReplayBuffer) -> Iterator[LLMCollector]:
-    """One chat of one turn per row, each question `GROUP` times; fills the buffer once per iteration."""
+def collecting(policy: SGLangHiddenWrapper, buffer: ReplayBuffer | None) -> Iterator[LLMCollector]:
+    """One chat of one turn per row, each question `GROUP` times; fills the buffer once per iteration, or yields it."""
     env = chat_env(CHATS, batch_size=ROWS, repeats=GROUP, transforms=[TokenReward()])
     turns = collector(env, policy, turns_per_batch=ROWS, replay_buffer=buffer, track_policy_version=True)
     try:
@@ -204,10 +211,40 @@ def step(model: PreTrainedModel) -> None:
     model.zero_grad(set_to_none=True)
 
 
+@dataclass(frozen=True)
+class Objective:
+    """One of TorchRL's losses, how far it clips ratios, and what it makes of the gains with and without the clip."""
+
+    loss: type[GRPOLoss]
+    clip: tuple[float, float]
+    gain: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+    def make(self, trainer: TransformersWrapper, **options: object) -> GRPOLoss:
+        return self.loss(
+            trainer, clip_epsilon=self.clip, entropy_coeff=ENTROPY_COEFF, kl_to_ref_coeff=KL_COEFF, **options
+        )
+
+    def gain_of(self, ratio_T: torch.Tensor, advantage: float) -> torch.Tensor:
+        low, high = self.clip
+        return self.gain(ratio_T * advantage, ratio_T.clamp(1 - low, 1 + high) * advantage)
+
+
+GRPO = Objective(GRPOLoss, (CLIP, CLIP), torch.minimum)
+OBJECTIVES = {
+    "GRPO": GRPO,
+    "DAPO": Objective(DAPO, (CLIP, CLIP_HIGHER), torch.minimum),
+    "CISPO": Objective(CISPOLoss, (CLIP, CLIP_HIGHER), lambda whole_T, clipped_T: clipped_T),
+}
+
+
 def plain_loss(
-    model: PreTrainedModel, rows: list[Sampled], ref_log_probs: list[torch.Tensor], width: int
+    model: PreTrainedModel,
+    rows: list[Sampled],
+    ref_log_probs: list[torch.Tensor],
+    width: int,
+    objective: Objective = GRPO,
 ) -> dict[str, torch.Tensor]:
-    """GRPO's loss of every response token, row by row.
+    """The loss of every response token, row by row.
 
     Args:
         ref_log_probs: the reference's, of each response.
@@ -219,7 +256,7 @@ def plain_loss(
         log_probs_TV = model(ids).logits[0, len(row.prompt_ids) - 1 : -1].log_softmax(-1)
         log_probs_T = log_probs_TV.gather(-1, torch.tensor(row.response_ids)[:, None])[:, 0]
         ratio_T = (log_probs_T - row.log_probs_T).exp()
-        gains.append(torch.minimum(ratio_T * row.advantage, ratio_T.clamp(1 - CLIP, 1 + CLIP) * row.advantage))
+        gains.append(objective.gain_of(ratio_T, row.advantage))
         entropies.append(-(log_probs_TV.exp() * log_probs_TV).sum(-1))
         penalties.append((ref_T - log_probs_T).exp() - 1 - (ref_T - log_probs_T))
     return {
@@ -236,10 +273,6 @@ def padded_width(batch: TensorDictBase) -> int:
 def score_reference(reference: SGLangHiddenWrapper, batch: TensorDictBase) -> None:
     """Writes the log-probs that `GRPOLoss` reads, and nothing else."""
     batch.set(REF_KEY, reference(batch, tensordict_out=TensorDict(batch_size=batch.batch_size))["log_probs"])
-
-
-def make_loss(trainer: TransformersWrapper, **options: object) -> GRPOLoss:
-    return GRPOLoss(trainer, clip_epsilon=CLIP, entropy_coeff=ENTROPY_COEFF, kl_to_ref_coeff=KL_COEFF, **options)
 
 
 # --- 1, 3. the loop -------------------------------------------------------------------------------------------------
@@ -284,7 +317,7 @@ def test_trainer_and_sampler_agree_before_and_after_an_update(
         assert_groups(first)
         assert distance(first, trainer) < LOG_PROB_ATOL
         score_reference(reference, first)
-        losses = make_loss(trainer)(first)
+        losses = GRPO.make(trainer)(first)
         # On policy every ratio is 1, and the policy is the reference.
         assert float(losses.ESS) == pytest.approx(1, abs=1e-4)
         assert float(losses.kl_to_ref) == pytest.approx(0, abs=1e-6)
@@ -313,7 +346,7 @@ def test_trainer_and_sampler_agree_before_and_after_an_update(
     # The reference stayed behind; Hugging Face says how far.
     score_reference(reference, fresh)
     with torch.no_grad():
-        found = make_loss(trainer, entropy_bonus=False)(fresh)
+        found = GRPO.make(trainer, entropy_bonus=False)(fresh)
         ref = [
             hf_oracle.teacher_force(smol_dir, row.prompt_ids, row.response_ids).log_probs_T for row in rows_of(fresh)
         ]
@@ -325,25 +358,42 @@ def test_trainer_and_sampler_agree_before_and_after_an_update(
 # --- 2. the loss ----------------------------------------------------------------------------------------------------
 
 
-@padding
-def test_loss_and_gradients_are_those_of_the_formula(
-    pad_output: bool, smol: SGLangServer, smol_dir: str, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    policy = make_sampler(smol, tokenizer, pad_output, hidden=False)
+@pytest.fixture(scope="module", params=[False, True], ids=["ragged", "padded"])
+def sampled(
+    request: pytest.FixtureRequest, smol: SGLangServer, tokenizer: PreTrainedTokenizerBase
+) -> tuple[bool, TensorDictBase]:
+    """Return whether a batch is padded, and the batch, with the log-probs of the reference."""
+    policy = make_sampler(smol, tokenizer, request.param, hidden=False)
     buffer = make_buffer()
     with collecting(policy, buffer) as turns:
         batch = collect(iter(turns), buffer)
     score_reference(policy.get_new_version(generate=False, input_mode="tokens"), batch)
-    # A trainer some steps away from the sampler, so that ratios differ from 1 and some are clipped.
-    model = perturb(load_trainer(smol_dir), scale=0.01).eval()
+    return request.param, batch
+
+
+@pytest.fixture(scope="module")
+def moved(smol_dir: str) -> PreTrainedModel:
+    """Return a model some steps away from the sampler's, so that ratios differ from 1 and some are clipped."""
+    return perturb(load_trainer(smol_dir), scale=0.01).eval()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_loss_and_gradients_are_those_of_the_formula(
+    objective: Objective,
+    sampled: tuple[bool, TensorDictBase],
+    moved: PreTrainedModel,
+    smol_dir: str,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    (pad_output, batch), model = sampled, moved
     trainer = make_trainer(model, tokenizer, pad_output)
 
-    losses = make_loss(trainer)(batch)
+    losses = objective.make(trainer)(batch)
     total(losses).backward()
     found = gradients(model)
     rows = rows_of(batch)
     ref = [hf_oracle.teacher_force(smol_dir, row.prompt_ids, row.response_ids).log_probs_T for row in rows]
-    expected_losses = plain_loss(model, rows, ref, padded_width(batch))
+    expected_losses = plain_loss(model, rows, ref, padded_width(batch), objective)
     torch.stack(list(expected_losses.values())).sum().backward()
     expected = gradients(model)
 
@@ -357,11 +407,21 @@ def test_loss_and_gradients_are_those_of_the_formula(
         assert grad.isfinite().all(), name
         assert grad.norm() > 0, name
         assert (grad - expected[name]).norm() < 0.01 * expected[name].norm(), name
+
+
+def test_every_masking_strategy_trains_on_responses_alone(
+    sampled: tuple[bool, TensorDictBase], moved: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    pad_output, batch = sampled
+    trainer = make_trainer(moved, tokenizer, pad_output)
+    with torch.no_grad():
+        found = [
+            GRPO.make(trainer, masking_strategy=strategy, entropy_bonus=False)(batch).loss_objective
+            for strategy in ("sft", "rlhf", "generic")
+        ]
     # With prompts written as zeros the last two would train on them.
-    for strategy in ("rlhf", "generic"):
-        with torch.no_grad():
-            other = make_loss(trainer, masking_strategy=strategy, entropy_bonus=False)(batch)
-        torch.testing.assert_close(other.loss_objective, losses.loss_objective, atol=1e-5, rtol=1e-4)
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], atol=1e-5, rtol=1e-4)
 
 
 # --- groups without an environment ----------------------------------------------------------------------------------
@@ -400,3 +460,123 @@ def test_several_samples_of_one_prompt_are_a_group(
     # Every ratio is 1: the mean advantage of a token is left.
     expected = -(weights * advantages).sum() / weights.sum()
     torch.testing.assert_close(losses.loss_objective, expected, atol=1e-3, rtol=0)
+
+
+# --- 4. conversations -----------------------------------------------------------------------------------------------
+
+# Writes an answer otherwise than it was sampled where it begins or ends with a blank.
+TRIMMING = CHAT_TEMPLATE.replace("message['content'] }}", "message['content'] | trim }}")
+TURNS = 3
+
+
+def converse(policy: SGLangHiddenWrapper) -> list[TensorDictBase]:
+    """Return the policy's outputs, turn by turn, of two chats whose user asks on."""
+    env = ChatEnv(batch_size=(len(CHATS),)).append_transform(UserAsksOn(FOLLOW_UPS))
+    td, outputs = env.reset(TensorDict(query=CHATS, batch_size=len(CHATS))), []
+    for _ in range(TURNS):
+        td = policy(td)
+        outputs.append(td.clone())
+        td = env.step_mdp(env.step(td))
+    return outputs
+
+
+def conversation_loss(model: PreTrainedModel, batch: TensorDictBase) -> torch.Tensor:
+    """GRPO's objective over the sampled tokens of all turns, row by row."""
+    gains = []
+    for row in batch.unbind(0):
+        real, sampled = row["masks"].all_attention_mask, row["masks"].all_assistant_mask
+        ids, sampled_N = row["tokens"].full[real], sampled[real]
+        log_probs_NV = model(ids[None]).logits[0, :-1].log_softmax(-1)
+        log_probs_N = log_probs_NV.gather(-1, ids[1:, None])[:, 0]
+        ratio_S = (log_probs_N[sampled_N[1:]] - row["log_probs"].full[real][sampled_N]).exp()
+        advantage = row["advantage"].flatten()
+        gains.append(torch.minimum(ratio_S * advantage, ratio_S.clamp(1 - CLIP, 1 + CLIP) * advantage))
+    return -torch.cat(gains).mean()
+
+
+@padding
+def test_a_whole_conversation_is_one_row_of_the_loss(
+    pad_output: bool, smol: SGLangServer, smol_dir: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    policy = make_sampler(smol, tokenizer, pad_output, hidden=False, chat="append", prefer_tokens="strict")
+    outputs = converse(policy.get_new_version(chat_template=TRIMMING))
+    batch = lazy_stack(list(outputs[-1].unbind(0)))
+    for index, last in enumerate(batch.unbind(0)):
+        ids = last["tokens"].full[last["masks"].all_attention_mask].tolist()
+        responses = []
+        for turn in outputs:
+            row = turn[index]
+            whole = row["tokens"].full[row["masks"].all_attention_mask].tolist()
+            assert ids[: len(whole)] == whole, "no turn changes what was there"
+            responses += row["tokens"].response[: int((~row["log_probs"].response.isnan()).sum())].tolist()
+        assert last["tokens"].full[last["masks"].all_assistant_mask].tolist() == responses
+    batch["advantage"] = torch.tensor([1.0, -0.5])[:, None, None]
+
+    trainer = make_trainer(load_trainer(smol_dir).eval(), tokenizer, pad_output)
+    assert distance(batch, trainer) < LOG_PROB_ATOL
+    # Some steps away, so that ratios differ from 1 and some are clipped.
+    model = perturb(load_trainer(smol_dir), scale=0.01).eval()
+    with torch.no_grad():
+        loss = GRPOLoss(
+            make_trainer(model, tokenizer, pad_output),
+            clip_epsilon=CLIP,
+            entropy_bonus=False,
+            masking_strategy="rlhf",
+        )(batch)
+        expected = conversation_loss(model, batch)
+    assert 0 < float(loss.clip_fraction) < 1
+    torch.testing.assert_close(loss.loss_objective, expected, atol=1e-4, rtol=1e-3)
+
+
+# --- 5. TorchRL's trainer -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("filled_by", ["trainer", "collector"])
+def test_torchrls_trainer(
+    filled_by: str, trainee: SGLangServer, smol_dir: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model = load_trainer(smol_dir).eval()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    actor, start = make_trainer(model, tokenizer, False), make_trainer(hf_oracle.load(smol_dir), tokenizer, False)
+    loss_module, buffer = GRPOLoss(actor, clip_epsilon=CLIP, entropy_coeff=ENTROPY_COEFF), make_buffer()
+    batches: list[TensorDictBase] = []
+    distances: list[tuple[float, float]] = []
+
+    def loss_of(batch: TensorDictBase) -> TensorDictBase:
+        batches.append(batch)
+        distances.append((distance(batch, actor), distance(batch, start)))
+        losses = loss_module(batch)
+        assert total(losses).isfinite()
+        return losses
+
+    old = trainee.info.weight_version
+    sender = SGLangHiddenWeightSyncScheme(trainee).create_sender()
+    sender.register_model(actor)
+    policy = make_sampler(trainee, tokenizer, pad_output=False)
+    with collecting(policy, buffer if filled_by == "collector" else None) as turns:
+        sender.register_collector(turns)
+        with pytest.warns(UserWarning, match="GRPOTrainer is an experimental"):
+            trainer = GRPOTrainer(
+                collector=turns,
+                total_frames=2 * ROWS,
+                loss_module=loss_of,
+                optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
+                clip_norm=STEP_NORM,
+                replay_buffer=buffer,
+                weight_sync_sender=sender,
+                empty_replay_buffer_on_weight_update=True,
+                progress_bar=False,
+            )
+        trainer.train()
+
+    assert [len(batch) for batch in batches] == [ROWS, ROWS]
+    assert [set(batch["next", "policy_version"].flatten().tolist()) for batch in batches] == [{0}, {1}]
+    (first,), (second,) = map(versions, batches)
+    assert first == old
+    assert len({first, second, trainee.info.weight_version}) == 3, "weights are sent after each batch"
+    for batch in batches:
+        assert_groups(batch)
+    (first_now, _), (second_now, second_start) = distances
+    assert max(first_now, second_now) < LOG_PROB_ATOL
+    assert second_start > MOVED, "the second batch is of other weights"
+    assert all(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())

@@ -9,7 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -23,7 +25,9 @@ from torchrl_sglang_hidden import (
     SGLangServer,
     launch,
 )
+from torchrl_sglang_hidden.engines import endpoint
 from torchrl_sglang_hidden.records import Request
+from torchrl_sglang_hidden.sglang_api.server_info import warm_up
 
 pytestmark = pytest.mark.engine
 
@@ -45,9 +49,17 @@ def group_of(leader: int) -> list[int]:
     return [leader, *(child.pid for child in psutil.Process(leader).children(recursive=True))]
 
 
-def test_a_server_generates_is_copied_as_a_client_and_ends_with_close(smol_dir: str, tmp_path: Path) -> None:
+def test_a_server_generates_is_copied_as_a_client_and_ends_with_close(
+    smol_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warm_ups: list[dict[str, Any] | None] = []
+    monkeypatch.setattr(endpoint, "warm_up", lambda info: warm_ups.append(warm_up(info)) or warm_ups[-1])
     server = launch(smol_dir, log_file=tmp_path / "server.log")
     with server:
+        assert warm_ups == [None], "a server that says that it is ready has checked its layers"
+        assert server.info.layers == tuple(range(-1, 30)), "all of them, though nobody named any"
+        every = replace(REQUEST, hidden=HiddenSpec(layers=tuple(range(30))))
+        assert server.generate([every])[0].hidden["response"].vector.shape == (30, 576)
         completion = server.generate([REQUEST])[0]
         assert len(completion.response_ids) == 4
         assert completion.hidden["response"].count == 4

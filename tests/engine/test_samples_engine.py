@@ -71,15 +71,15 @@ def _recorded(monkeypatch: pytest.MonkeyPatch, cached: list[int]) -> Callable[[]
     from torchrl_sglang_hidden.engines import endpoint
 
     calls = 0
-    original = endpoint.read_responses
+    original = endpoint.read_rows
 
-    def note(requests, rows, info, *, first_row):  # type: ignore[no-untyped-def]
+    def note(requests, rows, info, *, numbers):  # type: ignore[no-untyped-def]
         nonlocal calls
         calls += 1
         cached.extend(row["meta_info"]["cached_tokens"] for row in rows)
-        return original(requests, rows, info, first_row=first_row)
+        return original(requests, rows, info, numbers=numbers)
 
-    monkeypatch.setattr(endpoint, "read_responses", note)
+    monkeypatch.setattr(endpoint, "read_rows", note)
     return lambda: calls
 
 

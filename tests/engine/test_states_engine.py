@@ -41,10 +41,10 @@ from torchrl_sglang_hidden.spec.logits import STAGES
 from torchrl_sglang_hidden.spec.spans import PromptSpan
 
 # Small random models, and how many layers they have: heads tied and not, scaled, softcapped, and one whose vocabulary
-# SGLang pads.
+# SGLang pads. One has as many layers as models that people train.
 ARCHITECTURES = {
     "llama": (random_models.save_random_llama, 5),
-    "granite": (random_models.save_random_granite, 3),
+    "granite": (random_models.save_random_granite, 36),
     "qwen3": (random_models.save_random_qwen3, 4),
     "gemma3": (random_models.save_random_gemma3, 6),
     "qwen3_moe": (random_models.save_random_qwen3_moe, 4),
@@ -68,7 +68,6 @@ def served(request: pytest.FixtureRequest, smol_dir: str, tmp_path_factory: pyte
     with launch(
         model_dir,
         dtype="float32",
-        layers=tuple(range(num_layers)),
         chunked_prefill_size=CHUNKED_PREFILL_SIZE,
         context_length=1024,
         max_total_tokens=4096,

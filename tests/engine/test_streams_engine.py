@@ -82,6 +82,18 @@ class HangingUp:
 
         asyncio.run(run())
 
+    def test_of_a_cancelled_call(self, engine: Engine, open_pools: Callable[[], int]) -> None:
+        async def run() -> None:
+            task = asyncio.ensure_future(engine.agenerate([endless()]))
+            while await asyncio.to_thread(open_pools) == 0:
+                assert not task.done()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+        asyncio.run(run())
+        self.wait_until_dropped(open_pools)
+
 
 @pytest.fixture
 def http(smol: SGLangServer) -> Iterator[httpx.Client]:
@@ -118,6 +130,7 @@ class InProcess(StreamContract, SessionContract, HangingUp):
 
 def test_in_process(in_process_log: str) -> None:
     assert "InProcess::test_of_a_stream[let go unread] PASSED" in in_process_log
+    assert "InProcess::test_of_a_cancelled_call PASSED" in in_process_log
     assert "InProcess::test_every_turn_goes_on_behind_all_before_it PASSED" in in_process_log
 
 

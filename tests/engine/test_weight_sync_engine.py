@@ -7,11 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from helpers import hf_oracle
-from helpers.policy_checks import (
-    QUESTIONS,
-)
+from helpers.policy_checks import QUESTIONS, assert_row, make_policy, tokens_input
+from helpers.torchrl_pipelines import unpadded
 from helpers.weight_changes import answers, assert_answered_with, wrapper_of
 from tensordict import TensorDict
+from torchrl.modules.inference_server import InferenceServer
 from torchrl.weight_update.llm import SGLangWeightSyncScheme
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -74,6 +74,29 @@ def test_the_scheme_as_torchrl_uses_it(
         scheme.send(trainer, worker_ids=1)
     # Its own client moved the version; the fixture's must see that to put the weights back.
     trainee.update_weights(trainer)
+
+
+def test_an_inference_servers_weights(
+    trainee: SGLangServer,
+    trainer: PreTrainedModel,
+    trained_dir: str,
+    smol_dir: str,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_ids: ChatIds,
+) -> None:
+    scheme = SGLangHiddenWeightSyncScheme(trainee)
+    sender, old = scheme.create_sender(), trainee.info.weight_version
+    sender.register_model(trainer)
+    with InferenceServer(make_policy(trainee, tokenizer, max_new_tokens=4), weight_sync=scheme) as server:
+        rows = []
+        for _ in range(2):
+            rows.append(server.client()(tokens_input([chat_ids(QUESTIONS[0])])[0]))
+            new = sender.update_weights()
+    assert [int(row["policy_version"]) for row in rows] == [0, 1]
+    assert rows[0]["weight_version"] == old
+    assert len({old, rows[1]["weight_version"], new}) == 3
+    for row, directory in zip(rows, (smol_dir, trained_dir), strict=True):
+        assert_row(unpadded(row), directory)
 
 
 def test_where_torchrls_own_scheme_stops(

@@ -51,7 +51,11 @@ from torchrl_sglang_hidden.records import Completion, Request
         ({"min_batch_size": -3}, InputError, "min_batch_size=-3.*at least 1"),
         ({"max_batch_size": 0}, InputError, "max_batch_size=0.*at least 1"),
         ({"max_batch_size": -1}, InputError, "max_batch_size=-1.*at least 1"),
-        ({"min_batch_size": 5, "max_batch_size": 4}, InputError, "min_batch_size=5.*max_batch_size=4.*lower"),
+        (
+            {"min_batch_size": 5, "max_batch_size": 4},
+            InputError,
+            r"min_batch_size \(5\) must be <= max_batch_size \(4\).*lower",
+        ),
         ({"min_batch_size": 2.0}, InputTypeError, r"min_batch_size=2\.0 is a float.*integer"),
         ({"min_batch_size": True}, InputTypeError, "min_batch_size=True is a bool.*integer"),
         ({"min_batch_size": None}, InputTypeError, "min_batch_size=None is a NoneType.*integer"),

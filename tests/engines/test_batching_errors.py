@@ -108,10 +108,14 @@ def test_rows_of_an_error_are_counted_in_the_callers_own_batch(inner: Held, make
     engine = make(min_batch_size=4)
     inner.fault = abort(C)
     first, second, third = call(engine, A), call(engine, B, C), call(engine, D)
-    with pytest.raises(RequestAbortedError, match=r"^row 1 \(request .*out of memory"):
+    with pytest.raises(RequestAbortedError, match=r"^row 1 \(request .*out of memory") as caught:
         second.result(LIMIT_S)
     assert_answered(first, A)
     assert_answered(third, D)
+    assert inner.calls == [ids_of(A, B, C, D)], "what was sampled for the others was not thrown away"
+    whole, aborted = caught.value.completions
+    assert_all_same([whole], RecordingEngine().generate([B]))
+    assert (aborted.error, aborted.finish_reason) == (caught.value, "abort")
 
 
 def test_rows_of_an_error_are_counted_through_a_split_call(inner: Held) -> None:
@@ -119,6 +123,9 @@ def test_rows_of_an_error_are_counted_through_a_split_call(inner: Held) -> None:
     inner.fault = abort(D)
     with pytest.raises(RequestAbortedError, match=r"^row 3 \(request .*out of memory") as caught:
         engine.generate([A, B, C, D, A, B])
+    assert_all_same(caught.value.completions[:3], RecordingEngine().generate([A, B, C]))
+    assert str(caught.value.completions[3].error) == str(caught.value)
+    assert caught.value.completions[4:] == (None, None), "those were not sent"
     assert "row 1 " in str(caught.value.__cause__)
     assert inner.calls == [ids_of(A, B), ids_of(C, D)]  # what is left of a lost call is not sent
 

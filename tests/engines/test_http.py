@@ -161,7 +161,7 @@ def test_a_server_that_has_not_run_yet_is_warmed_up(make_server: Callable[..., R
         server.respond = good
         assert len(engine.generate([Request((6, 7), hidden=HiddenSpec(layers=2))])) == 1
     first, second = server.payloads
-    assert (first["input_ids"], second["input_ids"]) == ([[0]], [[6, 7]])
+    assert (first["input_ids"], second["input_ids"]) == ([list(range(8))], [[6, 7]])
     with connect(server.url):
         assert len(server.payloads) == 2, "one that has run is not warmed up"
 
@@ -276,7 +276,7 @@ def test_a_slash_at_the_end_is_nothing(server: RecordingServer) -> None:
 @pytest.mark.parametrize("way", ["sync", "async"])
 @pytest.mark.parametrize(
     ("num_servers", "num_rows", "shares"),
-    [(2, 4, [2, 2]), (2, 5, [3, 2]), (2, 1, [1, 0]), (3, 4, [2, 2, 0]), (1, 3, [3])],
+    [(2, 4, [2, 2]), (2, 5, [3, 2]), (2, 1, [1, 0]), (3, 4, [2, 1, 1]), (1, 3, [3])],
 )
 def test_servers_share_the_rows(
     make_server: Callable[..., RecordingServer], way: str, num_servers: int, num_rows: int, shares: list[int]
@@ -288,7 +288,7 @@ def test_servers_share_the_rows(
         assert ids_of(generate(engine, way, requests)) == [one.prompt_ids for one in requests]
     assert [len(server.sent_rows) for server in servers] == shares
     together = [tuple(ids) for server in servers for ids in server.sent_rows]
-    assert together == [one.prompt_ids for one in requests], "the shares are contiguous and in order"
+    assert sorted(together) == [one.prompt_ids for one in requests], "each row went to one server"
 
 
 def test_servers_work_at_the_same_time(make_server: Callable[..., RecordingServer]) -> None:
@@ -341,9 +341,12 @@ def test_a_row_is_named_by_its_place_in_the_whole_batch(make_server: Callable[..
     servers[1].respond = abort
     with (
         connect([server.url for server in servers]) as engine,
-        pytest.raises(RequestAbortedError, match="row 3 "),
+        pytest.raises(RequestAbortedError, match="row 1 ") as caught,
     ):
         generate(engine, way, requests_of(5))
+    found = caught.value.completions
+    assert [one.prompt_ids for one in found] == [one.prompt_ids for one in requests_of(5)]
+    assert [one.finish_reason == "abort" for one in found] == [False, True, False, False, False]
 
 
 def test_servers_of_two_models_do_not_share(make_server: Callable[..., RecordingServer]) -> None:

@@ -5,6 +5,8 @@ The processes are real. Where a server is needed, a few lines of http.server ans
 
 from __future__ import annotations
 
+import asyncio
+import copy
 import importlib.util
 import os
 import signal
@@ -20,18 +22,22 @@ from typing import Any
 
 import psutil
 import pytest
+from helpers.fake_engine import RecordingServer
 from helpers.process_watch import still_running, watched
 
 from torchrl_sglang_hidden import EngineError, InputError, LaunchError, UnknownOptionError, launch
 from torchrl_sglang_hidden.engines import launch as launch_module
 from torchrl_sglang_hidden.engines import process as process_module
+from torchrl_sglang_hidden.engines.launch import LaunchedServer
 from torchrl_sglang_hidden.engines.process import ServerProcess
 from torchrl_sglang_hidden.engines.server_options import resolve_layers, resolve_model
-from torchrl_sglang_hidden.errors import CapabilityError, InputTypeError, SGLangHiddenError
+from torchrl_sglang_hidden.errors import CapabilityError, EngineUnreachableError, InputTypeError, SGLangHiddenError
 from torchrl_sglang_hidden.protocol import LAYERS_ENV
+from torchrl_sglang_hidden.records import Request
 from torchrl_sglang_hidden.server.__main__ import API_KEY_ENV, PARENT_PID_ENV, command_line, watch_parent
 
 START = Callable[..., ServerProcess]
+REQUEST = Request((1, 2, 3), {"max_new_tokens": 1})
 
 
 @pytest.fixture
@@ -102,11 +108,10 @@ def test_server_arguments_become_a_command_line() -> None:
         (
             {"layers": "7,15"},
             InputTypeError,
-            "layers='7,15': expected an integer or a tuple of them, such as (7, 15, -1)",
+            "layers='7,15': expected an integer or a tuple of them, such as (7, 15, -1), or None for all",
         ),
         ({"layers": (7, 1.5)}, InputTypeError, "layers=(7, 1.5): expected"),
         ({"layers": (7, True)}, InputTypeError, "layers=(7, True): expected"),
-        ({"layers": None}, InputTypeError, "layers=None: expected"),
         ({"layers": {7}}, InputTypeError, "layers={7}: expected"),
         ({"layers": (3, 4)}, InputError, "layers=4: the model has 4 layers; use 0..3, -1 for the final norm's output"),
         ({"layers": -5}, InputError, "layers=-5: the model has 4 layers"),
@@ -202,7 +207,12 @@ def test_the_chosen_layers_reach_the_server(model: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(launch_module, "ServerProcess", started)
     monkeypatch.setattr(launch_module, "require_sglang", lambda: None)
-    for layers, chosen in (({}, "-1"), ({"layers": (1, -2)}, "1,2,-1")):
+    for layers, chosen in (
+        ({}, "all"),
+        ({"layers": None}, "all"),
+        ({"layers": -1}, "-1"),
+        ({"layers": (1, -2)}, "1,2,-1"),
+    ):
         with pytest.raises(LaunchError) as raised:
             launch(model, **layers)
         assert str(raised.value).endswith(f"] {chosen}")
@@ -271,6 +281,31 @@ def test_waiting_ends_when_the_server_ends_by_itself(start: START, end: str, how
         process.wait()
 
 
+def test_a_client_says_how_its_own_server_ended(start: START, tmp_path: Path) -> None:
+    """The one that started the process knows; a copy of the client does not."""
+    process = start("import signal; print('no memory', flush=True); signal.pause()")
+    answering = RecordingServer()
+    try:
+        server = LaunchedServer(answering.url, process=process, api_key=None)
+        copied = copy.deepcopy(server)
+    finally:
+        answering.stop()
+    with server, copied:
+        # A server that does not accept connections, and whose process runs.
+        with pytest.raises(EngineUnreachableError, match=r"is the server running\?$"):
+            server.generate([REQUEST])
+        while not process.log_tail():
+            assert process.how_it_ended() == ""
+        os.kill(process.pid, signal.SIGKILL)
+        ended = r"the server ended by itself, with signal 9 \(Killed\); read the whole log in .*(?s:.)*no memory"
+        with pytest.raises(EngineUnreachableError, match=ended):
+            server.generate([REQUEST])
+        with pytest.raises(EngineUnreachableError, match=ended):
+            asyncio.run(server.agenerate([REQUEST]))
+        with pytest.raises(EngineUnreachableError, match=r"is the server running\?$"):
+            copied.generate([REQUEST])
+
+
 def test_without_a_key_the_server_gets_none_from_the_environment(start: START, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(API_KEY_ENV, "of another server")
     process = start(f"import os; print('key:', os.environ.get('{API_KEY_ENV}'))")
@@ -278,7 +313,7 @@ def test_without_a_key_the_server_gets_none_from_the_environment(start: START, m
         process.wait()
 
 
-@pytest.mark.parametrize(("options", "layers"), [({}, "-1"), ({"layers": "7,15,-1"}, "7,15,-1")])
+@pytest.mark.parametrize(("options", "layers"), [({}, "all"), ({"layers": "7,15,-1"}, "7,15,-1")])
 def test_layers_travel_in_the_environment(
     start: START, monkeypatch: pytest.MonkeyPatch, options: dict[str, str], layers: str
 ) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.fake_engine import RecordingEngine, tiny_tokenizer
+from helpers.fake_engine import RecordingEngine, abort_a_row, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from tensordict import TensorDict, lazy_stack
@@ -14,7 +14,7 @@ from torchrl.modules.llm.policies import Text, Tokens
 
 from torchrl_sglang_hidden import HiddenSpec, LastTokens, SGLangHiddenWrapper
 from torchrl_sglang_hidden.engines import generate_samples
-from torchrl_sglang_hidden.errors import TokenIdError
+from torchrl_sglang_hidden.errors import RequestAbortedError, TokenIdError
 from torchrl_sglang_hidden.records import Completion, Request
 from torchrl_sglang_hidden.spec.hidden import POOLINGS, SEGMENTS, Pooling, Segment
 from torchrl_sglang_hidden.spec.spans import PromptSpan
@@ -144,6 +144,13 @@ def test_prompts_go_ahead_of_a_queue() -> None:
     policy = make("tokens", num_samples=2, min_batch_size=2, batching_timeout=3600.0)
     out = policy(TensorDict(tokens=Tokens(prompt=torch.tensor([6, 7]), batch_size=()), batch_size=()))
     assert out.batch_size == (2,), "one prompt alone would have waited for a second"
+
+
+def test_an_aborted_prompt_brings_no_completions() -> None:
+    """Its token was nobody's sample."""
+    with pytest.raises(RequestAbortedError, match="row 0 ") as caught:
+        generate_samples(RecordingEngine(fault=abort_a_row), [Request((6, 7)), Request((8,))], 2)
+    assert caught.value.completions == ()
 
 
 def test_a_bad_request_costs_no_call() -> None:

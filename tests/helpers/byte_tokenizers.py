@@ -23,7 +23,7 @@ PIECES = [
 ]
 
 
-def _byte_characters() -> list[str]:
+def byte_characters() -> list[str]:
     """Return how byte-level vocabularies write each byte: printable ones as they are, others from 256 on (as GPT-2)."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = [byte for byte in range(256) if byte not in printable]
@@ -33,7 +33,7 @@ def _byte_characters() -> list[str]:
 def byte_tokenizer() -> tuple[PreTrainedTokenizerBase, list[bytes]]:
     """Return a tokenizer of all bytes and some runs of bytes, and the bytes of each of its ids."""
     tokens = [*(bytes([byte]) for byte in range(256)), *PIECES]
-    characters = _byte_characters()
+    characters = byte_characters()
     vocabulary = {"".join(characters[byte] for byte in token): i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -7,8 +7,10 @@ here as `response_of`, `log_prob_of` and `state_D`, so that a test can say what 
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
+import math
 import socket
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
@@ -18,7 +20,7 @@ from typing import Any
 
 import torch
 from hypothesis import settings
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from helpers.reference_pooling import pool
@@ -27,18 +29,14 @@ from torchrl_sglang_hidden.engines.sessions import Session, SessionHost
 from torchrl_sglang_hidden.engines.streams import AsyncStream, Stream, check_stream
 from torchrl_sglang_hidden.errors import RequestRejectedError
 from torchrl_sglang_hidden.protocol import CHANNEL, Status, pack_answer, unpack_options
-from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
-from torchrl_sglang_hidden.reduce.pooling import RequestPools
-from torchrl_sglang_hidden.reduce.reducers import reduce_rows
-from torchrl_sglang_hidden.reduce.token_logits import (
-    FoundLogits,
-    NextToken,
-    RequestLogits,
-    WantedLogits,
-    constrain,
-    select_columns,
-)
-from torchrl_sglang_hidden.server.next_tokens import PromptPart, StepLogits
+from torchrl_sglang_hidden.records import Completion, EngineInfo, Request, TokenLogits
+from torchrl_sglang_hidden.reduce.columns import select_columns
+from torchrl_sglang_hidden.reduce.constraining import constrain
+from torchrl_sglang_hidden.reduce.entropy import entropy_rows
+from torchrl_sglang_hidden.reduce.pooling import HostPools
+from torchrl_sglang_hidden.reduce.token_logits import FoundLogits, NextToken, RequestLogits, WantedLogits, keep_rows
+from torchrl_sglang_hidden.server.next_tokens import StepLogits
+from torchrl_sglang_hidden.server.token_rows import PromptPart
 from torchrl_sglang_hidden.sglang_api.payload import to_payload
 from torchrl_sglang_hidden.sglang_api.responses import read_responses
 from torchrl_sglang_hidden.spec.constraints import known_constraints
@@ -73,6 +71,15 @@ def tiny_tokenizer(**options: Any) -> PreTrainedTokenizerBase:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"unk_token": "<unk>", "eos_token": "<|end|>", "pad_token": "<|end|>", **options}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT_TEMPLATE, **special)
+
+
+def bos_tokenizer(**options: Any) -> PreTrainedTokenizerBase:
+    """Return the same tokenizer with a BOS, which it writes before a text."""
+    tokenizer = tiny_tokenizer(**{"bos_token": "<|start|>", **options})
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|start|> $A", special_tokens=[("<|start|>", BOS_ID)]
+    )
+    return tokenizer
 
 
 def response_of(prompt_ids: Sequence[int]) -> list[int]:
@@ -128,6 +135,8 @@ def make_info(**changes: Any) -> EngineInfo:
         "honours_seeds": True,
         "honours_priorities": True,
         "constraints": known_constraints(),
+        "max_sampling_mask": 8,
+        "returns_routed_experts": True,
     }
     return EngineInfo(**{**fields, **changes})
 
@@ -260,12 +269,17 @@ class RecordingEngine(Engine):
         starts = payload.get("logprob_start_len", [-1] * len(payload["input_ids"]))
         columns = (payload["input_ids"], payload["sampling_params"], payload["return_logprob"], stock, starts)
         rows = [self._answer_row(index, *row) for index, row in enumerate(zip(*columns, strict=True))]
+        for row, prompt_ids, mask in zip(rows, columns[0], payload.get("return_sampling_mask", stock), strict=True):
+            row["meta_info"] |= recorded(prompt_ids, row["output_ids"], bool(mask), "return_routed_experts" in payload)
         return rows if self._binary else json.loads(json.dumps(rows))
 
     def _answer_row(
         self, index: int, prompt_ids: list[int], sampling: dict[str, Any], return_logprob: bool, stock: bool, start: int
     ) -> dict[str, Any]:
         limit = sampling.get("max_new_tokens", DEFAULT_NEW_TOKENS)
+        if limit == self._info.max_prompt_tokens - len(prompt_ids):
+            # All the room there is: what the payload says where SGLang's default would be more, which is less here.
+            limit = min(limit, DEFAULT_NEW_TOKENS)
         response_ids = list(self._respond(prompt_ids))[:limit]
         options = unpack_options(sampling.get("custom_params"))
         logits = log_probs = None
@@ -287,9 +301,9 @@ class RecordingEngine(Engine):
             meta["input_token_logprobs"] = [[None, prompt_ids[start], None], *given]
         hidden_ND = states_ND(prompt_ids, response_ids)
         if options is not None:
-            pools = RequestPools(options.wanted, len(prompt_ids))
+            pools = HostPools(options.wanted, len(prompt_ids))
             feed(pools, torch.stack([of_layer(hidden_ND, layer) for layer in options.wanted.layers], 1))
-            meta[CHANNEL] = [pack_answer(pools.finish(response_ids, self._decode), options.way, logits=logits)]
+            meta[CHANNEL] = [pack_answer(pools.results(response_ids, self._decode), options.way, logits=logits)]
         if stock:
             num_prompt = len(prompt_ids)
             meta["hidden_states"] = [hidden_ND[:num_prompt].tolist(), *hidden_ND[num_prompt:].tolist()]
@@ -304,6 +318,25 @@ class RecordingEngine(Engine):
         if self._tokenizer is None:
             return " ".join(map(str, response_ids))
         return str(self._tokenizer.decode(response_ids, skip_special_tokens=True))
+
+
+def recorded(prompt_ids: list[int], response_ids: list[int], mask: bool, experts: bool) -> dict[str, Any]:
+    """Return what SGLang adds for ``return_sampling_mask``, one to three tokens each, and ``return_routed_experts``."""
+    found: dict[str, Any] = {}
+    if mask:
+        supports = [[i, *range(i + 1, i + 1 + i % 3)] for i in response_ids]
+        found["output_token_sampling_mask"] = supports
+        found["output_token_sampling_logprobs"] = [[-math.log(len(ids))] * len(ids) for ids in supports]
+    if experts:
+        chosen = experts_ND([*prompt_ids, *response_ids][:-1])
+        found["routed_experts"] = base64.b64encode(chosen.numpy().tobytes()).decode()
+    return found
+
+
+def experts_ND(ids: Sequence[int]) -> torch.Tensor:
+    """Return the experts that the positions of these tokens are routed to, int32 ``[N, L, 2]``."""
+    layers = torch.arange(NUM_LAYERS * 2).view(NUM_LAYERS, 2)
+    return (torch.tensor(ids)[:, None, None] + layers).int()
 
 
 def choose(
@@ -336,6 +369,8 @@ def choose(
         spec = wanted.spec
         row = None if spec is None else select_columns(raw_V[None] if spec.stage == "raw" else processed_1V, spec)
         one.add_response(len(ids), row if spec is not None and spec.of_response else None)
+        if wanted.entropy:
+            keep_rows(TokenLogits(entropy_rows(processed_1V, (0,), len(WORDS)), None), [0], [one], name="_entropy")
         ids.append(int(processed_1V[0].argmax()))
         log_probs.append(float(processed_1V[0].log_softmax(-1)[ids[-1]]))
     return ids, log_probs, one.finish()
@@ -346,14 +381,12 @@ def of_layer(hidden: torch.Tensor, layer: int) -> torch.Tensor:
     return hidden if layer == -1 else hidden * 0.5 + layer + 1
 
 
-def feed(pools: RequestPools, hidden_NKD: torch.Tensor) -> None:
+def feed(pools: HostPools, hidden_NKD: torch.Tensor) -> None:
     """Add a request's rows to its pools, as a server does that computes the prompt in one piece."""
-    num_prompt, (_, depth, size) = pools.num_prompt, hidden_NKD.shape
+    num_prompt = pools.num_prompt
     step = pools.plan_prompt(0, num_prompt)
     if step is not None:
-        flat = hidden_NKD.flatten(1)
-        values = [reduce_rows(flat, ranges, pools.wanted.reducer).reshape(depth, size) for ranges in step.groups]
-        pools.add_prompt(step, values, None if step.rows is None else hidden_NKD[slice(*step.rows)])
+        pools.add_rows(step, hidden_NKD)
     for index, position in enumerate(range(num_prompt - 1, len(hidden_NKD))):
         pools.add_produced(hidden_NKD[position].float(), index)
 
@@ -377,6 +410,11 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         self.server.seen.append((self.path, dict(self.headers)))
         payload = json.loads(body)
+        if self.path == "/abort_request":
+            self.say((200, ""))
+            self.server.aborted.append(payload["rid"])
+            self.server.abort_came.release()
+            return
         self.server.payloads.append(payload)
         self.server.respond(self, payload)
 
@@ -397,6 +435,9 @@ class RecordingServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
+    # The default of five is too few for many connections at once: the system resets the others.
+    request_queue_size = 128
+
     def __init__(self, port: int = 0, model_path: str = "m", vocab_size: int = 96) -> None:
         super().__init__(("127.0.0.1", port), Handler)
         info = make_info()
@@ -412,6 +453,7 @@ class RecordingServer(ThreadingHTTPServer):
             open_pools=0,
             prefix_bytes=0,
             constraints=known_constraints(),
+            raw_log_probs=False,
         ).pack()
         self.pages: dict[str, tuple[int, Any]] = {
             "/model_info": (200, {"model_path": model_path, "weight_version": "v7", "is_generation": True}),
@@ -423,6 +465,8 @@ class RecordingServer(ThreadingHTTPServer):
         self.respond: Respond = lambda handler, payload: handler.say((200, RecordingEngine().answer(payload)))
         self.seen: list[tuple[str, dict[str, str]]] = []
         self.payloads: list[dict[str, Any]] = []
+        self.aborted: list[str] = []
+        self.abort_came = threading.Semaphore(0)
         self.connections: list[socket.socket] = []
         self.thread = threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True)
         self.thread.start()

@@ -75,6 +75,19 @@ ASKED: list[ConstraintStep] = []
 
 
 @dataclass(frozen=True)
+class OnHost(LogitConstraint, name="logits_on_host", on_host=True):
+    """Raises one token's logit, which may be outside of the vocabulary."""
+
+    token: int
+
+    def apply(self, logits_V: torch.Tensor, step: ConstraintStep) -> torch.Tensor:
+        assert logits_V.device.type == "cpu"
+        ASKED.append(step)
+        logits_V[self.token] += 5
+        return logits_V
+
+
+@dataclass(frozen=True)
 class BadMask(TokenConstraint, name="logits_bad_mask"):
     def allowed(self, vocab_size: int) -> torch.Tensor:
         raise IndexError("out of range")

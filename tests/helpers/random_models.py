@@ -72,12 +72,15 @@ def save_random_qwen3(directory: Path, tokenizer_dir: str) -> Path:
     return _save(Qwen3ForCausalLM, config, tokenizer, directory)
 
 
-def save_random_qwen3_moe(directory: Path, tokenizer_dir: str) -> Path:
-    """Save a Qwen3-MoE of four layers and D=64: eight experts, two for each token, and an odd vocabulary size."""
+def save_random_qwen3_moe(directory: Path, tokenizer_dir: str, vocab_less: int = ODD_VOCAB_LESS) -> Path:
+    """Save a Qwen3-MoE of four layers and D=64: eight experts, two for each token, and an odd vocabulary size.
+
+    Its vocabulary is ``vocab_less`` smaller than the tokenizer's, which a policy does not accept unless it is 0.
+    """
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     config = Qwen3MoeConfig(
         **SHAPE,
-        **{**_token_ids(tokenizer), "vocab_size": len(tokenizer) - ODD_VOCAB_LESS},
+        **{**_token_ids(tokenizer), "vocab_size": len(tokenizer) - vocab_less},
         num_hidden_layers=4,
         tie_word_embeddings=False,
         moe_intermediate_size=64,
@@ -107,13 +110,13 @@ def save_random_gemma3(directory: Path, tokenizer_dir: str) -> Path:
 
 
 def save_random_granite(directory: Path, tokenizer_dir: str) -> Path:
-    """Save a Granite of three layers and D=64: its head is its embeddings, and its logits are divided by a number."""
+    """Save a Granite of 36 layers and D=64: its head is its embeddings, and its logits are divided by a number."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     shape = {name: value for name, value in SHAPE.items() if name != "head_dim"}
     config = GraniteConfig(
         **shape,
         **_token_ids(tokenizer),
-        num_hidden_layers=3,
+        num_hidden_layers=36,
         tie_word_embeddings=True,
         embedding_multiplier=2.0,
         residual_multiplier=0.7,

@@ -23,7 +23,7 @@ from torchrl_sglang_hidden.spec.hidden import POOLINGS, SEGMENTS
 from torchrl_sglang_hidden.spec.spans import PromptSpan
 
 NUM_LAYERS = 4
-CALLS, MOST_ROWS, CALLERS, ABORTS = 100, 5, 12, 24
+ABORTS = 24
 
 BASES = [prompt_of(length, 1000 + length) for length in (5, 64, 65, 100, 130, 190)]
 
@@ -86,10 +86,29 @@ def _intervals(places: list[int]) -> tuple[tuple[int, int], ...]:
     return tuple(intervals)
 
 
-def storm(server: LaunchedServer, http: httpx.Client, model_dir: str, seed: int) -> int:
-    """Send all requests, check every answer, and return how many there were."""
+def storm(
+    server: LaunchedServer,
+    http: httpx.Client,
+    model_dir: str,
+    seed: int,
+    *,
+    calls: int = 100,
+    most_rows: int = 5,
+    callers: int = 12,
+) -> int:
+    """Send all requests, check every answer, and return how many there were.
+
+    Args:
+        server: of the model.
+        http: to the same server.
+        model_dir: the model, for Hugging Face.
+        seed: of the requests.
+        calls: of the engine, each with ``1 … most_rows`` requests.
+        most_rows: see ``calls``.
+        callers: calls at the same time.
+    """
     chance = random.Random(seed)
-    calls = [[draw_request(chance) for _ in range(chance.randint(1, MOST_ROWS))] for _ in range(CALLS)]
+    batches = [[draw_request(chance) for _ in range(chance.randint(1, most_rows))] for _ in range(calls)]
     doomed = [(f"doomed-{seed}-{index}", draw_request(chance)) for index in range(ABORTS)]
     done = threading.Event()
 
@@ -107,15 +126,15 @@ def storm(server: LaunchedServer, http: httpx.Client, model_dir: str, seed: int)
                     http.post("/abort_request", json={"rid": rid})
                 answer.result()
 
-    with ThreadPoolExecutor(CALLERS) as pool:
+    with ThreadPoolExecutor(callers) as pool:
         aborting = pool.submit(abort_some)
-        answers = list(pool.map(server.generate, calls))
+        answers = list(pool.map(server.generate, batches))
         done.set()
         aborting.result()
-    for requests, completions in zip(calls, answers, strict=True):
+    for requests, completions in zip(batches, answers, strict=True):
         for request, completion in zip(requests, completions, strict=True):
             assert_completion(request, completion, model_dir, NUM_LAYERS)
-    return sum(map(len, calls))
+    return sum(map(len, batches))
 
 
 def resident_bytes(server: LaunchedServer) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from torchrl_sglang_hidden import ConstraintStep, LogitConstraint
 
 # Far below any logit, so that what is told is never chosen; and float32 still holds every integer there.
 FAR = 2**22
-NUM_TOLD = 8
+NUM_TOLD, NUM_SETTINGS = 8, 4
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,29 @@ class Tell(LogitConstraint, name="tell"):
     def apply(self, logits_V: torch.Tensor, step: ConstraintStep) -> torch.Tensor:
         logits_V[:NUM_TOLD] = torch.tensor(told(step), dtype=torch.float32, device=logits_V.device)
         return logits_V
+
+
+@dataclass(frozen=True)
+class TellSettings(LogitConstraint, name="tell_settings"):
+    """Writes settings of the process it runs in, which is the scheduler's, into the logits of the first tokens."""
+
+    def apply(self, logits_V: torch.Tensor, step: ConstraintStep) -> torch.Tensor:
+        logits_V[:NUM_SETTINGS] = torch.tensor(settings_here(), dtype=torch.float32) - FAR
+        return logits_V
+
+
+def settings_here() -> list[int]:
+    """Return the number of torch's threads, and whether what the CPU engine's set-up says has come here.
+
+    That is: threads wait without spinning, NCCL is out of reach, and freed memory is kept.
+    """
+    nccl = os.environ.get("SGLANG_NCCL_SO_PATH", "")
+    return [
+        torch.get_num_threads(),
+        os.environ.get("OMP_WAIT_POLICY") == "PASSIVE",
+        nccl != "" and not os.path.exists(nccl),
+        int(os.environ.get("MALLOC_TRIM_THRESHOLD_", "0")) >= 2**29,
+    ]
 
 
 def told(step: ConstraintStep) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, LogProbs, Masks, Text, Tokens
 
 from torchrl_sglang_hidden import LastTokens
-from torchrl_sglang_hidden.errors import InputError
+from torchrl_sglang_hidden.errors import InputError, RequestAbortedError
 from torchrl_sglang_hidden.policy.assemble import assemble, assemble_scores
 from torchrl_sglang_hidden.policy.outputs import HiddenStates, OutputKeys, TokenHiddenStates
 from torchrl_sglang_hidden.policy.prompts import Row
@@ -372,6 +373,28 @@ def test_the_fields_of_tokens_do_not_share_memory() -> None:
     assert source.token_rows is not None
     for rows in (source.token_rows.rows_ND, out[0]["token_hidden_states"].prompt, out[1]["token_hidden_states"].full):
         assert (rows != 0).any()
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_rows_that_are_not_all_of_a_field_are_none_of_it(padded: bool) -> None:
+    """Of a row with an error, one field may be there and another not."""
+    spec = HiddenSpec(SEGMENTS, tokens=True)
+    of_response = completion([3, 4, 7], [5, 6], HiddenSpec(("response",), tokens=True))
+    out = assemble(
+        [Row((3, 4, 7), "")],
+        [replace(of_response, error=RequestAbortedError("row 0: gone"))],
+        batch_size=torch.Size(()),
+        keys=OutputKeys(**NAMES),
+        hidden=spec,
+        hidden_size=HIDDEN_SIZE,
+        logits=None,
+        pad_id=PAD_ID if padded else None,
+        device=None,
+    )
+    states = out["token_hidden_states"]
+    assert states.response.equal(torch.stack([row_at([3, 4, 7], position, spec) for position in (2, 3)]))
+    assert [len(states.prompt), len(states.full)] == ([3, 4] if padded else [0, 0])
+    assert torch.cat([states.prompt, states.full]).isnan().all()
 
 
 @pytest.mark.parametrize("padded", [True, False])

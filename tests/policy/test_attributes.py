@@ -30,12 +30,15 @@ MISSING = {
 }
 VALUES: dict[str, Any] = {
     "attention_mask_key": "attention_mask", "batching": False, "chat_template": None, "chat_template_name": None,
+    "chat_template_kwargs": {},
     "collector": None, "device": None, "generate": True, "generate_kwargs": {}, "history_key": "history",
     "in_keys": [("text", "prompt")], "inplace": True, "input_key": ("text", "prompt"), "input_mode": "text",
     "layout": torch.strided, "log_probs_key": "log_probs", "masks_key": "masks", "num_samples": None,
-    "pad_model_input": None, "pad_output": False, "prefer_tokens": False, "return_history": False,
+    "pad_model_input": None, "pad_output": False, "prefer_tokens": False, "chat": "render",
+    "mark_end_of_turn": False, "literal_content": False, "return_history": False,
     "return_log_probs": True, "return_masks": True, "return_text": True, "return_tokens": True, "text_key": "text",
     "tokenizer": TOKENIZER, "tokenizer_kwargs": {}, "tokens_key": "tokens", "hidden": ALL,
+    "on_error": "raise", "extra_samples": 0,
     "_batching_timeout": 10.0, "_max_batch_size": None, "_min_batch_size": None,
     # Tokens are the actions, and have no key a loss could take: see `Distributions`.
     "log_prob_keys": [], "dist_params_keys": [], "dist_sample_keys": [],

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.fake_engine import CONTEXT_LENGTH, RecordingEngine, log_prob_of, logits_V, tiny_tokenizer
+from helpers.fake_engine import CONTEXT_LENGTH, RecordingEngine, abort_a_row, log_prob_of, logits_V, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from tensordict import TensorDict, TensorDictBase, lazy_stack
@@ -31,6 +31,7 @@ from torchrl_sglang_hidden import (
     LogitsSpec,
     MissingKeyError,
     PromptLengthError,
+    RequestAbortedError,
     SGLangHiddenWrapper,
     TokenIdError,
 )
@@ -108,6 +109,13 @@ def test_what_the_mask_forbids_is_not_sent() -> None:
     assert len(engine.requests) == 2 + 4
     assert torch.equal(out["mask"], mask)
     assert torch.equal(out["logits"].isneginf(), ~mask)
+
+
+def test_an_aborted_prompt_brings_no_completions() -> None:
+    policy, _ = make(info={"fault": abort_a_row})
+    with pytest.raises(RequestAbortedError, match="row 0 ") as caught:
+        policy.score(prompts(), CANDIDATES)
+    assert caught.value.completions == ()
 
 
 def test_a_queue_of_callers_is_not_waited_for_twice() -> None:
@@ -272,6 +280,7 @@ def test_constraints_that_leave_no_candidate_are_named() -> None:
         (InputTypeError, "row 1, candidates: 'w1'", [["w0"], "w1"], {}),
         (InputTypeError, r"row 1, candidate 0, \[6.5\]", [[[6]], [[6.5]]], {}),
         (InputTypeError, r"candidate 0, \[True\]", [[True]], {}),
+        (InputTypeError, r"candidate 1, b'\\t': bytes; expected a string", [[6], b"\t"], {}),
         (InputTypeError, r"candidate 0, tensor\(\[0.5", [torch.tensor([0.5])], {}),
         (TokenIdError, r"row 0, candidate 1: token id 96.*0\.\.95", [[6], [7, 96]], {}),
         (TokenIdError, r"row 1, candidate 0: token id -1", [[[6]], [[-1]]], {}),

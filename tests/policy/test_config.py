@@ -15,7 +15,8 @@ from helpers.policy_batches import FULL_CONFIG
 
 from torchrl_sglang_hidden import HiddenSpec, InputError, InputTypeError, SGLangHiddenWrapper, TokenIdError
 from torchrl_sglang_hidden.policy.batching import BatchingConfig
-from torchrl_sglang_hidden.policy.config import ARGUMENTS, PolicyConfig
+from torchrl_sglang_hidden.policy.config import ARGUMENTS, PARTS, PolicyConfig
+from torchrl_sglang_hidden.policy.outcomes import OutcomeConfig
 from torchrl_sglang_hidden.policy.outputs import KeyConfig
 from torchrl_sglang_hidden.policy.wrapper import SGLangHiddenWrapper as Wrapper
 
@@ -24,11 +25,11 @@ PARAMETERS = {
     for name, parameter in inspect.signature(SGLangHiddenWrapper.__init__).parameters.items()
     if name not in ("self", "model")
 }
-RECORDS = (PolicyConfig, KeyConfig, BatchingConfig)
+RECORDS = (PolicyConfig, KeyConfig, BatchingConfig, OutcomeConfig)
 
 
 def names_of(record: Any) -> list[str]:
-    return [field.name for field in dataclasses.fields(record) if field.init and field.name not in ("keys", "queue")]
+    return [field.name for field in dataclasses.fields(record) if field.init and field.name not in PARTS]
 
 
 def test_the_signature_and_the_fields_have_the_same_names() -> None:
@@ -49,7 +50,7 @@ def test_every_argument_is_kept_under_its_own_name(name: str) -> None:
     default, other = PolicyConfig().arguments(), FULL_CONFIG[name]
     if other == default[name]:
         other = {"generate": False, "chat_template": "{{ messages }}"}[name]
-    needed = {"action_mask_key": "mask"} if name == "action_token_ids" else {}
+    needed = {"action_token_ids": {"action_mask_key": "mask"}, "extra_samples": {"num_samples": 2}}.get(name, {})
     changed = PolicyConfig(inplace=False).changed(**{name: other, **needed})
     assert changed.arguments() == {**default, "inplace": False, name: other, **needed}
 

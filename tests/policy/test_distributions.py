@@ -335,7 +335,7 @@ def test_log_prob_nested_and_plain() -> None:
     assert nested.is_nested
     assert torch.equal(nested.values(), torch.cat(answers()))
     assert torch.equal(policy.log_prob(chats()[1:]), answers()[1][None])
-    with pytest.raises(RuntimeError, match="padded tensors"):
+    with pytest.raises(RuntimeError, match="Failed to stack tensors"):
         policy.log_prob(chats())
 
 

@@ -33,6 +33,7 @@ from torchrl_sglang_hidden import (
     SGLangHiddenWrapper,
     TokenMask,
     Turn,
+    ragged,
 )
 from torchrl_sglang_hidden.errors import AlignmentError, InputError, InputTypeError, SpanError
 from torchrl_sglang_hidden.records import Completion, Pooled, Request
@@ -220,6 +221,39 @@ def test_a_thought_is_pooled_over_the_rows_that_produced_it() -> None:
         found = row["hidden_states", "spans", "why"]
         torch.testing.assert_close(found, states[places].mean(0), rtol=1e-5, atol=1e-6)
         assert row["hidden_states", "span_counts", "why"] == len(places)
+
+
+@pytest.mark.parametrize(
+    ("mode", "prompt", "opened"),
+    [("history", "w10 w20", True), ("history", "w10 w20 ", True), ("history", "w20 w10", False)],
+)
+def test_a_thought_that_the_prompt_opened(mode: str, prompt: str, opened: bool) -> None:
+    # As R1's template does: the generation prompt ends with the first marker, and the response has the second alone.
+    thought, marked = [8, 9, 27, 7, EOS_ID], [26, 8, 27, 7, EOS_ID]
+    engine = RecordingEngine(tokenizer=TOKENIZER, respond=lambda ids: thought if opened else marked)
+    hidden = HiddenSpec(("response",), spans={"thought": Between("w20", "w21")})
+    options = {"chat_template": "{{ messages[1].content }}"} if mode == "history" else {}
+    policy, _ = make(mode, engine=engine, hidden=hidden, **options)
+    row = policy(batch_of(mode, [prompt]))[0]
+    given = row["tokens"].prompt.tolist()
+    assert row["hidden_states", "span_counts", "thought"] == (2 if opened else 1)
+    start = 0 if opened else 1
+    rows = rows_of(given, thought if opened else marked, hidden)[len(given) - 1 + start : len(given) + 1]
+    torch.testing.assert_close(row["hidden_states", "spans", "thought"], rows.mean(0), rtol=1e-5, atol=1e-5)
+
+
+def test_a_thought_that_a_prefill_opened() -> None:
+    engine = RecordingEngine(tokenizer=TOKENIZER, respond=lambda ids: [8, 27, 7, EOS_ID])
+    hidden = HiddenSpec(("response",), spans={"thought": Between("w20", "w21")})
+    policy, _ = make("history", engine=engine, hidden=hidden)
+    asked = {"role": "user", "content": "w1 w20"}
+    for words, count in (("w20 w2", 1), ("w20 w2 w21", None), ("w2", None)):
+        chat = [asked, {"role": "assistant", "content": words, "is_complete": False}]
+        if count is None:
+            with pytest.raises(SpanError, match=r"'w20' is not in the response.*or use start=None"):
+                policy(ragged(history=[chat]))
+        else:
+            assert policy(ragged(history=[chat]))[0]["hidden_states", "span_counts", "thought"] == count
 
 
 @pytest.mark.parametrize("num_samples", [None, 2])

@@ -2,8 +2,9 @@
 
 1. Ids that decode to the chat are sent, exactly, however the tokenizer would have cut the text.
 2. Ids that decode to the chat's beginning are kept, and the rest of the chat's text is tokenized after them.
-3. Any other ids, of the turn before or of another chat, are not used: the chat is tokenized.
-4. Padding is taken off first. What is sent is what ``tokens.prompt`` says afterwards.
+3. Without torchrl's IncrementalTokenizer these are the ids that the last turn left at ``tokens.full``.
+4. Any other ids, of another chat, are not used: the chat is tokenized.
+5. Padding is taken off first. What is sent is what ``tokens.prompt`` says afterwards.
 """
 
 from __future__ import annotations
@@ -214,7 +215,7 @@ def chat_of(td: TensorDictBase) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("padded", [True, False])
-def test_a_plain_environment_sends_each_turns_own_prompt(padded: bool) -> None:
+def test_a_plain_environment_keeps_what_was_sampled(padded: bool) -> None:
     policy, engine = make(pad_output=padded)
     env = ChatEnv(batch_size=(2,), tokenizer=TOKENIZER).append_transform(UserAsksOn(["us", "he?"]))
     outputs = turns_of(env, policy, ["abc", "hello abcd?"], 3)
@@ -222,8 +223,13 @@ def test_a_plain_environment_sends_each_turns_own_prompt(padded: bool) -> None:
     for turn, (_, out) in enumerate(outputs):
         chats = [chat_of(r) for r in out.unbind(0)]
         assert [len(chat) for chat in chats] == [1 + 2 * turn] * 2
-        assert sent(engine)[2 * turn : 2 * turn + 2] == [own_ids(chat) for chat in chats]
-    assert sent(engine)[2] != sent(engine)[0]
+        ids = sent(engine)[2 * turn : 2 * turn + 2]
+        assert [TOKENIZER.decode(found) for found in ids] == [rendered(chat) for chat in chats]
+        before = sent(engine)[2 * turn - 2 : 2 * turn] if turn else [[], []]
+        for found, last, chat in zip(ids, before, chats, strict=True):
+            if turn:
+                assert found[: len(last) + len(RESPONSE)] == last + RESPONSE
+            assert (found != own_ids(chat)) == bool(turn)
 
 
 @pytest.mark.parametrize("questions", [["abc"], ["abc", "hello abcd?"]])
@@ -298,8 +304,8 @@ def test_the_option_is_kept() -> None:
     assert policy.prefer_tokens is policy.config.prefer_tokens is policy.get_new_version().prefer_tokens is True
     assert policy.get_new_version(prefer_tokens=False).config.prefer_tokens is False
     assert SGLangHiddenWrapper(RecordingEngine(), tokenizer=TOKENIZER).prefer_tokens is False
-    reader = pickle.loads(pickle.dumps(policy._reader))
-    assert reader.prefer_tokens == ("tokens", "prompt")
+    reader = pickle.loads(pickle.dumps(policy.config.make_reader()))
+    assert (reader.prefer_tokens, reader.tokens_key) == (True, "tokens")
 
 
 def test_no_tokens_to_prefer() -> None:
@@ -312,7 +318,7 @@ def test_no_tokens_to_prefer() -> None:
     [
         (TensorDict(prompt=torch.ones(3)), r"\('tokens', 'prompt'\): of dtype torch.float32"),
         (TensorDict(prompt=torch.ones(1, 3, dtype=torch.int64)), r"Tensor of shape \(1, 3\)"),
-        (torch.ones(3), r"\('tokens', 'prompt'\) cannot be read(.|\n)*prefer_tokens=True reads a Tokens there"),
+        (torch.ones(3), r"\('tokens', 'prompt'\) cannot be read(.|\n)*expected a Tokens there, for prefer_tokens"),
     ],
 )
 def test_what_is_no_ids(tokens: Any, message: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.byte_tokenizers import byte_tokenizer, fallback_tokenizer
-from helpers.fake_engine import PAD_ID, RecordingEngine, tiny_tokenizer
+from helpers.fake_engine import PAD_ID, RecordingEngine, bos_tokenizer, tiny_tokenizer
 from helpers.small_tokenizers import letter_by_letter, letters_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
@@ -387,8 +387,10 @@ def test_ids_cut_through_characters(
 
 
 def test_ids_that_are_not_the_chats_text_are_refused() -> None:
-    policy, engine = make("history", spans={"it": Turn(0)}, tokenizer_kwargs={"truncation": True, "max_length": 3})
-    with pytest.raises(InputError, match=r"row 0, span 'it': Turn.*3 ids do not decode.*leave prefer_tokens"):
+    options: dict[str, Any] = {"tokenizer": bos_tokenizer(), "tokenizer_kwargs": {"add_special_tokens": True}}
+    policy, engine = make("history", spans={"it": Turn(0)})
+    policy = policy.get_new_version(**options)
+    with pytest.raises(InputError, match=r"row 0, span 'it': Turn.*8 ids do not decode.*leave prefer_tokens"):
         policy(chats([("user", "w1 w2")]))
     assert engine.requests == []
 

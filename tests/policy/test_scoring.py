@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.fake_engine import EOS_ID, HIDDEN_SIZE, PAD_ID, RecordingEngine, log_prob_of, states_ND, tiny_tokenizer
+from helpers.fake_engine import (
+    EOS_ID,
+    HIDDEN_SIZE,
+    PAD_ID,
+    RecordingEngine,
+    bos_tokenizer,
+    log_prob_of,
+    states_ND,
+    tiny_tokenizer,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from tensordict import TensorDict, TensorDictBase, lazy_stack
@@ -150,7 +159,7 @@ def test_a_chat_is_scored_whole_with_the_assistants_words_marked() -> None:
         spoken = TOKENIZER.decode(row["tokens"].full[row["masks"].all_assistant_mask])
         assert spoken == " ".join(message["content"] for message in chat if message["role"] == "assistant")
     with pytest.raises(InputError, match=r"tokenizer_kwargs=.*assistant mask does not fit"):
-        make("history", tokenizer_kwargs={"truncation": True, "max_length": 3})[0](out)
+        policy.get_new_version(tokenizer=bos_tokenizer(), tokenizer_kwargs={"add_special_tokens": True})(out)
 
 
 def test_the_assistants_words_are_found_where_others_say_the_same() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ from torchrl_sglang_hidden.protocol import (
     Options,
     Way,
     pack_options,
+    request_options,
     unpack_options,
 )
 from torchrl_sglang_hidden.reduce.token_logits import WantedLogits
@@ -84,6 +86,7 @@ chosen = st.builds(
         lambda parts: tuple((start, start + size) for start, size in parts)
     ),
     response_limit=st.integers(0, 10**6),
+    entropy=st.booleans(),
 )
 options = st.builds(
     Options,
@@ -147,3 +150,26 @@ def test_no_options_raise(custom: Any) -> None:
     found = unpack_options(custom)
     if found is not None:
         assert unpack_options({CHANNEL: pack_options(found.wanted, found.way, found.logits)}) == found
+
+
+def test_masks_of_equal_text_are_read_once() -> None:
+    """A mask of half a vocabulary takes milliseconds to read, while all requests of the server wait."""
+    text = ActionMask(tuple(range(0, 90_000, 2))).to_str()
+    first, second = (unpack_options(logits_of(constraints=["".join(text)])).logits.constraints[0] for _ in range(2))
+    assert first is second
+    other = DisallowedTokens((1,)).to_str()
+    assert unpack_options(logits_of(constraints=[other, text])).logits.constraints[1] is first
+    bounded = request_options._MASKS
+    assert bounded.size <= bounded.limit
+
+
+def test_other_constraints_are_read_for_each_request() -> None:
+    """A constraint of the user's own may keep something of its request."""
+    for text in (TemperatureScale(2.0).to_str(), 'channel_masked:{"valid_token_ids":"1"}'):
+        first, second = (unpack_options(logits_of(constraints=[text])).logits.constraints[0] for _ in range(2))
+        assert (first == second, first is second) == (True, False)
+
+
+@dataclass(frozen=True)
+class Masked(ActionMask, name="channel_masked"):
+    """A user's own kind of mask."""

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -302,6 +303,7 @@ def test_without_the_directory_nothing_is_shared(tmp_path: Path) -> None:
 
 WITHOUT_LOCKS = """
 import sys
+import threading
 from pathlib import Path
 import torch  # has ways of its own around a missing fcntl
 sys.modules["fcntl"] = None
@@ -372,3 +374,29 @@ def test_other_names_are_not_read_nor_removed(tmp_path: Path, name: str) -> None
     assert not is_shared(name, directory)
     assert names(tmp_path) == {"shm", "secret", GOOD}
     assert names(directory) == {"secret"}
+
+
+def test_files_are_written_in_one_thread_and_tidied_in_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The finisher's thread writes, and the scheduler's tidies at each answer: an exception there ends the server."""
+    monkeypatch.setattr(shared_memory, "MIN_BYTES", 1)
+    files, failures, stop = SharedFiles(tmp_path, lifetime_s=0.01), list[Exception](), threading.Event()
+
+    def tidy() -> None:
+        try:
+            while not stop.is_set():
+                files.tidy()
+        except (IndexError, RuntimeError) as error:  # what a thread raises is seen by nobody else
+            failures.append(error)
+
+    threads = [threading.Thread(target=tidy) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(1500):
+            files.share(b"rows")
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(60)
+        files.close()
+    assert failures == []

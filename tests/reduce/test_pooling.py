@@ -23,7 +23,7 @@ from helpers.reference_pooling import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchrl_sglang_hidden.reduce.pooling import Pools, RequestPools
+from torchrl_sglang_hidden.reduce.pooling import HostPools, Pools
 from torchrl_sglang_hidden.reduce.reducers import Sum, reduce_rows
 from torchrl_sglang_hidden.reduce.wanted import BLOCK, PromptStep, Wanted
 from torchrl_sglang_hidden.spec.hidden import POOLINGS, SEGMENTS
@@ -36,12 +36,12 @@ def hidden_of(num_rows: int, num_layers: int = 1, seed: int = 0, dtype: torch.dt
     return torch.randn(num_rows, num_layers, D, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def pools_for(case: Case) -> RequestPools:
-    return RequestPools(case.wanted, case.num_prompt)
+def pools_for(case: Case) -> HostPools:
+    return HostPools(case.wanted, case.num_prompt)
 
 
-def finish(case: Case, pools: RequestPools) -> Pools:
-    return pools.finish(case.response_ids, decode)
+def finish(case: Case, pools: HostPools) -> Pools:
+    return pools.results(case.response_ids, decode)
 
 
 def running(wanted: Wanted, rows_NKD: torch.Tensor) -> torch.Tensor:
@@ -51,7 +51,7 @@ def running(wanted: Wanted, rows_NKD: torch.Tensor) -> torch.Tensor:
     return rows_NKD.sum(0)
 
 
-def prefill(pools: RequestPools, hidden_NKD: torch.Tensor, start: int, stop: int, base: bool = False) -> Any:
+def prefill(pools: HostPools, hidden_NKD: torch.Tensor, start: int, stop: int, base: bool = False) -> Any:
     """Run one forward step over the positions ``start … stop-1``, without rows of other requests."""
     step = pools.plan_prompt(start, stop, running(pools.wanted, hidden_NKD[:start].float()) if base else None)
     if step is not None:
@@ -61,23 +61,20 @@ def prefill(pools: RequestPools, hidden_NKD: torch.Tensor, start: int, stop: int
     return step
 
 
-def add(pools: RequestPools, step: PromptStep, rows_NKD: torch.Tensor) -> None:
-    _, depth, size = rows_NKD.shape
-    flat, reducer = rows_NKD.flatten(1), pools.wanted.reducer
-    values = [reduce_rows(flat, ranges, reducer).reshape(depth, size) for ranges in step.groups]
-    pools.add_prompt(step, values, None if step.rows is None else rows_NKD[slice(*step.rows)])
+def add(pools: HostPools, step: PromptStep, rows_NKD: torch.Tensor) -> None:
+    pools.add_rows(step, rows_NKD)
 
 
-def produce(pools: RequestPools, hidden_NKD: torch.Tensor, index: int) -> None:
+def produce(pools: HostPools, hidden_NKD: torch.Tensor, index: int) -> None:
     pools.add_produced(hidden_NKD[pools.num_prompt - 1 + index].float(), index)
 
 
-def assert_complete(case: Case, pools: RequestPools) -> None:
+def assert_complete(case: Case, pools: HostPools) -> None:
     assert_pools(case, finish(case, pools))
     assert_sums(case, pools)
 
 
-def assert_sums(case: Case, pools: RequestPools) -> None:
+def assert_sums(case: Case, pools: HostPools) -> None:
     for length, sum_KD in pools.sums:
         expected_KD = running(case.wanted, case.hidden_NKD[:length].double())
         torch.testing.assert_close(sum_KD.double(), expected_KD, rtol=1e-5, atol=1e-4)
@@ -239,7 +236,7 @@ def test_a_piece_that_comes_twice_does_not_fill_a_gap() -> None:
     pools = pools_for(case)
     for start, stop in ((0, 2), (4, 6), (4, 6)):
         prefill(pools, case.hidden_NKD, start, stop)
-    found = pools.finish(())
+    found = pools.results(())
     assert found.segments == {"prompt": (None, 2), "full": (found.segments["full"][0], 2)}
     assert len(found.rows.rows_NKD) == 2
 
@@ -303,7 +300,7 @@ def test_no_row_is_no_vector(segments: Any, pooling: Any) -> None:
 @given(case=cases())
 def test_results_may_be_read_at_any_time(case: Case) -> None:
     pools = pools_for(case)
-    pools.finish(())
+    pools.results(())
     prefill(pools, case.hidden_NKD, 0, case.num_prompt)
     for index in range(case.num_response):
         produce(pools, case.hidden_NKD, index)
@@ -327,10 +324,10 @@ def test_rows_are_summed_in_float32(dtype: torch.dtype) -> None:
         total_D = reduce_rows(rows_ND, ranges, Sum())
         assert total_D.dtype == torch.float32
         assert total_D.tolist() == [6144.0] * D
-    pools = RequestPools(Wanted(("response",)), 1)
+    pools = HostPools(Wanted(("response",)), 1)
     for index in range(4096):
         produce(pools, rows_ND[:, None], index)
-    value_KD, count = pools.finish([0] * 4096).segments["response"]
+    value_KD, count = pools.results([0] * 4096).segments["response"]
     assert (count, value_KD.tolist()) == (4096, [[1.5] * D])
 
 
@@ -368,11 +365,11 @@ MASK = PromptSpan(((1, 3), (4, 5)))
     ("wanted", "step", "groups", "rows"),
     [
         (Wanted(("prompt",)), (0, 4), [((0, 4),)], None),
-        (Wanted(("prompt",)), (0, 9), [((0, 5),), ((5, 6),)], None),  # equal prompts meet before the last token
-        (Wanted(("full",)), (0, 6), [((0, 5),), ((5, 6),)], None),
+        (Wanted(("prompt",)), (0, 9), [((0, 5),), ((0, 6),)], None),  # equal prompts meet before the last token
+        (Wanted(("full",)), (0, 6), [((0, 5),), ((0, 6),)], None),
         (Wanted(("prompt",), "last"), (0, 6), [((5, 6),)], None),
         (Wanted(("prompt",), "last"), (0, 5), [], None),
-        (Wanted(("prompt",), "max"), (0, 9), [((0, 5),), ((5, 6),)], None),
+        (Wanted(("prompt",), "max"), (0, 9), [((0, 5),), ((0, 6),)], None),
         (Wanted((), "max", spans={"m": MASK}), (0, 6), [((1, 3), (4, 5))], None),
         (Wanted((), "mean", spans={"m": MASK}), (0, 6), [((1, 3), (4, 5))], None),
         (Wanted((), "mean", spans={"m": MASK}), (0, 2), [((1, 2),)], None),
@@ -383,7 +380,7 @@ MASK = PromptSpan(((1, 3), (4, 5)))
     ],
 )
 def test_what_is_reduced_of_a_step(wanted: Wanted, step: Any, groups: Any, rows: Any) -> None:
-    planned = RequestPools(wanted, 6).plan_prompt(*step)
+    planned = HostPools(wanted, 6).plan_prompt(*step)
     assert (planned.groups, planned.rows) == (groups, rows)
 
 
@@ -397,13 +394,13 @@ def test_what_is_reduced_of_a_step(wanted: Wanted, step: Any, groups: Any, rows:
     ],
 )
 def test_nothing_of_the_prompt_is_waited_for_where_nothing_of_it_is_wanted(wanted: Wanted) -> None:
-    pools = RequestPools(wanted, 6)
+    pools = HostPools(wanted, 6)
     assert (pools.reads_prompt, pools.done) == (False, 6)
     assert pools.plan_prompt(0, 6) is None
 
 
 def test_a_step_behind_the_prompt_wants_nothing_of_it() -> None:
-    pools = RequestPools(Wanted(("prompt",)), 6)
+    pools = HostPools(Wanted(("prompt",)), 6)
     assert pools.plan_prompt(6, 9, torch.zeros(1, D)) is None
     assert pools.plan_prompt(0, 6) is not None
     assert pools.plan_prompt(0, 6) is None, "nothing is new"
@@ -467,7 +464,7 @@ def test_a_prefix_hit_beyond_what_is_needed_is_not_planned(case: Case, data: st.
 )
 def test_the_first_position_that_must_be_computed(wanted: Wanted, needed: list[int]) -> None:
     """Checked at the start, with two positions done, and with the whole prompt done."""
-    pools, hidden_NKD = RequestPools(wanted, 6), hidden_of(6)
+    pools, hidden_NKD = HostPools(wanted, 6), hidden_of(6)
     found = [pools.first_needed()]
     for start, stop in ((0, 2), (2, 6)):
         prefill(pools, hidden_NKD, start, stop)
@@ -527,11 +524,11 @@ def test_no_sums_are_kept_where_none_is_made() -> None:
 
 def test_only_as_many_rows_are_held_as_a_span_may_mean() -> None:
     def held(**spans: ResolvedSpan) -> set[int]:
-        pools, rows_KD = RequestPools(Wanted(("response",), spans=spans), 4), torch.zeros(1, D)
+        pools, rows_KD = HostPools(Wanted(("response",), spans=spans), 4), torch.zeros(1, D)
         sizes = set()
         for index in range(50):
             pools.add_produced(rows_KD, index)
-            sizes.add(len(pools._window))
+            sizes.add(len(pools._response_rows))
         return sizes
 
     assert held() == {0}
@@ -565,12 +562,12 @@ def test_markers_without_a_tokenizer_are_a_fault() -> None:
     case = case_of((), spans={"b": Between("a", None)})
     pools = pools_for(case)
     feed(pools, case.hidden_NKD)
-    assert pools.finish(case.response_ids).faults["b"].endswith("the server has no tokenizer to find the markers with")
+    assert pools.results(case.response_ids).faults["b"].endswith("the server has no tokenizer to find the markers with")
 
 
 @pytest.mark.parametrize("span", [LastTokens(2), LastTokens(2, allow_fewer=True), Between(None, "|", unclosed="end")])
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_a_request_that_ended_before_its_first_token(span: ResolvedSpan, pooling: Any) -> None:
     """An abort in the middle of the prompt. It is answered like any other, and must not end the server."""
-    pools = RequestPools(Wanted((), pooling, spans={"r": span}), 6)
-    assert pools.finish((), decode).spans.get("r", (None, 0)) == (None, 0)
+    pools = HostPools(Wanted((), pooling, spans={"r": span}), 6)
+    assert pools.results((), decode).spans.get("r", (None, 0)) == (None, 0)

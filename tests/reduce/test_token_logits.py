@@ -22,6 +22,7 @@ from helpers.logits_cases import (
     Even,
     Fail,
     Give,
+    OnHost,
     Soft,
     Times,
     V,
@@ -32,13 +33,10 @@ from helpers.logits_cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchrl_sglang_hidden.reduce.token_logits import (
-    NextToken,
-    RequestLogits,
-    constrain,
-    on_device,
-    select_columns,
-)
+from torchrl_sglang_hidden.reduce.columns import select_columns
+from torchrl_sglang_hidden.reduce.constraining import constrain
+from torchrl_sglang_hidden.reduce.device import on_device
+from torchrl_sglang_hidden.reduce.token_logits import NextToken, RequestLogits
 from torchrl_sglang_hidden.spec.constraints import (
     ActionMask,
     DisallowedTokens,
@@ -225,7 +223,9 @@ def test_a_row_where_nothing_can_be_chosen_is_as_it_was(constraint: LogitConstra
             Give(None),
             "logits_give failed at token 4 of the response: TypeError('expected logits of shape (3,), got None",
         ),
-        (Give(torch.zeros(2)), "shape (3,), got tensor([0., 0.])"),
+        (Give(torch.zeros(2)), "expected logits of shape (3,), got (2,)"),
+        (Give(torch.zeros(3, device="meta")), "expected logits on cpu, as they were given, got them on meta"),
+        (Give(torch.ones(3, dtype=torch.bool)), "expected logits of a float dtype, got torch.bool"),
         (Give([1.0, 2.0, 3.0]), "shape (3,), got [1.0, 2.0, 3.0]"),
         (BadMask(), "logits_bad_mask failed at token 4 of the response: IndexError('out of range')"),
         (BadWhen(1.0), "logits_bad_when failed at token 4 of the response: ZeroDivisionError('never')"),
@@ -287,7 +287,7 @@ def test_columns_that_no_case_handles_are_not_taken_for_others() -> None:
     """As after a fourth selection is added to `LogitsSpec` alone."""
     spec = LogitsSpec(top_k=1)
     object.__setattr__(spec, "top_k", None)
-    with pytest.raises(NotImplementedError, match="add a case to select_columns"):
+    with pytest.raises(NotImplementedError, match="add a case to columns_of"):
         select_columns(torch.zeros(1, 3), spec)
     with pytest.raises(NotImplementedError, match="add a case to num_columns"):
         spec.num_columns(3)
@@ -316,6 +316,62 @@ def test_inside_a_given_sequence_the_prompt_ends_where_the_response_starts() -> 
     before = torch.tensor([6])
     constrain(torch.zeros(1, 3), [NextToken(one, 1, 2, lambda: before, response_start=2)])
     assert (list(ASKED[0].prompt_ids), ASKED[0].response_ids.tolist()) == ([4, 5], [6])
+
+
+def test_a_constraint_on_the_host_gets_copies_and_gives_them_back() -> None:
+    """An operation that fails on an accelerator's own side would end the server; on the host it fails here."""
+    ASKED.clear()
+    ids = torch.tensor([8, 9])
+    one = one_of(OnHost(1), Add(1.0))
+    found_NV, _ = constrain(torch.zeros(1, 3, dtype=torch.bfloat16), [NextToken(one, 2, 8, lambda: ids)])
+    assert (found_NV.dtype, found_NV.tolist()) == (torch.bfloat16, [[1.0, 6.0, 1.0]])
+    (step,) = ASKED
+    assert (step.response_ids.device.type, step.response_ids.tolist(), step.index) == ("cpu", [8, 9], 2)
+    bad, other = one_of(OnHost(7)), one_of(OnHost(2))
+    found_NV, choosable_N = constrain(torch.zeros(2, 3), [at(bad, 0), at(other, 0)])
+    assert (found_NV.tolist(), choosable_N.tolist()) == ([[0.0] * 3, [0.0, 0.0, 5.0]], [True, True])
+    assert "index 7 is out of bounds" in fault_of(bad, 0)
+    assert fault_of(other, 0) == ""
+
+
+def test_the_prompt_is_not_copied_for_every_token() -> None:
+    ASKED.clear()
+    one = one_of(Ask(), prompt_ids=(4, 5, 6, 7))
+    constrain(
+        torch.zeros(4, 3), [NextToken(one, n, 9, lambda: torch.zeros(0), start) for n, start in enumerate([2] * 4)]
+    )
+    assert len({id(step.prompt_ids) for step in ASKED}) == 1
+    constrain(torch.zeros(1, 3), [NextToken(one, 0, 9, lambda: torch.zeros(0), 3)])
+    assert list(ASKED[-1].prompt_ids) == [4, 5, 6]
+
+
+def test_a_mask_of_several_requests_is_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In later steps none is, and the masks of all rows together are kept as well."""
+    built: list[int] = []
+    plain = ActionMask.allowed
+
+    def allowed(mask: ActionMask, vocab_size: int) -> torch.Tensor:
+        built.append(vocab_size)
+        return plain(mask, vocab_size)
+
+    monkeypatch.setattr(ActionMask, "allowed", allowed)
+    shared, own = ActionMask((1, 2)), ActionMask((0,))
+    ones = [one_of(shared), one_of(own), one_of(shared), one_of()]
+    for index in range(3):
+        found_NV, _ = constrain(torch.zeros(4, 3), [at(one, index) for one in ones])
+        assert found_NV.tolist() == [[-INF, 0, 0], [0, -INF, -INF], [-INF, 0, 0], [0, 0, 0]]
+    constrain(torch.zeros(1, 3), [at(one_of(shared), 0)])
+    assert built == [3, 3]
+    constrain(torch.zeros(1, 4), [at(one_of(shared), 0)])
+    assert built == [3, 3, 4]
+
+
+def test_a_mask_that_fails_fails_for_each_of_its_requests() -> None:
+    mask = ActionMask((5,))
+    ones = [one_of(mask), one_of(mask)]
+    for index in range(2):
+        constrain(torch.zeros(2, 3), [at(one, index) for one in ones])
+    assert ["IndexError" in fault_of(one, 1) for one in ones] == [True, True]
 
 
 def test_the_ids_before_are_not_made_for_nobody() -> None:

@@ -154,12 +154,6 @@ def test_any_chunks_bring_every_row_once(data: st.DataObject) -> None:
     assert one.first_needed is None
 
 
-def test_places_of_a_response_in_a_given_sequence() -> None:
-    one = RequestLogits(WantedLogits(prompt_from=1, response_ranges=((2, 4), (4, 5), (7, 9))), range(9))
-    found = [one.response_range_at(token) for token in range(10)]
-    assert found == [None, None, (2, 4), (2, 4), (4, 5), None, None, (7, 9), (7, 9), None]
-
-
 # --- the rows of a response -------------------------------------------------------------------------------------------
 
 

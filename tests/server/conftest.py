@@ -6,6 +6,7 @@ import pytest
 
 from torchrl_sglang_hidden.server import plugin
 from torchrl_sglang_hidden.server.capture import Capture
+from torchrl_sglang_hidden.server.output_stream import MessageGate
 
 
 @pytest.fixture
@@ -13,4 +14,5 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> Capture:
     """Return a capture that replaces the plugin's own for one test."""
     capture = Capture()
     monkeypatch.setattr(plugin, "_capture", capture)
+    monkeypatch.setattr(plugin, "_gate", MessageGate(capture))
     return capture

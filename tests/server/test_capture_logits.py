@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,9 +22,9 @@ from helpers.fake_scheduler import (
     planned,
 )
 
-from torchrl_sglang_hidden.errors import ConstraintError
 from torchrl_sglang_hidden.protocol import unpack_answer
 from torchrl_sglang_hidden.reduce.wanted import Wanted
+from torchrl_sglang_hidden.server.next_tokens import plan_logits
 from torchrl_sglang_hidden.spec.constraints import ActionMask, ConstraintStep, LogitConstraint
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 from torchrl_sglang_hidden.spec.spans import PromptSpan
@@ -103,6 +104,30 @@ def test_nobody_who_asks_for_logits_plans_nothing() -> None:
     assert planned(capture, Step("TARGET_VERIFY", [choosing(9, spec=FULL)], [(0, 1)], [True])) == ([], [])
 
 
+class _Counted(SimpleNamespace):
+    """A batch that knows which of its fields were read."""
+
+    def __getattribute__(self, name: str) -> Any:
+        read.append(name)
+        return super().__getattribute__(name)
+
+
+read: list[str] = []
+
+
+def test_a_step_where_nobody_asks_for_logits_is_not_even_read() -> None:
+    """One finished, another was aborted and is gone, and those that pool states only do not count."""
+    scheduler = Scheduler()
+    gone, done, pooling = choosing(9, 8, spec=FULL), choosing(3, 2, constraints=DENY), asking(7, 6)
+    scheduler.prefill(gone, done, pooling)
+    scheduler.finish(done)
+    del gone
+    batch = _Counted(**vars(Step("DECODE", [pooling], [last(pooling)], [True]).batch()))
+    read.clear()
+    assert plan_logits(batch, scheduler.capture.logits, VOCAB) is None
+    assert read == [], "the mapping is empty"
+
+
 def test_who_wants_logits_only_takes_no_rows() -> None:
     req = choosing(9, 8, 7, spec=BOTH, prompt_from=1)
     assert capturing().plan_step(Step("EXTEND", [req], [(0, 3)], [True]).batch()) is None
@@ -117,10 +142,12 @@ def test_the_ids_before_are_those_of_the_response() -> None:
     step, last_id = Step("DECODE", [Req([1]), req], [(0, 1), last(req)], [True] * 2), req.output_ids[-1]
     batch = step.batch()
     lagging = req.output_ids.pop()
-    step_logits = scheduler.capture.plan_logits(batch, VOCAB)
-    assert [row.ids_before for row in step_logits.sampling_rows] == [tuple(req.output_ids)]
+    step_logits = plan_logits(batch, scheduler.capture.logits, VOCAB)
+    assert [row.ids_before for row in step_logits.sampling_rows] == [req.output_ids], "one short"
+    ids = [*req.ids, lagging]
+    step_logits.input_ids = torch.tensor([1, ids[-1]])
+    step_logits.constrain(torch.zeros(2, VOCAB), None)
     req.output_ids.append(lagging)
-    scheduler.choose(step, step_logits, torch.zeros(2, HIDDEN_SIZE))
     assert asked == [(index, 11, [9, 8, 7], req.output_ids[:index]) for index in range(3)]
     assert asked[-1][-1][-1] == last_id
 
@@ -128,7 +155,8 @@ def test_the_ids_before_are_those_of_the_response() -> None:
 def test_the_ids_before_are_not_copied_for_nobody() -> None:
     scheduler, req = Scheduler(), choosing(9, 8, constraints=DENY)
     scheduler.prefill(req)
-    (row,) = scheduler.capture.plan_logits(Step("DECODE", [req], [last(req)], [True]).batch(), VOCAB).sampling_rows
+    batch = Step("DECODE", [req], [last(req)], [True]).batch()
+    (row,) = plan_logits(batch, scheduler.capture.logits, VOCAB).sampling_rows
     assert row.ids_before == ()
 
 
@@ -173,6 +201,7 @@ def test_a_mask_that_leaves_nothing_is_a_fault_of_its_request_alone() -> None:
     )
     scheduler.prefill(bad, good)
     scheduler.decode(bad, good)
-    with pytest.raises(ConstraintError, match=r"^row 0: action_mask failed at token 0 of the response: IndexError"):
-        unpack_answer(scheduler.finish(bad), "row 0", HIDDEN_SIZE)
+    logits = unpack_answer(scheduler.finish(bad), "row 0", HIDDEN_SIZE).logits
+    assert logits is not None
+    assert logits.fault.startswith("action_mask failed at token 0 of the response: IndexError")
     scheduler.assert_right(good)

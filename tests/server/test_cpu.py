@@ -15,7 +15,11 @@ from torchrl_sglang_hidden.server.cpu import (
     BIND_ENV,
     CPU_DEFAULTS,
     CPU_ENGINE_ENV,
+    MALLOC_ENV,
+    NCCL_ENV,
+    NO_NCCL,
     STANDIN_DIR,
+    THREADS_ENV,
     bind_threads,
     cpu_server_args,
 )
@@ -23,7 +27,8 @@ from torchrl_sglang_hidden.server.cpu import (
 
 def run(code: str, **environment: str) -> Any:
     """Return the JSON that a fresh interpreter prints last."""
-    env = {k: v for k, v in os.environ.items() if k not in (CPU_ENGINE_ENV, "PYTHONPATH")} | environment
+    unset = (CPU_ENGINE_ENV, NCCL_ENV, "PYTHONPATH", *MALLOC_ENV)
+    env = {name: value for name, value in os.environ.items() if name not in unset} | environment
     result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
@@ -89,25 +94,51 @@ def test_choosing_the_cpu_engine_after_sglang_was_imported_raises_and_changes_no
 
 @pytest.fixture
 def unbound(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Remove the core binding from the environment, and restore it after the test."""
-    monkeypatch.setenv(BIND_ENV, "")
-    monkeypatch.delenv(BIND_ENV)
+    """Remove the division of the cores from the environment, and restore it after the test."""
+    for name in (BIND_ENV, THREADS_ENV):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {7, 4, 6, 5})
 
 
 @pytest.mark.usefixtures("unbound")
-@pytest.mark.parametrize(("num_ranks", "bound"), [(1, None), (2, "4,6|5,7"), (3, "4,7|5|6"), (5, "4|5|6|7|4")])
-def test_several_schedulers_have_cores_of_their_own(
-    num_ranks: int, bound: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {7, 4, 6, 5})
+@pytest.mark.parametrize(
+    ("num_ranks", "bound", "threads"),
+    [(1, None, None), (2, "4,6|5,7", "2"), (3, "4,7|5|6", "1"), (5, "4|5|6|7|4", "1")],
+)
+def test_several_schedulers_have_cores_of_their_own(num_ranks: int, bound: str | None, threads: str | None) -> None:
     bind_threads(num_ranks)
-    assert os.environ.get(BIND_ENV) == bound
+    assert (os.environ.get(BIND_ENV), os.environ.get(THREADS_ENV)) == (bound, threads)
 
 
-def test_cores_that_the_user_chose_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(BIND_ENV, "0-1|2-3")
+@pytest.mark.usefixtures("unbound")
+@pytest.mark.parametrize("name", [BIND_ENV, THREADS_ENV])
+def test_cores_that_the_user_chose_stay(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "0-1|2-3")
     bind_threads(2)
-    assert os.environ[BIND_ENV] == "0-1|2-3"
+    assert os.environ[name] == "0-1|2-3"
+    assert {BIND_ENV, THREADS_ENV} <= os.environ.keys()
+
+
+@pytest.mark.parametrize("chosen", [None, "/opt/nccl/libnccl.so.2"])
+def test_ranks_do_without_nccl_unless_the_user_names_one(chosen: str | None) -> None:
+    found = run(
+        "import json, os; from torchrl_sglang_hidden.server.cpu import use_cpu_engine; use_cpu_engine()\n"
+        f"print(json.dumps(os.environ[{NCCL_ENV!r}]))",
+        **({} if chosen is None else {NCCL_ENV: chosen}),
+    )
+    assert found == (chosen or NO_NCCL)
+    assert not Path(NO_NCCL).exists()
+
+
+def test_freed_memory_is_kept_for_the_next_prefill_unless_the_user_says_otherwise() -> None:
+    mapped, trimmed = MALLOC_ENV
+    found = run(
+        "import json, os; from torchrl_sglang_hidden.server.cpu import use_cpu_engine; use_cpu_engine()\n"
+        f"print(json.dumps([os.environ[name] for name in {list(MALLOC_ENV)!r}]))",
+        **{trimmed: "7"},
+    )
+    assert found == [str(MALLOC_ENV[mapped]), "7"]
 
 
 @pytest.fixture(scope="module")

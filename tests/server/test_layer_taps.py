@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from torchrl_sglang_hidden.server.graph_rows import GraphRows
 from torchrl_sglang_hidden.server.layer_taps import LayerTaps
 
 D, L = 8, 4
@@ -111,9 +112,10 @@ def truth(x_ND: torch.Tensor = X) -> list[torch.Tensor]:
     return states
 
 
-def tapped(model: Model, *layers: int, max_rows: int = 16) -> LayerTaps:
-    taps = LayerTaps()
-    taps.attach(model, layers, L, max_rows)
+def tapped(model: Model, *recorded: int, max_rows: int = 16, dtype: torch.dtype = torch.float32) -> LayerTaps:
+    """Return the taps of a server without graphs; or of one whose decode graphs record some layers."""
+    taps, rows_LND = LayerTaps(), torch.full((len(recorded), max_rows, D), -7.0, dtype=dtype)
+    taps.attach(model, L, graphs=GraphRows(recorded, rows_LND) if recorded else None)
     return taps
 
 
@@ -137,8 +139,8 @@ def num_hooks(model: Model) -> int:
 def test_the_stream_behind_each_layer_is_taken(form: str, keywords: bool) -> None:
     model = Model(form)
     model.model.keywords = keywords
-    taps = tapped(model, *range(L))
-    assert not taps.checked
+    taps = tapped(model)
+    assert (taps.checked, taps.layers) == (False, ()), "nobody can ask for what is not checked"
     step(taps, model)
     assert (taps.checked, taps.problem, taps.layers) == (True, "", (0, 1, 2, 3))
     taken = step(taps, model, (0, 1, 2, 3))
@@ -158,7 +160,7 @@ def test_what_was_taken_is_of_its_own(form: str) -> None:
         args[1].fill_(1e4)  # what layer 0 returned
         return given
 
-    taps = tapped(model, 0)
+    taps = tapped(model)
     step(taps, model)
     model.model.layers[1].forward = then_overwrite
     taken = step(taps, model, (0,))
@@ -167,29 +169,101 @@ def test_what_was_taken_is_of_its_own(form: str) -> None:
 
 def test_a_step_takes_what_it_was_opened_for() -> None:
     model = Model()
-    taps = tapped(model, 0, 2)
-    assert set(step(taps, model)) == {0, 2, 3}, "all of them and the last until they are checked"
+    taps = tapped(model)
+    assert not taps.taking
+    assert set(step(taps, model)) == {3}, "the check compares the last, and reads the others without keeping them"
+    assert not taps.taking
     assert set(step(taps, model, (2,))) == {2}
+    assert taps.taking
     assert step(taps, model) == {}
     assert set(step(taps, model, (0, 2, -1))) == {0, 2}
     assert taps.take() == {}, "a step's states are taken once"
+    taps.open((-1,))
+    assert not taps.taking, "what the head reads is no layer's"
     taken = step(taps, model, (0,), X[:2] * 3)
     torch.testing.assert_close(taken[0], truth(X[:2] * 3)[0])
 
 
-def test_the_hooks_of_the_check_go_when_it_is_done() -> None:
-    model = Model()
-    taps = tapped(model, 0, 2)
-    assert num_hooks(model) == 3 + 4
-    step(taps, model)
-    assert num_hooks(model) == 3
-
-
-def test_no_layers_no_hooks() -> None:
+def test_a_step_has_the_rows_of_its_tokens() -> None:
+    """SGLang may compute more rows, to fill up."""
     model = Model()
     taps = tapped(model)
-    assert (num_hooks(model), taps.checked, taps.problem, taps.layers) == (0, True, "", ())
-    assert step(taps, model) == {}
+    step(taps, model)
+    for num_rows in (3, 5):
+        taps.open((1,))
+        model(X.clone())
+        torch.testing.assert_close(taps.take(num_rows)[1], truth()[1][:num_rows])
+
+
+def test_hooks_are_there_while_somebody_asks() -> None:
+    """A hook costs each call of its layer some microseconds, even one that returns at once."""
+    model = Model()
+    taps = tapped(model)
+    assert num_hooks(model) == 2 * (L - 1), "those of the check"
+    step(taps, model)
+    step(taps, model, (2, -1))
+    step(taps, model, (1,))
+    for number in range(64):
+        assert num_hooks(model) == L
+        assert step(taps, model, (-1,) if number < 5 else ()) == {}
+    assert num_hooks(model) == 0
+    step(taps, model, (3,))
+    assert num_hooks(model) == 1
+    for _ in range(63):
+        step(taps, model)
+    step(taps, model, (3,))
+    for _ in range(63):
+        step(taps, model)
+    assert num_hooks(model) == 1, "the steps were not in a row"
+    step(taps, model)
+    assert num_hooks(model) == 0
+    torch.testing.assert_close(step(taps, model, (0,))[0], truth()[0])
+
+
+def test_a_layer_that_nobody_asks_for_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    model = Model("stream")
+    taps = tapped(model)
+    step(taps, model)
+    original = LayerTaps._read
+    monkeypatch.setattr(
+        LayerTaps, "_read", lambda self, layer, *more: read.append(layer) or original(self, layer, *more)
+    )
+    step(taps, model)
+    assert read == []
+    step(taps, model, (2,))
+    assert read == [2]
+
+
+def test_no_memory_for_a_layer_costs_the_step_its_layers(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(self: Stream, output_ND: torch.Tensor) -> torch.Tensor:
+        if failing:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.value_ND + output_ND
+
+    monkeypatch.setattr(Stream, "snapshot", full)
+    model = Model("stream")
+    taps = tapped(model)
+    failing = True
+    step(taps, model)
+    assert (taps.checked, taps.problem) == (False, ""), "a full memory is no fault of the model"
+    failing = False
+    step(taps, model)
+    assert taps.layers == (0, 1, 2, 3)
+    failing = True
+    assert step(taps, model, (0, 2)) == {}
+    assert "no memory for the states of layer 0; " in caplog.text
+    failing = False
+    assert set(step(taps, model, (0, 2))) == {0, 2}
+    # With tensor parallelism the other ranks wait for this one in the layer's collective.
+    taps = LayerTaps()
+    taps.attach(model, L, collective=True)
+    step(taps, model)
+    failing = True
+    with pytest.raises(torch.OutOfMemoryError):
+        step(taps, model, (0,))
 
 
 # --- models that are not what they are taken for ----------------------------------------------------------------------
@@ -199,7 +273,8 @@ def assert_problem(taps: LayerTaps, model: Model, words: str) -> None:
     assert taps.checked
     assert words in taps.problem
     assert taps.problem.endswith("so that layer ids would not mean what they say")
-    assert all(not layer._forward_pre_hooks for layer in model.model.layers)
+    assert num_hooks(model) == 0
+    assert taps.layers == ()
     # It stays: a later step that looks right does not open them.
     step(taps, model)
     assert words in taps.problem
@@ -207,7 +282,7 @@ def assert_problem(taps: LayerTaps, model: Model, words: str) -> None:
 
 def test_another_norm_before_the_head() -> None:
     model = Model()
-    taps = tapped(model, 1)
+    taps = tapped(model)
     head_ND = model(X) * 1.2
     taps.open(())
     model(X)
@@ -218,7 +293,7 @@ def test_another_norm_before_the_head() -> None:
 def test_a_norm_that_cannot_be_asked() -> None:
     """The check runs inside the scheduler, which an exception would end."""
     model = Model()
-    taps = tapped(model, 1)
+    taps = tapped(model)
     taps.open(())
     head_ND = model(X)
     model.model.norm.forward = lambda hidden_ND, residual: hidden_ND
@@ -229,7 +304,7 @@ def test_a_norm_that_cannot_be_asked() -> None:
 
 def test_two_roundings_are_no_problem() -> None:
     model = Model().bfloat16()
-    taps = tapped(model, 1)
+    taps = tapped(model)
     step(taps, model, x_ND=X.bfloat16())
     assert (taps.checked, taps.problem) == (True, "")
 
@@ -237,43 +312,47 @@ def test_two_roundings_are_no_problem() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_states_that_are_no_numbers(value: float) -> None:
     model = Model()
-    taps = tapped(model, 1)
+    taps = tapped(model)
     step(taps, model, x_ND=torch.full((2, D), value))
     assert_problem(taps, model, "off what the head reads")
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_something_between_two_layers(form: str) -> None:
+    """The others are what they say they are."""
     model = Model(form)
     model.model.between = lambda number, hidden_ND: hidden_ND + 1 if number == 2 else hidden_ND
-    taps = tapped(model, 0, 1)
+    taps = tapped(model)
     step(taps, model)
-    assert_problem(taps, model, "layer 2 reads something else than what layer 1 gives")
+    assert (taps.checked, taps.problem, taps.layers) == (True, "", (0, 2, 3))
+    assert taps.limit == "layer 2 reads something else than what layer 1 gives"
 
 
-def test_something_between_layers_that_nobody_asked_for() -> None:
+def test_something_between_two_layers_of_which_one_is_recorded() -> None:
     model = Model()
     model.model.between = lambda number, hidden_ND: hidden_ND + 1 if number == 1 else hidden_ND
-    taps = tapped(model, 2)
+    taps, rows_LND = LayerTaps(), torch.zeros(2, 4, D)
+    taps.attach(model, L, graphs=GraphRows((0, 2), rows_LND), limit="only these are recorded")
     step(taps, model)
-    assert (taps.checked, taps.problem) == (True, "")
+    assert (taps.checked, taps.problem, taps.layers) == (True, "", (2,))
+    assert taps.limit == "layer 1 reads something else than what layer 0 gives; only these are recorded"
 
 
 def test_layers_that_return_something_else() -> None:
     """The error comes at the first step."""
     model = Model("triple")
-    taps = tapped(model, 0)
+    taps = tapped(model)
     assert step(taps, model) == {}
-    assert_problem(taps, model, "layer 0 returns something else than the residual stream")
+    assert_problem(taps, model, "layer 3 returns something else than the residual stream")
 
 
 def test_layers_that_return_nothing() -> None:
     model = Model("stream")
-    taps = tapped(model, 0)
-    hook = next(iter(model.model.layers[0]._forward_hooks.values()))
+    taps = tapped(model)
     batch = SimpleNamespace(residual_stream=Stream(X))
     taps.open((0, 3))
-    assert hook(model.model.layers[0], (None, X, batch), {}, None) is None
+    hook = next(iter(model.model.layers[3]._forward_hooks.values()))
+    assert hook(model.model.layers[3], (None, X, batch), {}, None) is None
     assert taps.take() == {}
 
 
@@ -286,21 +365,29 @@ def test_a_stream_that_cannot_say_what_it_holds(error: type[Exception], monkeypa
 
     monkeypatch.setattr(Stream, "snapshot", refuse)
     model = Model("stream")
-    taps = tapped(model, 0)
+    taps = tapped(model)
     assert step(taps, model) == {}
-    assert_problem(taps, model, "layer 0 returns something else than the residual stream")
+    assert_problem(taps, model, "layer 3 returns something else than the residual stream")
 
 
 def test_one_layer_that_cannot_be_read() -> None:
-    """The others would look right, and its states would never come."""
-    model = Model("stream")
-    taps = tapped(model, 0, 1)
+    """Its states would never come, and those of the others would go missing with them."""
+    model = Model("pair")
+    forward = model.model.layers[1].forward
+
+    def with_more(*args: Any, **kwargs: Any) -> Any:
+        return (*forward(*args, **kwargs), torch.ones(len(X), D))
+
+    model.model.layers[1].forward = with_more
+    taps = tapped(model)
     taps.open(())
-    head_ND = model(X)
-    taken = taps.take()
-    del taken[1]
-    taps.check(taken, head_ND)
-    assert_problem(taps, model, "layer 1 returns something else than the residual stream")
+    hidden_ND, residual_ND = X.clone(), None
+    for layer in model.model.layers:
+        hidden_ND, residual_ND = layer(None, hidden_ND, None, residual_ND)[:2]
+    head_ND = model.model.norm(hidden_ND, residual_ND)
+    taps.check(taps.take(), head_ND)
+    assert (taps.problem, taps.layers) == ("", (0, 2, 3))
+    assert taps.limit == "layer 1 returns something else than the residual stream"
 
 
 @pytest.mark.parametrize(
@@ -315,7 +402,7 @@ def test_one_layer_that_cannot_be_read() -> None:
 def test_no_one_list_of_layers(spoil: Callable[[Model], Any]) -> None:
     model = Model()
     spoil(model)
-    taps = tapped(model, 0)
+    taps = tapped(model)
     assert taps.checked
     assert taps.problem.startswith(f"Model has no list of {L} decoder layers")
 
@@ -324,7 +411,7 @@ def test_no_one_list_of_layers(spoil: Callable[[Model], Any]) -> None:
 def test_a_tower_has_layers_too(name: str) -> None:
     model = Model()
     setattr(model, name, Inner("tensor"))
-    taps = tapped(model, 0)
+    taps = tapped(model)
     step(taps, model)
     assert (taps.checked, taps.problem) == (True, "")
 
@@ -335,7 +422,7 @@ def test_no_final_norm(norm: Any) -> None:
     del model.model.norm
     if norm is not None:
         model.model.norm = norm
-    taps = tapped(model, 0)
+    taps = tapped(model)
     assert taps.checked
     assert taps.problem.startswith("Inner has no final norm that is known")
     assert num_hooks(model) == 0
@@ -346,7 +433,7 @@ def test_other_names_of_the_final_norm(name: str) -> None:
     model = Model()
     taps = LayerTaps()
     setattr(model.model, name, model.model._modules.pop("norm"))
-    taps.attach(model, (0,), L, 16)
+    taps.attach(model, L)
     taps.open(())
     for_head_ND = X
     for layer in model.model.layers:
@@ -359,59 +446,33 @@ def test_other_names_of_the_final_norm(name: str) -> None:
 
 
 def test_a_step_that_shows_nothing_leaves_the_check_to_another() -> None:
-    """Log-probs of a few positions only, no states for the head, no rows at all, a replayed graph."""
+    """Log-probs of a few positions only, no states for the head, no rows or a single one, a replayed graph."""
     model = Model()
-    taps = tapped(model, 0)
-    for head_ND in (None, model(X)[-1:]):
+    taps = tapped(model)
+    for head_ND in (None, model(X)[-2:]):
         taps.open(())
+        assert taps.taking, "a step that could check runs without a graph"
         model(X)
         taps.check(taps.take(), head_ND)
         assert not taps.checked
-    step(taps, model, x_ND=X[:0])
-    assert not taps.checked
+    for x_ND in (X[:0], X[:1]):
+        step(taps, model, x_ND=x_ND)
+        assert not taps.checked
     taps.open(())
-    taps.check(taps.take(), model.model.norm(X) * 9)
+    taps.note_replay()
+    taps.check(taps.take(5), model.model.norm(X) * 9)
     assert not taps.checked
     step(taps, model)
     assert (taps.checked, taps.problem) == (True, "")
 
 
-# --- CUDA graphs ------------------------------------------------------------------------------------------------------
-
-
-def capturing(monkeypatch: pytest.MonkeyPatch, on: bool) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: on)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: on)
-
-
-def test_a_graph_writes_where_its_replay_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hooks run while a graph is captured, and not when it is replayed: what they did then, it does again."""
+def test_rows_that_are_never_the_heads_end_the_check() -> None:
+    """Such as with context parallelism, whose ranks have some of the positions each."""
     model = Model()
-    taps = tapped(model, 0, 2, max_rows=3)
-    capturing(monkeypatch, True)
-    for x_ND in (X, X[:2]):  # graphs of several sizes share what they write to; the largest comes first
-        model(x_ND)
-    capturing(monkeypatch, False)
-    taps.open(())
-    replayed = taps.take()
-    assert set(replayed) == {0, 2}, "and not the last, which nobody asked for"
-    assert all(state_ND.shape == (5, D) for state_ND in replayed.values())
-    for layer in (0, 2):
-        torch.testing.assert_close(replayed[layer][:2], truth(X[:2])[layer])
-        torch.testing.assert_close(replayed[layer][2:], truth()[layer][2:])
-    # A step that runs the layers is that step, whatever graphs wrote before.
-    taken = step(taps, model, (0,), X * 2)
-    torch.testing.assert_close(taken[0], truth(X * 2)[0])
-    assert taps.checked
-    taps.open((0,))
-    torch.testing.assert_close(taps.take()[0][:2], truth(X[:2])[0])
-
-
-def test_a_graphs_rows_have_room_for_the_largest_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Model()
-    taps = tapped(model, 0, max_rows=32)
-    capturing(monkeypatch, True)
-    model(X)
-    taps.open(())
-    capturing(monkeypatch, False)
-    assert taps.take()[0].shape == (32, D)
+    taps = tapped(model)
+    for _ in range(16):
+        assert not taps.checked
+        taps.open(())
+        head_ND = model(X)
+        taps.check(taps.take(), torch.cat([head_ND, head_ND]))
+    assert_problem(taps, model, "the layers have 5 rows where the head reads 10")

@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from torchrl_sglang_hidden.reduce.row_store import PAGE_ROWS
 from torchrl_sglang_hidden.reduce.token_logits import FoundLogits, RequestLogits, WantedLogits
-from torchrl_sglang_hidden.server import next_tokens
-from torchrl_sglang_hidden.server.next_tokens import HostLogits, PromptPart, SamplingRow, StepLogits
+from torchrl_sglang_hidden.server import prompt_logits
+from torchrl_sglang_hidden.server.next_tokens import StepLogits
+from torchrl_sglang_hidden.server.taken_logits import HostLogits
+from torchrl_sglang_hidden.server.token_rows import PromptPart, SamplingRow
 from torchrl_sglang_hidden.spec.constraints import (
     ActionMask,
     ConstraintStep,
@@ -236,7 +239,7 @@ def test_different_specs_in_one_step() -> None:
     batch = Batch(*ones)
     head_BV = batch.logits_BV.clone()
     batch.run(temperature=2.0)
-    assert [group.batch_rows for group in batch.step._sampled] == [(0, 3), (1,), (2,), (4,), (5,), (6,)]
+    assert [group.batch_rows for group in batch.step._sampled] == [(0, 3), (1,), (2, 5), (4,), (6,)]
     batch.consume()
     for row, (one, spec) in enumerate(zip(ones, specs, strict=True)):
         found, found_V = found_of(one).response, head_BV[row]
@@ -253,13 +256,20 @@ def test_different_specs_in_one_step() -> None:
             assert (found.values_NC.dtype, found.token_ids_NC) == (spec.dtype, None)
 
 
-def test_a_requests_row_does_not_keep_the_whole_step() -> None:
-    ones = [asking(TOP) for _ in range(50)]
-    batch = Batch(*ones)
-    batch.run()
-    batch.consume()
-    for rows in (ones[0]._response_rows[0].values_NC, ones[0]._response_rows[0].token_ids_NC):
-        assert rows.untyped_storage().nbytes() == rows.nbytes
+def test_a_long_request_does_not_keep_the_rows_of_its_neighbours() -> None:
+    """Of those that have ended, the pages are used again; and a step's own buffers are nobody's."""
+    long, stores = asking(LogitsSpec(top_k=3)), []
+    for index in range(3 * PAGE_ROWS):
+        ones = [asking(LogitsSpec(top_k=3)) for _ in range(40)]
+        batch = Batch(long, *ones, index=index)
+        for one in ones:
+            for before in range(index):
+                one.accept(before)
+        batch.run()
+        batch.consume()
+        stores.append(long._response._store.num_pages)
+    assert stores[-1] <= 2 * stores[0] <= 2 * 41
+    assert found_of(long).constrained == 3 * PAGE_ROWS
 
 
 # --- who gets it ------------------------------------------------------------------------------------------------------
@@ -328,7 +338,13 @@ def test_the_ids_before_a_token(index: int, before: tuple[int, ...], input_ids: 
 
 PROMPT = tuple(range(300))
 WIDE = 310
+PIECE = 128  # rows that the head gets at once
 PARTS = [(1, 300)], [(1, 2), (2, 130), (130, 300)], [(1, 129), (129, 257), (257, 300)]
+
+
+@pytest.fixture(autouse=True)
+def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompt_logits, "PIECE_BYTES", 4 * WIDE * PIECE)
 
 
 def given_rows(one: RequestLogits, states_ND: torch.Tensor, parts: Any, padding: int = 4) -> list[int]:
@@ -363,7 +379,7 @@ def test_rows_of_a_prompt_in_pieces(parts: Any, scored: bool) -> None:
     spec = LogitsSpec(full=True, segments=("prompt",))
     one = asking(spec, prompt_from=1, scored=scored, prompt_ids=PROMPT)
     sizes = given_rows(one, states_ND, parts)
-    assert max(sizes) <= next_tokens.PIECE == 128
+    assert sizes == [min(PIECE, left) for first, stop in parts for left in range(stop - first, 0, -PIECE)]
     assert sum(sizes) == len(PROMPT) - 1
     expected_NV = head_rows(states_ND)
     found = found_of(one)

@@ -23,6 +23,7 @@ from torchrl_sglang_hidden.protocol.shared_memory import SharedFiles
 from torchrl_sglang_hidden.reduce.wanted import BLOCK, Wanted
 from torchrl_sglang_hidden.server import plugin
 from torchrl_sglang_hidden.server.capture import Capture
+from torchrl_sglang_hidden.server.settings import Settings
 from torchrl_sglang_hidden.spec.constraints import base, known_constraints
 from torchrl_sglang_hidden.spec.spans import PromptSpan
 
@@ -94,7 +95,7 @@ def test_it_stays_off_in_another_sglang(registered: list[Any], caplog: pytest.Lo
     sys.modules["sglang"].__version__ = "0.6.0"
     plugin.register()
     assert registered == []
-    assert "written for SGLang 0.5.23 and this is 0.6.0; it stays off" in caplog.text
+    assert "written for SGLang 0.5.23 and 0.5.22, and this is 0.6.0; it stays off" in caplog.text
 
 
 def test_sglang_finds_it() -> None:
@@ -104,6 +105,11 @@ def test_sglang_finds_it() -> None:
 
 class Streamer:
     """SGLang's output streamer, as much of it as is subclassed."""
+
+    send_to_detokenizer = SimpleNamespace(socket="a socket")
+
+    def __post_init__(self) -> None:
+        pass
 
     def is_request_level_customized_info_key(self, key: str) -> bool:
         return key == "theirs"
@@ -132,11 +138,16 @@ def test_the_streamer_keeps_what_others_add(monkeypatch: pytest.MonkeyPatch, cap
     assert streamer.is_request_level_customized_info_key("theirs")
     assert not streamer.is_request_level_customized_info_key("nobody's")
 
-    answers = {"asked": ["answer"], "quiet": []}
-    monkeypatch.setattr(capture, "answer", answers.get)
+    waits = Req(MEAN)
+    assert capture.open(waits) is not None
+    answers = {"asked": SimpleNamespace(finish=lambda: ["answer"]), "quiet": None}
+    monkeypatch.setattr(capture, "answers", lambda reqs: [answers[req] for req in reqs])
     found = streamer.build_additional_customized_info(["quiet", "asked"])
     assert found == {"theirs": [1, 1], CHANNEL: [[], ["answer"]]}
     assert streamer.build_additional_customized_info(["quiet"]) == {"theirs": [1]}
+    capture.opened.clear()
+    monkeypatch.setattr(capture, "answers", None)
+    assert streamer.build_additional_customized_info(["quiet"]) == {"theirs": [1]}, "nobody is asked for an answer"
 
 
 def test_requests_that_did_not_ask_lose_the_empty_answer() -> None:
@@ -268,7 +279,7 @@ def test_a_prompt_that_starts_over_under_other_weights_keeps_nothing(
     req, cache = Req(MEAN), Cache(0)
     one = capture.open(req)
     step = one.pools.plan_prompt(0, 60)
-    one.pools.add_prompt(step, [torch.zeros(1, 4)] * len(step.groups), None)
+    one.pools.add_prompt(step, [torch.zeros(1, 4)] * len(step.groups))
     req.output_ids = sampled
     plugin.around_match_prefix(cache.match, req, cache)
     assert capture.open(req) is one, "the weights are the same"
@@ -292,7 +303,7 @@ def test_each_match_begins_with_what_has_arrived(capture: Capture) -> None:
     for start, stop in ((0, 30), (30, 200)):
         step = one.pools.plan_prompt(start, stop)
         if stop == 30:
-            one.pools.add_prompt(step, [torch.zeros(1, 4)], None)
+            one.pools.add_prompt(step, [torch.zeros(1, 4)])
     plugin.around_match_prefix(cache.match, req, cache)
     assert (cache.limits, req.prefix_len) == ([150, 30], 30)
     assert one.pools.plan_prompt(30, 200).begin == 30
@@ -301,7 +312,7 @@ def test_each_match_begins_with_what_has_arrived(capture: Capture) -> None:
 def test_a_retracted_request_hits_all_of_its_own(capture: Capture) -> None:
     req, cache = Req(MEAN, length=4), Cache()
     one = capture.open(req)
-    one.pools.add_prompt(one.pools.plan_prompt(0, 4), [torch.zeros(1, 4)] * 2, None)
+    one.pools.add_prompt(one.pools.plan_prompt(0, 4), [torch.zeros(1, 4)] * 2)
     req.output_ids = [7, 7]
     plugin.around_match_prefix(cache.match, req, cache)
     assert (cache.limits, req.prefix_len) == ([5], 5), "SGLang itself keeps the last position back"
@@ -337,20 +348,13 @@ def test_sums_go_with_the_prefix_cache(capture: Capture) -> None:
 
 
 def scheduler_of(**changes: Any) -> Any:
-    args = SimpleNamespace(enable_return_hidden_states=True, dllm_algorithm=None)
     fields = {
-        "server_args": args,
         "model_config": SimpleNamespace(vocab_size=96, hidden_size=8, num_hidden_layers=4, context_len=64),
         "spec_algorithm": SimpleNamespace(is_none=lambda: True),
         "disaggregation_mode": SimpleNamespace(value="null"),
         "enable_pdmux": False,
     }
-    for name, value in changes.items():
-        if name in vars(args):
-            setattr(args, name, value)
-        else:
-            fields[name] = value
-    return SimpleNamespace(**fields)
+    return SimpleNamespace(**{**fields, **changes})
 
 
 def status_of(scheduler: Any) -> Status:
@@ -363,6 +367,7 @@ def status_of(scheduler: Any) -> Status:
 @pytest.fixture
 def served(capture: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Capture:
     monkeypatch.setattr(plugin, "_in_place", lambda: True)
+    monkeypatch.setattr(plugin, "read_settings", Settings)
     capture._shared = SharedFiles(tmp_path)
     return capture
 
@@ -385,7 +390,12 @@ def test_a_server_says_what_it_is(served: Capture) -> None:
         open_pools=2,
         prefix_bytes=served.sums.bytes,
         constraints=known_constraints(),
+        raw_log_probs=False,
     )
+
+
+def with_settings(**changes: Any) -> Callable[[Capture, pytest.MonkeyPatch], None]:
+    return lambda capture, patch: patch.setattr(plugin, "read_settings", lambda: Settings(**changes))
 
 
 def test_a_server_says_which_layers_it_takes(served: Capture) -> None:
@@ -393,6 +403,9 @@ def test_a_server_says_which_layers_it_takes(served: Capture) -> None:
     assert status_of(scheduler_of()).layers is None
     served.taps.checked = True
     assert (status_of(scheduler_of()).layers, status_of(scheduler_of()).because) == ((0, 2, -1), "")
+    served.taps.limit = "the graphs record some"
+    found = status_of(scheduler_of())
+    assert (found.layers, found.because) == ((0, 2, -1), "the graphs record some")
     served.taps.problem = "Gemma 9 is another"
     assert (status_of(scheduler_of()).layers, status_of(scheduler_of()).because) == ((-1,), "Gemma 9 is another")
     refused = status_of(scheduler_of(enable_pdmux=True))
@@ -403,13 +416,14 @@ def test_a_server_says_which_layers_it_takes(served: Capture) -> None:
     ("scheduler", "spoil", "words"),
     [
         ({}, lambda capture, patch: patch.setattr(plugin, "_in_place", lambda: False), "a hook .* is not in place"),
-        ({"enable_return_hidden_states": False}, None, "without --enable-return-hidden-states"),
+        ({}, with_settings(full_states=False), "without --enable-return-hidden-states"),
+        ({}, with_settings(packed_states=True), "--enable-return-aux-hidden-states packs .*; start the server without"),
         ({}, lambda capture, patch: setattr(capture, "on", False), r"pipeline stages \(pp_size > 1\)"),
         ({}, lambda capture, patch: plugin.after_states_to_store(None, None, 1, 2), "from before the final norm"),
         ({"spec_algorithm": SimpleNamespace(is_none=lambda: False)}, None, "speculative decoding"),
         ({"disaggregation_mode": SimpleNamespace(value="prefill")}, None, "disaggregated"),
         ({"enable_pdmux": True}, None, "--enable-pdmux"),
-        ({"dllm_algorithm": "x"}, None, "diffusion"),
+        ({}, with_settings(diffuses=True), "diffusion"),
     ],
 )
 def test_a_server_that_takes_no_states_says_why(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from helpers.fake_graphs import FakeGraph
 from helpers.sglang_stand_ins import Req
 from torch import nn
 
@@ -16,6 +18,7 @@ from torchrl_sglang_hidden.reduce.token_logits import WantedLogits
 from torchrl_sglang_hidden.reduce.wanted import Wanted
 from torchrl_sglang_hidden.server import plugin
 from torchrl_sglang_hidden.server.capture import Capture
+from torchrl_sglang_hidden.server.settings import Settings
 from torchrl_sglang_hidden.spec.constraints import DisallowedTokens, TemperatureScale
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 
@@ -39,14 +42,25 @@ class Model(nn.Module):
         return self.norm(x_ND)
 
 
-def runner(is_draft_worker: bool = False, **args: Any) -> Any:
-    sizes = {"chunked_prefill_size": 64, "max_prefill_tokens": None, "max_running_requests": 9}
+def runner(is_draft_worker: bool = False) -> Any:
     return SimpleNamespace(
         model=Model(),
-        model_config=SimpleNamespace(num_hidden_layers=4, vocab_size=VOCAB),
+        model_config=SimpleNamespace(num_hidden_layers=4, vocab_size=VOCAB, hidden_size=3),
         is_draft_worker=is_draft_worker,
-        server_args=SimpleNamespace(**{**sizes, **args}),
+        dtype=torch.float32,
+        device="cpu",
     )
+
+
+@pytest.fixture(autouse=True)
+def settings(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return a function that sets how the server runs; at first on a CPU, without graphs."""
+
+    def set_to(**changes: Any) -> None:
+        monkeypatch.setattr(plugin, "read_settings", lambda: Settings(**changes))
+
+    set_to()
+    return set_to
 
 
 @pytest.fixture
@@ -56,7 +70,9 @@ def auxiliary(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("sglang", "sglang.srt", "sglang.srt.managers", outputs, "sglang.srt.layers", logits):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     sys.modules[outputs].append_auxiliary_output = lambda given, more: [*(given or []), *([more] if more else [])]
-    sys.modules[logits].LogitsMetadata = SimpleNamespace(from_forward_batch=lambda batch: ("metadata of", batch))
+    sys.modules[logits].LogitsMetadata = type(
+        "LogitsMetadata", (), {"from_forward_batch": staticmethod(lambda batch: ("metadata of", batch))}
+    )
 
 
 VOCAB, NUM_ROWS = 7, 5
@@ -69,6 +85,7 @@ class Processor:
     def __init__(self, batch: Any, parallel: bool = False, head: Any = "head") -> None:
         self.batch, self.head, self.do_tensor_parallel_all_gather_dp_attn = batch, head, parallel
         self.asked: list[int] = []
+        self.do_tensor_parallel_all_gather = parallel
 
     def _get_logits(self, rows_ND: torch.Tensor, lm_head: Any, metadata: Any, use_logits_buffer: bool) -> torch.Tensor:
         assert (lm_head, metadata, use_logits_buffer) == (self.head, ("metadata of", "a copy"), False)
@@ -185,15 +202,16 @@ def test_a_step_takes_logits_of_prompt_and_response() -> None:
     batch = batch_of(Req(Wanted(("response",)), 2, logits[0]), Req(None, 3, logits[1]))
     processor = Processor(batch)
     found, rows = run_step(runner(), batch, processor=processor)
-    assert processor.asked == [1, 2]
+    assert processor.asked == [3], "one call of the head for both"
     raw_NV = Model()(torch.arange(float(NUM_ROWS))[:, None].expand(NUM_ROWS, 3)) @ HEAD_DV[:, :VOCAB]
     assert [group.batch_rows for group in found.sampled] == [(0,), (1,)]
     torch.testing.assert_close(found.sampled[0].logits.values_NC, raw_NV[1:2])
     torch.testing.assert_close(found.sampled[1].logits.values_NC, (raw_NV[4:] + 1) / 2)
-    torch.testing.assert_close(found.prompts[0].logits.values_NC, raw_NV[:1])
-    torch.testing.assert_close(found.prompts[1].logits.values_NC, raw_NV[2:4])
-    assert torch.equal(found.step.input_ids, torch.arange(NUM_ROWS))
-    assert rows.values_MD.shape == (1, 3)
+    ((place, raw), (other, processed)) = found.prompts[0].columns
+    assert (place, other) == ((0,), (1,))
+    torch.testing.assert_close(raw.values_NC, raw_NV[:1])
+    torch.testing.assert_close(processed.values_NC, raw_NV[2:4])
+    assert [one.produced_NKD.shape for one in rows.groups] == [(1, 1, 3)]
 
 
 @pytest.mark.usefixtures("auxiliary", "capture")
@@ -219,7 +237,7 @@ def test_a_head_with_adapters_gives_no_logits_of_prompts(capture: Capture, score
     (found,) = run_step(runner(), batch, processor=processor)
     assert (processor.asked, found.prompts) == ([], ())
     assert torch.equal(batch.logits_BV, stock_logits(batch))
-    assert [group.batch_rows for group in found.sampled] == ([(1,)] if scored else [(0,), (1,)])
+    assert [group.batch_rows for group in found.sampled] == ([(1,)] if scored else [(0, 1)])
     found = [capture.opened[req].logits.finish() for req in (asked, watched)]
     assert found[0].refused == "the server's LoRA adapters act on the head, which then gives no logits of prompts"
     assert found[1].refused == "", "of its response they are"
@@ -255,63 +273,171 @@ def test_a_greedy_batch_is_divided_by_nothing() -> None:
 
 
 @pytest.mark.usefixtures("auxiliary")
-def test_a_step_takes_the_layers_that_are_asked_for(capture: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(LAYERS_ENV, "2,0,-1")
+def test_a_step_takes_the_layers_that_are_asked_for(capture: Capture) -> None:
     model_runner = runner()
     plugin.after_load_model(None, model_runner)
-    assert (capture.taps.layers, capture.taps.checked) == ((0, 2), False)
+    assert (capture.taps.layers, capture.taps.checked) == ((), False)
     assert run_step(model_runner, batch_of(Req(None, 5))) == []
     assert (capture.taps.checked, capture.taps.problem) == (True, ""), "the first step shows it, whoever asked"
+    assert capture.taps.layers == (0, 1, 2, 3)
     asked = Req(Wanted(("response",), layers=(2, 0, -1)), 3)
     (rows,) = run_step(model_runner, batch_of(Req(None, 2), asked))
-    assert rows.values_MD[:, 0].tolist() == [4 + 3.0, 4 + 1.0, 4 + 4.0]
+    assert rows.groups[0].produced_NKD[0, :, 0].tolist() == [4 + 3.0, 4 + 1.0, 4 + 4.0]
     assert capture.taps.take() == {}, "nothing of a step stays"
 
 
+def test_slots_are_reserved_when_the_model_is_loaded(capture: Capture) -> None:
+    """SGLang sizes its KV cache behind that, and counts what is taken."""
+    plugin.after_load_model(None, runner(is_draft_worker=True))
+    assert capture._slots == {}
+    plugin.after_load_model(None, runner())
+    (slots,) = capture._slots.values()
+    assert (slots.layers, slots.device_bytes) == ((-1,), plugin.RESERVED_SLOTS * 3 * 4)
+
+
 @pytest.mark.usefixtures("auxiliary")
-def test_a_server_for_the_last_layer_has_no_hooks(capture: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(LAYERS_ENV, raising=False)
+def test_a_step_of_the_last_layer(capture: Capture) -> None:
     model_runner = runner()
-    plugin.after_load_model(None, model_runner)
-    assert all(not layer._forward_hooks for layer in model_runner.model.layers)
     (rows,) = run_step(model_runner, batch_of(Req(Wanted(("response",)), 5)))
-    assert rows.values_MD[:, 0].tolist() == [8.0]
+    assert rows.groups[0].produced_NKD[..., 0].tolist() == [[8.0]]
     assert run_step(model_runner, batch_of(Req(Wanted(("response",)), 5)), token_indices=[4]) == []
 
 
 @pytest.mark.usefixtures("auxiliary")
-def test_a_draft_model_is_left_alone(capture: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(LAYERS_ENV, "0")
+def test_a_draft_model_is_left_alone(capture: Capture) -> None:
     plugin.after_load_model(None, runner())
     hooked, draft = capture.taps, runner(is_draft_worker=True)
     plugin.after_load_model(None, draft)
     assert all(not layer._forward_hooks for layer in draft.model.layers)
-    assert (capture.taps is hooked, hooked.layers) == (True, (0,))
+    assert (capture.taps is hooked, hooked.checked) == (True, False)
     assert run_step(draft, batch_of(Req(Wanted(("response",)), 5))) == []
     assert len(capture.opened) == 0
 
 
-@pytest.mark.parametrize(("asked", "words"), [("4", "the model has 4 layers"), ("x", "invalid literal"), ("", "")])
-def test_layers_that_cannot_be_read(capture: Capture, monkeypatch: pytest.MonkeyPatch, asked: str, words: str) -> None:
-    """They come from the environment of a server that was started by hand. It serves its last layer, and says why."""
-    monkeypatch.setenv(LAYERS_ENV, asked)
-    plugin.after_load_model(None, runner())
-    assert (capture.taps.layers, capture.taps.checked) == ((), True)
-    assert capture.taps.problem.startswith(f"{LAYERS_ENV}={asked}: ")
-    assert words in capture.taps.problem
+def decode_of(*reqs: Req) -> Any:
+    return SimpleNamespace(forward_mode=SimpleNamespace(name="DECODE"), reqs=list(reqs))
 
 
-@pytest.mark.parametrize(("asked", "layers"), [("-2,1,1", (1, 2)), ("-1", ()), ("3", (3,))])
-def test_layers_by_their_canonical_ids(
-    capture: Capture, monkeypatch: pytest.MonkeyPatch, asked: str, layers: tuple[int, ...]
+def test_a_decode_that_nobody_asked_anything_of_is_not_planned(
+    capture: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(LAYERS_ENV, asked)
+    planned: list[str] = []
+    monkeypatch.setattr(capture, "plan_step", lambda *args: planned.append("states"))
+    monkeypatch.setattr(plugin, "plan_logits", lambda *args: planned.append("logits"))
+    forward_batch = SimpleNamespace()
+    plugin.after_forward_batch(forward_batch, object, decode_of(Req(None, 5)), runner())
+    assert planned == []
+    assert vars(forward_batch) == {plugin._PLAN: None, plugin._STEP_LOGITS: None}
+    asked = Req(Wanted(("response",)), 5)
+    capture.open(asked)
+    plugin.after_forward_batch(forward_batch, object, decode_of(asked), runner())
+    plugin.after_forward_batch(forward_batch, object, batch_of(Req(None, 5)), runner())
+    assert planned == ["states", "logits"] * 2
+
+
+# --- decode graphs ----------------------------------------------------------------------------------------------------
+
+
+def graph_runner(model_runner: Any, width: int = 1) -> Any:
+    return SimpleNamespace(model_runner=model_runner, captured_req_width=width)
+
+
+def capture_graphs(model_runner: Any, *sizes: int) -> tuple[torch.Tensor, dict[int, FakeGraph]]:
+    """Capture decode graphs as SGLang does, and return what they read, and the graphs."""
+    inputs_ND, graphs = torch.zeros(max(sizes), 3), {size: FakeGraph() for size in sizes}
+
+    def capture_one_shape(given: Any, size: int, forward: Any, stream_idx: Any = None) -> str:
+        assert (forward, stream_idx) == ("forward", 7)
+        for run in (lambda f: f(), lambda f: f(), graphs[size].capture):
+            run(lambda: model_runner.model(inputs_ND[:size]))
+        return "captured"
+
+    for size in sizes:
+        given = plugin.around_capture(capture_one_shape, graph_runner(model_runner), size, "forward", stream_idx=7)
+        assert given == "captured"
+    return inputs_ND, graphs
+
+
+@pytest.fixture
+def on_device(monkeypatch: pytest.MonkeyPatch, settings: Callable[..., None]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    settings(graphs="cuda", decode_graph_rows=8)
+
+
+@pytest.mark.usefixtures("auxiliary", "on_device")
+def test_a_replayed_step_brings_the_layers_that_its_graph_wrote(
+    capture: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(LAYERS_ENV, "2,0,-1")
+    model_runner = runner()
+    plugin.after_load_model(None, model_runner)
+    inputs_ND, graphs = capture_graphs(model_runner, 8, 4)
+    run_step(model_runner, batch_of(Req(None, 5)))
+    assert (capture.taps.problem, capture.taps.layers) == ("", (0, 2))
+    asked = Req(Wanted(("response",), layers=(2, 0, -1)), 3)
+    run_step(model_runner, batch_of(Req(None, 2), asked))
+    forward_batch, batch = SimpleNamespace(), decode_of(Req(None, 2), asked, Req(None, 1))
+    batch.seq_lens_cpu = torch.tensor([3, 4, 2])
+    for start in (10.0, 20.0):
+        plugin.after_forward_batch(forward_batch, object, batch, model_runner)
+
+        def forward(runner: Any, given: Any, start: float = start) -> None:
+            inputs_ND[:3] = start + torch.arange(3.0)[:, None]
+            plugin.around_replay(lambda given, *args: graphs[4].replay(), graph_runner(runner), given, 1)
+
+        plugin.around_forward(forward, model_runner, forward_batch)
+        states = getattr(forward_batch, plugin._STATES)
+        assert {layer: state_ND[:, 0].tolist() for layer, state_ND in states.items()} == {
+            layer: [start + row + layer + 1 for row in range(3)] for layer in (0, 2)
+        }
+        gathered: list[Any] = []
+        setattr(forward_batch, plugin._PLAN, SimpleNamespace(gather=gathered.append))
+        output = SimpleNamespace(
+            hidden_states=inputs_ND[:3], hidden_states_token_indices=None, auxiliary_device_output=None
+        )
+        forward_batch.sampling_info = sampling_of(batch)
+        plugin.around_sample(lambda *args: "ids", model_runner, output, forward_batch)
+        assert set(gathered[0]) == {0, 2, -1}
+        assert -1 not in states, "what a graph wrote is read again in the next step"
+
+
+@pytest.mark.usefixtures("on_device")
+def test_a_prefill_that_takes_layers_has_no_graph(capture: Capture) -> None:
+    """It would run no hook, and its graph records nothing. Nor has one that is to check the layers."""
+    model_runner = runner()
+    plugin.after_load_model(None, model_runner)
+    can_run, draft = graph_runner(model_runner), graph_runner(runner(is_draft_worker=True))
+
+    def asked(given: Any = can_run) -> bool:
+        found: bool = plugin.around_can_prefill(lambda runner, batch: batch == "batch", given, "batch")
+        return found
+
+    plugin.after_forward_batch(SimpleNamespace(), object, batch_of(Req(None, 5)), model_runner)
+    assert (asked(), asked(draft)) == (False, True), "the layers are not checked"
+    capture.taps._finish_check()
+    for wanted, found in ((None, True), (Wanted(("response",)), True), (Wanted(("response",), layers=(1, -1)), False)):
+        plugin.after_forward_batch(SimpleNamespace(), object, batch_of(Req(wanted, 5)), model_runner)
+        assert (asked(), asked(draft)) == (found, True)
+
+
+@pytest.mark.usefixtures("on_device")
+def test_graphs_of_a_draft_model_record_nothing(capture: Capture) -> None:
     plugin.after_load_model(None, runner())
-    assert capture.taps.layers == layers
+    draft = runner(is_draft_worker=True)
+    assert plugin.around_capture(lambda *args: capture.taps.taking, graph_runner(draft), 4, "forward") is False
+    plugin.around_replay(lambda *args: None, graph_runner(draft))
+    assert not capture.taps._replayed
 
 
-def test_layers_that_run_in_parts_are_not_tapped(capture: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(LAYERS_ENV, "1,-1")
-    plugin.after_load_model(None, runner(enable_two_batch_overlap=True))
-    assert "two-batch-overlap" in capture.taps.problem
-    assert capture.taps.layers == ()
+@pytest.mark.usefixtures("on_device")
+def test_a_capture_that_fails_leaves_no_recording(capture: Capture) -> None:
+    """SGLang's error is the one to see."""
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    plugin.after_load_model(None, runner())
+    with pytest.raises(RuntimeError, match="out of memory"):
+        plugin.around_capture(fail, graph_runner(runner()), 4, "forward")
+    assert "the CUDA graph of 4 rows does not write layer 0" in capture.taps.problem
+    assert not capture.taps.taking

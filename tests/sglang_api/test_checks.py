@@ -93,7 +93,7 @@ GOOD_SPEC = HiddenSpec(ALL_SEGMENTS, layers=(0, -1, -2), spans=SPANS)
             request(HiddenSpec(layers=1)),
             {},
             CapabilityError,
-            r"row 1: layers=1: the server gives the states of layers \[-1, 0, 2\]; start it with "
+            r"row 1: layers=1: the server gives the states of layers \[-1, 0, 2\], and not of \[1\]; start it with "
             r"launch\(layers=\(0, 1, 2\)\), or `serve --layers`",
         ),
         (request(HiddenSpec(layers=(0, -3))), {}, CapabilityError, r"layers=\(0, -3\): .*launch\(layers=\(0, 1, 2\)\)"),
@@ -101,7 +101,7 @@ GOOD_SPEC = HiddenSpec(ALL_SEGMENTS, layers=(0, -1, -2), spans=SPANS)
             request(HiddenSpec(layers=(-1, 0))),
             {"layers": (-1,), "no_states_because": "Gemma 9 is another"},
             CapabilityError,
-            r"layers \[-1\] \(Gemma 9 is another\); start it",
+            r"layers \[-1\], and not of \[0\] \(Gemma 9 is another\); ask for others",
         ),
         (
             request(HiddenSpec(layers=0)),

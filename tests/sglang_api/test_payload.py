@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from helpers.sample_requests import (
 
 from torchrl_sglang_hidden import HiddenSpec
 from torchrl_sglang_hidden.protocol import CHANNEL, Options, pack_options, unpack_options
-from torchrl_sglang_hidden.records import Request
+from torchrl_sglang_hidden.records import READING, Request
 from torchrl_sglang_hidden.reduce.token_logits import WantedLogits
 from torchrl_sglang_hidden.reduce.wanted import Wanted
 from torchrl_sglang_hidden.sglang_api.checks import check_requests
@@ -48,7 +49,7 @@ def test_a_payload_for_the_server_half() -> None:
                 "stop": ["a"],
                 "custom_params": {CHANNEL: pack_options(Wanted(("prompt", "response", "full")), "text")},
             },
-            {"top_k": 2},
+            {"top_k": 2, "max_new_tokens": 57},
         ],
         "return_logprob": [True, False],
     }
@@ -206,3 +207,24 @@ def test_sglangs_own_processors() -> None:
     payload = to_payload([asks(processor="{...}"), asks()], make_info(), binary=False)
     assert payload["custom_logit_processor"] == ["{...}", None]
     assert "custom_logit_processor" not in to_payload([asks()], make_info(), binary=False)
+
+
+@pytest.mark.parametrize(
+    ("length", "sampling", "expected"),
+    [
+        (10, {"max_new_tokens": 48}, {"max_new_tokens": 48}),
+        (10, {"max_new_tokens": 54}, {"max_new_tokens": 48}),
+        (10, {}, {"max_new_tokens": 48}),
+        (10, {"max_new_tokens": 54, "min_new_tokens": 50}, {"max_new_tokens": 48, "min_new_tokens": 48}),
+        (57, {"max_new_tokens": 7}, {"max_new_tokens": 1}),
+        (58, {"max_new_tokens": 6}, {"max_new_tokens": 1}),
+        (58, {"max_new_tokens": 0}, {**READING}),
+    ],
+)
+def test_a_response_ends_where_prompt_and_response_can_be_scored(
+    length: int, sampling: dict[str, int], expected: dict[str, Any]
+) -> None:
+    info = make_info()
+    assert info.max_prompt_tokens == 58
+    payload = to_payload([Request((6,) * length, sampling=sampling)], info, binary=False)
+    assert payload["sampling_params"] == [expected]

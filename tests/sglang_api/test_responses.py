@@ -31,6 +31,7 @@ from helpers.sample_requests import (
 
 from torchrl_sglang_hidden import AlignmentError, HiddenSpec, ProtocolError, RequestAbortedError
 from torchrl_sglang_hidden.errors import (
+    EngineError,
     SGLangHiddenError,
     SpanError,
 )
@@ -214,8 +215,8 @@ BAD_ANSWERS: dict[str, tuple[Spoil, type[SGLangHiddenError], str]] = {
     ),
     "a log-prob of nothing": (
         lambda row: row["meta_info"]["output_token_logprobs"][0].__setitem__(0, None),
-        ProtocolError,
-        r"row 0",
+        EngineError,
+        r"row 0 .*: the log-prob of response token 0 \(id \d+\) is null, which is how JSON has NaN and -inf",
     ),
     "a log-prob without an id": (
         lambda row: row["meta_info"]["output_token_logprobs"].__setitem__(0, [-1.0]),
@@ -241,7 +242,7 @@ def count_of(place: int, count: Any) -> Callable[[dict[str, Any]], Any]:
 
 # The answer's places are the segments prompt, response, full, then the spans mask, tail.
 BAD_CHANNELS: dict[str, tuple[Callable[[dict[str, Any]], Any], type[SGLangHiddenError], str]] = {
-    "other protocol": (lambda a: a.update(protocol=3), ProtocolError, r"row 0 .*protocol 3 and this client 4; install"),
+    "other protocol": (lambda a: a.update(protocol=3), ProtocolError, r"row 0 .*protocol 3 and this client 5; install"),
     "no data": (lambda a: a.pop("data"), ProtocolError, r"row 0 .*cannot be read"),
     "cut base64": (lambda a: a.update(data=a["data"][:-3]), ProtocolError, r"cannot be read.*cut short"),
     "no places": (lambda a: a.update(places=None), ProtocolError, r"cannot be read"),

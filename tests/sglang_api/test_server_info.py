@@ -17,7 +17,7 @@ from torchrl_sglang_hidden.sglang_api.server_info import ModelSizes, read_info, 
 MODEL_INFO = {"model_path": "m", "tokenizer_path": "t", "weight_version": "default", "is_generation": True}
 STATUS = Status(
     vocab_size=96, hidden_size=8, num_layers=4, context_length=64, layers=(-1,), because="", normed=True, shared="",
-    open_pools=0, prefix_bytes=0, constraints=("action_mask",),
+    open_pools=0, prefix_bytes=0, constraints=("action_mask",), raw_log_probs=False,
 ).pack()  # fmt: skip
 
 
@@ -93,6 +93,7 @@ def test_a_server_says_why_it_gives_no_states() -> None:
     [
         ({"speculative_algorithm": "NGRAM"}, r"speculative decoding \(NGRAM\) gives rows of rejected tokens"),
         ({"pp_size": 2}, r"between pipeline stages \(pp_size=2\)"),
+        ({"enable_return_aux_hidden_states": True}, "--enable-return-aux-hidden-states packs other layers' states"),
     ],
 )
 def test_stock_states_that_cannot_be_trusted(changes: Any, words: str) -> None:
@@ -105,6 +106,16 @@ def test_stock_states_that_cannot_be_trusted(changes: Any, words: str) -> None:
 def test_stock_states_that_can(changes: Any) -> None:
     assert info_of(None, **changes).returns_hidden_states
     assert not info_of(None, **changes, enable_return_hidden_states=False).returns_hidden_states
+
+
+@pytest.mark.parametrize(
+    ("flag", "mode", "returns"),
+    [(True, None, True), (False, None, False), (False, "full", True), (True, "full", True), (True, "last", False)],
+)
+def test_the_mode_of_stock_states(flag: bool, mode: str | None, returns: bool) -> None:
+    """SGLang reads the mode first. With "last" a request may ask for one position's states alone."""
+    changes = {"enable_return_hidden_states": flag, "return_hidden_states_mode": mode}
+    assert info_of(None, **changes).returns_hidden_states is returns
 
 
 def test_states_before_the_norm_are_not_returned() -> None:
@@ -140,9 +151,15 @@ def test_an_engine_that_has_not_run_yet_is_warmed_up(statuses: list[Any], num_pr
         assert payload is None
     else:
         assert payload == {
-            "input_ids": [[0]] * num_prompts,
+            "input_ids": [[0, 1, 2, 3, 4, 5, 6, 7]] * num_prompts,
             "sampling_params": {"max_new_tokens": 1, "temperature": 0.0},
         }
+
+
+def test_a_warm_up_of_a_small_vocabulary() -> None:
+    payload = warm_up(server_info({**STATUS, "layers": None, "vocab_size": 3}))
+    assert payload is not None
+    assert payload["input_ids"] == [[0, 1, 2, 0, 1, 2, 0, 1]], "an id that the model lacks would end the server"
 
 
 def test_a_shorter_context_of_the_server_counts() -> None:
@@ -150,7 +167,7 @@ def test_a_shorter_context_of_the_server_counts() -> None:
     assert (info.context_length, info.max_prompt_tokens) == (40, 39)
 
 
-@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 5, "4"])
+@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 6, "5"])
 def test_another_protocol(protocol: Any) -> None:
     with pytest.raises(ProtocolError, match=rf"{re.escape(repr(protocol))}.*this client {PROTOCOL}; install the same"):
         read_info(MODEL_INFO, server_info({**STATUS, "protocol": protocol}), never)
@@ -183,3 +200,10 @@ def test_the_constraints_of_all_schedulers_are_those_that_all_have() -> None:
     assert info_of(None).constraints == info_of({**several, "layers": []}).constraints == ()
     assert info_of(STATUS).takes_processors is False
     assert info_of(STATUS, enable_custom_logit_processor=True).takes_processors
+
+
+def test_what_a_server_records_of_its_sampling() -> None:
+    info = info_of(STATUS, sampling_mask_max_tokens=4096, enable_return_routed_experts=True)
+    assert (info.max_sampling_mask, info.returns_routed_experts, info.raw_log_probs) == (4096, True, False)
+    info = info_of(STATUS, {**STATUS, "raw_log_probs": True})
+    assert (info.max_sampling_mask, info.returns_routed_experts, info.raw_log_probs) == (0, False, True)

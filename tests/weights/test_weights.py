@@ -19,7 +19,7 @@ import torch
 from helpers.fake_engine import Handler, RecordingEngine, RecordingServer
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3MoeConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3MoeConfig
 
 from torchrl_sglang_hidden import (
     CapabilityError,
@@ -33,7 +33,13 @@ from torchrl_sglang_hidden import (
     WeightsError,
 )
 from torchrl_sglang_hidden.protocol import CHANNEL
-from torchrl_sglang_hidden.protocol.served_weights import PUSHED_PREFIX, ServedWeights, served_weights
+from torchrl_sglang_hidden.protocol.served_weights import (
+    DRAIN,
+    PUSHED_PREFIX,
+    WAS_PAUSED,
+    ServedWeights,
+    served_weights,
+)
 from torchrl_sglang_hidden.server import plugin
 from torchrl_sglang_hidden.weights import disk
 from torchrl_sglang_hidden.weights.control import paused
@@ -61,7 +67,17 @@ def saved(model: PreTrainedModel, directory: Path, **options: Any) -> ServedWeig
 
 @pytest.mark.parametrize(
     ("current", "after"),
-    [("default", "1"), ("1", "2"), ("9", "10"), ("step-9", "step-10"), ("v1.9", "v1.10"), ("best", "best-1")],
+    [
+        ("default", "1"),
+        ("1", "2"),
+        ("9", "10"),
+        ("step-9", "step-10"),
+        ("v1.9", "v1.10"),
+        ("best", "best-1"),
+        # A mixture of weights has a name of its own; those that come after it are whole.
+        ("7-incomplete", "8"),
+        ("best-incomplete", "best-1"),
+    ],
 )
 def test_versions_count_on(current: str, after: str) -> None:
     assert next_version(current) == after
@@ -72,7 +88,9 @@ def test_versions_count_on(current: str, after: str) -> None:
     [
         ({"version": 3}, "version=3"),
         ({"version": " "}, "version=' '"),
-        ({"transport": "nccl"}, "transport='nccl': expected one of"),
+        ({"transport": "pigeon"}, "transport='pigeon': expected one of"),
+        ({"bucket_bytes": 0}, "bucket_bytes=0: expected at least 1"),
+        ({"bucket_bytes": 1e9}, "bucket_bytes=1000000000.0: expected a whole number"),
         ({"running": "abort"}, "running='abort': expected one of"),
     ],
 )
@@ -133,14 +151,6 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
 def test_what_are_no_weights(weights: Any) -> None:
     with pytest.raises(InputTypeError, match=r"expected a checkpoint directory|is no tensor under a name"):
         open_weights(weights)
-
-
-def test_adapters_must_be_merged() -> None:
-    model = tiny(tied=True)
-    model.merge_and_unload = lambda: model  # type: ignore[attr-defined]
-    for weights in (model, Wrapper(model)):
-        with pytest.raises(WeightsError, match="merge_and_unload"):
-            open_weights(weights)
 
 
 # --- whether they fit -----------------------------------------------------------------------------------------------
@@ -221,6 +231,17 @@ def test_a_checkpoint_is_whole_and_gone_afterwards() -> None:
     assert not path.exists()
 
 
+@pytest.mark.parametrize(("bucket_bytes", "files"), [(1, 3), (9, 2), (100, 1)])
+def test_a_large_checkpoint_is_written_in_buckets(bucket_bytes: int, files: int) -> None:
+    base = torch.arange(2.0)
+    tensors = {"a": base, "b": base, "c": torch.ones(2)}
+    with checkpoint(tensors, bucket_bytes) as path:
+        assert len(list(path.glob("*.safetensors"))) == files
+        found = dict(open_weights(path))
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], value) for name, value in tensors.items())
+
+
 def test_a_checkpoint_is_gone_after_an_error() -> None:
     with pytest.raises(KeyError), checkpoint(FITTING) as path:
         raise KeyError
@@ -265,7 +286,8 @@ def test_the_order_of_the_calls(running: Any, routes: list[str]) -> None:
     calls = Calls()
     load_from_disk(calls, Path("/w"), "7", running)
     assert calls.routes == routes
-    assert (LOAD, {"model_path": "/w", "weight_version": "7"}) in calls.seen
+    payload = {"model_path": "/w", "weight_version": "7", "load_format": "safetensors"}
+    assert (LOAD, payload) in calls.seen
     assert calls.seen[0] in [(LOAD, calls.seen[0][1]), (PAUSE, {"mode": "retract"})]
 
 
@@ -418,14 +440,108 @@ def test_the_server_goes_on_naming_its_own_model() -> None:
         assert (manager.model_path, manager.served_model_name) == expected
 
 
-def test_the_names_are_of_the_checkpoint_that_the_server_was_started_from(tmp_path: Path) -> None:
-    served = saved(tiny(tied=True), tmp_path)
-    manager = SimpleNamespace(server_args=SimpleNamespace(model_path=str(tmp_path)), model_path="an update's, now gone")
+def manager_of(model_dir: Path, **config: Any) -> SimpleNamespace:
+    """Return SGLang's tokenizer manager, as far as names of weights are concerned."""
+    settings = {"hf_config": AutoConfig.from_pretrained(model_dir), "quantization": None, **config}
+    started_with = SimpleNamespace(model_path=str(model_dir))
+    return SimpleNamespace(server_args=started_with, model_path="gone", model_config=SimpleNamespace(**settings))
 
+
+def listed(manager: SimpleNamespace) -> ServedWeights:
     async def own_answer() -> None: ...
 
     answer = plugin.after_get_weights(own_answer(), manager, SimpleNamespace(name=CHANNEL))
-    assert ServedWeights.unpack(asyncio.run(answer)) == served
+    return ServedWeights.unpack(json.loads(json.dumps(asyncio.run(answer))))
+
+
+def test_the_names_are_of_the_checkpoint_that_the_server_was_started_from(tmp_path: Path) -> None:
+    served = saved(tiny(tied=True), tmp_path)
+    assert listed(manager_of(tmp_path)) == served
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", [LlamaConfig, Qwen3MoeConfig])
+def test_without_a_checkpoint_the_names_are_those_of_the_model(kind: Any, tied: bool, tmp_path: Path) -> None:
+    more = {"moe_intermediate_size": 8, "num_experts": 2} if kind is Qwen3MoeConfig else {}
+    model = AutoModelForCausalLM.from_config(kind(**SIZES, **more, tie_word_embeddings=tied))
+    model.save_pretrained(tmp_path)
+    whole = served_weights(str(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    served = listed(manager_of(tmp_path))
+    head = {"lm_head.weight"} if tied else set()
+    assert served.tensors.keys() == whole.tensors.keys() | head
+    assert all(served.tensors[name][1] == shape for name, (_, shape) in whole.tensors.items())
+    assert check_weights(open_weights(model), served).keys() == whole.tensors.keys()
+
+
+def test_the_running_model_is_named_where_its_config_was_changed(tmp_path: Path) -> None:
+    tiny(tied=True).config.save_pretrained(tmp_path)
+    changed = AutoConfig.from_pretrained(tmp_path, num_hidden_layers=2)
+    changed.architectures = ["LlamaForCausalLM"]
+    names = listed(manager_of(tmp_path, hf_config=changed)).tensors
+    assert "model.layers.1.mlp.up_proj.weight" in names
+
+
+def test_a_model_that_transformers_does_not_know(tmp_path: Path) -> None:
+    config = tiny(tied=True).config
+    config.architectures = ["Unheard"]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"no \*.safetensors, and transformers knows no Unheard"):
+        listed(manager_of(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("of_server", "of_checkpoint", "named"),
+    [
+        ("fp8", None, "fp8"),
+        (None, {"quant_method": "gptq", "bits": 4}, "gptq"),
+        ("w8a8_int8", {"quant_method": "x"}, "w8a8_int8"),
+    ],
+)
+def test_weights_of_a_quantised_server_are_refused_by_name(
+    of_server: Any, of_checkpoint: Any, named: str, tmp_path: Path
+) -> None:
+    model = tiny(tied=True)
+    model.save_pretrained(tmp_path)
+    if of_checkpoint is not None:
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": of_checkpoint}))
+    served = listed(manager_of(tmp_path, quantization=of_server))
+    with pytest.raises(CapabilityError, match=rf"quantises its weights \({named}\).*start it without --quantization"):
+        check_weights(open_weights(model), served)
+
+
+def test_requests_are_held_back_until_those_under_way_have_ended() -> None:
+    """With SGLang's own lock, of which a request under way holds the reader's side."""
+    from sglang.srt.utils.aio_rwlock import RWLock
+
+    async def own_answer() -> None: ...
+
+    async def run(*, paused: bool) -> tuple[list[bool], bool]:
+        manager = SimpleNamespace(is_pause=paused, is_pause_cond=asyncio.Condition(), model_update_lock=RWLock())
+        async with manager.model_update_lock.reader_lock:
+            answer = plugin.after_get_weights(own_answer(), manager, SimpleNamespace(name=DRAIN))
+            waiting = asyncio.ensure_future(answer)
+            for _ in range(10):
+                await asyncio.sleep(0)
+            seen = [manager.is_pause, waiting.done()]
+        answered = await waiting
+        assert answered["success"]
+        return seen, answered[WAS_PAUSED]
+
+    assert asyncio.run(run(paused=False)) == ([True, False], False)
+    # What is under way in an engine that is paused already does not end.
+    assert asyncio.run(run(paused=True)) == ([True, True], True)
+
+
+def test_a_dummy_started_server_reads_adapters() -> None:
+    from sglang.srt.configs.load_config import LoadConfig
+
+    for started, reads in (("dummy", "auto"), ("safetensors", "safetensors")):
+        config = LoadConfig(load_format=started)
+        _, found = plugin.before_lora("manager", load_config=config, dtype=1)
+        assert (found["load_config"].load_format, found["dtype"]) == (reads, 1)
+        assert config.load_format == started, "the model's own configuration was changed"
 
 
 # --- TorchRL's interface --------------------------------------------------------------------------------------------

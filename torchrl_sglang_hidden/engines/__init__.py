@@ -10,11 +10,25 @@ from typing import Any
 
 from torchrl_sglang_hidden.engines.base import Engine
 from torchrl_sglang_hidden.engines.batching import BatchingEngine, check_batching
-from torchrl_sglang_hidden.engines.samples import generate_samples
+from torchrl_sglang_hidden.engines.resuming import join_completions, rest_of
+from torchrl_sglang_hidden.engines.row_errors import generate_rows, refused_rows
+from torchrl_sglang_hidden.engines.samples import generate_ahead, generate_samples
 from torchrl_sglang_hidden.errors import InputTypeError
 from torchrl_sglang_hidden.weights.validation import check_options
 
-__all__ = ["BatchingEngine", "Engine", "as_engine", "check_batching", "check_options", "generate_samples"]
+__all__ = [
+    "BatchingEngine",
+    "Engine",
+    "as_engine",
+    "check_batching",
+    "check_options",
+    "generate_ahead",
+    "generate_rows",
+    "generate_samples",
+    "join_completions",
+    "refused_rows",
+    "rest_of",
+]
 
 
 def as_engine(model: Any) -> Engine:

@@ -13,7 +13,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from torchrl_sglang_hidden.engines.sessions import Session
 from torchrl_sglang_hidden.engines.streams import AsyncStream, Stream
@@ -22,7 +22,8 @@ from torchrl_sglang_hidden.protocol import PLUGIN_ENV
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
 from torchrl_sglang_hidden.sglang_api.checks import check_requests
 from torchrl_sglang_hidden.sglang_api.server_info import ModelSizes
-from torchrl_sglang_hidden.weights.validation import Running, Transport, Weights
+from torchrl_sglang_hidden.weights.adapters import AdapterSource
+from torchrl_sglang_hidden.weights.validation import BUCKET_BYTES, Running, Transport, Weights
 
 FALLBACK_WARNING = (
     "the server has no torchrl_sglang_hidden server half: falling back to SGLang's own return_hidden_states, the same "
@@ -64,12 +65,26 @@ class Engine(ABC):
         Raises:
             InputError: a request that must not be sent; no request was sent.
             EngineError: the engine failed, refused or aborted a request, or went away.
+            SpanError, ConstraintError: of one response. Like an abort, it has the completions of all requests in its
+                ``completions``, unless `Request.return_errors` brings it back as `Completion.error`.
             AlignmentError: the ids, log-probs and states of an answer do not agree in number.
         """
 
     @abstractmethod
     async def agenerate(self, requests: Sequence[Request]) -> list[Completion]:
         """Generate as `generate` does, without blocking the event loop."""
+
+    def check_calls(self, count: int) -> None:
+        """Check that so many calls of `agenerate` can be under way at once, beside what is under way already.
+
+        Raises:
+            InputError: this process cannot open a connection for each.
+        """
+        return  # an engine without connections
+
+    async def close_event_loop(self) -> None:
+        """Release what `agenerate` holds for the running event loop, such as its connections."""
+        return
 
     @abstractmethod
     def stream(self, request: Request) -> Stream:
@@ -106,6 +121,7 @@ class Engine(ABC):
         version: str | None = None,
         transport: Transport = "auto",
         running: Running = "finish",
+        bucket_bytes: int = BUCKET_BYTES,
     ) -> str:
         """Give the engine new weights while it serves, and empty its prefix cache, so that no old state stays.
 
@@ -116,18 +132,27 @@ class Engine(ABC):
         Args:
             weights: a checkpoint directory with safetensors; a state dict with Hugging Face's checkpoint names; or a
                 Hugging Face model, or a wrapper with one as ``.model``, such as torchrl's ``TransformersWrapper``.
-                Always the whole model. A tied ``lm_head.weight`` may be included or left out.
+                Always the whole model. A tied ``lm_head.weight`` may be included or left out. Wrappers of
+                ``torch.compile`` and data parallelism are taken off. PEFT's adapters are merged into copies, layer by
+                layer, and your model stays as it is. DTensors of FSDP2 or tensor parallelism are gathered bucket by
+                bucket: call this in every process of the trainer, in which all take part and of which the first talks
+                to the engine; all return the version. FSDP1 and DeepSpeed ZeRO-3 are refused.
             version: the name of the weights; None counts on from the present version, "default" → "1" → "2".
             transport: ``"disk"`` writes a checkpoint to memory (tmpfs), has the engine read the files and deletes them
                 afterwards; a directory of yours is read as it is. ``"network"`` uses SGLang's own update group with
-                gloo, for which the server connects to this machine. ``"auto"`` takes disk where the server is on this
-                machine, else network.
+                gloo, for which the server connects to this machine; ``"nccl"`` the same between GPUs, of which the
+                trainer's must not be the server's (written, and not run for want of two GPUs). ``"auto"`` takes disk
+                where the server is on this machine, else network.
             running: what becomes of requests that are being answered. ``"finish"``: they end with the old weights, the
                 update waits for them, and every sample is of one version. ``"continue"``: the update comes at once, the
                 tokens and log-probs so far stay, and the rest is sampled with the new weights from a prefix that is
                 computed again; the sample says so in ``mixed_weights``. Pooled states follow the tokens: the row
                 of a response token is of the weights that sampled the token, a prompt row of the weights that first
                 read the prompt. If this process dies during such an update, the server stays paused until the next one.
+            bucket_bytes: most bytes of weights that wait in this process's main memory for their file or their turn,
+                one tensor more at most. Over the network the server takes one such bucket after another, and computes
+                nothing in between; if that breaks off, the error says so, and until the next update the version ends
+                in ``-incomplete``.
 
         Returns:
             The new version.
@@ -135,22 +160,51 @@ class Engine(ABC):
         Raises:
             WeightsError: the weights do not fit, or are not finite. The engine keeps its own.
             InputError: an option out of range, or a version that the engine already has.
-            CapabilityError: which weights the engine serves is unknown, or the transport cannot reach the engine.
+            CapabilityError: which weights the engine serves is unknown, they are quantised, or the transport cannot
+                reach the engine.
             EngineError: the engine failed or refused; with several servers the message names the failed ones.
         """
 
-    async def aupdate_weights(
-        self,
-        weights: Weights,
-        *,
-        version: str | None = None,
-        transport: Transport = "auto",
-        running: Running = "finish",
+    async def aupdate_weights(self, weights: Weights, **options: Any) -> str:
+        """Run `update_weights` in a thread, without blocking the event loop; it takes the same options."""
+        return await asyncio.to_thread(self.update_weights, weights, **options)
+
+    def load_adapter(
+        self, name: str, adapter: AdapterSource, *, which: str | None = None, version: str | None = None
     ) -> str:
-        """Run `update_weights` in a thread, without blocking the event loop."""
-        return await asyncio.to_thread(
-            self.update_weights, weights, version=version, transport=transport, running=running
-        )
+        """Give the engine a LoRA adapter for requests with ``lora_path=name``, in place of one of that name.
+
+        Requests under way end first, and those that come meanwhile wait for the new adapter; a server without the
+        server half refuses them while it has none. From then on every request carries the new version, with an adapter
+        or without. Names, shapes and values are compared with the served model first.
+
+        Args:
+            name: what requests name as ``lora_path``.
+            adapter: a model with PEFT's LoRA layers, wrapped or not; or a directory that PEFT wrote. Ranks and
+                strengths that differ by layer are made one, which is all that SGLang reads. It travels as a file in
+                memory (tmpfs) that is deleted then; a server on another machine needs a directory that both see.
+            which: the name of one of the model's adapters; None takes the active one.
+            version: as for `update_weights`.
+
+        Returns:
+            The new version.
+
+        Raises:
+            WeightsError: the adapter does not fit, is not finite, or is of a kind that SGLang does not serve (DoRA,
+                whole layers, embeddings, biases): merge it with `update_weights`. The engine keeps its adapters.
+            InputError: an option out of range.
+            CapabilityError: the engine was started without ``enable_lora`` or for smaller ranks, or sees no files.
+            EngineError: the engine failed or refused; or it is paused and has an adapter of that name.
+        """
+        raise CapabilityError(f"{type(self).__name__} loads no adapters; use SGLangServer, launch or SGLangOffline")
+
+    def unload_adapter(self, name: str) -> None:
+        """Unload an adapter, when the requests that use it have ended. Later ones that name it are refused.
+
+        Raises:
+            EngineError: the engine has no adapter of that name, or failed.
+        """
+        raise CapabilityError(f"{type(self).__name__} loads no adapters; use SGLangServer, launch or SGLangOffline")
 
     @abstractmethod
     def close(self) -> None:

@@ -8,14 +8,17 @@ Knows nothing of how the wrapped engine sends.
 from __future__ import annotations
 
 import copy
-import re
 import threading
 import time
 from collections.abc import Coroutine, Sequence
+from dataclasses import replace
+from functools import partial
+from operator import add
 from typing import Any, TypeVar
 
 from torchrl_sglang_hidden.engines.base import Engine
 from torchrl_sglang_hidden.engines.callers import Batch, Caller, TaskCaller, ThreadCaller
+from torchrl_sglang_hidden.engines.row_errors import numbered, renumber
 from torchrl_sglang_hidden.engines.sessions import Session
 from torchrl_sglang_hidden.engines.streams import AsyncStream, Stream
 from torchrl_sglang_hidden.errors import (
@@ -30,7 +33,9 @@ from torchrl_sglang_hidden.errors import (
     SGLangHiddenError,
 )
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
-from torchrl_sglang_hidden.weights.validation import Running, Transport, Weights
+from torchrl_sglang_hidden.sglang_api.responses import raise_errors
+from torchrl_sglang_hidden.weights.adapters import AdapterSource
+from torchrl_sglang_hidden.weights.validation import Weights
 
 __all__ = ["BatchingEngine", "check_batching"]
 
@@ -62,8 +67,8 @@ def check_batching(min_batch_size: object, max_batch_size: object, timeout_s: ob
             raise InputError(f"{name}={size}: expected an integer of at least 1")
     if type(max_batch_size) is int and type(min_batch_size) is int and min_batch_size > max_batch_size:
         raise InputError(
-            f"min_batch_size={min_batch_size} is over max_batch_size={max_batch_size}, so that no batch could be sent; "
-            "lower the one or raise the other"
+            f"min_batch_size ({min_batch_size}) must be <= max_batch_size ({max_batch_size}), or no batch could be "
+            "sent; lower the one or raise the other"
         )
     if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)):
         raise InputTypeError(
@@ -133,27 +138,29 @@ class BatchingEngine(Engine):
         """See `Engine.info`: of the wrapped engine."""
         return self.engine.info
 
-    def update_weights(
-        self,
-        weights: Weights,
-        *,
-        version: str | None = None,
-        transport: Transport = "auto",
-        running: Running = "finish",
-    ) -> str:
+    def update_weights(self, weights: Weights, **options: Any) -> str:
         """See `Engine.update_weights`. Requests that wait in the queue are answered with the new weights."""
-        return self.engine.update_weights(weights, version=version, transport=transport, running=running)
+        return self.engine.update_weights(weights, **options)
 
-    async def aupdate_weights(
-        self,
-        weights: Weights,
-        *,
-        version: str | None = None,
-        transport: Transport = "auto",
-        running: Running = "finish",
-    ) -> str:
+    async def aupdate_weights(self, weights: Weights, **options: Any) -> str:
         """See `Engine.aupdate_weights`."""
-        return await self.engine.aupdate_weights(weights, version=version, transport=transport, running=running)
+        return await self.engine.aupdate_weights(weights, **options)
+
+    def check_calls(self, count: int) -> None:
+        """See `Engine.check_calls`."""
+        self.engine.check_calls(count)
+
+    async def close_event_loop(self) -> None:
+        """See `Engine.close_event_loop`."""
+        await self.engine.close_event_loop()
+
+    def load_adapter(self, name: str, adapter: AdapterSource, **options: Any) -> str:
+        """See `Engine.load_adapter`. Requests that wait in the queue are answered with the new adapter."""
+        return self.engine.load_adapter(name, adapter, **options)
+
+    def unload_adapter(self, name: str) -> None:
+        """See `Engine.unload_adapter`."""
+        self.engine.unload_adapter(name)
 
     def stream(self, request: Request) -> Stream:
         """See `Engine.stream`. The request is sent at once, outside the queue."""
@@ -200,6 +207,7 @@ class BatchingEngine(Engine):
             raise copy.copy(batch.error) from batch.error
         if caller.completions is None:
             return await self._send(caller, caller.requests)
+        raise_errors(caller.requests, caller.completions)
         return caller.completions
 
     def _join(self, caller: Caller) -> None:
@@ -238,6 +246,9 @@ class BatchingEngine(Engine):
         A failure whose reason may lie in one row leaves the callers without completions: each then sends its own rows.
         """
         requests = [request for member in batch.callers for request in member.requests]
+        if len(batch.callers) > 1:
+            # An error of one row must not cost the others theirs. Its caller raises it.
+            requests = [replace(request, return_errors=True) for request in requests]
         try:
             completions = await self._send(caller, requests)
         except ENGINE_WIDE_ERRORS as error:
@@ -247,9 +258,11 @@ class BatchingEngine(Engine):
             if len(batch.callers) == 1:
                 raise
             return
+        start = 0
         for member in batch.callers:
-            size = len(member.requests)
-            member.completions, completions = completions[:size], completions[size:]
+            stop = start + len(member.requests)
+            member.completions = [numbered(one, partial(add, -start)) for one in completions[start:stop]]
+            start = stop
 
     async def _send(self, caller: Caller, requests: Sequence[Request]) -> list[Completion]:
         size = self.max_batch_size or len(requests)
@@ -259,15 +272,19 @@ class BatchingEngine(Engine):
             try:
                 found = await caller.send(self.engine, part)
             except SGLangHiddenError as error:
+                if error.completions:
+                    unsent = len(requests) - start - len(part)
+                    tried = [one and numbered(one, partial(add, start)) for one in error.completions]
+                    error.completions = (*completions, *tried, *[None] * unsent)
                 if start == 0:
                     raise
-                raise _counted_from(start, error) from error
+                raise renumber(error, partial(add, start)) from error
             if len(found) != len(part):
                 raise ProtocolError(
                     f"sent {len(part)} requests and got {len(found)} completions; this is a fault of the engine, "
                     "please report it"
                 )
-            completions += found
+            completions += [numbered(one, partial(add, start)) for one in found]
         return completions
 
     def _leave(self, caller: Caller) -> None:
@@ -377,10 +394,3 @@ def _run_blocking(coroutine: Coroutine[Any, Any, T]) -> T:
 
 def _count_rows(callers: Sequence[Caller]) -> int:
     return sum(len(caller.requests) for caller in callers)
-
-
-def _counted_from(start: int, error: SGLangHiddenError) -> SGLangHiddenError:
-    """Return a copy of an error, with ``start`` added to the row number that its message names."""
-    moved = copy.copy(error)
-    moved.args = (re.sub(r"^row (\d+)", lambda found: f"row {int(found[1]) + start}", str(error)),)
-    return moved

@@ -1,4 +1,4 @@
-"""One SGLang server over HTTP: connections, routes, timeouts; statuses and foreign errors become this package's.
+"""One SGLang server over HTTP: connections, routes, timeouts, and the requests that nobody waits for any more.
 
 `SGLangServer` has one `Endpoint` per server, and spreads rows, streams, sessions and weights over them. Knows no other
 server.
@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
+import os
+import resource
 import threading
-from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import uuid
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 import httpx
 
 from torchrl_sglang_hidden.engines.base import ask_model
+from torchrl_sglang_hidden.engines.http_answers import read_event, read_json, reason_of, translated
 from torchrl_sglang_hidden.engines.sessions import SessionHost
 from torchrl_sglang_hidden.errors import (
-    AuthenticationError,
     CapabilityError,
     EngineError,
-    EngineTimeoutError,
-    EngineUnreachableError,
     InputError,
     InputTypeError,
     ProtocolError,
@@ -34,20 +34,20 @@ from torchrl_sglang_hidden.protocol import CHANNEL
 from torchrl_sglang_hidden.protocol.served_weights import ServedWeights, is_readable, served_weights
 from torchrl_sglang_hidden.records import Completion, Request
 from torchrl_sglang_hidden.sglang_api.payload import to_payload
-from torchrl_sglang_hidden.sglang_api.responses import read_responses
+from torchrl_sglang_hidden.sglang_api.responses import read_rows
 from torchrl_sglang_hidden.sglang_api.server_info import read_info, warm_up
+from torchrl_sglang_hidden.weights.adapters import Adapter, load
 from torchrl_sglang_hidden.weights.network import NetworkPath
 from torchrl_sglang_hidden.weights.transports import ChosenTransport, Receiver, WeightUpdate, choose_transport, send
 from torchrl_sglang_hidden.weights.validation import Transport, Weights
 
-__all__ = ["Endpoint"]
+__all__ = ["Endpoint", "check_open_files", "new_request_ids"]
 
 # uvicorn closes an idle connection after 5 s; a connection reused in that instant would fail.
 KEEPALIVE_S = 2.0
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
-_EVENT = "data: "
-_LAST_EVENT = "data: [DONE]"
+# Longest wait for the answer to one abort: a server that hangs must not hold up whoever gave up on it.
+ABORT_TIMEOUT_S = 3.0
 
 
 class Endpoint:
@@ -81,17 +81,21 @@ class Endpoint:
             # Reading the certificates takes longer than connecting, and nothing on this way has one.
             "verify": parts.scheme == "https" or parts.hostname not in LOOPBACK,
         }
+        # Whoever started the server sets this: it knows how the process ended, and this client does not.
+        self.how_it_ended: Callable[[], str] = str
         self._client = httpx.Client(**self._options)
         # An async connection belongs to the event loop it was opened in.
         self._async_clients: dict[asyncio.AbstractEventLoop, httpx.AsyncClient] = {}
+        # An event loop holds its tasks weakly.
+        self._aborting: set[asyncio.Task[None]] = set()
         self._lock = threading.Lock()
         with ExitStack() as stack:
             stack.callback(self._client.close)
             server_info = self._get("/server_info")
             payload = warm_up(server_info)
             if payload is not None:
-                with _translated(self.url):
-                    _read_json(self._client.post("/generate", json=payload), self.url)
+                with self._translated():
+                    read_json(self._client.post("/generate", json=payload), self.url)
                 server_info = self._get("/server_info")
             self.info = read_info(self._get("/model_info"), server_info, ask_model)
             stack.pop_all()
@@ -99,57 +103,104 @@ class Endpoint:
         ranks = server_info.get("dp_size") or 1
         self.session_host = SessionHost(lambda: self.info, self.call, self.ask, binary=False, num_ranks=ranks)
 
+    def _translated(self) -> AbstractContextManager[None]:
+        return translated(self.url, self.how_it_ended)
+
     def _get(self, path: str) -> dict[str, Any]:
-        with _translated(self.url):
+        with self._translated():
             response = self._client.get(path)
-        body = _read_json(response, self.url)
+        body = read_json(response, self.url)
         if not isinstance(body, dict):
             raise ProtocolError(f"{self.url}{path} answered {str(body)[:80]!r}; is that an SGLang server?")
         return body
 
-    def generate(self, requests: Sequence[Request], first_row: int) -> list[Completion]:
-        """Generate one completion per request; errors count rows from ``first_row``."""
-        rows = self.ask(to_payload(requests, self.info, binary=False))
-        return read_responses(requests, rows, self.info, first_row=first_row)
+    def generate(self, requests: Sequence[Request], rids: Sequence[str], rows: Sequence[int]) -> list[Completion]:
+        """Generate one completion per request.
+
+        Args:
+            requests: any number of requests, sent as one batch.
+            rids: the name of each request on the server, see `new_request_ids`.
+            rows: where each request stands in the caller's batch, for the errors.
+
+        Returns:
+            One `Completion` per request; what went wrong with one of them alone is in its ``error``.
+        """
+        answer = self.ask({**to_payload(requests, self.info, binary=False), "rid": list(rids)})
+        return read_rows(requests, answer, self.info, numbers=rows)
 
     def ask(self, payload: dict[str, Any]) -> Any:
-        """Post a payload to SGLang's ``/generate``, and return the JSON of the answer."""
-        with _translated(self.url):
-            response = self._client.post("/generate", json=payload)
-        return _read_json(response, self.url)
+        """Post a payload to SGLang's ``/generate``, and return the JSON of the answer.
 
-    async def agenerate(self, requests: Sequence[Request], first_row: int) -> list[Completion]:
-        """Generate as `generate` does, without blocking the event loop."""
-        payload = to_payload(requests, self.info, binary=False)
-        with _translated(self.url):
-            response = await self._async_client().post("/generate", json=payload)
-        return read_responses(requests, _read_json(response, self.url), self.info, first_row=first_row)
+        Whatever ends the wait for the answer, a timeout or Ctrl-C, aborts the payload's requests on the server.
+        """
+        try:
+            with self._translated():
+                response = self._client.post("/generate", json=payload)
+        except BaseException:
+            self.abort(payload["rid"])
+            raise
+        return read_json(response, self.url)
+
+    async def agenerate(
+        self, requests: Sequence[Request], rids: Sequence[str], rows: Sequence[int]
+    ) -> list[Completion]:
+        """Generate as `generate` does, without blocking the event loop. A cancelled task aborts its requests."""
+        payload = {**to_payload(requests, self.info, binary=False), "rid": list(rids)}
+        client = self._async_client()
+        try:
+            with self._translated():
+                response = await client.post("/generate", json=payload)
+        except GeneratorExit:  # the event loop ends, and nothing can be awaited
+            raise
+        except BaseException:
+            # A task of its own, so that a second cancellation of the caller does not end it; see `wait_for_aborts`.
+            task = asyncio.ensure_future(_abort(client, rids))
+            self._aborting.add(task)
+            task.add_done_callback(self._aborting.discard)
+            raise
+        return read_rows(requests, read_json(response, self.url), self.info, numbers=rows)
+
+    async def wait_for_aborts(self) -> None:
+        """Wait until what was given up in this event loop is aborted on the server, or was not in time."""
+        loop = asyncio.get_running_loop()
+        tasks = [task for task in self._aborting if task.get_loop() is loop]
+        if tasks:
+            await asyncio.wait(tasks, timeout=ABORT_TIMEOUT_S)
+
+    def abort(self, rids: Sequence[str]) -> None:
+        """Abort requests on the server, as far as it can be reached; those that have ended are ignored.
+
+        SGLang sees by itself, after some seconds, that the connection of a request is gone.
+        """
+        with suppress(httpx.HTTPError, RuntimeError):  # the server is gone, or the client was closed
+            for rid in rids:
+                self._client.post("/abort_request", json={"rid": rid}, timeout=ABORT_TIMEOUT_S)
 
     def stream(self, payload: dict[str, Any]) -> Generator[Any, None, None]:
         """Yield None once the request is on its way, then each of SGLang's answers, for `Stream`.
 
         Closing the generator closes the connection, whereupon SGLang drops the request.
         """
-        with _translated(self.url), self._client.stream("POST", "/generate", json=payload) as response:
+        with self._translated(), self._client.stream("POST", "/generate", json=payload) as response:
             if response.is_error:
                 response.read()
-                _read_json(response, self.url)
+                read_json(response, self.url)
             yield None
             for line in response.iter_lines():
-                event = _read_event(line, self.url)
+                event = read_event(line, self.url)
                 if event is not None:
                     yield event
 
     async def astream(self, payload: dict[str, Any]) -> AsyncGenerator[Any, None]:
         """Yield what `stream` yields, without blocking the event loop."""
-        with _translated(self.url):
+        with self._translated():
             async with self._async_client().stream("POST", "/generate", json=payload) as response:
                 if response.is_error:
                     await response.aread()
-                    _read_json(response, self.url)
+                    read_json(response, self.url)
                 yield None
                 async for line in response.aiter_lines():
-                    event = _read_event(line, self.url)
+                    event = read_event(line, self.url)
                     if event is not None:
                         yield event
 
@@ -159,10 +210,10 @@ class Endpoint:
         Returns:
             ``success`` and ``message``, whether the route answers in JSON or in words.
         """
-        with _translated(self.url):
+        with self._translated():
             response = self._client.post(f"/{route}", json=payload)
         if response.status_code not in (200, 400):
-            return dict(_read_json(response, self.url))
+            return dict(read_json(response, self.url))
         try:
             body = response.json()
         except ValueError:
@@ -171,7 +222,7 @@ class Endpoint:
             return {"success": response.status_code == 200, "message": body}
         if not isinstance(body, dict) or (response.status_code == 400 and "success" not in body):
             raise RequestRejectedError(
-                f"{self.url}/{route} answered {response.status_code}: {_reason(response)}; look at the server's log"
+                f"{self.url}/{route} answered {response.status_code}: {reason_of(response)}; look at the server's log"
             )
         return body
 
@@ -200,13 +251,15 @@ class Endpoint:
                     "torchrl_sglang_hidden here and there"
                 ) from error
         try:
-            return served_weights(self.info.model_path)
+            found = served_weights(self.info.model_path)
         except (OSError, ValueError) as error:
             raise CapabilityError(
                 f"the names and shapes of the weights that {self.url} serves are not known: {self.info.model_path!r} "
                 f"cannot be read from here ({error}), and wrong ones end an SGLang server; start the server with "
                 "`torchrl-sglang-hidden serve`"
             ) from error
+        server_info = self._get("/server_info")
+        return dataclasses.replace(found, quantization=str(server_info.get("quantization") or found.quantization))
 
     def choose_transport(self, transport: Transport, weights: Weights) -> ChosenTransport:
         """Resolve ``"auto"``, and refuse a transport that cannot serve this server."""
@@ -216,6 +269,20 @@ class Endpoint:
         """Send checked weights to the server, and note their version."""
         send(transport, update, self._receiver())
         self.info = dataclasses.replace(self.info, weight_version=update.version)
+
+    def load_adapter(self, name: str, adapter: Adapter, version: str) -> None:
+        """Load a checked adapter into the server, and note the version; see `Engine.load_adapter`."""
+        loaded = {model["id"] for model in self._get("/v1/models")["data"]}
+        server_info = self._get("/server_info")
+        load(
+            self._receiver(),
+            name,
+            adapter,
+            version,
+            server_info=server_info,
+            replace=name in loaded,
+        )
+        self.info = dataclasses.replace(self.info, weight_version=version)
 
     def _receiver(self) -> Receiver:
         return Receiver(
@@ -243,11 +310,46 @@ class Endpoint:
                 self._async_clients = {**alive, loop: httpx.AsyncClient(**self._options)}
             return self._async_clients[loop]
 
+    async def close_event_loop(self) -> None:
+        """Close the connections of the running event loop."""
+        with self._lock:
+            client = self._async_clients.pop(asyncio.get_running_loop(), None)
+        if client is not None:
+            await client.aclose()
+
     def close(self) -> None:
         """Close the connections."""
         self._client.close()
         # An AsyncClient can only be closed in its own loop, which is not ours to run; the sockets end with the client.
         self._async_clients.clear()
+
+
+def new_request_ids(count: int) -> list[str]:
+    """Return names for the requests of one batch. None is the beginning of another: SGLang aborts by beginnings."""
+    batch = uuid.uuid4().hex
+    return [f"{batch}-{index:08d}" for index in range(count)]
+
+
+def check_open_files(count: int) -> None:
+    """Check that this process can open so many connections more.
+
+    Raises:
+        InputError: its limit of open files is too low.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = limit - len(os.listdir("/dev/fd"))
+    if limit != resource.RLIM_INFINITY and count > free:
+        raise InputError(
+            f"{count} requests side by side, each on a connection of its own: this process can open {max(free, 0)} "
+            f"files more (its limit is {limit}); raise the limit (ulimit -n), or send fewer prompts or samples at once"
+        )
+
+
+async def _abort(client: httpx.AsyncClient, rids: Sequence[str]) -> None:
+    """Abort requests as `Endpoint.abort` does, without blocking the event loop."""
+    with suppress(httpx.HTTPError, RuntimeError):
+        for rid in rids:
+            await client.post("/abort_request", json={"rid": rid}, timeout=ABORT_TIMEOUT_S)
 
 
 def _check_api_key(api_key: object) -> None:
@@ -272,83 +374,3 @@ def _split(url: object) -> SplitResult:
     if not valid:
         raise InputError(f"url={url!r}: expected http://host:port, such as 'http://127.0.0.1:30000'")
     return parts
-
-
-# --- SGLang's answers, and what can go wrong with a call --------------------------------------------------------------
-
-
-@contextmanager
-def _translated(url: str) -> Iterator[None]:
-    """Turn httpx's exceptions into this package's: nothing else in the package does."""
-    try:
-        yield
-    except httpx.ConnectError as error:
-        raise EngineUnreachableError(f"nothing answers at {url} ({error}); is the server running?") from error
-    except httpx.ConnectTimeout as error:
-        raise EngineUnreachableError(f"{url} did not accept a connection in time; is the address right?") from error
-    except httpx.TimeoutException as error:
-        raise EngineTimeoutError(f"{url} did not answer in time; raise read_timeout_s, or ask for less") from error
-    except httpx.TransportError as error:
-        raise EngineUnreachableError(f"{url} went away while answering ({error}); look at the server's log") from error
-    except httpx.HTTPError as error:
-        raise ProtocolError(f"{url} answered what cannot be read ({error}); is that an SGLang server?") from error
-    except RuntimeError as error:
-        if "client has been closed" not in str(error):
-            raise
-        raise EngineError(f"the connection to {url} was closed by close(); connect again") from error
-
-
-def _read_json(response: httpx.Response, url: str) -> Any:
-    """Return the JSON of an answer.
-
-    Raises:
-        AuthenticationError: status 401 or 403.
-        RequestRejectedError: another 4xx status.
-        EngineError: a 5xx status.
-        ProtocolError: no JSON.
-    """
-    if response.status_code in (401, 403):
-        raise AuthenticationError(f"{url} refused the API key (status {response.status_code}); pass the right api_key")
-    if response.status_code >= 400:
-        kind = RequestRejectedError if response.status_code < 500 else EngineError
-        raise kind(f"{url} answered {response.status_code}: {_reason(response)}; look at the server's log")
-    try:
-        return response.json()
-    except ValueError as error:
-        raise ProtocolError(f"{url} answered no JSON: {response.text[:80]!r}; is that an SGLang server?") from error
-
-
-def _read_event(line: str, url: str) -> Any:
-    """Read one line of a streamed answer.
-
-    Returns:
-        The event's JSON; None for an empty line and for the end mark.
-
-    Raises:
-        RequestRejectedError: the event is a refusal. The status of the stream was sent before, as 200.
-        EngineError: the event is a failure of the server.
-        ProtocolError: the line is no event.
-    """
-    if not line or line == _LAST_EVENT:
-        return None
-    try:
-        if not line.startswith(_EVENT):
-            raise ValueError("no event")
-        event = json.loads(line.removeprefix(_EVENT))
-    except ValueError as error:
-        raise ProtocolError(f"{url} streamed {line[:80]!r} ({error}); is that an SGLang server?") from error
-    if isinstance(event, dict) and isinstance(event.get("error"), dict):
-        refused, code = event["error"], event["error"].get("code")
-        kind = EngineError if isinstance(code, int) and code >= 500 else RequestRejectedError
-        raise kind(f"{url} answered {code}: {str(refused.get('message', refused))[:300]}; look at the server's log")
-    return event
-
-
-def _reason(response: httpx.Response) -> str:
-    """Return the server's own words about an error."""
-    try:
-        body = response.json()
-    except ValueError:
-        return response.text[:300]
-    error = body.get("error", body) if isinstance(body, dict) else body
-    return str(error.get("message", error) if isinstance(error, dict) else error)[:300]

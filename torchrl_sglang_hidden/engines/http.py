@@ -9,14 +9,17 @@ import asyncio
 import itertools
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torchrl_sglang_hidden.engines.base import Engine
-from torchrl_sglang_hidden.engines.endpoint import Endpoint
+from torchrl_sglang_hidden.engines.endpoint import ABORT_TIMEOUT_S, Endpoint, check_open_files, new_request_ids
 from torchrl_sglang_hidden.engines.sessions import Session
+from torchrl_sglang_hidden.engines.sharing import LoadSharing
 from torchrl_sglang_hidden.engines.streams import AsyncStream, Stream, check_stream
 from torchrl_sglang_hidden.errors import (
     EngineError,
@@ -26,9 +29,20 @@ from torchrl_sglang_hidden.errors import (
 )
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
 from torchrl_sglang_hidden.sglang_api.payload import to_payload
+from torchrl_sglang_hidden.sglang_api.responses import raise_errors
+from torchrl_sglang_hidden.weights.adapters import (
+    AdapterSource,
+    check_adapter,
+    check_adapter_options,
+    open_adapter,
+    unload,
+)
+from torchrl_sglang_hidden.weights.sharding import update_together
 from torchrl_sglang_hidden.weights.transports import open_update
 from torchrl_sglang_hidden.weights.validation import (
+    BUCKET_BYTES,
     Running,
+    ShardedWeights,
     Transport,
     Weights,
     check_options,
@@ -41,6 +55,8 @@ __all__ = ["SGLangServer", "connect"]
 
 CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 600.0
+# Longest wait in which a Ctrl-C may go unseen.
+INTERRUPT_S = 1.0
 # One update at a time for each server, however many clients this process has of it.
 _UPDATING: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
@@ -54,11 +70,12 @@ class SGLangServer(Engine):
     is loaded.
 
     Args:
-        url: ``"http://host:port"``, or a sequence of them. Several servers must serve the same model; each gets an
-            equal contiguous share of the rows.
+        url: ``"http://host:port"``, or a sequence of them. Several servers must serve the same model, and share the
+            rows of each batch by load: by the tokens of prompts, and those to sample, that this client has under way
+            on each. Rows of one prompt stay together where that is even enough.
         api_key: sent as a bearer token.
         connect_timeout_s: seconds to reach a server.
-        read_timeout_s: seconds to wait for the answer to a batch.
+        read_timeout_s: seconds to wait for the answer to a batch; its requests are then aborted on the server.
 
     Raises:
         InputError: ``url`` is no HTTP URL.
@@ -87,6 +104,7 @@ class SGLangServer(Engine):
                 stack.callback(self._endpoints[-1].close)
             stack.pop_all()
         self._turns = itertools.count()
+        self._sharing = LoadSharing(len(self._endpoints))
         models = {(e.info.model_path, e.info.vocab_size, e.info.hidden_size) for e in self._endpoints}
         if len(models) > 1:
             self.close()
@@ -110,34 +128,43 @@ class SGLangServer(Engine):
         return self._endpoints[0].info
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """See `Engine.generate`. Each server gets an equal contiguous share of the requests."""
-        shares = self._share(requests)
-        if len(shares) == 1:
-            endpoint, share, first_row = shares[0]
-            return endpoint.generate(share, first_row)
-        pool = ThreadPoolExecutor(len(shares), thread_name_prefix="sglang-server")
-        calls = [pool.submit(endpoint.generate, share, first_row) for endpoint, share, first_row in shares]
-        # A failed server is reported at once, not when the slowest of the others is done.
-        wait(calls, return_when=FIRST_EXCEPTION)
-        pool.shutdown(wait=False)
-        for call in calls:
-            if call.done() and (error := call.exception()) is not None:
-                raise error
-        return [completion for call in calls for completion in call.result()]
+        """See `Engine.generate`. Several servers share the requests by load.
+
+        A timeout or Ctrl-C aborts the requests on all of them, and so does the failure of one.
+        """
+        with self._share(requests) as shares:
+            if len(shares) == 1:
+                parts = [shares[0].endpoint.generate(shares[0].requests, shares[0].rids, shares[0].rows)]
+            else:
+                parts = _generate_in_threads(shares)
+        return _in_order(requests, shares, parts)
 
     async def agenerate(self, requests: Sequence[Request]) -> list[Completion]:
-        """See `Engine.agenerate`."""
-        calls = [
-            asyncio.ensure_future(endpoint.agenerate(share, first_row))
-            for endpoint, share, first_row in self._share(requests)
-        ]
-        try:
-            parts = await asyncio.gather(*calls)
-        finally:
-            # After one failure the other answers are of no use. Cancelling a task that is done does nothing.
-            for call in calls:
-                call.cancel()
-        return [completion for part in parts for completion in part]
+        """See `Engine.agenerate`. A cancelled task aborts its requests on the servers."""
+        with self._share(requests) as shares:
+            calls = [
+                asyncio.ensure_future(share.endpoint.agenerate(share.requests, share.rids, share.rows))
+                for share in shares
+            ]
+            try:
+                parts = await asyncio.gather(*calls)
+            finally:
+                # After one failure the other answers are of no use. Cancelling a task that is done does nothing.
+                for call in calls:
+                    call.cancel()
+                # They abort their requests, for which the event loop must go on.
+                await asyncio.wait(calls, timeout=ABORT_TIMEOUT_S)
+                await asyncio.gather(*(share.endpoint.wait_for_aborts() for share in shares))
+        return _in_order(requests, shares, parts)
+
+    def check_calls(self, count: int) -> None:
+        """See `Engine.check_calls`."""
+        check_open_files(count)
+
+    async def close_event_loop(self) -> None:
+        """See `Engine.close_event_loop`."""
+        for endpoint in self._endpoints:
+            await endpoint.close_event_loop()
 
     def stream(self, request: Request) -> Stream:
         """See `Engine.stream`."""
@@ -170,28 +197,72 @@ class SGLangServer(Engine):
         version: str | None = None,
         transport: Transport = "auto",
         running: Running = "finish",
+        bucket_bytes: int = BUCKET_BYTES,
     ) -> str:
         """See `Engine.update_weights`. All servers get the weights, at the same time."""
-        check_options(version, transport, running)
+        check_options(version, transport, running, bucket_bytes)
+        opened = open_weights(weights)
+        if isinstance(opened, ShardedWeights):
+            update = partial(
+                self.update_weights, version=version, transport=transport, running=running, bucket_bytes=bucket_bytes
+            )
+            return update_together(opened, update, bucket_bytes=bucket_bytes)
         with ExitStack() as stack:
             for url in sorted(set(self.urls)):
                 stack.enter_context(_UPDATING[url])
-            tensors = check_weights(open_weights(weights), self._endpoints[0].served_weights())
-            before = [endpoint.weight_version() for endpoint in self._endpoints]
-            version = new_version(before) if version is None else version
-            if set(before) == {version}:
-                raise InputError(
-                    f"version={version!r} is that of the weights already served, so that no sample could tell the two "
-                    "apart; pass another, or None"
-                )
+            tensors = check_weights(opened, self._endpoints[0].served_weights())
+            version = self._new_version(version)
             chosen = [endpoint.choose_transport(transport, weights) for endpoint in self._endpoints]
-            update = stack.enter_context(open_update(chosen, weights, tensors, version=version, running=running))
-            pool = stack.enter_context(ThreadPoolExecutor(len(chosen), thread_name_prefix="sglang-weights"))
-            calls = [
-                pool.submit(endpoint.load, name, update) for endpoint, name in zip(self._endpoints, chosen, strict=True)
-            ]
-            errors = [call.exception() for call in calls]
+            ready = stack.enter_context(
+                open_update(chosen, weights, tensors, version=version, running=running, bucket_bytes=bucket_bytes)
+            )
+            ways = dict(zip(self._endpoints, chosen, strict=True))
+            errors = self._everywhere(lambda endpoint: endpoint.load(ways[endpoint], ready))
         return self._all_updated(version, errors)
+
+    def load_adapter(
+        self,
+        name: str,
+        adapter: AdapterSource,
+        *,
+        which: str | None = None,
+        version: str | None = None,
+    ) -> str:
+        """See `Engine.load_adapter`. All servers get the adapter, at the same time."""
+        check_adapter_options(name, version)
+        opened = open_adapter(adapter, which)
+        with ExitStack() as stack:
+            for url in sorted(set(self.urls)):
+                stack.enter_context(_UPDATING[url])
+            check_adapter(opened, self._endpoints[0].served_weights())
+            version = self._new_version(version)
+            errors = self._everywhere(lambda endpoint: endpoint.load_adapter(name, opened, version))
+        return self._all_updated(version, errors)
+
+    def unload_adapter(self, name: str) -> None:
+        """See `Engine.unload_adapter`. All servers lose the adapter."""
+        check_adapter_options(name)
+        for error in self._everywhere(lambda endpoint: unload(endpoint.call, name)):
+            if error is not None:
+                raise error
+
+    def _new_version(self, version: str | None) -> str:
+        """Return the version of new weights, which no server may have."""
+        before = [endpoint.weight_version() for endpoint in self._endpoints]
+        if version is None:
+            return new_version(before)
+        if set(before) == {version}:
+            raise InputError(
+                f"version={version!r} is that of the weights already served, so that no sample could tell the two "
+                "apart; pass another, or None"
+            )
+        return version
+
+    def _everywhere(self, call: Callable[[Endpoint], None]) -> list[BaseException | None]:
+        """Call something of every server at the same time, and return what each raised."""
+        with ThreadPoolExecutor(len(self._endpoints), thread_name_prefix="sglang-weights") as pool:
+            calls = [pool.submit(call, endpoint) for endpoint in self._endpoints]
+        return [call.exception() for call in calls]
 
     def _all_updated(self, version: str, errors: Sequence[BaseException | None]) -> str:
         failed = [(url, error) for url, error in zip(self.urls, errors, strict=True) if error is not None]
@@ -211,20 +282,75 @@ class SGLangServer(Engine):
         for endpoint in self._endpoints:
             endpoint.close()
 
-    def _share(self, requests: Sequence[Request]) -> list[tuple[Endpoint, Sequence[Request], int]]:
-        """Return each server with its requests and the row of the batch at which they start."""
+    @contextmanager
+    def _share(self, requests: Sequence[Request]) -> Iterator[list[_Share]]:
+        """Share the rows of a batch among the servers, for as long as the ``with`` block lasts."""
         # All rows are checked before any is sent: a bad one must not leave half a batch running.
         for endpoint in self._endpoints:
             self._check(requests, endpoint.info)
-        size = -(-len(requests) // len(self._endpoints))
-        starts = range(0, len(requests), size)
-        return [(e, requests[start : start + size], start) for e, start in zip(self._endpoints, starts, strict=False)]
+        with self._sharing.share(requests) as rows_of_servers:
+            yield [
+                _Share(endpoint, rows, [requests[row] for row in rows], new_request_ids(len(rows)))
+                for endpoint, rows in zip(self._endpoints, rows_of_servers, strict=True)
+                if rows
+            ]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_reconnect, (self.urls, self._config))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(self.urls)})"
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """One server's part of a batch.
+
+    Args:
+        endpoint: the server.
+        rows: where its requests stand in the batch.
+        requests: its requests.
+        rids: their names on the server.
+    """
+
+    endpoint: Endpoint
+    rows: list[int]
+    requests: list[Request]
+    rids: list[str]
+
+
+def _generate_in_threads(shares: Sequence[_Share]) -> list[list[Completion]]:
+    # For each share a thread that waits for its answer, and one that may abort it.
+    pool = ThreadPoolExecutor(2 * len(shares), thread_name_prefix="sglang-server")
+    calls = [pool.submit(share.endpoint.generate, share.requests, share.rids, share.rows) for share in shares]
+    try:
+        waits = True
+        while waits:
+            # A failed server is reported at once, not when the slowest of the others is done. Short waits: Python
+            # handles a Ctrl-C that comes just before a wait only after the wait.
+            done, others = wait(calls, timeout=INTERRUPT_S, return_when=FIRST_EXCEPTION)
+            waits = bool(others) and not any(call.exception() for call in done)
+        for call in calls:
+            if call.done() and (error := call.exception()) is not None:
+                raise error
+        return [call.result() for call in calls]
+    finally:
+        for share, call in zip(shares, calls, strict=True):
+            if not call.done():
+                pool.submit(share.endpoint.abort, share.rids)
+        pool.shutdown(wait=False)
+
+
+def _in_order(
+    requests: Sequence[Request], shares: Sequence[_Share], parts: Sequence[Sequence[Completion]]
+) -> list[Completion]:
+    """Return the completions of all shares in the order of the requests, or raise what went wrong with one of them."""
+    found = {
+        row: one for share, part in zip(shares, parts, strict=True) for row, one in zip(share.rows, part, strict=True)
+    }
+    completions = [found[row] for row in range(len(requests))]
+    raise_errors(requests, completions)
+    return completions
 
 
 def connect(url: str | Sequence[str], *, api_key: str | None = None) -> SGLangServer:

@@ -51,7 +51,7 @@ def launch(
     model: str | os.PathLike[str],
     *,
     device: str = "auto",
-    layers: int | Sequence[int] = (-1,),
+    layers: int | Sequence[int] | None = None,
     constraint_modules: Sequence[str] = (),
     host: str = "127.0.0.1",
     port: int | None = None,
@@ -70,8 +70,11 @@ def launch(
         model: directory with a ``config.json``, or a model hub's name.
         device: ``"auto"`` takes the accelerator, and SGLang's CPU engine where there is none; or one of SGLang's
             device names.
-        layers: ids of the layers whose states can be asked for, as in `HiddenSpec`; the last layer is always included.
-            Each layer costs an addition and a copy in every step in which a request asks for it.
+        layers: ids of the layers that the server's CUDA graphs record, as in `HiddenSpec`; those alone can be asked
+            for where such graphs run, and the last layer always. A recorded layer costs an addition in every decode
+            step, whoever asks, and with tensor parallelism a collective. None records every layer where these take up
+            to 1 GiB of the device's memory and ``tp_size`` is 1, else the last alone. Without graphs, as on the CPU,
+            every layer can be asked for, and costs nothing until it is.
         constraint_modules: full names of modules that define `LogitConstraint`s of yours. The server imports the
             modules: requests name constraints, and never carry code.
         host: address to bind. Anything but loopback needs an ``api_key``.
@@ -133,6 +136,7 @@ class LaunchedServer(SGLangServer):
         self._stop = weakref.finalize(self, process.stop)
         self._process = process
         super().__init__(url, api_key=api_key)
+        self._endpoints[0].how_it_ended = process.how_it_ended
 
     def wait(self) -> NoReturn:
         """Block for as long as the server runs.

@@ -10,14 +10,15 @@ import asyncio
 import dataclasses
 import os
 import threading
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import AsyncGeneratorType
-from typing import Any, ClassVar, TypeVar
-from weakref import WeakValueDictionary
+from typing import Any
 
 from torchrl_sglang_hidden.engines.base import Engine, ask_model
+from torchrl_sglang_hidden.engines.loop_thread import LoopThread
 from torchrl_sglang_hidden.engines.sessions import Session, SessionHost
 from torchrl_sglang_hidden.engines.streams import AsyncStream, Stream, check_stream
 from torchrl_sglang_hidden.errors import (
@@ -29,14 +30,26 @@ from torchrl_sglang_hidden.errors import (
     RequestRejectedError,
 )
 from torchrl_sglang_hidden.protocol import LAYERS_ENV, PLUGIN_ENV
-from torchrl_sglang_hidden.protocol.served_weights import served_weights
+from torchrl_sglang_hidden.protocol.served_weights import ServedWeights
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
+from torchrl_sglang_hidden.server.weight_routes import list_weights
 from torchrl_sglang_hidden.sglang_api.payload import to_payload
 from torchrl_sglang_hidden.sglang_api.responses import read_responses
 from torchrl_sglang_hidden.sglang_api.server_info import read_info, warm_up
+from torchrl_sglang_hidden.weights.adapters import (
+    AdapterSource,
+    check_adapter,
+    check_adapter_options,
+    load,
+    open_adapter,
+    unload,
+)
+from torchrl_sglang_hidden.weights.sharding import update_together
 from torchrl_sglang_hidden.weights.transports import Receiver, choose_transport, open_update, send
 from torchrl_sglang_hidden.weights.validation import (
+    BUCKET_BYTES,
     Running,
+    ShardedWeights,
     Transport,
     Weights,
     check_options,
@@ -46,8 +59,6 @@ from torchrl_sglang_hidden.weights.validation import (
 )
 
 __all__ = ["SGLangOffline"]
-
-T = TypeVar("T")
 
 
 class SGLangOffline(Engine):
@@ -59,7 +70,7 @@ class SGLangOffline(Engine):
 
     Args:
         model: the model's directory or hub name; or an ``sglang.Engine`` of yours, which `close` leaves running.
-        layers: the layers whose states can be asked for, as for `launch`. Not with an engine of yours.
+        layers: the layers that the engine's CUDA graphs record, as for `launch`. Not with an engine of yours.
         constraint_modules: modules with constraints of yours, as for `launch`. Not with an engine of yours.
         server_args: SGLang's own arguments, as for ``sglang.Engine``. Not with an engine of yours.
 
@@ -79,8 +90,7 @@ class SGLangOffline(Engine):
     ) -> None:
         self.engine: Any
         if isinstance(model, (str, Path)):
-            chosen = (-1,) if layers is None else layers
-            self.engine, self._owned = _start(model, chosen, constraint_modules, server_args), True
+            self.engine, self._owned = _start(model, layers, constraint_modules, server_args), True
         elif hasattr(model, "async_generate") and not server_args and layers is None and not constraint_modules:
             self.engine, self._owned = model, False
         else:
@@ -88,7 +98,7 @@ class SGLangOffline(Engine):
                 f"SGLangOffline({type(model).__name__}, {', '.join(server_args)}): expected a model directory with "
                 "arguments, or an sglang.Engine without"
             )
-        self._loop = _LoopThread.of(self.engine.loop)
+        self._loop = LoopThread.of(self.engine.loop)
         self._info = self._loop.run(self._read_info)
         self._updating = threading.Lock()
         ranks = self.engine.tokenizer_manager.elastic_worker_count
@@ -104,8 +114,10 @@ class SGLangOffline(Engine):
             await self.engine.async_generate(**payload)
             states = await self.engine.tokenizer_manager.get_internal_state()
         scheduler_info = self.engine._scheduler_init_result.scheduler_infos[0]
-        server_info = {**self.engine.tokenizer_manager.server_args.resolved_dict(), **scheduler_info}
-        return read_info(self.engine.get_model_info(), {**server_info, "internal_states": states}, ask_model)
+        # `sglang.Engine` has no argument for sampling masks.
+        without_masks = {"sampling_mask_max_tokens": 0, "internal_states": states}
+        server_info = {**self.engine.tokenizer_manager.server_args.resolved_dict(), **scheduler_info, **without_masks}
+        return read_info(self.engine.get_model_info(), server_info, ask_model)
 
     @property
     def info(self) -> EngineInfo:
@@ -186,35 +198,85 @@ class SGLangOffline(Engine):
         version: str | None = None,
         transport: Transport = "auto",
         running: Running = "finish",
+        bucket_bytes: int = BUCKET_BYTES,
     ) -> str:
         """See `Engine.update_weights`. The only transport is disk: no network leads to an engine in this process."""
         self._check_open()
-        check_options(version, transport, running)
-        receiver = Receiver(
+        check_options(version, transport, running, bucket_bytes)
+        opened = open_weights(weights)
+        if isinstance(opened, ShardedWeights):
+            update = partial(
+                self.update_weights, version=version, transport=transport, running=running, bucket_bytes=bucket_bytes
+            )
+            return update_together(opened, update, bucket_bytes=bucket_bytes)
+        receiver = self._receiver()
+        chosen = choose_transport(transport, weights, receiver)
+        with self._updating:
+            tensors = check_weights(opened, self._served_weights())
+            version = self._new_version(version)
+            with open_update(
+                [chosen], weights, tensors, version=version, running=running, bucket_bytes=bucket_bytes
+            ) as ready:
+                send(chosen, ready, receiver)
+            self._info = dataclasses.replace(self._info, weight_version=version)
+        return version
+
+    def load_adapter(
+        self,
+        name: str,
+        adapter: AdapterSource,
+        *,
+        which: str | None = None,
+        version: str | None = None,
+    ) -> str:
+        """See `Engine.load_adapter`."""
+        self._check_open()
+        check_adapter_options(name, version)
+        opened = open_adapter(adapter, which)
+        manager = self.engine.tokenizer_manager
+        with self._updating:
+            check_adapter(opened, self._served_weights())
+            version = self._new_version(version)
+            load(
+                self._receiver(),
+                name,
+                opened,
+                version,
+                server_info=manager.server_args.resolved_dict(),
+                replace=manager.enable_lora and name in manager.lora_registry.get_all_adapters(),
+            )
+            self._info = dataclasses.replace(self._info, weight_version=version)
+        return version
+
+    def unload_adapter(self, name: str) -> None:
+        """See `Engine.unload_adapter`."""
+        self._check_open()
+        check_adapter_options(name)
+        unload(self._call, name)
+
+    def _receiver(self) -> Receiver:
+        return Receiver(
             name="an engine in this process",
             call=self._call,
             has_server_half=self._info.pools_in_server,
             reads_local_files=True,
             network=None,
         )
-        chosen = choose_transport(transport, weights, receiver)
-        with self._updating:
-            try:
-                served = served_weights(self._info.model_path)
-            except (OSError, ValueError) as error:
-                raise CapabilityError(
-                    f"the names and shapes of the served weights cannot be read from {self._info.model_path!r} "
-                    f"({error}), and wrong ones end SGLang; start the engine from a directory with safetensors"
-                ) from error
-            tensors = check_weights(open_weights(weights), served)
-            before = str(self.engine.get_model_info()["weight_version"])
-            version = next_version(before) if version is None else version
-            if version == before:
-                raise InputError(f"version={version!r} is that of the weights already served; pass another, or None")
-            with open_update([chosen], weights, tensors, version=version, running=running) as update:
-                send(chosen, update, receiver)
-            self._info = dataclasses.replace(self._info, weight_version=version)
-        return version
+
+    def _served_weights(self) -> ServedWeights:
+        try:
+            return list_weights(self.engine.tokenizer_manager)
+        except (OSError, ValueError) as error:
+            raise CapabilityError(
+                f"the names and shapes of the served weights cannot be read from {self._info.model_path!r} "
+                f"({error}), and wrong ones end SGLang; start the engine from a directory with safetensors"
+            ) from error
+
+    def _new_version(self, version: str | None) -> str:
+        before = str(self.engine.get_model_info()["weight_version"])
+        if version == before:
+            raise InputError(f"version={version!r} is that of the weights already served; pass another, or None")
+        return next_version(before) if version is None else version
 
     def _call(self, route: str, payload: dict[str, Any]) -> dict[str, Any]:
         """Call one of SGLang's control routes, as SGLang's HTTP server does."""
@@ -224,6 +286,10 @@ class SGLangOffline(Engine):
             "update_weights_from_disk": io_struct.UpdateWeightFromDiskReqInput,
             "pause_generation": io_struct.PauseGenerationReqInput,
             "continue_generation": io_struct.ContinueGenerationReqInput,
+            "get_weights_by_name": io_struct.GetWeightsByNameReqInput,
+            "load_lora_adapter": io_struct.LoadLoRAAdapterReqInput,
+            "unload_lora_adapter": io_struct.UnloadLoRAAdapterReqInput,
+            "load_lora_adapter_from_tensors": io_struct.LoadLoRAAdapterFromTensorsReqInput,
             "update_weight_version": io_struct.UpdateWeightVersionReqInput,
             "open_session": io_struct.OpenSessionReqInput,
             "close_session": io_struct.CloseSessionReqInput,
@@ -231,9 +297,12 @@ class SGLangOffline(Engine):
         manager = self.engine.tokenizer_manager
         arguments = (inputs[route](**payload),) if route in inputs else ()
         answer = self._loop.run(lambda: getattr(manager, route)(*arguments))
+        if isinstance(answer, dict):
+            return answer
         if isinstance(answer, tuple):
             return {"success": answer[0], "message": answer[1]}
-        return {"success": getattr(answer, "success", True), "message": getattr(answer, "message", "")}
+        message = getattr(answer, "message", None) or getattr(answer, "error_message", "")
+        return {"success": getattr(answer, "success", True), "message": message}
 
     def close(self) -> None:
         """Shut down an engine that this object started; an engine of yours is left running."""
@@ -247,7 +316,10 @@ class SGLangOffline(Engine):
 
 
 def _start(
-    model: str | Path, layers: int | Sequence[int], constraint_modules: Sequence[str], server_args: dict[str, Any]
+    model: str | Path,
+    layers: int | Sequence[int] | None,
+    constraint_modules: Sequence[str],
+    server_args: dict[str, Any],
 ) -> Any:
     """Start ``sglang.Engine`` with the server half, on the CPU engine where there is no accelerator."""
     from torchrl_sglang_hidden.engines.server_options import (
@@ -264,7 +336,8 @@ def _start(
     on_cpu = server_args.get("device") == "cpu" or not has_accelerator()
     defaults = cpu_server_args(path, context_length=server_args.get("context_length")) if on_cpu else {}
     try:
-        with _opted_in(chosen), cpu_engine_environment(on_cpu):
+        num_ranks = int(server_args.get("dp_size", 1)) * int(server_args.get("tp_size", 1))
+        with _opted_in(chosen), cpu_engine_environment(on_cpu, num_ranks):
             import sglang
 
             engine = sglang.Engine(model_path=path, **{**defaults, "enable_return_hidden_states": True, **server_args})
@@ -323,68 +396,3 @@ async def _hang_up(rows: AsyncGeneratorType[Any, None]) -> None:
     while rows.ag_running:  # a cancelled step is still ending
         await asyncio.sleep(0)
     await rows.aclose()
-
-
-class _LoopThread:
-    """Runs an engine's event loop in a thread while calls are under way, so that several threads may call at once.
-
-    Between calls the loop stands still, and the engine's own blocking methods work as before. There is one object per
-    loop: several `SGLangOffline`s of one engine share it.
-    """
-
-    _all: ClassVar[WeakValueDictionary[asyncio.AbstractEventLoop, _LoopThread]] = WeakValueDictionary()
-    _all_lock = threading.Lock()
-
-    @classmethod
-    def of(cls, loop: asyncio.AbstractEventLoop) -> _LoopThread:
-        with cls._all_lock:
-            return cls._all.setdefault(loop, cls(loop))
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._lock = threading.Lock()
-        self._calls = 0
-        self._thread: threading.Thread | None = None
-
-    def run(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        with self._running():
-            future = asyncio.run_coroutine_threadsafe(call(), self._loop)
-            try:
-                return future.result()
-            finally:
-                future.cancel()  # an interrupt must not leave the call running
-
-    async def arun(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        if asyncio.get_running_loop() is self._loop:
-            return await call()
-        with self._running():
-            return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(call(), self._loop))
-
-    def run_later(self, call: Callable[[], Coroutine[Any, Any, Any]]) -> None:
-        """Run a call in a new thread without waiting for it, so that the loop's own thread may ask for it too.
-
-        The garbage collector closes an abandoned stream in whichever thread it runs.
-        """
-        with suppress(RuntimeError):  # the interpreter ends, and the engine with it
-            threading.Thread(target=self.run, args=(call,), daemon=True).start()
-
-    @contextmanager
-    def _running(self) -> Iterator[None]:
-        with self._lock:
-            if self._calls == 0:
-                if self._loop.is_running():
-                    raise EngineError(
-                        "the sglang.Engine's event loop is already running here, so that a blocking call would wait "
-                        "for itself; await agenerate(), or let SGLangOffline(model_path) make the engine"
-                    )
-                self._thread = threading.Thread(target=self._loop.run_forever, name="sglang-engine-loop", daemon=True)
-                self._thread.start()
-            self._calls += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._calls -= 1
-                if self._calls == 0 and self._thread is not None:
-                    self._loop.call_soon_threadsafe(self._loop.stop)
-                    self._thread.join()

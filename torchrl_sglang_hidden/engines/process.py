@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from torchrl_sglang_hidden.errors import EngineError, LaunchError
-from torchrl_sglang_hidden.protocol import LAYERS_ENV
+from torchrl_sglang_hidden.protocol import ALL_LAYERS, LAYERS_ENV
 from torchrl_sglang_hidden.protocol.shared_memory import remove_leftovers
 from torchrl_sglang_hidden.server.__main__ import API_KEY_ENV, PARENT_PID_ENV
 
@@ -57,7 +57,7 @@ class ServerProcess:
         *,
         log_path: Path,
         api_key: str | None,
-        layers: str = "-1",
+        layers: str = ALL_LAYERS,
         modules: Mapping[str, str] | None = None,
     ) -> None:
         self.log_path = log_path
@@ -122,14 +122,20 @@ class ServerProcess:
         Raises:
             EngineError: always, with the exit code and the last log lines.
         """
-        while (code := self._process.poll()) is None:
-            # Short waits: Python handles a signal that arrives just before a wait only after the wait.
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(_POLL_INTERVAL_S)
-        raise EngineError(
-            f"the server ended by itself, with {_exit_reason(code)}; read the whole log in {self.log_path}. "
-            f"{self._last_words()}"
-        )
+        while not (ended := self.how_it_ended()):
+            pass
+        raise EngineError(ended)
+
+    def how_it_ended(self) -> str:
+        """Return exit code, log file and last log lines; "" if the process still runs after a short wait."""
+        # Short waits: Python handles a signal that arrives just before a wait only after the wait.
+        with suppress(subprocess.TimeoutExpired):
+            code = self._process.wait(_POLL_INTERVAL_S)
+            return (
+                f"the server ended by itself, with {_exit_reason(code)}; read the whole log in {self.log_path}. "
+                f"{self._last_words()}"
+            )
+        return ""
 
     def log_tail(self, limit: int = _TAIL_LINES) -> list[str]:
         """Return the last lines of the log since this start, oldest first, without blank lines and the API key."""

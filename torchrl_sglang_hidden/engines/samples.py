@@ -7,23 +7,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 
 from torchrl_sglang_hidden.engines.base import Engine
-from torchrl_sglang_hidden.records import READING, Completion, Pooled, Request, TokenRows
+from torchrl_sglang_hidden.engines.races import first_to_end
+from torchrl_sglang_hidden.engines.row_errors import numbered
+from torchrl_sglang_hidden.errors import SGLangHiddenError
+from torchrl_sglang_hidden.records import READING, Completion, Pooled, Request, SamplingRecords, TokenRows
 from torchrl_sglang_hidden.reduce.reducers import reducer_of
 from torchrl_sglang_hidden.sglang_api.checks import check_requests
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec, Pooling, Segment, SegmentName, reads_prompt
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 from torchrl_sglang_hidden.spec.spans import PromptSpan, ResolvedSpan
 
-__all__ = ["generate_samples"]
+__all__ = ["generate_ahead", "generate_samples"]
+
+
+def generate_ahead(engine: Engine, requests: Sequence[Request]) -> list[Completion]:
+    """Generate requests that only fill the prefix cache, or bring what is asked of a prompt.
+
+    Raises:
+        EngineError: see `Engine.generate`. It carries no completions: nobody asked for their tokens.
+    """
+    try:
+        return engine.generate(requests)
+    except SGLangHiddenError as error:
+        error.completions = ()
+        raise
 
 
 def generate_samples(
-    engine: Engine, requests: Sequence[Request], num_samples: int, *, ahead: Engine | None = None
+    engine: Engine, requests: Sequence[Request], num_samples: int, *, ahead: Engine | None = None, extra: int = 0
 ) -> list[Completion]:
     """Sample every request ``num_samples`` times.
 
@@ -37,21 +53,39 @@ def generate_samples(
         requests: one per prompt.
         num_samples: samples per prompt.
         ahead: computes the prompts, by default ``engine``.
+        extra: samples per prompt that are asked for beyond ``num_samples``: the first ``num_samples`` that end are
+            returned, and the others aborted. They are sent one by one, by ``ahead``: a queue would wait for all.
 
     Returns:
         ``len(requests) * num_samples`` completions: all samples of the first request, then of the second, and so on.
 
     Raises:
-        InputError: a request that must not be sent; nothing was.
+        InputError: a request that must not be sent, or more racing samples than this process can open connections for;
+            nothing was sent.
         EngineError: see `Engine.generate`.
     """
     check_requests(requests, engine.info)
-    firsts = (ahead or engine).generate([_ahead(request) for request in requests])
-    samples = engine.generate([_sample(request, index) for request in requests for index in range(num_samples)])
-    return [
-        _merged(requests[index // num_samples], sample, firsts[index // num_samples])
-        for index, sample in enumerate(samples)
-    ]
+    if extra:
+        (ahead or engine).check_calls(len(requests) * (num_samples + extra))
+    firsts = generate_ahead(ahead or engine, [_ahead(request) for request in requests])
+
+    def merged(samples: Sequence[Completion | None]) -> list[Any]:
+        # What went wrong with a prompt is said of each of its samples, which are counted by themselves.
+        ahead_of = [numbered(firsts[index // num_samples], lambda _, i=index: i) for index in range(len(samples))]  # type: ignore[misc]
+        return [
+            None if sample is None else _merged(requests[index // num_samples], sample, ahead_of[index])
+            for index, sample in enumerate(samples)
+        ]
+
+    if extra:
+        groups = [[_sample(request, index) for index in range(num_samples + extra)] for request in requests]
+        return merged(first_to_end(ahead or engine, groups, num_samples))
+    try:
+        samples = engine.generate([_sample(request, index) for request in requests for index in range(num_samples)])
+    except SGLangHiddenError as error:
+        error.completions = tuple(merged(error.completions))
+        raise
+    return merged(samples)
 
 
 def _ahead(request: Request) -> Request:
@@ -77,6 +111,7 @@ def _ahead(request: Request) -> Request:
         logits=_of_segment(request.logits, Segment.PROMPT),
         constraints=(),
         processor=None,
+        records=SamplingRecords(),
     )
 
 
@@ -117,27 +152,41 @@ def _narrowed(
 
 def _merged(request: Request, sample: Completion, first: Completion) -> Completion:
     """Return a sample together with its prompt's part of what was asked."""
-    if request.logits is not None and request.logits.of_prompt:
+    spec, of_prompt = request.hidden, _ahead(request)
+    if of_prompt.hidden is None and of_prompt.logits is None:
+        return sample
+    if first.error is not None:
+        # What was asked of the prompt is missing, and its rows in front of the response's.
+        joined = of_prompt.hidden is not None and of_prompt.hidden.tokens
+        # What was sampled cannot be gone on from: the rest would not bring what is missing either.
+        begun = sample.finish_reason == "abort" and sample.response_ids
+        return replace(
+            sample,
+            finish_reason="error" if begun else sample.finish_reason,
+            token_rows=None if joined else sample.token_rows,
+            error=sample.error or first.error,
+        )
+    if of_prompt.logits is not None:
         sample = replace(
             sample,
             prompt_logits=first.prompt_logits,
             mixed_weights=sample.mixed_weights or sample.weight_version != first.weight_version,
         )
-    spec = request.hidden
-    if spec is None or _ahead(request).hidden is None:
+    if spec is None or of_prompt.hidden is None:
         return sample
     hidden: dict[str, Pooled] = {**sample.hidden}
     if spec.pooling is not None and Segment.PROMPT in spec.segments:
         hidden[Segment.PROMPT] = first.hidden[Segment.PROMPT]
+    spans = {**first.spans, **sample.spans}
     token_rows = sample.token_rows
     if spec.tokens and first.token_rows is not None:
         token_rows = _joined(first.token_rows, sample.token_rows)
-        if Segment.FULL in spec.segments and spec.pooling is not None:
+        if Segment.FULL in spec.segments and spec.pooling is not None and Segment.RESPONSE in sample.hidden:
             hidden[Segment.FULL] = _full(spec, sample, first)
     return replace(
         sample,
         hidden={segment: hidden[segment] for segment in spec.segments if segment in hidden},
-        spans={name: {**first.spans, **sample.spans}[name] for name in spec.spans},
+        spans={name: spans[name] for name in spec.spans if name in spans},
         token_rows=token_rows,
         # The prompt's states and the response's are of two requests, and an update may have come between them.
         mixed_weights=sample.mixed_weights or sample.weight_version != first.weight_version,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from torchrl_sglang_hidden.errors import CapabilityError, InputError, InputTypeError
-from torchrl_sglang_hidden.protocol import CONSTRAINTS_ENV
+from torchrl_sglang_hidden.protocol import ALL_LAYERS, CONSTRAINTS_ENV
 from torchrl_sglang_hidden.server.cpu import text_config
 from torchrl_sglang_hidden.spec.constraints import constraints_of
 from torchrl_sglang_hidden.spec.hidden import canonical_layer
@@ -20,24 +20,28 @@ from torchrl_sglang_hidden.spec.hidden import canonical_layer
 __all__ = ["require_sglang", "resolve_layers", "resolve_model", "resolve_modules"]
 
 
-def resolve_layers(layers: int | Sequence[int], model: str) -> str:
-    """Write the layers to start a server for as the server half reads them from its environment.
+def resolve_layers(layers: int | Sequence[int] | None, model: str) -> str:
+    """Write the layers that a server's CUDA graphs record as the server half reads them from its environment.
 
     Args:
-        layers: one id or several, as in `HiddenSpec`. The last layer is always added.
+        layers: one id or several, as in `HiddenSpec`. The last layer is always added. None for all where that is cheap.
         model: directory or hub name.
 
     Returns:
-        Canonical ids with commas in between, such as ``"7,15,-1"``. Where the model's configuration cannot be read from
-        here, the ids are as given, and SGLang checks them when it starts.
+        ``"all"``, or canonical ids with commas in between, such as ``"7,15,-1"``. Where the model's configuration
+        cannot be read from here, the ids are as given, and SGLang checks them when it starts.
 
     Raises:
-        InputTypeError: ``layers`` is neither an integer nor a sequence of integers.
+        InputTypeError: ``layers`` is neither an integer nor a sequence of integers, nor None.
         InputError: an id that the model does not have.
     """
+    if layers is None:
+        return ALL_LAYERS
     ids = [layers] if isinstance(layers, int) else layers
     if isinstance(ids, str) or not isinstance(ids, Sequence) or any(type(layer) is not int for layer in ids):
-        raise InputTypeError(f"layers={layers!r}: expected an integer or a tuple of them, such as (7, 15, -1)")
+        raise InputTypeError(
+            f"layers={layers!r}: expected an integer or a tuple of them, such as (7, 15, -1), or None for all"
+        )
     num_layers = text_config(model).get("num_hidden_layers")
     if num_layers is not None:
         ids = [canonical_layer(layer, int(num_layers)) for layer in ids]

@@ -104,6 +104,8 @@ class Session:
             if self._closed:
                 raise EngineError("the session was closed by close(); open a new one")
             request = turn if isinstance(turn, Request) else Request(_ids_of(turn))
+            # A turn that went wrong is no part of the context, which goes on from whole turns.
+            request = replace(request, return_errors=False)
             new_ids = request.prompt_ids
             if not new_ids:
                 raise PromptLengthError(

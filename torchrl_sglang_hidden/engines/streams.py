@@ -14,6 +14,7 @@ import torch
 
 from torchrl_sglang_hidden.errors import AlignmentError, CapabilityError, EngineError, InputError, ProtocolError
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
+from torchrl_sglang_hidden.sglang_api.log_probs import read_log_probs
 from torchrl_sglang_hidden.sglang_api.responses import read_responses
 
 __all__ = ["AsyncStream", "Stream", "StreamChunk", "check_stream"]
@@ -123,26 +124,9 @@ class _Reader:
             every_T = self._completion.log_probs_T
             log_probs_T = None if every_T is None else every_T[start:]
         else:
-            log_probs_T = None if entries is None else _read_log_probs(name, entries, ids, start)
+            log_probs_T = None if entries is None else read_log_probs(name, "output", entries, ids, start=start)
         self._ids, self._text = ids, text
         return StreamChunk(ids[start:], text[before:], log_probs_T)
-
-
-def _read_log_probs(name: str, entries: Any, ids: tuple[int, ...], start: int) -> torch.Tensor:
-    """Return the log-probs of ``ids[start:]``, float32."""
-    try:
-        found = [(float(entry[0]), int(entry[1])) for entry in entries[start:]]
-    except (TypeError, ValueError, IndexError) as error:
-        raise ProtocolError(
-            f"{name}: the log-probs of a stream cannot be read ({error}); is that an SGLang server of a version that "
-            "this package supports?"
-        ) from error
-    if tuple(token_id for _, token_id in found) != ids[start:]:
-        raise AlignmentError(
-            f"{name}: {len(entries)} log-probs for {len(ids)} output tokens, or of other ids; this is a fault of the "
-            "engine, please report it"
-        )
-    return torch.tensor([value for value, _ in found], dtype=torch.float32)
 
 
 class Stream(Iterator[StreamChunk]):

@@ -7,20 +7,25 @@ Knows nothing of engines or payloads. The contract of shapes and sides is TorchR
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from tensordict import TensorDict, TensorDictBase, lazy_stack
+from tensordict import NonTensorData, TensorDict, TensorDictBase, lazy_stack
 from tensordict.utils import NestedKey
 from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, LogProbs, Masks, Text, Tokens
 
 from torchrl_sglang_hidden.errors import InputError
+from torchrl_sglang_hidden.policy.assemble_logits import logits_of_row
+from torchrl_sglang_hidden.policy.chat_template import Message, goes_on, with_more_text
 from torchrl_sglang_hidden.policy.outputs import HiddenStates, Logits, OutputKeys, TokenHiddenStates
 from torchrl_sglang_hidden.policy.prompts import Row
-from torchrl_sglang_hidden.records import Completion, Pooled, TokenLogits, TokenRows
-from torchrl_sglang_hidden.spec.hidden import HiddenSpec, Segment, reads_prompt, reads_response
+from torchrl_sglang_hidden.policy.sampled_turns import digest_with_response
+from torchrl_sglang_hidden.policy.sampling_rows import SampledRows
+from torchrl_sglang_hidden.records import NO_RECORDS, Completion, Pooled, SamplingRecords, TokenRows
+from torchrl_sglang_hidden.spec.hidden import HiddenSpec, Segment
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 
 __all__ = ["assemble", "assemble_scores"]
@@ -38,6 +43,8 @@ def assemble(
     hidden: HiddenSpec | None,
     hidden_size: int,
     logits: LogitsSpec | None,
+    num_columns: int = 0,
+    records: SamplingRecords = NO_RECORDS,
     pad_id: int | None,
     device: torch.device | None,
 ) -> TensorDictBase:
@@ -51,6 +58,8 @@ def assemble(
         hidden: the states that the completions have.
         hidden_size: D.
         logits: the logits that the completions have.
+        num_columns: C of these logits, for the rows that have none.
+        records: what the completions recorded of the sampling.
         pad_id: pads every ragged leaf with this id (log-probs with NaN, masks with False); None leaves them ragged.
         device: where the tensors go.
 
@@ -62,6 +71,8 @@ def assemble(
     response_width = max(len(completion.response_ids) for completion in completions)
     widths = (prompt_width, response_width) if pad_id is not None else None
     asked: dict[str, Any] = {"keys": keys, "hidden": hidden, "hidden_size": hidden_size, "logits": logits}
+    asked["num_columns"] = num_columns
+    asked["sampled"] = SampledRows.of(records, completions)
     out = [
         _row(row, completion, widths=widths, pad_id=pad_id or 0, **asked)
         for row, completion in zip(rows, completions, strict=True)
@@ -78,6 +89,7 @@ def assemble_scores(
     hidden: HiddenSpec | None,
     hidden_size: int,
     logits: LogitsSpec | None,
+    num_columns: int = 0,
     logits_only: bool = False,
     pad_id: int | None,
     device: torch.device | None,
@@ -95,6 +107,7 @@ def assemble_scores(
             lengths = [len(row.prompt_ids) for row in rows]
             placements = [(False,) * (width - length) + (True,) * length for length in lengths]
     asked: dict[str, Any] = {"keys": keys, "hidden": hidden, "hidden_size": hidden_size, "logits": logits}
+    asked["num_columns"] = num_columns
     out = [
         _scored_row(row, completion, placement=placement, pad_id=pad_id or 0, logits_only=logits_only, **asked)
         for row, completion, placement in zip(rows, completions, placements, strict=True)
@@ -119,6 +132,8 @@ def _row(
     hidden: HiddenSpec | None,
     hidden_size: int,
     logits: LogitsSpec | None,
+    num_columns: int,
+    sampled: SampledRows,
     widths: tuple[int, int] | None,
     pad_id: int,
 ) -> TensorDictBase:
@@ -127,26 +142,26 @@ def _row(
     if widths is not None:
         left, right = widths[0] - len(row.prompt_ids), widths[1] - len(completion.response_ids)
     pads = {"prompt": (left, 0), "response": (0, right), "full": (left, right)}
-    prompt_P = _pad(torch.tensor(row.prompt_ids, dtype=torch.int64), left, 0, pad_id)
-    response_T = _pad(torch.tensor(completion.response_ids, dtype=torch.int64), 0, right, pad_id)
+    prompt_P = _pad(_ids_tensor(row.prompt_ids), left, 0, pad_id)
+    response_T = _pad(_ids_tensor(completion.response_ids), 0, right, pad_id)
     values: dict[NestedKey | None, Any] = {
-        keys.text: Text(
-            prompt=row.prompt_text, response=completion.text, full=row.prompt_text + completion.text, batch_size=()
+        keys.text: _make(
+            Text, prompt=row.prompt_text, response=completion.text, full=row.prompt_text + completion.text
         ),
-        keys.tokens: Tokens(
-            prompt=prompt_P, response=response_T, full=torch.cat([prompt_P, response_T]), padded=padded, batch_size=()
+        keys.tokens: _make(
+            Tokens, prompt=prompt_P, response=response_T, full=torch.cat([prompt_P, response_T]), padded=padded
         ),
-        keys.masks: _masks(len(row.prompt_ids), len(completion.response_ids), left, right, padded),
+        keys.masks: _masks(row, completion, left, right, padded),
         keys.weight_version: completion.weight_version,
         keys.finish_reason: completion.finish_reason,
         keys.mixed_weights: torch.tensor(completion.mixed_weights),
+        keys.error: _error(completion),
+        keys.weight_versions: NonTensorData(completion.versions),
     }
     if completion.log_probs_T is not None:
         log_probs_T = _pad(completion.log_probs_T, 0, right, NOT_MEASURED)
-        prompt_nan_P = torch.full(prompt_P.shape, NOT_MEASURED)
-        values[keys.log_probs] = LogProbs(
-            response=log_probs_T, full=torch.cat([prompt_nan_P, log_probs_T]), padded=padded, batch_size=()
-        )
+        full_N = torch.cat([_pad(_known_log_probs(row), left, 0, NOT_MEASURED), log_probs_T])
+        values[keys.log_probs] = _make(LogProbs, response=log_probs_T, full=full_N, padded=padded)
     if hidden is not None and hidden.pooling is not None:
         own: dict[str, str] = {str(segment): segment for segment in hidden.segments}
         values[keys.hidden_states] = _hidden_states(row, completion, hidden, hidden_size, own)
@@ -162,23 +177,48 @@ def _row(
             pad=(lambda field, rows_ND: _pad(rows_ND, *pads[field], 0)) if padded else None,
         )
     if logits is not None:
-        values[keys.logits] = _logits(
-            completion, logits.segments, pad=lambda field, rows_NC: _pad(rows_NC, *pads[field], 0)
+        values[keys.logits] = logits_of_row(
+            completion, logits, num_columns, logits.segments, pad=lambda field, rows_NC: _pad(rows_NC, *pads[field], 0)
         )
+    values |= sampled.values(completion, pads, keys)
     if row.history is not None:
-        values[keys.history] = _chat_history(row.history, completion.text)
+        values |= _chat(row, row.history, completion, keys)
     return _tensordict(values)
 
 
-def _masks(num_prompt: int, num_response: int, left: int, right: int, padded: bool) -> Masks:
-    prompt_P = _pad(torch.ones(num_prompt, dtype=torch.bool), left, 0, False)
-    response_T = _pad(torch.ones(num_response, dtype=torch.bool), 0, right, False)
-    return Masks(
-        all_attention_mask=torch.cat([prompt_P, response_T]),
-        all_assistant_mask=torch.cat([torch.zeros_like(prompt_P), response_T]),
-        padded=padded,
-        batch_size=(),
-    )
+def _known_log_probs(row: Row) -> torch.Tensor:
+    """Return the log-probs of a prompt's tokens, [P], which are known where they were sampled in an earlier turn."""
+    known_P = None if row.turns is None else row.turns.log_probs_P
+    return torch.full((len(row.prompt_ids),), NOT_MEASURED) if known_P is None else known_P
+
+
+def _chat(row: Row, prompt: History, completion: Completion, keys: OutputKeys) -> dict[NestedKey | None, Any]:
+    """Return a chat with its response, and which messages the tokens then stand for."""
+    messages, text = () if row.chat is None else row.chat.messages, completion.text
+    values: dict[NestedKey | None, Any] = {keys.history: _chat_history(prompt, messages, text)}
+    if row.turns is not None:
+        ids = (*row.prompt_ids, *completion.response_ids)
+        values[keys.chat_digest] = digest_with_response(row.turns.digest, messages, text, ids)
+    elif row.error is not None:
+        values[keys.chat_digest] = ""  # of no chat
+    return values
+
+
+def _error(completion: Completion) -> str:
+    return "" if completion.error is None else f"{type(completion.error).__name__}: {completion.error}"
+
+
+def _masks(row: Row, completion: Completion, left: int, right: int, padded: bool) -> Masks:
+    start = left + len(row.prompt_ids)
+    stop = start + len(completion.response_ids)
+    attention_N = torch.zeros(stop + right, dtype=torch.bool)
+    attention_N[left:stop] = True
+    assistant_N = torch.zeros_like(attention_N)
+    # What was aborted, or failed on the way, is not the model's whole answer, and no loss should take it for one.
+    assistant_N[start:stop] = completion.finish_reason not in ("abort", "error")
+    if row.turns is not None and row.turns.sampled is not None:
+        assistant_N[left:start] = torch.tensor(row.turns.sampled)
+    return _make(Masks, all_attention_mask=attention_N, all_assistant_mask=assistant_N, padded=padded)
 
 
 def _scored_row(
@@ -189,31 +229,31 @@ def _scored_row(
     hidden: HiddenSpec | None,
     hidden_size: int,
     logits: LogitsSpec | None,
+    num_columns: int,
     logits_only: bool,
     placement: tuple[bool, ...] | None,
     pad_id: int,
 ) -> TensorDictBase:
     padded = placement is not None
-    real_N = torch.tensor(placement or (True,) * len(row.prompt_ids))
+    real_N = torch.tensor(placement or (True,) * len(row.prompt_ids), dtype=torch.bool)
 
     def placed(values: torch.Tensor, pad: float | bool) -> torch.Tensor:
         out_N = torch.full((*real_N.shape, *values.shape[1:]), pad, dtype=values.dtype)
         out_N[real_N] = values
         return out_N
 
-    masks = Masks(all_attention_mask=real_N, padded=padded, batch_size=())
-    if row.assistant_mask is not None:
-        masks.all_assistant_mask = placed(torch.tensor(row.assistant_mask), False)
     values: dict[NestedKey | None, Any] = {
-        keys.text: Text(full=row.prompt_text, batch_size=()),
-        keys.tokens: Tokens(full=placed(torch.tensor(row.prompt_ids), pad_id), padded=padded, batch_size=()),
-        keys.masks: masks,
+        keys.text: _make(Text, full=row.prompt_text),
+        keys.tokens: _make(Tokens, full=placed(_ids_tensor(row.prompt_ids), pad_id), padded=padded),
+        keys.masks: _scored_masks(row, completion, real_N, placed, padded),
         keys.weight_version: completion.weight_version,
+        keys.error: _error(completion),
     }
     if completion.prompt_log_probs_P is not None:
         log_probs = completion.prompt_log_probs_P.clone()
-        log_probs[0] = 0.0  # TorchRL's convention: the first token's, which nothing conditions
-        values[keys.log_probs] = LogProbs(full=placed(log_probs, NOT_MEASURED), padded=padded, batch_size=())
+        if completion.error is None:
+            log_probs[0] = 0.0  # TorchRL's convention: the first token's, which nothing conditions
+        values[keys.log_probs] = _make(LogProbs, full=placed(log_probs, NOT_MEASURED), padded=padded)
     if hidden is not None and hidden.pooling is not None:
         values[keys.hidden_states] = _hidden_states(row, completion, hidden, hidden_size, {"full": "prompt"})
     if hidden is not None and hidden.tokens:
@@ -227,24 +267,64 @@ def _scored_row(
         )
     if logits is not None:
         # The engine gets all of a scored sequence as its prompt.
-        as_prompt = _logits(completion, ("prompt",), pad=lambda field, rows_NC: placed(rows_NC, 0))
-        scored = Logits(full=as_prompt.prompt, full_token_ids=as_prompt.prompt_token_ids, batch_size=())
+        as_prompt = logits_of_row(
+            completion, logits, num_columns, ("prompt",), pad=lambda field, rows_NC: placed(rows_NC, 0)
+        )
+        ids = {} if as_prompt.prompt_token_ids is None else {"full_token_ids": as_prompt.prompt_token_ids}
+        scored = _make(Logits, full=as_prompt.prompt, **ids)
         values[keys.logits] = scored.full if logits_only else scored
     if row.history is not None:
         values[keys.history] = ChatHistory(full=row.history, batch_size=())
     return _tensordict(values)
 
 
+def _scored_masks(
+    row: Row,
+    completion: Completion,
+    real_N: torch.Tensor,
+    placed: Callable[[torch.Tensor, float | bool], torch.Tensor],
+    padded: bool,
+) -> Masks:
+    masks: dict[str, Any] = {"all_attention_mask": real_N, "padded": padded}
+    if row.assistant_mask is not None:
+        scored = completion.error is None
+        masks["all_assistant_mask"] = placed(torch.tensor(row.assistant_mask, dtype=torch.bool) & scored, False)
+    elif row.error is not None and row.history is not None:
+        # A chat that could not be read has no tokens, and the mask that other chats have.
+        masks["all_assistant_mask"] = torch.zeros_like(real_N)
+    return cast("Masks", _make(Masks, **masks))
+
+
 def _tensordict(values: dict[NestedKey | None, Any]) -> TensorDictBase:
-    td = TensorDict()
+    td = TensorDict({key: _wrapped(value) for key, value in values.items() if isinstance(key, str)})
     for key, value in values.items():
-        if key is not None:
+        if isinstance(key, tuple):
             td.set(key, value)
     return td
 
 
+def _make(cls: Any, **fields: Any) -> Any:
+    """Make a TensorClass without batch dimensions, as its constructor does that sets one field after the other.
+
+    That took half of the time of a batch of 256 rows. TorchRL's own wrappers make theirs with ``_from_tensordict`` too.
+    """
+    return cls._from_tensordict(TensorDict({name: _wrapped(value) for name, value in fields.items()}))
+
+
+def _wrapped(value: Any) -> Any:
+    """Return a string or a bool as TensorDict holds it, which saves it a search for what the value could be."""
+    return NonTensorData(value) if isinstance(value, (str, bool)) else value
+
+
+def _ids_tensor(ids: Sequence[int]) -> torch.Tensor:
+    # A third of the time of torch.tensor, which looks at each element. The clone owns its memory.
+    return torch.frombuffer(array("q", ids), dtype=torch.int64).clone() if ids else torch.empty(0, dtype=torch.int64)
+
+
 def _pad(values: torch.Tensor, left: int, right: int, value: float | bool) -> torch.Tensor:
-    """Pad the first dimension."""
+    """Pad the first dimension; values that need none are returned as they are."""
+    if not (left or right):
+        return values
     return torch.nn.functional.pad(values, (0, 0) * (values.ndim - 1) + (left, right), value=value)
 
 
@@ -258,7 +338,7 @@ def _hidden_states(
     """Return the pooled states of one row; ``sources`` names the completion's segment that each field takes."""
 
     def read(pools: Mapping[Any, Pooled], name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        if row.wants_states is False:
+        if row.wants_states is False or (completion.error is not None and name not in pools):
             return torch.full(_state_shape(spec, hidden_size), NOT_MEASURED, dtype=spec.dtype), torch.tensor(0)
         vector = pools[name].vector.to(spec.dtype)
         if spec.dtype == torch.float16 and bool((vector.isinf() & pools[name].vector.isfinite()).any()):
@@ -275,7 +355,7 @@ def _hidden_states(
         spans = {name: read(completion.spans, name) for name in spec.spans}
         fields["spans"] = TensorDict({name: vector for name, (vector, _) in spans.items()})
         fields["span_counts"] = TensorDict({name: count for name, (_, count) in spans.items()})
-    return HiddenStates(**fields, batch_size=())
+    return cast("HiddenStates", _make(HiddenStates, **fields))
 
 
 def _token_states(
@@ -288,55 +368,31 @@ def _token_states(
     pad: Callable[[str, torch.Tensor], torch.Tensor] | None,
 ) -> TokenHiddenStates:
     """Return the states of one row's tokens: ``positions`` says which each field has, and ``pad`` pads it."""
-    fields = {}
+    fields, rows = {}, completion.token_rows
     for field, of_field in positions.items():
-        if row.wants_states is False:
+        # Of a row with an error, the rows of some fields may be there, and not those of others.
+        there = rows is not None and rows.first <= of_field.start and of_field.stop <= rows.first + len(rows.rows_ND)
+        if row.wants_states is False or (completion.error is not None and not there):
             num_rows = 0 if pad is None else len(of_field)
             none_ND = torch.empty((num_rows, *_state_shape(spec, hidden_size)), dtype=spec.dtype)
             fields[field] = none_ND if pad is None else torch.full_like(pad(field, none_ND), NOT_MEASURED)
         else:
-            rows = cast("TokenRows", completion.token_rows)
+            rows = cast("TokenRows", rows)
             # Copied: the fields overlap, and several samples of a prompt have the same rows.
             rows_ND = rows.rows_ND[of_field.start - rows.first : of_field.stop - rows.first].to(spec.dtype, copy=True)
             fields[field] = rows_ND if pad is None else pad(field, rows_ND)
-    return TokenHiddenStates(**fields, batch_size=())
+    return cast("TokenHiddenStates", _make(TokenHiddenStates, **fields))
 
 
-def _logits(
-    completion: Completion, segments: Sequence[str], *, pad: Callable[[str, torch.Tensor], torch.Tensor]
-) -> Logits:
-    """Return the logits of one row's tokens; ``pad`` pads the rows of a field."""
-    parts: dict[str, TokenLogits] = {}
-    if reads_prompt(segments):
-        parts["prompt"] = _with_first_token(cast("TokenLogits", completion.prompt_logits))
-    if reads_response(segments):
-        parts["response"] = cast("TokenLogits", completion.logits)
-    if Segment.FULL in segments:
-        parts["full"] = _joined(parts["prompt"], parts["response"])
-    fields: dict[str, torch.Tensor] = {}
-    for segment in segments:
-        fields[str(segment)] = pad(segment, parts[segment].values_NC)
-        ids_NC = parts[segment].token_ids_NC
-        if ids_NC is not None:
-            fields["token_ids" if segment == Segment.RESPONSE else f"{segment}_token_ids"] = pad(segment, ids_NC)
-    return Logits(**fields, batch_size=())
-
-
-def _with_first_token(logits: TokenLogits) -> TokenLogits:
-    """Return the rows of the prompt's tokens, with a row of zeros for the first token, which no token precedes."""
-    columns = torch.arange(logits.values_NC.shape[1])[None]
-    zeros = TokenLogits(
-        torch.zeros(columns.shape, dtype=logits.values_NC.dtype), None if logits.token_ids_NC is None else columns
-    )
-    return _joined(zeros, logits)
-
-
-def _joined(first: TokenLogits, second: TokenLogits) -> TokenLogits:
-    ids = [part.token_ids_NC for part in (first, second) if part.token_ids_NC is not None]
-    return TokenLogits(torch.cat([first.values_NC, second.values_NC]), torch.cat(ids) if ids else None)
-
-
-def _chat_history(prompt: History, text: str) -> ChatHistory:
+def _chat_history(prompt: History, messages: Sequence[Message], text: str) -> ChatHistory:
     response = History(role="assistant", content=text, batch_size=())
-    full = prompt.append(response, inplace=False, dim=-1)
+    if goes_on(messages):
+        turns = list(prompt.unbind(-1))
+        # Behind it may stand what fills a chat up to the length of others.
+        last = max(turn for turn, message in enumerate(turns) if message.role == "assistant")
+        whole = turns[last].clone()
+        whole.content, whole.is_complete = with_more_text(messages[-1], text)["content"], True
+        full = lazy_stack([*turns[:last], whole, *turns[last + 1 :]])
+    else:
+        full = prompt.append(response, inplace=False, dim=-1)
     return ChatHistory(prompt=prompt, response=lazy_stack([response]), full=full, batch_size=())

@@ -1,7 +1,6 @@
 """Candidate continuations of a prompt: their log-probs, and an actor that chooses among them.
 
-Knows nothing of wire formats. A candidate's token ids are appended to the prompt's: no text is tokenized across the
-border between them.
+Knows nothing of wire formats, nor of how a candidate's text becomes ids: see ``candidate_ids.py``.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, Protocol, TypeAlias, cast, get_args
+from typing import Any, Literal, Protocol, cast, get_args
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -17,9 +16,8 @@ from tensordict.nn import InteractionType, TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torchrl.data import TensorSpec
 from torchrl.modules import MaskedCategorical, ProbabilisticActor
-from transformers import PreTrainedTokenizerBase
 
-from torchrl_sglang_hidden.engines import Engine
+from torchrl_sglang_hidden.engines import Engine, generate_ahead
 from torchrl_sglang_hidden.errors import (
     ConstraintError,
     InputError,
@@ -28,19 +26,25 @@ from torchrl_sglang_hidden.errors import (
     PromptLengthError,
     TokenIdError,
 )
+from torchrl_sglang_hidden.policy.candidate_ids import (
+    CandidateIds,
+    Candidates,
+    Ids,
+    read_candidates,
+    warn_of_equal_beginnings,
+)
 from torchrl_sglang_hidden.policy.prompts import Row
 from torchrl_sglang_hidden.policy.requests import CallOptions
+from torchrl_sglang_hidden.policy.tokenizer import OwnTokenizer
 from torchrl_sglang_hidden.records import READING, EngineInfo, Request
 from torchrl_sglang_hidden.spec.constraints import check_constraints
 
-__all__ = ["REDUCTIONS", "CandidateActor", "Candidates", "Reduction", "score_candidates"]
+__all__ = ["CandidateActor", "Candidates", "Normalization", "Reduction", "score_candidates"]
 
-Candidate: TypeAlias = str | Sequence[int] | torch.Tensor
-Candidates: TypeAlias = Sequence[Candidate] | Sequence[Sequence[Candidate]]
 Reduction = Literal["sum", "mean", "first"]
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
-
-Ids: TypeAlias = tuple[int, ...]
+Normalization = Literal["token", "word"]
+NORMALIZATIONS: tuple[Normalization, ...] = get_args(Normalization)
 
 
 class Scorer(Protocol):
@@ -60,6 +64,7 @@ class Scorer(Protocol):
         candidates: Candidates,
         *,
         reduction: Reduction = "sum",
+        normalize: Normalization | None = None,
         mask: torch.Tensor | None = None,
     ) -> TensorDict:
         """Score candidates: see `SGLangHiddenWrapper.score`."""
@@ -71,9 +76,10 @@ def score_candidates(
     *,
     call: CallOptions,
     reduction: Reduction,
+    normalize: Normalization | None,
     mask: torch.Tensor | None,
     batch_size: torch.Size,
-    tokenizer: PreTrainedTokenizerBase,
+    own: OwnTokenizer,
     engine: Engine,
     ahead: Engine,
 ) -> TensorDict:
@@ -84,9 +90,10 @@ def score_candidates(
         candidates: A for all rows, or as many lists as rows.
         call: what `read_scoring` returned.
         reduction: how the log-probs of a candidate's tokens become one number.
+        normalize: what the sum is divided by, or None.
         mask: bool ``[*batch, A]``, True at the candidates to score; None for all.
         batch_size: of the prompts.
-        tokenizer: the policy's.
+        own: the policy's copies of its tokenizer.
         engine: where the candidates are sent.
         ahead: the engine that computes each prompt first, so that its candidates find it in the prefix cache. Not a
             queue, which would wait for other callers twice.
@@ -97,11 +104,25 @@ def score_candidates(
     Raises:
         InputError, ConstraintError: see `SGLangHiddenWrapper.score`.
     """
-    rows = _read_candidates(candidates, len(prompts), tokenizer)
+    if reduction not in REDUCTIONS:
+        raise InputError(f"reduction={reduction!r}: expected one of {REDUCTIONS}")
+    if normalize not in (None, *NORMALIZATIONS):
+        raise InputError(f"normalize={normalize!r}: expected one of {NORMALIZATIONS}, or None")
+    if normalize is not None and reduction != "sum":
+        raise InputError(
+            f"normalize={normalize!r} with reduction={reduction!r}: it divides the sum over a candidate's tokens; "
+            "leave one of the two out"
+        )
+    read = read_candidates(candidates, prompts, own)
+    rows = [[candidate.ids for candidate in row] for row in read]
     wanted_RA = _read_mask(mask, rows, batch_size)
+    if reduction == "first":
+        warn_of_equal_beginnings(read, _places(wanted_RA), own)
+    words_RA = _num_words(read, wanted_RA, own) if normalize == "word" else 1
     requests = [_prompt_request(prompt, call) for prompt in prompts]
     _check(rows, requests, ahead.info, 1 if reduction == "first" else None)
-    logits_RA = _log_probs(requests, rows, wanted_RA, reduction, engine, ahead)
+    logits_RA = _log_probs(requests, rows, wanted_RA, "mean" if normalize == "token" else reduction, engine, ahead)
+    logits_RA = logits_RA / words_RA
     # A NaN stays, for the distribution to refuse.
     mask_RA = wanted_RA & ~logits_RA.isneginf()
     for row, any_left in enumerate(mask_RA.any(-1).tolist()):
@@ -124,19 +145,32 @@ def _log_probs(
     ahead: Engine,
 ) -> torch.Tensor:
     """Return the reduced log-probs of the wanted candidates, ``[R, A]``, and -inf for the others."""
-    wanted = [(int(row), int(column)) for row, column in wanted_RA.nonzero()]
+    wanted = _places(wanted_RA)
     sequences = [
         _candidate_request(requests[row], rows[row][column][:1] if reduction == "first" else rows[row][column])
         for row, column in wanted
     ]
     if len(sequences) > len(requests):
         # SGLang computes a prompt again for each of several requests that arrive together.
-        ahead.generate(requests)
+        generate_ahead(ahead, requests)
     logits_RA = torch.full(wanted_RA.shape, -math.inf)
     for (row, column), completion in zip(wanted, engine.generate(sequences), strict=True):
         log_probs_C = cast("torch.Tensor", completion.prompt_log_probs_P)
         logits_RA[row, column] = log_probs_C.mean() if reduction == "mean" else log_probs_C.sum()
     return logits_RA
+
+
+def _places(wanted_RA: torch.Tensor) -> list[tuple[int, int]]:
+    """Return row and column of each True."""
+    return [(int(row), int(column)) for row, column in wanted_RA.nonzero()]
+
+
+def _num_words(rows: Sequence[Sequence[CandidateIds]], wanted_RA: torch.Tensor, own: OwnTokenizer) -> torch.Tensor:
+    """Return the words of the wanted candidates, ``[R, A]``, and 1 for the others."""
+    words_RA = torch.ones(wanted_RA.shape)
+    for row, column in _places(wanted_RA):
+        words_RA[row, column] = rows[row][column].num_words(f"row {row}, candidate {column}", own)
+    return words_RA
 
 
 def _prompt_request(prompt: Row, call: CallOptions) -> Request:
@@ -167,57 +201,7 @@ def _candidate_request(request: Request, ids: Ids) -> Request:
     )
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-
-def _read_candidates(candidates: Any, num_rows: int, tokenizer: PreTrainedTokenizerBase) -> list[list[Ids]]:
-    """Return the ids of every row's candidates."""
-    if isinstance(candidates, (str, Mapping)) or not isinstance(candidates, Sequence):
-        raise InputTypeError(
-            f"candidates: a {type(candidates).__name__}; expected a list of strings or of id lists, for all rows, or "
-            "one for each"
-        )
-    if all(_is_candidate(candidate) for candidate in candidates):
-        return [_read_row("", candidates, tokenizer)] * num_rows
-    if len(candidates) != num_rows:
-        raise InputError(
-            f"{len(candidates)} lists of candidates for a batch of {num_rows} rows; give one for each row, or one list "
-            "for all"
-        )
-    return [_read_row(f"row {row}, ", of_row, tokenizer) for row, of_row in enumerate(candidates)]
-
-
-def _is_candidate(value: Any) -> bool:
-    if isinstance(value, str):
-        return True
-    if isinstance(value, torch.Tensor):
-        return value.ndim == 1
-    return isinstance(value, Sequence) and all(isinstance(token_id, int) for token_id in value)
-
-
-def _read_row(name: str, candidates: Any, tokenizer: PreTrainedTokenizerBase) -> list[Ids]:
-    if isinstance(candidates, (str, torch.Tensor)) or not isinstance(candidates, Sequence):
-        raise InputTypeError(f"{name}candidates: {candidates!r:.80}; expected a list of strings or of id lists")
-    if not candidates:
-        raise InputError(f"{name}candidates: an empty list; give at least 1")
-    return [
-        _read_candidate(f"{name}candidate {column}", candidate, tokenizer)
-        for column, candidate in enumerate(candidates)
-    ]
-
-
-def _read_candidate(name: str, candidate: Any, tokenizer: PreTrainedTokenizerBase) -> Ids:
-    if isinstance(candidate, str):
-        ids = tokenizer(candidate, add_special_tokens=False)["input_ids"]
-    elif isinstance(candidate, torch.Tensor):
-        ids = candidate.tolist()
-    else:
-        ids = candidate
-    if not isinstance(ids, Sequence) or any(type(token_id) is not int for token_id in ids):
-        raise InputTypeError(f"{name}, {candidate!r:.80}: expected a string, or token ids, which are integers")
-    if not ids:
-        raise InputError(f"{name}, {candidate!r:.80}: 0 tokens, and nothing to score; give at least 1")
-    return tuple(ids)
+# --- checks ----------------------------------------------------------------------------------------------------------
 
 
 def _padded(values_RA: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -283,12 +267,12 @@ class _CandidateLogits(TensorDictModuleBase):  # type: ignore[misc]
         self,
         policy: Scorer,
         candidates: Candidates,
-        reduction: Reduction,
+        options: Mapping[str, Any],
         mask_key: NestedKey | None,
         out_keys: tuple[NestedKey, NestedKey],
     ) -> None:
         super().__init__()
-        self.policy, self.candidates, self.reduction, self.mask_key = policy, candidates, reduction, mask_key
+        self.policy, self.candidates, self.options, self.mask_key = policy, candidates, dict(options), mask_key
         keys = (policy.input_key, policy.action_mask_key, mask_key)
         self.in_keys = list(dict.fromkeys(key for key in keys if key is not None))
         self.out_keys = list(out_keys)
@@ -296,13 +280,13 @@ class _CandidateLogits(TensorDictModuleBase):  # type: ignore[misc]
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         mask = None
         if self.mask_key is not None:
-            mask = tensordict.get(self.mask_key, None)
+            mask = tensordict.get(self.mask_key)
             if mask is None:
                 raise MissingKeyError(
                     f"the TensorDict has no {self.mask_key!r}, which the actor reads its mask from; add one, or make "
                     "the actor without mask_key"
                 )
-        scores = self.policy.score(tensordict, self.candidates, reduction=self.reduction, mask=mask)
+        scores = self.policy.score(tensordict, self.candidates, mask=mask, **self.options)
         for key, name in zip(self.out_keys, ("logits", "mask"), strict=True):
             tensordict.set(key, scores[name])
         return tensordict
@@ -319,7 +303,7 @@ class CandidateActor(ProbabilisticActor):  # type: ignore[misc]
         candidates: see `SGLangHiddenWrapper.score`: a list of A for every row, where action a is candidate a.
 
     Keyword Args:
-        reduction: see `SGLangHiddenWrapper.score`.
+        reduction, normalize: see `SGLangHiddenWrapper.score`. TWOSOME's policy is ``normalize="word"`` or ``"token"``.
         action_mask_key: where the environment says which of the A candidates it allows now, bool ``[*batch, A]``. The
             others are not scored. None allows all.
         logits_key: where the candidates' log-probs are written, float32 ``[*batch, A]``.
@@ -346,6 +330,7 @@ class CandidateActor(ProbabilisticActor):  # type: ignore[misc]
         candidates: Candidates,
         *,
         reduction: Reduction = "sum",
+        normalize: Normalization | None = None,
         action_mask_key: NestedKey | None = None,
         logits_key: NestedKey = "logits",
         logits_mask_key: NestedKey = "logits_mask",
@@ -354,8 +339,10 @@ class CandidateActor(ProbabilisticActor):  # type: ignore[misc]
         return_log_prob: bool = True,
         spec: TensorSpec | None = None,
     ) -> None:
+        # A policy that stands in for the wrapper need not know what is not asked for.
+        options = {"reduction": reduction} | ({} if normalize is None else {"normalize": normalize})
         super().__init__(
-            _CandidateLogits(policy, candidates, reduction, action_mask_key, (logits_key, logits_mask_key)),
+            _CandidateLogits(policy, candidates, options, action_mask_key, (logits_key, logits_mask_key)),
             in_keys={"logits": logits_key, "mask": logits_mask_key},
             out_keys=[action_key],
             spec=spec,

@@ -6,17 +6,14 @@ Knows nothing of rows or requests. What needs the engine's vocabulary or tokeniz
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, cast
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from tensordict.utils import NestedKey, unravel_key
-from torchrl.data.llm.history import _CHAT_TEMPLATES as CHAT_TEMPLATES
-from transformers import PreTrainedTokenizerBase
+from tensordict.utils import NestedKey
 
-from torchrl_sglang_hidden.errors import InputError, InputTypeError, TokenIdError
+from torchrl_sglang_hidden.errors import InputError
+from torchrl_sglang_hidden.policy import argument_checks
 from torchrl_sglang_hidden.policy.action_masks import (
     ActionMaskReader,
     option_constraints,
@@ -24,19 +21,26 @@ from torchrl_sglang_hidden.policy.action_masks import (
     read_constraints,
     read_options,
 )
+from torchrl_sglang_hidden.policy.argument_checks import field_names, take_fields
 from torchrl_sglang_hidden.policy.batching import BatchingConfig
+from torchrl_sglang_hidden.policy.chat_template import read_variables, select_template
+from torchrl_sglang_hidden.policy.outcomes import OutcomeConfig
 from torchrl_sglang_hidden.policy.outputs import KeyConfig, OutputKeys, list_out_keys
 from torchrl_sglang_hidden.policy.prompts import INPUT_MODES, InputMode, PromptReader
-from torchrl_sglang_hidden.policy.returned import resolve_hidden, scored_hidden
-from torchrl_sglang_hidden.policy.tokenizer import read_tokenizer
-from torchrl_sglang_hidden.records import EngineInfo
+from torchrl_sglang_hidden.policy.returned import resolve_hidden, resolve_records, returned_keys, scored_hidden
+from torchrl_sglang_hidden.policy.sampled_turns import DIGEST_KEY, ChatMode
+from torchrl_sglang_hidden.policy.tokenizer import OwnTokenizer, read_tokenizer
+from torchrl_sglang_hidden.records import EngineInfo, SamplingRecords
 from torchrl_sglang_hidden.sglang_api.sampling import standardize
 from torchrl_sglang_hidden.spec.constraints import LogitConstraint
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 from torchrl_sglang_hidden.spec.spans import TokenMask
 
-__all__ = ["ARGUMENTS", "PolicyConfig", "resolve_num_samples"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["ARGUMENTS", "PolicyConfig"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,12 +50,13 @@ class PolicyConfig:
     What needs the engine waits for `resolve_for`, which the wrapper calls: the tokenizer is loaded and compared with
     the model, token ids and constraints are checked against its vocabulary, and masks among the options are read.
 
-    The wrapper takes the fields of ``keys`` and ``queue`` as arguments of its own, under their own names. Its
+    The wrapper takes the fields of ``keys``, ``queue`` and ``outcomes`` as arguments of its own, under their names. Its
     ``config`` is a `PolicyConfig`, and `SGLangHiddenWrapper.get_new_version` changes some of the arguments. The hash
-    leaves out ``generate_kwargs`` and ``tokenizer_kwargs``, which are dicts.
+    leaves out the arguments that are dicts.
 
     Args:
-        tokenizer: a Hugging Face tokenizer, the name or path of one, or None for the engine's own.
+        tokenizer: a Hugging Face tokenizer, the name or path of one, or None for the engine's own. The policy uses a
+            copy, which a trainer's truncation does not reach; a chat template or tokens that are set later do.
         input_mode: what a prompt is. ``"history"``: a ``torchrl.data.llm.History`` of shape ``[*batch, turns]``.
             ``"text"``: one string per row. ``"tokens"``: int64 token ids, ragged, or padded on the left.
         input_key: where the prompt is read; by default ``(input_mode, "prompt")``, and ``(input_mode, "full")`` with
@@ -73,6 +78,8 @@ class PolicyConfig:
             them. A native SGLang processor there, a JSON string, replaces all constraints, and a warning names those
             that it replaces.
         tokenizer_kwargs: passed to the tokenizer when text is turned into ids. Padding that it adds is removed.
+            Truncation cuts on the tokenizer's ``truncation_side``, and ``text.prompt`` says what is left; in history
+            mode, where it would cut the generation prompt, it is refused.
         pad_output: True pads the ragged leaves to one width: prompts on the left, responses on the right; ids with the
             tokenizer's pad id (else its EOS id), log-probs with NaN, masks with False. False leaves them ragged.
         pad_model_input: None or False. Pads are never sent to an engine, so True is refused.
@@ -85,12 +92,29 @@ class PolicyConfig:
         num_samples: responses per prompt, n. The output has batch size ``[*batch, n]``. The prompt is computed once,
             except where several servers share the rows unevenly, or stock SGLang pools the prompt.
             ``generate_kwargs={"num_return_sequences": n}`` means the same.
-        chat_template_name: one of torchrl's named chat templates, for history mode.
-        chat_template: a Jinja chat template, for history mode. By default the tokenizer's own.
-        prefer_tokens: in history mode, True sends the token ids that stand at ``(tokens_key, "prompt")`` already, such
-            as those of torchrl's ``IncrementalTokenizer``, if they decode to the text that the template writes for the
-            chat, or to the beginning of that text; the rest is then tokenized and sent after them. This way a response
-            keeps its sampled ids in the turns that follow. Ids of another chat are not used.
+        chat_template_name: for history mode, one of the tokenizer's chat templates where it has several, or one of
+            torchrl's named ones.
+        chat_template: a Jinja chat template, for history mode. By default the tokenizer's own; of several its
+            ``"tool_use"`` where there are tools, else its ``"default"``. A tokenizer without one, as base models have
+            it, raises: no template is guessed.
+        chat_template_kwargs: for history mode, variables of the chat template by name, such as ``tools``,
+            ``enable_thinking``, ``documents`` or ``date_string``. Those of a call are over these, and those of a row
+            (a dict at ``"chat_template_kwargs"`` in the TensorDict) over both. One that the template does not read
+            raises. ``strftime_now`` gives all rows of a call the same time.
+        prefer_tokens: in history mode, True sends the token ids of the turns before as they were sampled, where they
+            stand for the text that the template writes for the chat, or for the beginning of that text; the rest is
+            then tokenized and sent after them. The ids are those at ``(tokens_key, "full")`` and ``(tokens_key,
+            "prompt")``, where torchrl's ``IncrementalTokenizer`` writes them; those of another chat are not used. Where
+            the template rewrites an answer they cannot be kept: one warning says where, and ``"strict"`` raises.
+        chat: in history mode, how the next prompt of a chat is made. ``"render"``: the template writes it anew.
+            ``"append"``: it begins with exactly the ids of the turn before, prompt and response, and the template
+            writes only what follows. ``all_assistant_mask`` is then True on the sampled tokens of every turn, and
+            ``log_probs.full`` has their log-probs. The turn before is read where this policy wrote it; a chat that does
+            not go on from it is rendered whole.
+        literal_content: in history mode, whether what messages say is encoded apart from the template's frame, so that
+            a user's ``<|im_end|>`` is plain text and no special token. The assistant's messages are left as they are.
+        mark_end_of_turn: in scoring in history mode, whether ``all_assistant_mask`` has the token that ends each of the
+            assistant's turns, so that a loss trains it too. A template with ``{% generation %}`` says so itself.
         return_log_probs: whether the log-prob of every response token is returned; None means True. They belong to the
             distribution after temperature, penalties and grammar, before top-k and top-p (SGLang's definition).
             Scoring returns log-probs of the model's own distribution.
@@ -108,11 +132,14 @@ class PolicyConfig:
         action_token_ids: the A token ids that the columns of these masks stand for.
         keys: where the outputs are written.
         queue: whether and how concurrent callers share requests.
+        outcomes: what becomes of rows that go wrong, and of samples that take too long.
 
     Attributes:
         num_responses: responses per prompt, by either of its two names; None for one without a dimension of its own.
             Like ``writes_inplace`` it is fixed here: a change inside ``generate_kwargs`` does not change the output.
         writes_inplace: the value of ``inplace``, or its default.
+        own_tokenizer: the copies of the tokenizer that the policy tokenizes with; None before `resolve_for`.
+        said: what was warned of once.
 
     Raises:
         InputError: a value that cannot be served, or two arguments that contradict each other.
@@ -136,7 +163,11 @@ class PolicyConfig:
     num_samples: int | None = None
     chat_template_name: str | None = None
     chat_template: str | None = None
-    prefer_tokens: bool = False
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)
+    prefer_tokens: bool | Literal["strict"] = False
+    chat: ChatMode = "render"
+    literal_content: bool = False
+    mark_end_of_turn: bool = False
     return_log_probs: bool = True
     hidden: HiddenSpec | None = field(default_factory=HiddenSpec)
     logits: LogitsSpec | None = None
@@ -145,37 +176,36 @@ class PolicyConfig:
     action_token_ids: tuple[int, ...] | None = None
     keys: KeyConfig = field(default_factory=KeyConfig)
     queue: BatchingConfig = field(default_factory=BatchingConfig)
+    outcomes: OutcomeConfig = field(default_factory=OutcomeConfig)
     num_responses: int | None = field(init=False, repr=False, compare=False)
     writes_inplace: Literal[True, False, "empty"] = field(init=False, repr=False, compare=False)
+    own_tokenizer: OwnTokenizer = field(init=False, repr=False, compare=False, default=cast("OwnTokenizer", None))
+    said: set[str] = field(init=False, repr=False, compare=False, default_factory=set)
 
     @classmethod
     def from_arguments(cls, **arguments: Any) -> PolicyConfig:
         """Return the configuration that arguments of the wrapper, each under its own name, describe."""
-        keys, queue = KeyConfig(**_taken(arguments, KeyConfig)), BatchingConfig(**_taken(arguments, BatchingConfig))
-        return cls(keys=keys, queue=queue, **arguments)
+        return cls(**{name: kind(**take_fields(arguments, kind)) for name, kind in PARTS.items()}, **arguments)
 
     def arguments(self) -> dict[str, Any]:
         """Return the wrapper's arguments, each under its own name, as a dict of the caller's own."""
-        own = {name: getattr(self, name) for name in _names(PolicyConfig) - {"keys", "queue"}}
-        own |= {name: dict(own[name]) for name in ("generate_kwargs", "tokenizer_kwargs")}
-        return own | {name: getattr(part, name) for part in self.parts[1:] for name in _names(type(part))}
+        own = {name: getattr(self, name) for name in field_names(PolicyConfig) - PARTS.keys()}
+        own |= {name: dict(value) for name, value in own.items() if isinstance(value, dict)}
+        return own | {name: getattr(part, name) for part in self.parts[1:] for name in field_names(type(part))}
 
     @property
-    def parts(self) -> tuple[PolicyConfig, KeyConfig, BatchingConfig]:
+    def parts(self) -> tuple[PolicyConfig, KeyConfig, BatchingConfig, OutcomeConfig]:
         """The records that have the arguments as fields."""
-        return self, self.keys, self.queue
+        return self, self.keys, self.queue, self.outcomes
 
     def __post_init__(self) -> None:
         """Bring the values that have several forms into one, and check them."""
-        self._check_choices()
+        if self.input_mode not in INPUT_MODES:
+            raise InputError(f"input_mode={self.input_mode!r}: input_mode must be one of {INPUT_MODES}")
+        argument_checks.check_choices(self)
         options = standardize(self.generate_kwargs)
-        responses = resolve_num_samples(self.num_samples, options)
-        many = self.generate and responses is not None
-        if many and self.inplace not in (None, False):
-            raise InputError(
-                f"inplace={self.inplace!r} with num_samples={responses}: the output has another batch size than the "
-                "input; leave inplace out, or set it to False"
-            )
+        responses = argument_checks.resolve_num_samples(self.num_samples, options)
+        many = argument_checks.check_samples(self.generate, responses, self.inplace, self.outcomes.extra_samples)
         resolved = {
             "num_responses": responses,
             "writes_inplace": not many if self.inplace is None else self.inplace,
@@ -183,37 +213,15 @@ class PolicyConfig:
             "input_key": None if self.input_key == self._default_input_key else self.input_key,
             "generate_kwargs": options,
             "tokenizer_kwargs": dict(self.tokenizer_kwargs or {}),
+            "chat_template_kwargs": read_variables("chat_template_kwargs", self.chat_template_kwargs),
             "device": None if self.device is None else torch.device(self.device),
             "return_log_probs": self.return_log_probs is not False,
             "hidden": resolve_hidden(self.hidden, options.get("return_hidden_states"), self.input_mode),
             "constraints": read_constraints("constraints", self.constraints),
-            "action_token_ids": _read_ids(self.action_token_ids, self.action_mask_key),
+            "action_token_ids": argument_checks.read_action_ids_early(self.action_token_ids, self.action_mask_key),
         }
         for name, value in resolved.items():
             object.__setattr__(self, name, value)
-
-    def _check_choices(self) -> None:
-        if self.input_mode not in INPUT_MODES:
-            raise InputError(f"input_mode={self.input_mode!r}: expected one of {INPUT_MODES}")
-        if not isinstance(self.generate, bool):
-            raise InputTypeError(f"generate={self.generate!r}: expected True or False")
-        if self.pad_model_input:
-            raise InputError("pad_model_input=True: pads are never sent to the engine; leave it out")
-        if self.layout not in (None, torch.strided, torch.jagged):
-            raise InputError(f"layout={self.layout!r}: expected torch.strided, torch.jagged or None")
-        if self.inplace != "empty" and not any(self.inplace is value for value in (None, True, False)):
-            raise InputError(f"inplace={self.inplace!r}: expected True, False or 'empty'")
-        if self.prefer_tokens and self.keys.tokens_key is None:
-            raise InputError("prefer_tokens=True reads the tokens at tokens_key, which is None; give it a key")
-        if self.logits is not None and not isinstance(self.logits, LogitsSpec):
-            raise InputTypeError(f"logits={self.logits!r}: expected a LogitsSpec, such as LogitsSpec(top_k=8), or None")
-        name = self.chat_template_name
-        if name is not None and self.chat_template is not None:
-            raise InputError(f"chat_template and chat_template_name={name!r} are both given; keep one")
-        if name is not None and name not in CHAT_TEMPLATES:
-            raise InputError(
-                f"chat_template_name={name!r}: expected one of {sorted(CHAT_TEMPLATES)}; or give chat_template"
-            )
 
     # --- versions ----------------------------------------------------------------------------------------------------
 
@@ -234,9 +242,10 @@ class PolicyConfig:
             changes["generate_kwargs"] = options
         elif "num_samples" not in changes and "num_return_sequences" in standardize(changes["generate_kwargs"]):
             changes["num_samples"] = None
-        keys = replace(self.keys, **_taken(changes, KeyConfig))
-        queue = self.queue.changed(_taken(changes, BatchingConfig))
-        return replace(self, keys=keys, queue=queue, **changes)
+        keys = replace(self.keys, **take_fields(changes, KeyConfig))
+        queue = self.queue.changed(take_fields(changes, BatchingConfig))
+        own = replace(self.outcomes, **take_fields(changes, OutcomeConfig))
+        return replace(self, keys=keys, queue=queue, outcomes=own, **changes)
 
     def resolve_for(self, info: EngineInfo) -> PolicyConfig:
         """Return this configuration checked against an engine, with its tokenizer and with token ids read.
@@ -247,15 +256,20 @@ class PolicyConfig:
             TokenIdError: an id outside the vocabulary.
         """
         options = read_options(self.generate_kwargs, info.vocab_size)
-        _check_logits(self.logits, info.vocab_size)
+        argument_checks.check_logits(self.logits, info.vocab_size)
         for constraint in (*self.constraints, *option_constraints(options)):
             constraint.check(info.vocab_size)
-        return replace(
+        tokenizer = read_tokenizer(self.tokenizer, info.tokenizer_path, info.vocab_size)
+        if self.chat_template_name is not None:
+            select_template(tokenizer, None, self.chat_template_name, tools=False)
+        resolved = replace(
             self,
-            tokenizer=read_tokenizer(self.tokenizer, info.tokenizer_path, info.vocab_size),
+            tokenizer=tokenizer,
             generate_kwargs=options,
             action_token_ids=read_action_ids(self.action_token_ids, self.action_mask_key, info.vocab_size),
         )
+        object.__setattr__(resolved, "own_tokenizer", OwnTokenizer(tokenizer, self.tokenizer_kwargs))
+        return resolved
 
     @property
     def padding_value(self) -> int:
@@ -265,23 +279,48 @@ class PolicyConfig:
         return next(token_id for token_id in ids if token_id is not None)
 
     @property
+    def _follows_turns(self) -> bool:
+        """Whether prompts keep what was sampled in the turns before."""
+        return self.generate and self.input_mode == "history" and bool(self.prefer_tokens or self.chat == "append")
+
+    @property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         return cast("PreTrainedTokenizerBase", self.tokenizer)
 
-    def make_reader(self) -> PromptReader:
-        """Return the reader of the prompts. Needs the tokenizer that `resolve_for` reads."""
+    def make_reader(self, chat_template_kwargs: Any = None) -> PromptReader:
+        """Return the reader of the prompts of one call. Needs the tokenizer that `resolve_for` reads.
+
+        Args:
+            chat_template_kwargs: the call's variables of the chat template, over these.
+
+        Raises:
+            InputError: variables of a chat template in another mode than history, or that cannot be given.
+        """
+        of_call = read_variables("chat_template_kwargs", chat_template_kwargs)
+        if of_call and self.input_mode != "history":
+            raise InputError(
+                f"chat_template_kwargs={of_call!r:.80} with input_mode={self.input_mode!r}: only history mode has a "
+                "chat template; leave it out"
+            )
         return PromptReader(
-            tokenizer=self._tokenizer,
+            own=self.own_tokenizer,
             input_mode=self.input_mode,
             input_key=self.prompt_key,
             attention_mask_key=self.attention_mask_key,
+            tokens_key=self.keys.tokens_key,
             masks_key=self.keys.masks_key,
             generate=self.generate,
             tokenizer_kwargs=self.tokenizer_kwargs,
             chat_template=self.chat_template,
             chat_template_name=self.chat_template_name,
+            chat_template_kwargs={**self.chat_template_kwargs, **of_call},
             padding_value=self.padding_value,
-            prefer_tokens=unravel_key((self.keys.tokens_key, "prompt")) if self.prefer_tokens else None,
+            log_probs_key=self.keys.log_probs_key,
+            prefer_tokens=self.prefer_tokens,
+            chat=self.chat,
+            literal_content=self.literal_content,
+            mark_end_of_turn=self.mark_end_of_turn,
+            said=self.said,
         )
 
     def make_mask_reader(self, vocab_size: int) -> ActionMaskReader | None:
@@ -311,24 +350,33 @@ class PolicyConfig:
         """The states that a call returns which does not say otherwise."""
         return self.hidden if self.generate else scored_hidden(self.hidden)
 
+    @property
+    def records(self) -> SamplingRecords:
+        """What a call records of the sampling which does not say otherwise."""
+        return resolve_records(self.generate_kwargs) if self.generate else SamplingRecords()
+
     def output_keys(
-        self, hidden: HiddenSpec | None, logits: LogitsSpec | None, *, logits_only: bool = False
+        self,
+        hidden: HiddenSpec | None,
+        logits: LogitsSpec | None,
+        records: SamplingRecords,
+        *,
+        logits_only: bool = False,
+        errors: bool = False,
     ) -> OutputKeys:
-        """Return where the outputs go of a call that returns these states and logits."""
-        keys = self.keys
-        return OutputKeys(
-            text=keys.text_key,
-            tokens=keys.tokens_key,
-            masks=keys.masks_key,
-            log_probs=keys.log_probs_key if self.return_log_probs and not logits_only else None,
-            history=keys.history_key if self.input_mode == "history" else None,
-            hidden_states=keys.hidden_states_key if hidden is not None and hidden.pooling is not None else None,
-            token_hidden_states=keys.token_hidden_states_key if hidden is not None and hidden.tokens else None,
-            weight_version="weight_version",
-            finish_reason="finish_reason" if self.generate else None,
-            mixed_weights="mixed_weights" if self.generate else None,
-            logits=keys.logits_key if logits is not None else None,
+        """Return where the outputs go of a call that returns these states, logits, records, and errors of rows."""
+        keys = returned_keys(self.keys, hidden, logits, records, generate=self.generate, errors=errors)
+        return replace(
+            keys,
+            log_probs=keys.log_probs if self.return_log_probs and not logits_only else None,
+            history=keys.history if self.input_mode == "history" else None,
+            chat_digest=DIGEST_KEY if self._follows_turns else None,
         )
+
+    @property
+    def default_keys(self) -> OutputKeys:
+        """Where the outputs go of a call that does not say otherwise."""
+        return self.output_keys(self.returned_hidden, self.logits, self.records, errors=self.outcomes.keeps_errors)
 
     @property
     def in_keys(self) -> list[NestedKey]:
@@ -341,57 +389,9 @@ class PolicyConfig:
     @property
     def out_keys(self) -> list[NestedKey]:
         """The keys that a call writes which does not say otherwise; see `list_out_keys`."""
-        keys = self.output_keys(self.returned_hidden, self.logits)
-        return list_out_keys(keys, self.returned_hidden, self.logits, self.generate)
+        return list_out_keys(self.default_keys, self.returned_hidden, self.logits, self.generate)
 
 
-def _names(kind: Any) -> set[str]:
-    return {found.name for found in fields(kind) if found.init}
-
-
-# The wrapper's arguments, by name.
-ARGUMENTS = (_names(PolicyConfig) - {"keys", "queue"}) | _names(KeyConfig) | _names(BatchingConfig)
-
-
-def _taken(arguments: dict[str, Any], kind: Any) -> dict[str, Any]:
-    """Take the arguments that are fields of a record out of all arguments."""
-    return {name: arguments.pop(name) for name in _names(kind) & arguments.keys()}
-
-
-def resolve_num_samples(num_samples: int | None, options: Mapping[str, Any]) -> int | None:
-    """Return the responses per prompt: ``num_samples``, or the option ``num_return_sequences``.
-
-    Raises:
-        InputError: no positive integer, or both and they differ.
-    """
-    if num_samples is not None and (type(num_samples) is not int or num_samples < 1):
-        raise InputError(f"num_samples={num_samples!r}: expected an integer of at least 1, or None")
-    option = options.get("num_return_sequences")
-    if option is None:
-        return num_samples
-    if num_samples not in (None, option):
-        raise InputError(f"num_samples={num_samples} and num_return_sequences={option} contradict each other; give one")
-    # One response without a dimension of samples is what every other wrapper gives for 1.
-    return num_samples if option == 1 else cast("int", option)
-
-
-def _read_ids(ids: Any, key: NestedKey | None) -> tuple[int, ...] | None:
-    """Read ``action_token_ids`` before the vocabulary is known; `PolicyConfig.resolve_for` compares them with it."""
-    try:
-        return read_action_ids(ids, key, sys.maxsize)
-    except TokenIdError as error:
-        raise TokenIdError(
-            f"action_token_ids={ids!r:.80}: ids are 0 or more, each once; leave the others out"
-        ) from error
-
-
-def _check_logits(logits: LogitsSpec | None, vocab_size: int) -> None:
-    if logits is None:
-        return
-    if logits.top_k is not None and logits.top_k > vocab_size:
-        raise InputError(f"LogitsSpec(top_k={logits.top_k}): the model has {vocab_size} tokens; ask for at most these")
-    if logits.token_ids is not None and max(logits.token_ids) >= vocab_size:
-        raise TokenIdError(
-            f"LogitsSpec(token_ids={logits.token_ids!r:.80}): id {max(logits.token_ids)} is outside the vocabulary of "
-            f"{vocab_size}; ids are 0..{vocab_size - 1}"
-        )
+# The records inside `PolicyConfig`, and the wrapper's arguments, by name.
+PARTS: dict[str, Any] = {"keys": KeyConfig, "queue": BatchingConfig, "outcomes": OutcomeConfig}
+ARGUMENTS = (field_names(PolicyConfig) - PARTS.keys()).union(*map(field_names, PARTS.values()))

@@ -16,20 +16,17 @@ from torch.nn.utils.rnn import pad_sequence
 from torchrl.modules import LLMMaskedCategorical
 
 from torchrl_sglang_hidden.errors import CapabilityError, InputError
-from torchrl_sglang_hidden.policy.config import PolicyConfig
-from torchrl_sglang_hidden.policy.outputs import OutputKeys
+from torchrl_sglang_hidden.policy.attributes import Attributes
 
 __all__ = ["Distributions"]
 
 Side: TypeAlias = Literal["left", "right"]
 
 
-class Distributions:
+class Distributions(Attributes):
     """The distribution methods of torchrl's ``LLMWrapperBase``, which it leaves to its subclasses."""
 
     # What the policy is, for this part of it.
-    config: PolicyConfig
-    _keys: OutputKeys
     __call__: Callable[..., TensorDictBase]
 
     def log_prob(self, data: TensorDictBase, **get_kwargs: Any) -> Any:
@@ -144,11 +141,11 @@ class Distributions:
         assistant_key = assistant_mask_key or self._key_of("all_assistant_mask")
 
         def mask_of(scored: TensorDictBase, source: TensorDictBase) -> torch.Tensor:
-            prompt_P = source.get(prompt_key, None)
+            prompt_P = source.get(prompt_key)
             if prompt_P is None:
                 return self._mask(scored, source, assistant_key)
             # Padded prompts too: their pads need not stand where the scored sequence has its own.
-            attention_N = source.get(attention_key, None)
+            attention_N = source.get(attention_key)
             num_prompt = len(prompt_P) if attention_N is None else int(attention_N[: len(prompt_P)].sum())
             real_N = self._mask(scored, source, attention_key)
             return real_N & (real_N.cumsum(0) > num_prompt)
@@ -251,8 +248,8 @@ class Distributions:
 
     def _mask(self, scored: TensorDictBase, source: TensorDictBase, key: NestedKey) -> torch.Tensor:
         """Return a mask of the output row, or else of the input row."""
-        written = scored.get(key, None)
-        mask_N = source.get(key, None) if written is None else written
+        written = scored.get(key)
+        mask_N = source.get(key) if written is None else written
         if mask_N is None:
             raise InputError(
                 f"there is no mask at {key!r}, with input_mode={self.config.input_mode!r}: history mode takes the "

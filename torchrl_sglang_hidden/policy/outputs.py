@@ -32,6 +32,8 @@ __all__ = [
     "KeyConfig",
     "Logits",
     "OutputKeys",
+    "RoutedExperts",
+    "Sampling",
     "TokenHiddenStates",
     "list_out_keys",
     "resolve_target",
@@ -58,7 +60,8 @@ class HiddenStates(TensorClass["nocast"]):  # type: ignore[misc,name-defined]
           tuple; float32 unless `HiddenSpec.dtype` says otherwise. None for a segment that was not asked for.
         - counts: int64 ``[*batch]``.
 
-    A row that said it wants no states (``"return_hidden_states"``) has NaN, and a count of 0.
+    A row that said it wants no states (``"return_hidden_states"``) has NaN, and a count of 0; so has, under
+    ``on_error="nan"``, a row whose states or span are not there.
 
     The convention of ``response`` is that of Hugging Face ``generate(output_hidden_states=True)``, last position.
     """
@@ -89,7 +92,8 @@ class TokenHiddenStates(TensorClass["nocast"]):  # type: ignore[misc,name-define
           the right, and the rows of ``full`` as in ``tokens.full``, with zeros beside them. The masks say which rows
           are real; in ``full`` the row of the last token is not. None for a segment that was not asked for.
 
-    A row that said it wants no states (``"return_hidden_states"``) has none; padded, it has NaN everywhere.
+    A row that said it wants no states (``"return_hidden_states"``), or under ``on_error="nan"`` has none, has no rows;
+    padded, it has NaN everywhere.
     """
 
     prompt: torch.Tensor | None = None
@@ -126,6 +130,51 @@ class Logits(TensorClass["nocast"]):  # type: ignore[misc,name-defined]
     full_token_ids: torch.Tensor | None = None
 
 
+class Sampling(TensorClass["nocast"]):  # type: ignore[misc,name-defined]
+    """What is recorded of each sampled token beside its log-prob; None for what was not asked for.
+
+    Args:
+        entropy (torch.Tensor | None): with the option ``return_entropy``, the entropy in nats of the distribution whose
+            log-prob stands in ``log_probs``: after penalties, grammar, constraints and temperature, before top-k, top-p
+            and min-p. At temperature 0 it is of temperature 1, as the log-probs are.
+        log_probs (torch.Tensor | None): with the option ``return_sampling_mask``, the log-prob of the token among those
+            that top-k, top-p and min-p left: the behaviour policy's.
+        token_ids (torch.Tensor | None): these tokens, the best first.
+        token_log_probs (torch.Tensor | None): the log-probs of all of them.
+
+    Shapes:
+        - entropy, log_probs: float32 ``[*batch, T]``, padded with NaN.
+        - token_ids: int64 ``[*batch, T, S]``, padded with -1. S is the most tokens that any token of the call was drawn
+          from.
+        - token_log_probs: float32 ``[*batch, T, S]``, padded with ``-inf``.
+    """
+
+    entropy: torch.Tensor | None = None
+    log_probs: torch.Tensor | None = None
+    token_ids: torch.Tensor | None = None
+    token_log_probs: torch.Tensor | None = None
+
+
+class RoutedExperts(TensorClass["nocast"]):  # type: ignore[misc,name-defined]
+    """The experts that each position was routed to, with the option ``return_routed_experts``, for a replay.
+
+    Args:
+        prompt (torch.Tensor | None): prompt positions ``0 … P-1``.
+        response (torch.Tensor | None): row t produced response token t, positions ``P-1 … P+T-2``; None where nothing
+            was generated.
+        full (torch.Tensor | None): every position once, ``0 … P+T-2``: one row for each token of ``tokens.full`` but
+            the last, which was never read.
+
+    Shapes:
+        - int32 ``[*batch, rows, L, k]``, k experts in each of L layers, in SGLang's order; 0 in layers without
+          experts. Padded as `TokenHiddenStates` is, with -1.
+    """
+
+    prompt: torch.Tensor | None = None
+    response: torch.Tensor | None = None
+    full: torch.Tensor | None = None
+
+
 # --- the keys --------------------------------------------------------------------------------------------------------
 
 
@@ -142,6 +191,8 @@ class KeyConfig:
         hidden_states_key: `HiddenStates`, unless ``hidden`` is None or does not pool.
         token_hidden_states_key: `TokenHiddenStates`, with ``HiddenSpec(tokens=True)``.
         logits_key: `Logits`, where ``logits`` is set.
+        sampling_key: `Sampling`, with the options ``return_entropy`` and ``return_sampling_mask``.
+        routed_experts_key: `RoutedExperts`, with the option ``return_routed_experts``.
     """
 
     history_key: NestedKey | None = "history"
@@ -152,6 +203,8 @@ class KeyConfig:
     hidden_states_key: NestedKey | None = "hidden_states"
     token_hidden_states_key: NestedKey | None = "token_hidden_states"
     logits_key: NestedKey | None = "logits"
+    sampling_key: NestedKey | None = "sampling"
+    routed_experts_key: NestedKey | None = "routed_experts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,12 +222,18 @@ class OutputKeys:
     finish_reason: NestedKey | None
     mixed_weights: NestedKey | None
     logits: NestedKey | None = None
+    chat_digest: NestedKey | None = None
+    sampling: NestedKey | None = None
+    routed_experts: NestedKey | None = None
+    error: NestedKey | None = None
+    weight_versions: NestedKey | None = None
 
     def present(self) -> list[NestedKey]:
         """Return the keys that are written."""
         keys = (
             self.text, self.masks, self.tokens, self.log_probs, self.history, self.hidden_states,
             self.token_hidden_states, self.weight_version, self.finish_reason, self.mixed_weights, self.logits,
+            self.chat_digest, self.sampling, self.routed_experts, self.error, self.weight_versions,
         )  # fmt: skip
         return [key for key in keys if key is not None]
 
@@ -196,8 +255,8 @@ def list_out_keys(
     states = (keys.hidden_states, keys.token_hidden_states)
     if not generate and (keys.log_probs, *states, keys.logits) == (None,) * 4:
         raise InputError(
-            "generate=False with neither log-probs, hidden states nor logits: there is nothing to compute; leave "
-            "return_log_probs out, or pass hidden=True"
+            "generate=False with neither log-probs, hidden states nor logits: there is nothing to compute; "
+            "return_log_probs must be True, or hidden states or logits be asked for"
         )
     written = keys.present()
     _check_apart(written)
@@ -290,13 +349,25 @@ def write(
             results of the previous turn are not mistaken for new ones.
         layout: of the nested tensor that a ragged leaf becomes where the target holds no ragged stacks.
     """
+    _write_rows(target, out, keys, layout)
+    for key in owned:
+        if key not in keys and target.get(key) is not None:
+            target.del_(key)
+    return target
+
+
+def _write_rows(
+    target: TensorDictBase, out: TensorDictBase, keys: Sequence[NestedKey], layout: torch.layout | None
+) -> None:
+    # Row by row where both hold rows: to stack each output, for the target to take it apart again, takes longer.
+    stacks = (target, out)
+    if all(isinstance(stack, LazyStackedTensorDict) and stack.stack_dim == 0 for stack in stacks):
+        for target_row, out_row in zip(target.tensordicts, out.tensordicts, strict=True):
+            _write_rows(target_row, out_row, keys, layout)
+        return
     # set, not update: update would merge into a TensorClass of the previous step and keep its stale fields.
     for key in keys:
         _write(target, out, key, layout)
-    for key in owned:
-        if key not in keys and target.get(key, None) is not None:
-            target.del_(key)
-    return target
 
 
 def _write(target: TensorDictBase, out: TensorDictBase, key: NestedKey, layout: torch.layout | None) -> None:
@@ -318,7 +389,7 @@ def _check_paths_free(target: TensorDictBase, keys: Sequence[NestedKey]) -> None
     for key in keys:
         path = _path(key)
         for length in range(1, len(path)):
-            container = target.get(path[:length], None)
+            container = target.get(path[:length])
             if container is None:
                 break
             if not is_tensor_collection(container) or is_non_tensor(container):

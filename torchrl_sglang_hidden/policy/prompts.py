@@ -6,28 +6,36 @@ Knows nothing of engines. The ids that are read here are the ids that the engine
 from __future__ import annotations
 
 import functools
-import re
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast, get_args
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-import torch
 from tensordict import LazyStackedTensorDict, TensorDictBase, is_non_tensor, is_tensor_collection
-from tensordict.utils import NestedKey, unravel_key
+from tensordict.utils import NestedKey
 from torchrl.data.llm import History
-from torchrl.data.llm.history import _CHAT_TEMPLATES as CHAT_TEMPLATES
-from transformers import PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden.errors import (
+    ChatTemplateError,
+    ConstraintError,
     InputError,
     InputTypeError,
     MissingKeyError,
     PromptLengthError,
+    SGLangHiddenError,
     SpanError,
 )
 from torchrl_sglang_hidden.policy.action_masks import ActionMaskReader
-from torchrl_sglang_hidden.policy.chat_text import Chat, decode_all, last_tokens, spoken_tokens, tokens_at
+from torchrl_sglang_hidden.policy.chat_template import ChatTemplate, check_no_placeholder, select_template
+from torchrl_sglang_hidden.policy.chat_text import Chat, decode_all, last_tokens, opened_by, spoken_tokens
+from torchrl_sglang_hidden.policy.chats import ChatReader
+from torchrl_sglang_hidden.policy.literal_content import encode_chat
 from torchrl_sglang_hidden.policy.row_fields import keys_of, read_action_mask, read_token_mask, read_wants_states
+from torchrl_sglang_hidden.policy.sampled_turns import ChatMode, SampledTurns, TurnsPrompt
+from torchrl_sglang_hidden.policy.text_rows import TextReader
+from torchrl_sglang_hidden.policy.token_rows import TokenReader, warn_of_pads
+from torchrl_sglang_hidden.policy.tokenizer import OwnTokenizer
 from torchrl_sglang_hidden.spec.constraints import ActionMask
 from torchrl_sglang_hidden.spec.spans import (
     Between,
@@ -41,12 +49,13 @@ from torchrl_sglang_hidden.spec.spans import (
     find_between,
 )
 
-__all__ = ["INPUT_MODES", "InputMode", "PromptReader", "Row"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["INPUT_MODES", "InputMode", "PromptReader", "Row", "unbind_rows"]
 
 InputMode = Literal["history", "text", "tokens"]
 INPUT_MODES: tuple[InputMode, ...] = get_args(InputMode)
-# A chat template that says which tokens the assistant wrote.
-GENERATION = re.compile(r"\{%-?\s*generation\b")
 CONTAINERS = {"history": "ChatHistory", "text": "Text", "tokens": "Tokens"}
 
 
@@ -58,21 +67,28 @@ class Row:
         prompt_ids: P ids.
         prompt_text: the text that the ids stand for.
         history: the chat that was rendered to the text, ``[turns]``, in history mode.
+        chat: its messages, and the template that rendered them.
+        turns: what is known of the chat's earlier turns, where the policy follows them.
         assistant_mask: for scoring, which of the ids the assistant wrote; None where nothing says so.
-        placement: in tokens mode, the places of the ids tensor: True at an id, False at a pad; else None.
+        placement: in tokens mode, the places of the ids tensor: True at an id, False at a pad; None where nothing says
+            so, or in another mode.
         wants_states: what the row says at ``"return_hidden_states"``; None where it says nothing.
         spans: the spans by name, spans of the prompt as positions; empty where the row wants no states.
         action_mask: the tokens that the row allows, or None.
+        error: what is wrong with this row alone, so that it is not sent; None of every other row.
     """
 
     prompt_ids: tuple[int, ...]
     prompt_text: str
     history: History | None = None
+    chat: Chat | None = None
+    turns: TurnsPrompt | None = None
     assistant_mask: tuple[bool, ...] | None = None
     placement: tuple[bool, ...] | None = None
     wants_states: bool | None = None
     spans: Mapping[str, ResolvedSpan] = field(default_factory=dict)
     action_mask: ActionMask | None = None
+    error: SGLangHiddenError | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,26 +96,41 @@ class PromptReader:
     """Reads the prompts of a TensorDict. Arguments that are not described here are those of `PolicyConfig`.
 
     Args:
+        own: the policy's copies of its tokenizer.
         generate: True reads prompts, False whole sequences to score.
         padding_value: the id that pads a ``Tokens`` that says it is padded.
-        prefer_tokens: the key of ids that history mode prefers to the tokenizer's own, or None.
+        said: what the policy has warned of.
         spans: the spans to find in each prompt. Spans of a response stay as they are.
         action_masks: reads each row's action mask; None reads none.
+        keeps_errors: whether an error of one row is kept in `Row.error`, and not raised.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    own: OwnTokenizer
     input_mode: InputMode
     input_key: NestedKey
     attention_mask_key: NestedKey | None
+    tokens_key: NestedKey | None
     masks_key: NestedKey | None
     generate: bool
     tokenizer_kwargs: Mapping[str, Any]
     chat_template: str | None
     chat_template_name: str | None
+    chat_template_kwargs: Mapping[str, Any]
     padding_value: int
-    prefer_tokens: NestedKey | None = None
+    log_probs_key: NestedKey | None = None
+    prefer_tokens: bool | Literal["strict"] = False
+    chat: ChatMode = "render"
+    literal_content: bool = False
+    mark_end_of_turn: bool = False
+    said: set[str] = field(default_factory=set)
     spans: Mapping[str, Span] = field(default_factory=dict)
     action_masks: ActionMaskReader | None = None
+    keeps_errors: bool = False
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The policy's own tokenizer, which is called without truncation and padding."""
+        return self.own.plain
 
     def read(self, tensordict: TensorDictBase) -> list[Row]:
         """Read the prompts, in row-major order of the batch.
@@ -116,17 +147,40 @@ class PromptReader:
             raise InputTypeError(
                 f"{tensordict!r:.80} is a {type(tensordict).__name__}; the policy reads a TensorDict, such as ragged(…)"
             )
-        rows = [self._read_row(index, row) for index, row in enumerate(_unbind(tensordict))]
+        chats = self.make_chats() if self.input_mode == "history" else None
+        read = self._read_or_keep if self.keeps_errors else self._read_row
+        rows = [read(index, row, chats) for index, row in enumerate(unbind_rows(tensordict))]
         if not rows:
             raise PromptLengthError(
                 f"the batch of size {tuple(tensordict.batch_size)} has 0 rows; pass at least 1 prompt"
             )
+        if self.input_mode == "tokens" and all(row.placement is None for row in rows):
+            special = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+            warn_of_pads([row.prompt_ids for row in rows], self.padding_value, *special)
         return rows
 
-    def _read_row(self, index: int, row: TensorDictBase) -> Row:
-        """Read the prompt of one row, a TensorDict without batch dimensions."""
+    def _read_row(self, index: int, row: TensorDictBase, chats: ChatReader | None) -> Row:
+        """Read one row, a TensorDict without batch dimensions."""
+        return self.read_fields(index, row, self.read_prompt(index, row, chats))
+
+    def _read_or_keep(self, index: int, row: TensorDictBase, chats: ChatReader | None) -> Row:
+        """Read one row; what is wrong with it alone goes into `Row.error`, and what is with all rows is raised."""
         try:
-            value = row.get(self.input_key, None)
+            found = self.read_prompt(index, row, chats)
+        except (ChatTemplateError, PromptLengthError) as error:
+            if chats is not None:
+                chats.check_template(row)
+            return Row((), "", row.get(self.input_key) if chats is not None else None, error=error)
+        try:
+            return self.read_fields(index, row, found)
+        except (SpanError, ConstraintError) as error:
+            return replace(found, error=error)
+
+    def read_prompt(self, index: int, row: TensorDictBase, chats: ChatReader | None) -> Row:
+        """Read the prompt of one row; ``chats`` is what `make_chats` returned, in history mode."""
+        try:
+            # No default, here as elsewhere: TensorDict 0.15 would return it where a tensor stands in the key's path.
+            value = row.get(self.input_key)
         except ValueError as error:  # a tensor where the key's path has a container
             raise InputTypeError(
                 f"{self.input_key!r} cannot be read: {error}; input_mode={self.input_mode!r} reads a "
@@ -134,23 +188,38 @@ class PromptReader:
             ) from error
         if value is None:
             raise MissingKeyError(
-                f"the TensorDict has no {self.input_key!r}, which input_mode={self.input_mode!r} reads; it has "
-                f"{keys_of(row)}: add it, or pass input_key"
+                f"Expected {self.input_key!r} key for input_mode={self.input_mode!r}: the TensorDict has no "
+                f"{self.input_key!r}; it has {keys_of(row)}: add it, or pass input_key"
             )
         if is_non_tensor(value):
             value = value.data
         name = f"row {index}, {self.input_key!r}:"
-        if self.input_mode == "history":
-            found = self._read_history(name, row, value)
+        if chats is not None:
+            read = chats.read(name, row, value)
+            if read.turns is not None and read.turns.parted:
+                self._say_where_parted(index, read.turns.parted)
+            if read.turns is not None and read.turns.outdated and "outdated" not in self.said:
+                self.said.add("outdated")
+                warnings.warn(
+                    f"row {index}: chat='append' keeps the beginning of a chat as it was sent, and the chat template "
+                    f"writes it otherwise now: {read.turns.outdated}. Variables of the template that change, such as "
+                    "tools, need a new chat, or chat='render'; this is said once",
+                    stacklevel=5,
+                )
+            found = Row(read.ids, read.chat.text, value, read.chat, read.turns, assistant_mask=read.assistant_mask)
         elif self.input_mode == "text":
-            found = self._read_text(name, value)
+            found = self._read_text(name, row, value)
         else:
             found = self._read_tokens(name, row, value)
+        return found
+
+    def read_fields(self, index: int, row: TensorDictBase, found: Row) -> Row:
+        """Add what a row says beside its prompt, and the spans of the prompt."""
         if self.action_masks is not None:
             found = replace(found, action_mask=read_action_mask(index, row, self.action_masks))
         wants_states = read_wants_states(index, row)
         # The engine refuses ids that no tokenizer has.
-        readable = found.prompt_ids and all(0 <= token_id < 2**31 for token_id in found.prompt_ids)
+        readable = found.prompt_ids and min(found.prompt_ids) >= 0 and max(found.prompt_ids) < 2**31
         if wants_states is False or not readable:
             return replace(found, wants_states=wants_states)
         spans = {
@@ -158,69 +227,65 @@ class PromptReader:
         }
         return replace(found, wants_states=wants_states, spans=spans)
 
-    def _read_history(self, name: str, row: TensorDictBase, history: Any) -> Row:
-        if not isinstance(history, History):
-            raise InputTypeError(
-                f"{name} a {type(history).__name__}; history mode reads a History: use ragged(history=…)"
+    def _say_where_parted(self, index: int, parted: str) -> None:
+        """Raise or warn, once for a policy, where ids of earlier turns are at hand and not in a prompt."""
+        if self.prefer_tokens == "strict":
+            raise ChatTemplateError(
+                f"row {index}, prefer_tokens='strict': the ids of the turns before cannot be kept: {parted}; use "
+                "chat='append', or a chat_template that writes answers as they were sampled"
             )
-        if history.ndim == 0:
-            raise InputTypeError(
-                f"{name} one message without a dimension of turns; give History.from_chats([[…]]) one list of messages "
-                "per row"
+        if "parted" not in self.said:
+            self.said.add("parted")
+            warnings.warn(
+                f"row {index}: the ids of the turns before are not those of its prompt: {parted}. chat='append' keeps "
+                "sampled ids whatever the template writes, prefer_tokens='strict' raises; this is said once",
+                stacklevel=6,
             )
-        text = self._render(history, add_generation_prompt=self.generate)
+
+    def make_chats(self) -> ChatReader:
+        """Return the reader of the chats of one call, whose templates have one clock."""
+        choice = functools.partial(select_template, self.tokenizer, self.chat_template, self.chat_template_name)
         # The template wrote the special tokens already.
-        ids = self._encode(text, add_special_tokens=False)
-        if self.generate:
-            return Row(self._preferred(row, ids) if self.prefer_tokens else ids, text, history)
-        assistant_mask = self._assistant_mask(name, Chat(history, text, self._render), ids)
-        return Row(ids, text, history, assistant_mask=assistant_mask)
+        encode = functools.partial(self._encode, add_special_tokens=False)
+        now = datetime.now()
 
-    def _template(self) -> str | None:
-        # Given neither, torchrl guesses a template from the tokenizer's name; the tokenizer's own is no guess.
-        if self.chat_template_name is not None:
-            return str(CHAT_TEMPLATES[self.chat_template_name])
-        if self.chat_template is not None:
-            return self.chat_template
-        own: str | None = self.tokenizer.chat_template
-        return own
+        def make_template(variables: Mapping[str, Any]) -> ChatTemplate:
+            return ChatTemplate(self.tokenizer, choice(tools=bool(variables.get("tools"))), variables, now)
 
-    def _render(self, history: History, *, add_generation_prompt: bool | None = None, **options: Any) -> Any:
-        return history.apply_chat_template(
+        return ChatReader(
             tokenizer=self.tokenizer,
-            chat_template=self._template(),
-            add_generation_prompt=self.generate if add_generation_prompt is None else add_generation_prompt,
-            **options,
+            make_template=make_template,
+            variables=self.chat_template_kwargs,
+            generate=self.generate,
+            encode=encode,
+            tokenizer_kwargs=self.tokenizer_kwargs,
+            turns=self._make_turns(encode),
+            mark_end_of_turn=self.mark_end_of_turn,
+            encode_chat=functools.partial(encode_chat, own=self.own) if self.literal_content else None,
         )
 
-    def _assistant_mask(self, name: str, chat: Chat, ids: tuple[int, ...]) -> tuple[bool, ...]:
-        """Return which tokens are the assistant's: by ``{% generation %}``, or else the tokens of its messages."""
-        mask: list[bool] | None
-        if GENERATION.search(str(self._template())):
-            mask = self._render(chat.history, return_assistant_tokens_mask=True)["assistant_masks"].bool().tolist()
-        else:
-            turns = [
-                turn for turn, message in enumerate(chat.messages) if message.role == "assistant" and message.content
-            ]
-            try:
-                mask = tokens_at([chat.words_of(turn) for turn in turns], chat.text, ids, self.tokenizer)
-            except InputError as error:
-                raise InputError(f"{name} {error}, or one that says {{% generation %}}") from error
-        if mask is None or len(mask) != len(ids):
-            raise InputError(
-                f"{name} tokenizer_kwargs={dict(self.tokenizer_kwargs)} change the ids of the chat, so that the "
-                "template's assistant mask does not fit them, or this tokenizer does not tell where a token stands in "
-                "the text; leave them out to score a chat, and give a fast tokenizer"
-            )
-        return tuple(mask)
+    def _make_turns(self, encode: Callable[[str], tuple[int, ...]]) -> SampledTurns | None:
+        if not self.generate or self.tokens_key is None or not (self.prefer_tokens or self.chat == "append"):
+            return None
+        return SampledTurns(
+            tokenizer=self.tokenizer,
+            encode=encode,
+            chat=self.chat,
+            tokens_key=self.tokens_key,
+            masks_key=self.masks_key,
+            log_probs_key=self.log_probs_key,
+            padding_value=self.padding_value,
+        )
 
     def _resolve(self, name: str, row: TensorDictBase, found: Row, span: Span) -> ResolvedSpan:
         """Return a span as positions in a prompt, or as it is if it is of the response."""
         ids = found.prompt_ids
         try:
             match span:
-                case LastTokens(segment="response") | Between(segment="response"):
+                case LastTokens(segment="response"):
                     return span
+                case Between(segment="response"):
+                    return span if found.chat is None else opened_by(span, found.chat)
                 case LastTokens():
                     return last_tokens(span, len(ids))
                 case Between():
@@ -229,124 +294,33 @@ class PromptReader:
                 case TokenMask():
                     return read_token_mask(row, span, found.placement or (True,) * len(ids))
                 case Turn() | Role():
-                    chat = Chat(cast("History", found.history), found.prompt_text, self._render)
-                    return spoken_tokens(span, chat, ids, self.tokenizer)
+                    return spoken_tokens(span, cast("Chat", found.chat), ids, self.tokenizer)
         except (SpanError, InputError) as error:
             raise type(error)(f"{name} {error}") from error
 
-    def _preferred(self, row: TensorDictBase, prompt_ids: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the ids at `prefer_tokens` if they stand for the chat, or for its beginning; else ``prompt_ids``.
-
-        The beginning is what torchrl's IncrementalTokenizer leaves after a turn: the prompt, and the response as it was
-        sampled, without the generation prompt and the messages that follow; the ids of the rest are then appended. Ids
-        with any other text belong to another chat.
-        """
-        try:
-            found = row.get(self.prefer_tokens, None)
-        except ValueError as error:  # a tensor where the key's path has a container
-            raise InputTypeError(
-                f"{self.prefer_tokens!r} cannot be read: {error}; prefer_tokens=True reads a Tokens there"
-            ) from error
-        if found is None:
-            return prompt_ids
-        _check_ids(f"{self.prefer_tokens!r}:", found)
-        text, ids = self._decode(prompt_ids), tuple(found.tolist())
-        for preferred in (ids, _strip(ids, self.padding_value)):
-            rest = text[len(self._decode(preferred)) :]
-            whole = preferred + self._encode(rest, add_special_tokens=False)
-            # Differs for ids of another chat, and where a tokenizer writes a text otherwise than its two halves.
-            if self._decode(whole) == text:
-                return whole
-        return prompt_ids
-
-    def _read_text(self, name: str, text: Any) -> Row:
-        if not isinstance(text, str):
-            raise InputTypeError(f"{name} a {type(text).__name__}, {text!r:.80}; expected a string: use ragged(text=…)")
-        if not text:
-            raise PromptLengthError(f"{name} an empty string, 0 tokens; SGLang needs at least 1")
-        return Row(self._encode(text), text)
+    def _read_text(self, name: str, row: TensorDictBase, text: Any) -> Row:
+        reader = TextReader(self.own, self.input_key, self.tokens_key, self.masks_key, self.generate)
+        found = reader.read(name, row, text)
+        if self.generate:
+            check_no_placeholder(name, found.text, self.tokenizer)
+        return Row(found.ids, found.text)
 
     def _encode(self, text: str, **defaults: Any) -> tuple[int, ...]:
-        options = {**defaults, **self.tokenizer_kwargs, "return_attention_mask": True, "return_tensors": None}
-        encoded = self.tokenizer(text, **options)
-        return tuple(i for i, real in zip(encoded["input_ids"], encoded["attention_mask"], strict=True) if real)
+        return self.own.encode(text, **defaults).ids
 
     def _read_tokens(self, name: str, row: TensorDictBase, ids: Any) -> Row:
-        _check_ids(name, ids)
-        real = assistant_mask = None
-        if not self.generate and self.masks_key is not None:
-            # Read before the user's own mask, which may cover the prompt alone.
-            real = self._read_mask(name, row, ids, unravel_key((self.masks_key, "all_attention_mask")))
-            assistant_mask = self._read_mask(name, row, ids, unravel_key((self.masks_key, "all_assistant_mask")))
-        if real is None and self.attention_mask_key is not None:
-            real = self._read_mask(name, row, ids, self.attention_mask_key)
-        if real is None:
-            real = self._guess_padding(name, row, ids)
-        prompt_ids = tuple(ids[real].tolist())
-        return Row(
-            prompt_ids,
-            self._decode(prompt_ids),
-            assistant_mask=None if assistant_mask is None else tuple(assistant_mask[real].tolist()),
-            placement=tuple(real.tolist()),
-        )
-
-    def _read_mask(self, name: str, row: TensorDictBase, ids: torch.Tensor, key: NestedKey) -> torch.Tensor | None:
-        try:
-            mask = row.get(key, None)
-        except ValueError as error:  # a tensor where the key's path has a container
-            raise InputTypeError(f"{key!r} cannot be read: {error}; tokens mode reads a mask there") from error
-        if mask is not None and mask.shape != ids.shape:
-            raise InputError(
-                f"{name} of shape {tuple(ids.shape)}, and {key!r} of {tuple(mask.shape)}; give both the same"
-            )
-        return None if mask is None else mask.bool()
-
-    def _guess_padding(self, name: str, row: TensorDictBase, ids: torch.Tensor) -> torch.Tensor:
-        """Return which ids are real without a mask: all but the left padding of a ``Tokens`` that says it is padded."""
-        if self.generate and self.masks_key is not None:
-            # torchrl's ChatEnv makes a padded ``full`` the next prompt, and forgets that it is padded. The mask of that
-            # turn is still there; it is this prompt's where it leaves out pads, and nothing else.
-            previous = row.get(unravel_key((self.masks_key, "all_attention_mask")), None)
-            if previous is not None and previous.shape == ids.shape:
-                mask: torch.Tensor = previous.bool()
-                if not mask.all() and bool((ids[~mask] == self.padding_value).all()):
-                    return mask
-        if not self._is_padded(row):
-            return torch.ones_like(ids, dtype=torch.bool)
-        if not self.generate and len(ids) and ids[-1] == self.padding_value:
-            raise InputError(
-                f"{name} is padded and ends with the pad id {self.padding_value}, which may be padding or a token that "
-                f"was sampled; give the mask, at {self.attention_mask_key!r} or in {self.masks_key!r}"
-            )
-        return (ids != self.padding_value).cumsum(0).bool()
-
-    def _is_padded(self, row: TensorDictBase) -> bool:
-        """Whether the ids come from a ``Tokens`` that says it is padded."""
-        parent = row.get(self.input_key[:-1], None) if isinstance(self.input_key, tuple) else None
-        return getattr(parent, "padded", None) is True
+        reader = TokenReader(self.input_key, self.attention_mask_key, self.masks_key, self.generate, self.padding_value)
+        found = reader.read(name, row, ids)
+        return Row(found.ids, self._decode(found.ids), assistant_mask=found.assistant_mask, placement=found.placement)
 
     def _decode(self, prompt_ids: tuple[int, ...]) -> str:
         """Return the text of the ids; an empty one for unknown ids, which the engine's check reports by row."""
-        if any(not 0 <= i < len(self.tokenizer) for i in prompt_ids):
+        if not prompt_ids or min(prompt_ids) < 0 or max(prompt_ids) >= len(self.tokenizer):
             return ""
         return str(self.tokenizer.decode(prompt_ids))
 
 
-def _check_ids(name: str, ids: Any) -> None:
-    if not isinstance(ids, torch.Tensor) or ids.ndim != 1:
-        shape = f" of shape {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else ""
-        raise InputTypeError(f"{name} a {type(ids).__name__}{shape}; expected ids [P] per row: use ragged(tokens=…)")
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise InputTypeError(f"{name} of dtype {ids.dtype}; token ids are integers, such as torch.int64")
-
-
-def _strip(ids: tuple[int, ...], pad_id: int) -> tuple[int, ...]:
-    """Return the ids without the pads at both ends."""
-    real = [index for index, token_id in enumerate(ids) if token_id != pad_id]
-    return ids[real[0] : real[-1] + 1] if real else ()
-
-
-def _unbind(tensordict: TensorDictBase) -> Iterator[TensorDictBase]:
+def unbind_rows(tensordict: TensorDictBase) -> Iterator[TensorDictBase]:
     """Yield the rows in row-major order, without a reshape, which ragged and lazy leaves do not have."""
     if tensordict.ndim == 0:
         yield tensordict
@@ -354,4 +328,4 @@ def _unbind(tensordict: TensorDictBase) -> Iterator[TensorDictBase]:
         return
     else:
         for part in tensordict.unbind(0):
-            yield from _unbind(part)
+            yield from unbind_rows(part)

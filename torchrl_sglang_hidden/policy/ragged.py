@@ -164,7 +164,7 @@ def _read_chat(name: str, row: Any, segment: str) -> ChatHistory:
             _check_message(f"{name[:-1]}, message {turn}:", message)
         if not messages:
             raise PromptLengthError(f"{name} 0 messages; expected at least 1")
-        (row,) = History.from_chats([messages])
+        (row,) = History.from_chats([[_with_stacked_parts(message) for message in messages]])
     if row.ndim != 1:
         raise InputTypeError(f"{name} a History of shape {tuple(row.batch_size)}; expected one chat, [turns]")
     if not len(row):
@@ -189,6 +189,14 @@ def _check_message(name: str, message: Any) -> None:
         raise InputTypeError(
             f"{name} content {content!r:.80}; expected a string, or torchrl's ContentBase parts of one message"
         )
+
+
+def _with_stacked_parts(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message whose list of parts is a lazy stack: a `History` itself stacks only parts of the same fields."""
+    content = message.get("content")
+    if isinstance(content, (list, tuple)) and content:
+        return {**message, "content": lazy_stack(list(content))}
+    return dict(message)
 
 
 _READERS: dict[str, Callable[[str, Any, str], Any]] = {

@@ -10,22 +10,24 @@ import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torchrl_sglang_hidden.errors import AlignmentError, InputError, SpanError
 from torchrl_sglang_hidden.policy.action_masks import native_processor, option_constraints, read_options, responses_of
+from torchrl_sglang_hidden.policy.argument_checks import resolve_num_samples
 from torchrl_sglang_hidden.policy.chat_text import decode_all
-from torchrl_sglang_hidden.policy.config import PolicyConfig, resolve_num_samples
+from torchrl_sglang_hidden.policy.config import PolicyConfig
 from torchrl_sglang_hidden.policy.prompts import Row
-from torchrl_sglang_hidden.policy.returned import resolve_hidden, scored_hidden, scored_logits
-from torchrl_sglang_hidden.records import DEFAULT_NEW_TOKENS, READING, Completion, Request
-from torchrl_sglang_hidden.sglang_api.sampling import NOT_OF_SAMPLING, override, standardize, to_sglang
+from torchrl_sglang_hidden.policy.returned import resolve_hidden, resolve_records, scored_hidden, scored_logits
+from torchrl_sglang_hidden.records import DEFAULT_NEW_TOKENS, NO_RECORDS, READING, Completion, Request, SamplingRecords
+from torchrl_sglang_hidden.sglang_api.sampling import NOT_OF_SAMPLING, RECORDS, override, standardize, to_sglang
 from torchrl_sglang_hidden.spec.constraints import LogitConstraint
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 from torchrl_sglang_hidden.spec.spans import Between, find_between
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["CallOptions", "check_responses", "read_call", "read_scoring", "to_requests"]
 
@@ -46,6 +48,7 @@ class CallOptions:
         response_limit: ``max_new_tokens`` of the response that is sampled; of a scored sequence, of the response in it.
         processor: a serialised native SGLang logit processor. If set, it replaces `constraints` and the rows' action
             masks.
+        records: what is recorded of the sampling.
     """
 
     generate: bool
@@ -58,6 +61,7 @@ class CallOptions:
     constraints: tuple[LogitConstraint, ...] = ()
     response_limit: int = DEFAULT_NEW_TOKENS
     processor: str | None = None
+    records: SamplingRecords = NO_RECORDS
 
     @property
     def reads_masks(self) -> bool:
@@ -105,6 +109,7 @@ def _read_generation(config: PolicyConfig, options: Mapping[str, Any], vocab_siz
         lora=merged.options.get("lora_path"),
         priority=merged.options.get("priority"),
         logits=_readable_logits(config),
+        records=resolve_records(merged.options),
     )
     if call.sampling.get("max_new_tokens") == 0:
         # Nothing is sampled, so constraints have nothing to act on.
@@ -140,7 +145,7 @@ def read_scoring(
         ConstraintError: an action mask that allows nothing.
     """
     own = standardize(options)
-    sampling = own.keys() - NOT_OF_SAMPLING
+    sampling = own.keys() - (NOT_OF_SAMPLING - RECORDS)
     if sampling:
         raise InputError(
             f"generate=False scores and samples nothing; leave {', '.join(sorted(sampling))} out of the call"
@@ -222,7 +227,9 @@ def _check_reading(hidden: HiddenSpec | None, logits: LogitsSpec | None, num_sam
 # --- requests --------------------------------------------------------------------------------------------------------
 
 
-def to_requests(rows: Sequence[Row], call: CallOptions, *, return_log_probs: bool) -> list[Request]:
+def to_requests(
+    rows: Sequence[Row], call: CallOptions, *, return_log_probs: bool, return_errors: bool = False
+) -> list[Request]:
     """Return one request for each prompt row.
 
     Raises:
@@ -231,7 +238,7 @@ def to_requests(rows: Sequence[Row], call: CallOptions, *, return_log_probs: boo
     requests = []
     for index, row in enumerate(rows):
         constraints = (*call.constraints, *(() if row.action_mask is None else (row.action_mask,)))
-        responses = _responses(index, row) if constraints and not call.generate else ()
+        responses = _responses(index, row) if constraints and not (call.generate or row.error) else ()
         if row.wants_states and call.hidden is None and not call.logits_only:
             raise InputError(
                 f"row {index}: 'return_hidden_states' is True, and this call returns no hidden states; pass "
@@ -252,6 +259,8 @@ def to_requests(rows: Sequence[Row], call: CallOptions, *, return_log_probs: boo
                 response_ranges=responses,
                 response_limit=call.response_limit,
                 processor=call.processor,
+                records=call.records,
+                return_errors=return_errors,
             )
         )
     return requests
@@ -269,32 +278,31 @@ def _responses(index: int, row: Row) -> tuple[tuple[int, int], ...]:
 
 
 def check_responses(
-    completions: Sequence[Completion],
-    hidden: HiddenSpec | None,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    num_samples: int = 1,
+    rows: Sequence[Row], completions: Sequence[Completion], tokenizer: PreTrainedTokenizerBase, *, num_samples: int = 1
 ) -> None:
     """Check that the engine found the `Between` spans of the responses where this side's tokenizer finds them.
+
+    Args:
+        rows: the prompt rows, with the spans that were asked for.
+        completions: ``num_samples`` for each row.
+        tokenizer: the wrapper's.
+        num_samples: responses per row.
 
     Raises:
         AlignmentError: a span has another number of rows than there are tokens between its markers.
     """
-    spans = {} if hidden is None else hidden.spans
     decode = functools.partial(decode_all, tokenizer)
-    for name, span in spans.items():
-        if not isinstance(span, Between) or span.segment != "response":
-            continue
-        for index, completion in enumerate(completions):
+    for index, completion in enumerate(completions):
+        row, sample = divmod(index, num_samples)
+        for name, span in rows[row].spans.items():
             pooled = completion.spans.get(name)
-            if pooled is None:  # a row that wanted no states
+            if not isinstance(span, Between) or pooled is None:  # a row that wanted no states
                 continue
             try:
                 first, stop = find_between(span, completion.response_ids, decode)
             except SpanError:
                 first = stop = 0
             if pooled.count != stop - first:
-                row, sample = divmod(index, num_samples)
                 raise AlignmentError(
                     f"row {row}, sample {sample}, span {name!r}: {pooled.count} rows of states for the {stop - first} "
                     f"tokens between {span.start!r} and {span.end!r}; start the server with the wrapper's tokenizer"

@@ -1,21 +1,24 @@
-"""Which hidden states and logits a call returns: the wrapper's, an option's, and which of them scoring can return.
+"""What a call returns, and under which keys: the wrapper's, an option's, and which of it scoring can return.
 
-Knows nothing of requests or keys.
+Knows nothing of requests.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from torchrl_sglang_hidden.errors import InputError, InputTypeError
+from torchrl_sglang_hidden.policy.outputs import KeyConfig, OutputKeys
+from torchrl_sglang_hidden.records import SamplingRecords
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec, Segment
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 from torchrl_sglang_hidden.spec.spans import Between, LastTokens, Role, Turn
 
-__all__ = ["resolve_hidden", "scored_hidden", "scored_logits"]
+__all__ = ["resolve_hidden", "resolve_records", "returned_keys", "scored_hidden", "scored_logits"]
 
 
 def resolve_hidden(hidden: Any, return_hidden_states: bool | None, input_mode: str) -> HiddenSpec | None:
@@ -38,6 +41,48 @@ def resolve_hidden(hidden: Any, return_hidden_states: bool | None, input_mode: s
             "has messages; use TokenMask or Between"
         )
     return spec
+
+
+def resolve_records(options: Mapping[str, Any]) -> SamplingRecords:
+    """Return what standardised options ask to be recorded of the sampling; nothing is sampled with no new tokens."""
+    samples = options.get("max_new_tokens") != 0
+    return SamplingRecords(
+        entropy=samples and options.get("return_entropy", False),
+        sampling_mask=samples and options.get("return_sampling_mask", False),
+        routed_experts=options.get("return_routed_experts", False),
+    )
+
+
+def returned_keys(
+    keys: KeyConfig,
+    hidden: HiddenSpec | None,
+    logits: LogitsSpec | None,
+    records: SamplingRecords,
+    *,
+    generate: bool,
+    errors: bool,
+) -> OutputKeys:
+    """Return where the outputs go of a call that returns all that has a key, and these states, logits and records.
+
+    With ``errors`` also those of rows, and the versions that sampled each.
+    """
+    return OutputKeys(
+        text=keys.text_key,
+        tokens=keys.tokens_key,
+        masks=keys.masks_key,
+        log_probs=keys.log_probs_key,
+        history=keys.history_key,
+        hidden_states=keys.hidden_states_key if hidden is not None and hidden.pooling is not None else None,
+        token_hidden_states=keys.token_hidden_states_key if hidden is not None and hidden.tokens else None,
+        weight_version="weight_version",
+        finish_reason="finish_reason" if generate else None,
+        mixed_weights="mixed_weights" if generate else None,
+        logits=keys.logits_key if logits is not None else None,
+        sampling=keys.sampling_key if records.entropy or records.sampling_mask else None,
+        routed_experts=keys.routed_experts_key if records.routed_experts else None,
+        error="error" if errors else None,
+        weight_versions="weight_versions" if errors and generate else None,
+    )
 
 
 def scored_hidden(hidden: HiddenSpec | None) -> HiddenSpec | None:

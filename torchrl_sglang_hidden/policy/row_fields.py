@@ -6,17 +6,28 @@ Knows nothing of prompts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from tensordict import TensorDictBase, is_leaf_nontensor, is_non_tensor
+from tensordict import TensorDictBase, is_leaf_nontensor, is_non_tensor, is_tensor_collection
 
 from torchrl_sglang_hidden.errors import ConstraintError, InputError, InputTypeError, MissingKeyError
 from torchrl_sglang_hidden.policy.action_masks import ActionMaskReader
+from torchrl_sglang_hidden.policy.chat_template import read_variables
 from torchrl_sglang_hidden.spec.constraints import ActionMask
 from torchrl_sglang_hidden.spec.spans import PromptSpan, TokenMask, intervals_of
 
-__all__ = ["WANTS_STATES_KEY", "keys_of", "read_action_mask", "read_token_mask", "read_wants_states"]
+__all__ = [
+    "TEMPLATE_VARIABLES_KEY",
+    "WANTS_STATES_KEY",
+    "keys_of",
+    "read_action_mask",
+    "read_template_variables",
+    "read_token_mask",
+    "read_wants_states",
+]
 
+TEMPLATE_VARIABLES_KEY = "chat_template_kwargs"
 WANTS_STATES_KEY = "return_hidden_states"
 
 
@@ -34,7 +45,7 @@ def read_token_mask(row: TensorDictBase, span: TokenMask, placement: Sequence[bo
         InputError: it has another length.
     """
     try:
-        mask = row.get(span.key, None)
+        mask = row.get(span.key)
     except ValueError as error:  # a tensor where the key's path has a container
         raise InputTypeError(f"{span}: {error}; expected a tensor of torch.bool there") from error
     if mask is None:
@@ -56,7 +67,7 @@ def read_wants_states(index: int, row: TensorDictBase) -> bool | None:
     Raises:
         InputTypeError: something that is not one bool.
     """
-    flag = row.get(WANTS_STATES_KEY, None)
+    flag = row.get(WANTS_STATES_KEY)
     if is_non_tensor(flag):
         flag = flag.data
     if isinstance(flag, torch.Tensor) and flag.dtype == torch.bool and flag.numel() == 1:
@@ -64,6 +75,30 @@ def read_wants_states(index: int, row: TensorDictBase) -> bool | None:
     if flag is not None and not isinstance(flag, bool):
         raise InputTypeError(f"row {index}, {WANTS_STATES_KEY!r}: {flag!r:.80}; expected one bool per row")
     return flag
+
+
+def read_template_variables(row: TensorDictBase) -> dict[str, Any]:
+    """Return the chat template's variables that a row says at `TEMPLATE_VARIABLES_KEY`; an empty dict if none.
+
+    Raises:
+        InputTypeError: no dict, and no TensorDict, which a dict becomes that is written into one.
+        InputError: a variable that has its value from elsewhere.
+    """
+    value = row.get(TEMPLATE_VARIABLES_KEY)
+    if is_non_tensor(value):
+        value = value.tolist()
+    elif is_tensor_collection(value):
+        value = {key: _plain(value.get(key)) for key in value.keys()}  # noqa: SIM118
+    return read_variables(TEMPLATE_VARIABLES_KEY, value)
+
+
+def _plain(value: Any) -> Any:
+    """Return what a TensorDict holds as the Python value that was written into it."""
+    if is_non_tensor(value) or isinstance(value, torch.Tensor):
+        return value.tolist()
+    if is_tensor_collection(value):
+        return {key: _plain(value.get(key)) for key in value.keys()}  # noqa: SIM118
+    return value
 
 
 def read_action_mask(index: int, row: TensorDictBase, masks: ActionMaskReader) -> ActionMask:
@@ -75,7 +110,7 @@ def read_action_mask(index: int, row: TensorDictBase, masks: ActionMaskReader) -
     """
     name = f"row {index}, {masks.key!r}:"
     try:
-        value = row.get(masks.key, None)
+        value = row.get(masks.key)
     except ValueError as error:  # a tensor where the key's path has a container
         raise InputTypeError(f"{name} cannot be read: {error}; action_mask_key reads a mask there") from error
     if value is None:

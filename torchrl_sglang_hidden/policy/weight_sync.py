@@ -33,6 +33,9 @@ class SGLangHiddenWeightSyncScheme(WeightSyncScheme):  # type: ignore[misc]
     Collectors that take ``weight_sync_schemes={"policy": scheme}`` send with
     ``collector.update_policy_weights_(trainer)``. Workers receive nothing: they generate with the same engine.
 
+    ``InferenceServer(policy, weight_sync=scheme)`` counts its ``policy_version`` by what this scheme and its senders
+    send.
+
     Args:
         engine: an `Engine`, a URL or several, or whatever else `SGLangHiddenWrapper` takes as its model.
         transport, running: see `Engine.update_weights`.
@@ -43,6 +46,7 @@ class SGLangHiddenWeightSyncScheme(WeightSyncScheme):  # type: ignore[misc]
         check_options(None, transport, running)
         self.engine: Engine = as_engine(engine)
         self.transport, self.running = transport, running
+        self._server_ref: weakref.ReferenceType[Any] | None = None
 
     def push(self, weights: Any) -> str:
         """Send weights, and return their version.
@@ -55,11 +59,15 @@ class SGLangHiddenWeightSyncScheme(WeightSyncScheme):  # type: ignore[misc]
         """
         if isinstance(weights, TensorDictBase):
             weights = weights.flatten_keys(".").to_dict()
-        return self.engine.update_weights(
+        version = self.engine.update_weights(
             weights,
             transport=self.transport,  # type: ignore[arg-type]
             running=self.running,  # type: ignore[arg-type]
         )
+        server = None if self._server_ref is None else self._server_ref()
+        if server is not None:
+            server.update_policy_weights_(model_id=self.model_id)
+        return version
 
     def create_sender(self) -> SGLangHiddenWeightSender:
         """Return the trainer's side, with the interface of torchrl's ``SGLangWeightSender``."""
@@ -98,7 +106,13 @@ class SGLangHiddenWeightSyncScheme(WeightSyncScheme):  # type: ignore[misc]
         self._register_worker_sender(worker_idx=0)
 
     def _init_on_receiver_impl(self, *, model_id: str, context: Any = None, **kwargs: Any) -> None:
+        # An InferenceServer passes no context: it has set itself as the scheme's before, and wants to hear of updates.
+        self._server_ref = self._context_ref if context is None else None
         self.model_id, self.context = model_id, context
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state without the server, which a weak reference points to."""
+        return {**super().__getstate__(), "_server_ref": None}
 
 
 class SGLangHiddenWeightSender:

@@ -7,36 +7,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import NestedKey
 from torchrl.modules.llm.policies import LLMWrapperBase
-from transformers import PreTrainedTokenizerBase
 
-from torchrl_sglang_hidden.engines import Engine, as_engine, generate_samples
+from torchrl_sglang_hidden.engines import Engine, as_engine
 from torchrl_sglang_hidden.errors import InputError
 from torchrl_sglang_hidden.policy.assemble import assemble, assemble_scores
-from torchrl_sglang_hidden.policy.candidates import REDUCTIONS, Candidates, Reduction, score_candidates
+from torchrl_sglang_hidden.policy.candidates import Candidates, Normalization, Reduction, score_candidates
 from torchrl_sglang_hidden.policy.config import ARGUMENTS, PolicyConfig
 from torchrl_sglang_hidden.policy.distributions import Distributions
+from torchrl_sglang_hidden.policy.outcomes import OnError
 from torchrl_sglang_hidden.policy.outputs import list_out_keys, resolve_target, write
-from torchrl_sglang_hidden.policy.prompts import InputMode, PromptReader
+from torchrl_sglang_hidden.policy.partial import resume_rows
+from torchrl_sglang_hidden.policy.prompts import InputMode
 from torchrl_sglang_hidden.policy.requests import check_responses, read_call, read_scoring, to_requests
+from torchrl_sglang_hidden.policy.sampled_turns import ChatMode
+from torchrl_sglang_hidden.policy.sending import layout_of, send
 from torchrl_sglang_hidden.spec.constraints import LogitConstraint
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 __all__ = ["SGLangHiddenWrapper"]
-
-
-def _written(name: str) -> property:
-    def read(self: SGLangHiddenWrapper) -> bool:
-        return getattr(self._keys, name) is not None
-
-    read.__doc__ = f"Whether {name} is written."
-    return property(read)
 
 
 class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
@@ -60,8 +58,9 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         - log_probs: float32 ``response`` [T], ``full`` [P+T].
         - history, in history mode: ``prompt``, ``response``, ``full``, which can be the next prompt.
         - hidden_states: pooled, [D] for each segment; see `HiddenStates`.
-        - token_hidden_states and logits, if asked for: see `TokenHiddenStates`, `Logits`.
-        - weight_version and finish_reason (one string per row), mixed_weights (bool).
+        - token_hidden_states, logits, sampling and routed_experts, if asked for: see `TokenHiddenStates`, `Logits`,
+          `Sampling`, `RoutedExperts`.
+        - weight_version and finish_reason (one string per row), mixed_weights (bool); with ``on_error="nan"`` error.
 
     `forward` says what each of them holds, what scoring (``generate=False``) writes, and which errors are raised.
     `score` returns the log-probs of candidates, `log_prob` and `get_dist` serve TorchRL's losses, `get_new_version`
@@ -97,7 +96,11 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         num_samples: int | None = None,
         chat_template_name: str | None = None,
         chat_template: str | None = None,
-        prefer_tokens: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        prefer_tokens: bool | Literal["strict"] = False,
+        chat: ChatMode = "render",
+        literal_content: bool = False,
+        mark_end_of_turn: bool = False,
         batching: bool | None = None,
         min_batch_size: int | None = None,
         max_batch_size: int | None = None,
@@ -113,9 +116,13 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         token_hidden_states_key: NestedKey | None = "token_hidden_states",
         logits: LogitsSpec | None = None,
         logits_key: NestedKey | None = "logits",
+        sampling_key: NestedKey | None = "sampling",
+        routed_experts_key: NestedKey | None = "routed_experts",
         constraints: LogitConstraint | Sequence[LogitConstraint] = (),
         action_mask_key: NestedKey | None = None,
         action_token_ids: Sequence[int] | None = None,
+        on_error: OnError = "raise",
+        extra_samples: int = 0,
     ) -> None:
         # Every argument but the model is a field of the configuration by the same name: a test holds the two together.
         arguments = locals()
@@ -123,59 +130,14 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         super().__init__()
         self.model: Engine = as_engine(model)
         self._config = config.resolve_for(self.model.info)
-        self._keys = self.config.output_keys(self.config.returned_hidden, self.config.logits)
+        self._keys = self.config.default_keys
         self.in_keys, self.out_keys = self.config.in_keys, self.config.out_keys
         self._batcher = self.config.queue.make_queue(self.model)
         # What the base class reads.
         self._min_batch_size = None if self._batcher is None else self._batcher.min_batch_size
-        self._max_batch_size = max_batch_size
-        self._batching_timeout = batching_timeout
+        self._max_batch_size, self._batching_timeout = max_batch_size, batching_timeout
 
-    # --- the wrapper itself: its arguments, versions, copies, queue --------------------------------------------------
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Refuse to change an argument in place: others follow from it, and would keep its old value."""
-        if name in ARGUMENTS or name == "config":
-            argument = "num_samples" if name == "config" else name
-            raise AttributeError(f"{name} is read-only, as every argument is; use get_new_version({argument}=…)")
-        super().__setattr__(name, value)
-
-    @property
-    def config(self) -> PolicyConfig:  # type: ignore[override]  # the mixin declares it for reading alone
-        """The arguments, as they are in effect."""
-        return self._config
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that the argument names, or the engine's own."""
-        return cast("PreTrainedTokenizerBase", self.config.tokenizer)
-
-    @property
-    def input_key(self) -> NestedKey:
-        """Where the prompts are read."""
-        return self.config.prompt_key
-
-    @property
-    def inplace(self) -> Literal[True, False, "empty"]:
-        """Whether outputs are written into the input."""
-        return self.config.writes_inplace
-
-    @property
-    def layout(self) -> torch.layout | None:
-        """Layout of the nested tensors that ragged outputs become."""
-        return self.config.nested_layout
-
-    @property
-    def num_samples(self) -> int | None:
-        """Responses per prompt; None for one without a dimension of its own."""
-        return self.config.num_responses
-
-    @property
-    def padding_value(self) -> int:
-        """The id that pads: the tokenizer's pad id, else its EOS id, else 0."""
-        return self.config.padding_value
-
-    return_text, return_tokens, return_masks, return_history = map(_written, ("text", "tokens", "masks", "history"))
+    # --- the wrapper itself: its versions, copies, queue -------------------------------------------------------------
 
     def get_new_version(self, **changes: Any) -> Self:
         """Return a wrapper of the same engine with some arguments changed; every other argument is kept.
@@ -219,16 +181,14 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         """The engine that calls go to: with batching not the user's own, but the queue in front of it."""
         return self.model if self._batcher is None else self._batcher
 
-    @property
-    def _reader(self) -> PromptReader:
-        return self.config.make_reader()
-
     def forward(
         self,
         tensordict: TensorDictBase,
         *,
         tensordict_out: TensorDictBase | None = None,
         logits_only: bool = False,
+        on_error: OnError | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **generate_kwargs: Any,
     ) -> TensorDictBase:
         """Generate one response per row, or `num_samples`; or score one sequence per row.
@@ -242,6 +202,8 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
             logits_only: with ``generate=False``, as in TorchRL: at ``logits_key`` one tensor ``[*batch, N, V]``, or
                 the columns of ``LogitsSpec(token_ids=…)``, whose log-softmax has the log-probs; neither log-probs nor
                 hidden states. Row n is what token n is drawn from, the first is zeros.
+            chat_template_kwargs: variables of the chat template, over the constructor's in this call.
+            on_error: as in the constructor, for this call.
             **generate_kwargs: override those of the constructor in this call. With ``generate=False`` only
                 ``return_hidden_states``, ``lora_path``, ``priority``, and constraints of this package.
 
@@ -252,10 +214,14 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
               decoded ids, say it.
             - tokens: a response ends with the token that ended it: EOS, a stop id, or the token that completed a stop
               string. It was sampled, so it keeps its log-prob and state.
-            - masks: ``all_attention_mask`` and ``all_assistant_mask``.
-            - log_probs: NaN where nothing was measured; ``prompt`` is None.
-            - hidden_states, token_hidden_states, logits: see their TensorClasses.
-            - weight_version; finish_reason, ``"stop"`` or ``"length"``.
+            - masks: ``all_attention_mask`` and ``all_assistant_mask``, with ``chat="append"`` over all turns.
+            - log_probs: NaN where nothing was measured; ``prompt`` is None. ``full`` has the earlier turns' under
+              ``chat="append"``.
+            - hidden_states, token_hidden_states, logits, sampling, routed_experts: see their TensorClasses.
+            - weight_version; finish_reason, ``"stop"`` or ``"length"``; chat_digest, where earlier turns are followed.
+            - error, with ``on_error="nan"``: what went wrong with this row alone, and ``""`` in every other row. A row
+              that was not sent has no response. An aborted response has what was sampled before, with
+              ``finish_reason`` ``"abort"``, and is not in ``all_assistant_mask``, so that no loss trains on it.
             - mixed_weights: True where the weights were updated in the middle of the response, so that its first tokens
               are of an older version than ``weight_version``; with ``num_samples`` also where the prompt's states are.
 
@@ -284,39 +250,70 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         After an error the input TensorDict is as it was.
         """
         config, info = self.config, self.model.info
+        outcomes = config.outcomes if on_error is None else replace(config.outcomes, on_error=on_error)
+        errors = outcomes.keeps_errors
         call = read_call(config, generate_kwargs, vocab_size=info.vocab_size, logits_only=logits_only)
-        keys = config.output_keys(call.hidden, call.logits, logits_only=logits_only)
-        if logits_only or call.hidden != config.returned_hidden:
+        keys = config.output_keys(call.hidden, call.logits, call.records, logits_only=logits_only, errors=errors)
+        if logits_only or (call.hidden, call.records) != (config.returned_hidden, config.records):
             list_out_keys(keys, call.hidden, call.logits, config.generate)  # refuses keys that clash
         rows = replace(
-            self._reader,
+            config.make_reader(chat_template_kwargs),
             spans={} if call.hidden is None else call.hidden.spans,
             action_masks=config.make_mask_reader(info.vocab_size) if call.reads_masks else None,
+            keeps_errors=errors,
         ).read(tensordict)
-        requests = to_requests(rows, call, return_log_probs=config.return_log_probs)
+        requests = to_requests(rows, call, return_log_probs=config.return_log_probs, return_errors=errors)
         samples = config.num_responses if config.generate else None
         batch_size = tensordict.batch_size if samples is None else torch.Size((*tensordict.batch_size, samples))
         target = resolve_target(tensordict, tensordict_out, config.writes_inplace, keys.present(), batch_size)
-        layout: dict[str, Any] = {
-            "batch_size": batch_size,
-            "keys": keys,
-            "hidden": call.hidden,
-            "hidden_size": info.hidden_size,
-            "logits": call.logits,
-            "pad_id": self.padding_value if config.pad_output else None,
-            "device": config.device or tensordict.device,
-        }
-        if samples is None:
-            completions = self._engine.generate(requests)
-        else:
-            # What goes ahead waits for nobody: it would wait for a batch to fill a second time.
-            completions = generate_samples(self._engine, requests, samples, ahead=self.model)
+        layout = layout_of(config, call, keys, info, batch_size=batch_size, device=tensordict.device)
+        completions = send(
+            rows, requests, engine=self._engine, ahead=self.model, num_samples=samples, outcomes=outcomes
+        )
         if config.generate:
-            check_responses(completions, call.hidden, self.tokenizer, num_samples=samples or 1)
-            out = assemble([row for row in rows for _ in range(samples or 1)], completions, **layout)
+            check_responses(rows, completions, config.own_tokenizer.plain, num_samples=samples or 1)
+            drawn = [row for row in rows for _ in range(samples or 1)]
+            out = assemble(drawn, completions, records=call.records, **layout)
         else:
             out = assemble_scores(rows, completions, logits_only=logits_only, **layout)
         return out if target is None else write(target, out, keys.present(), self._keys.present(), config.nested_layout)
+
+    def resume(self, tensordict: TensorDictBase, **generate_kwargs: Any) -> TensorDictBase:
+        """Go on from the aborted responses of an output of this policy, such as after an update of the weights.
+
+        The prompt and the tokens so far are sent as they are, the rest is sampled, and both parts are joined: tokens,
+        text, log-probs, token states and logits one after another, pooled states over the rows of both. The states of a
+        prompt stay those of the first part. A span of the response is joined where all of its rows are in the second
+        part, and is else NaN with count 0 and an ``error``. A row that cannot be gone on from, because it fills the
+        context or a stop string stands across both parts, ends with ``finish_reason`` ``"error"``; so has a sample that
+        was aborted midway after the request that was to bring its prompt's states, which is not gone on from.
+
+        Args:
+            tensordict: what a call with ``on_error="nan"`` returned, of any batch size, not padded; not written to.
+            **generate_kwargs: override those of the constructor. ``max_new_tokens`` counts the whole response.
+
+        Returns:
+            The TensorDict with every aborted row replaced by the joined one, which may be aborted again; itself where
+            none is aborted. ``weight_versions`` has the versions of both parts.
+
+        Raises:
+            InputError: a padded output, a grammar, a ``stop_regex``, penalties or constraints that count tokens, or a
+                policy that raises row errors or scores.
+            MissingKeyError: an output that the join reads is not there.
+            EngineError: what concerns the whole call.
+
+        Example:
+            >>> out = policy(td)  # somebody aborts, to update the weights
+            >>> while "abort" in out["finish_reason"]:
+            ...     out = policy.resume(out)
+        """
+        if not (self.config.generate and self.config.outcomes.keeps_errors):
+            raise InputError(
+                f"resume with generate={self.config.generate} and on_error={self.config.outcomes.on_error!r}: it goes "
+                "on from outputs with aborted rows; use get_new_version(generate=True, on_error='nan')"
+            )
+        call = read_call(self.config, generate_kwargs, vocab_size=self.model.info.vocab_size)
+        return resume_rows(tensordict, config=self.config, call=call, engine=self._engine, ahead=self.model)
 
     def score(
         self,
@@ -324,7 +321,9 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         candidates: Candidates,
         *,
         reduction: Reduction = "sum",
+        normalize: Normalization | None = None,
         mask: torch.Tensor | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> TensorDict:
         """Return the log-probs of candidate continuations of each prompt: logits over A actions, for a distribution.
 
@@ -334,15 +333,20 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         Args:
             tensordict: prompts, as for generation, of any batch size; not written to.
             candidates: A strings or lists of token ids, the same for all rows; or such a list for each row, in
-                row-major order of the batch, of any lengths. A string is tokenized by itself, without special tokens,
-                and its ids are appended to the prompt's: begin it as the text continues there, such as with a space.
-                Where one candidate is the beginning of another, end both with the end-of-sequence token; otherwise the
-                shorter one always has the higher log-prob.
+                row-major order of the batch, of any lengths. A string is tokenized together with the end of its prompt:
+                begin it as the text continues there, such as with a space. Where the two together have other tokens
+                than the prompt at their beginning, it is tokenized by itself, and a warning names it. Where one
+                candidate is the beginning of another, end both with the end-of-sequence token; otherwise the shorter
+                one always has the higher log-prob.
 
         Keyword Args:
             reduction: ``"sum"``, the log-prob of the whole candidate; ``"mean"``, the mean over its tokens;
-                ``"first"``, of its first token, and no more than that is computed.
+                ``"first"``, of its first token, and no more than that is computed. Candidates that begin with the same
+                token warn then, for it cannot tell them apart.
+            normalize: what the sum is divided by, as in TWOSOME (arXiv 2401.14151): ``"token"``, its tokens, which is
+                ``reduction="mean"``; ``"word"``, its words, separated by blanks; None, nothing.
             mask: bool ``[*batch, A]``, True at the candidates to score, such as an environment's ``action_mask``.
+            chat_template_kwargs: as in `forward`.
 
         Returns:
             A TensorDict of the batch's size:
@@ -368,33 +372,19 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
                 "score with generate=False: this wrapper reads whole sequences, and candidates follow prompts; use "
                 "get_new_version(generate=True)"
             )
-        if reduction not in REDUCTIONS:
-            raise InputError(f"reduction={reduction!r}: expected one of {REDUCTIONS}")
         vocab_size = self.model.info.vocab_size
         call = read_scoring(self.config, {}, vocab_size=vocab_size)
-        masks = self.config.make_mask_reader(vocab_size)
+        reader = self.config.make_reader(chat_template_kwargs)
         scores = score_candidates(
-            replace(self._reader, action_masks=masks).read(tensordict),
+            replace(reader, action_masks=self.config.make_mask_reader(vocab_size)).read(tensordict),
             candidates,
             call=call,
             reduction=reduction,
+            normalize=normalize,
             mask=mask,
             batch_size=tensordict.batch_size,
-            tokenizer=self.tokenizer,
+            own=self.config.own_tokenizer,
             engine=self._engine,
             ahead=self.model,
         )
         return scores.to(self.config.device or tensordict.device or "cpu")
-
-
-def _argument(name: str) -> property:
-    def read(self: SGLangHiddenWrapper) -> Any:
-        return getattr(next(part for part in self.config.parts if hasattr(part, name)), name)
-
-    read.__doc__ = f"The argument ``{name}``; see `PolicyConfig`."
-    return property(read)
-
-
-# The arguments by name, as TorchRL's wrappers have them. Of ``batching`` the base class says whether it is in effect.
-for _name in ARGUMENTS - {"batching"} - vars(SGLangHiddenWrapper).keys():
-    setattr(SGLangHiddenWrapper, _name, _argument(_name))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from torchrl_sglang_hidden.protocol.answer import Answer, answer_of, drop_shared, pack_answer, unpack_answer
 from torchrl_sglang_hidden.protocol.request_options import MAX_CONSTRAINTS, Options, pack_options, unpack_options
 from torchrl_sglang_hidden.protocol.status import (
+    ALL_LAYERS,
     CHANNEL,
     CONSTRAINTS_ENV,
     FALLBACK_REMEDY,
@@ -22,6 +23,7 @@ from torchrl_sglang_hidden.protocol.status import (
 from torchrl_sglang_hidden.protocol.tensors import Way
 
 __all__ = [
+    "ALL_LAYERS",
     "CHANNEL",
     "CONSTRAINTS_ENV",
     "FALLBACK_REMEDY",

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from torchrl_sglang_hidden.errors import CapabilityError, ConstraintError, ProtocolError, SpanError
+from torchrl_sglang_hidden.errors import CapabilityError, ProtocolError
 from torchrl_sglang_hidden.protocol.shared_memory import discard
 from torchrl_sglang_hidden.protocol.status import CHANNEL, FALLBACK_REMEDY, PROTOCOL, check_protocol
 from torchrl_sglang_hidden.protocol.tensors import (
@@ -85,18 +85,24 @@ def pack_answer(
                 if rows.token_ids_NC is not None:
                     ids = rows.token_ids_NC.to(torch.int32)
                     answer[f"{name}_ids"] = pack_tensor(ids, way, share)
-        if logits.log_probs_N is not None:
-            answer["log_probs"] = pack_tensor(logits.log_probs_N, "binary" if way == "binary" else "text")
+        for name, values in (("log_probs", logits.log_probs_N), ("entropy", logits.entropy_T)):
+            if values is not None:
+                answer[name] = pack_tensor(values, "binary" if way == "binary" else "text")
     return answer
 
 
 # What of an answer may be in shared memory.
-_BLOCKS = ("rows", "logits", "logits_ids", "prompt_logits", "prompt_logits_ids", "log_probs")
+_BLOCKS = ("rows", "logits", "logits_ids", "prompt_logits", "prompt_logits_ids", "log_probs", "entropy")
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the server half answered."""
+    """What the server half answered.
+
+    Args:
+        pools: the pooled states; ``faults`` says of a span why it has no value.
+        logits: the logits; ``fault`` says why the constraints could not be kept, empty where they were.
+    """
 
     pools: Pools
     logits: FoundLogits | None
@@ -115,8 +121,6 @@ def unpack_answer(answer: object, row: str, hidden_size: int, *, shared: bool = 
     Raises:
         ProtocolError: it cannot be read, was cut short, its bytes are not those that were sent, or it is in shared
             memory unasked.
-        SpanError: a span has no value.
-        ConstraintError: the constraints could not be kept.
         CapabilityError: this server cannot give these logits.
     """
     if not isinstance(answer, list) or len(answer) != 1 or not isinstance(answer[0], dict):
@@ -142,11 +146,6 @@ def unpack_answer(answer: object, row: str, hidden_size: int, *, shared: bool = 
         logits = None if "constrained" not in fields else _unpack_found(fields)
     except (KeyError, TypeError, ValueError, RuntimeError, OSError, AttributeError, OverflowError) as error:
         raise ProtocolError(f"{row}: the states cannot be read ({error}); was the answer cut short?") from error
-    if faults:
-        name, fault = next(iter(faults.items()))
-        raise SpanError(f"{row}, span {name!r}: {fault}")
-    if logits is not None and logits.fault:
-        raise ConstraintError(f"{row}: {logits.fault}")
     segments = {name: value for (kind, name), value in found.items() if kind == "segment"}
     spans = {name: value for (kind, name), value in found.items() if kind == "span"}
     return Answer(Pools(segments, spans, faults, rows), logits)
@@ -180,13 +179,15 @@ def _unpack_found(fields: Mapping[str, Any]) -> FoundLogits:
             if values.ndim != 2 or (ids is not None and ids.shape != values.shape):
                 raise ValueError(f"{name} of shape {tuple(values.shape)}, ids of {None if ids is None else ids.shape}")
             found[name] = TokenLogits(values, ids)
-    log_probs_N = unpack_tensor(fields["log_probs"]) if "log_probs" in fields else None
-    if log_probs_N is not None and log_probs_N.ndim != 1:
-        raise ValueError(f"log-probs of shape {tuple(log_probs_N.shape)}, expected [N]")
+    lists = {name: unpack_tensor(fields[name]) for name in ("log_probs", "entropy") if name in fields}
+    for name, values in lists.items():
+        if values.ndim != 1:
+            raise ValueError(f"{name} of shape {tuple(values.shape)}, expected [N]")
     return FoundLogits(
         response=found.get("logits"),
         prompt=found.get("prompt_logits"),
-        log_probs_N=log_probs_N,
+        log_probs_N=lists.get("log_probs"),
+        entropy_T=lists.get("entropy"),
         constrained=int(fields["constrained"]),
         fault=str(fields["fault"]),
     )

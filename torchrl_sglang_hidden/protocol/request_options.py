@@ -15,9 +15,10 @@ import torch
 
 from torchrl_sglang_hidden.protocol.status import CHANNEL, PROTOCOL
 from torchrl_sglang_hidden.protocol.tensors import DTYPES, Way
+from torchrl_sglang_hidden.reduce.bounded import Bounded
 from torchrl_sglang_hidden.reduce.token_logits import WantedLogits
 from torchrl_sglang_hidden.reduce.wanted import Wanted
-from torchrl_sglang_hidden.spec.constraints import LogitConstraint
+from torchrl_sglang_hidden.spec.constraints import ActionMask, DisallowedTokens, LogitConstraint
 from torchrl_sglang_hidden.spec.hidden import POOLINGS, SEGMENTS
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 from torchrl_sglang_hidden.spec.spans import Between, LastTokens, PromptSpan, ResolvedSpan
@@ -26,6 +27,9 @@ __all__ = ["MAX_CONSTRAINTS", "Options", "pack_options", "unpack_options"]
 
 # Most constraints of one request: each is read and applied in the scheduler, while all other requests wait.
 MAX_CONSTRAINTS = 64
+
+# By their text, the masks that were read last. The limit counts their ids, about 80 MB in all.
+_MASKS: Bounded[LogitConstraint] = Bounded(2**21)
 
 _FLOATS = {name: dtype for name, dtype in DTYPES.items() if dtype.is_floating_point}
 
@@ -89,6 +93,7 @@ def _pack_logits(logits: WantedLogits) -> dict[str, Any]:
         "scored": logits.scored,
         "response_ranges": [position for part in logits.response_ranges for position in part],
         "response_limit": logits.response_limit,
+        "entropy": logits.entropy,
     }
     if logits.spec is not None:
         spec = logits.spec
@@ -112,6 +117,7 @@ def _unpack_logits(fields: Mapping[str, Any]) -> WantedLogits:
         scored=fields["scored"] is True,
         response_ranges=tuple(zip(positions[::2], positions[1::2], strict=True)),
         response_limit=int(fields["response_limit"]),
+        entropy=fields["entropy"] is True,
     )
 
 
@@ -122,8 +128,20 @@ def _few(texts: list[Any]) -> list[Any]:
 
 
 def _read_constraint(text: str) -> LogitConstraint:
+    """Read a constraint; masks of equal text are one object, so that what the server makes of one it makes once."""
+    found = _MASKS.get(text)
+    if found is not None:
+        return found
     try:
-        return LogitConstraint.from_str(text)
+        constraint = LogitConstraint.from_str(text)
+        # These two alone: a user's constraint may keep something of its own request.
+        match constraint:
+            case ActionMask(valid_token_ids=ids) | DisallowedTokens(ids=ids) if type(constraint) in (
+                ActionMask,
+                DisallowedTokens,
+            ):
+                _MASKS.put(text, constraint, len(ids) + 1)
+        return constraint
     except Exception as error:  # a constraint is anybody's code, and what it raises would end the scheduler
         raise ValueError(f"{text:.80} cannot be read: {error!r}") from error
 

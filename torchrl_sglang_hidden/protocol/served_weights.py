@@ -1,4 +1,4 @@
-"""Lists the tensors of a checkpoint directory, read from the files' headers.
+"""Lists the tensors that a server takes, from its checkpoint's headers or from the model that its config describes.
 
 Used on both sides. Knows nothing of requests or of how weights travel, and imports no SGLang.
 """
@@ -17,6 +17,15 @@ __all__ = ["PUSHED_PREFIX", "ServedWeights", "is_readable", "read_header", "safe
 # reporting it as the path of its model.
 PUSHED_PREFIX = "torchrl-sglang-hidden-weights-"
 INDEX = "model.safetensors.index.json"
+# Ends the version of weights of which a server has a part only.
+INCOMPLETE = "-incomplete"
+# Begins SGLang's message of an update that is done but for the prefix cache, which holds states of the old weights.
+NOT_FLUSHED = "Weights were updated, but the cache was not flushed"
+# The name of a weight that no model has: asked for it, a server half holds new requests back, and answers when those
+# under way have ended. `continue_generation` lets them go on.
+DRAIN = "torchrl_sglang_hidden:drain"
+# The field of the answer that says whether somebody had paused the engine before: then nothing under way ends.
+WAS_PAUSED = "was_paused"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,42 +35,77 @@ class ServedWeights:
     Args:
         tensors: by name, safetensors' name of the dtype (such as ``"BF16"``) and the shape.
         tied: whether the model's head is its embedding, even where the checkpoint holds both.
+        quantization: how the server quantises weights, such as ``"fp8"``; empty where it serves them as they are.
     """
 
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
     tied: bool
+    quantization: str = ""
 
     def pack(self) -> dict[str, Any]:
         """Return the fields as JSON carries them."""
         return {
             "tensors": {name: [dtype, list(shape)] for name, (dtype, shape) in self.tensors.items()},
             "tied": self.tied,
+            "quantization": self.quantization,
         }
 
     @classmethod
     def unpack(cls, fields: Mapping[str, Any]) -> ServedWeights:
         """Read what `pack` wrote."""
         tensors = {name: (str(dtype), tuple(map(int, shape))) for name, (dtype, shape) in fields["tensors"].items()}
-        return cls(tensors, bool(fields["tied"]))
+        return cls(tensors, bool(fields["tied"]), str(fields["quantization"]))
 
 
-def served_weights(model: str) -> ServedWeights:
+def served_weights(model: str, config: Any = None) -> ServedWeights:
     """Read the headers of a model's checkpoint; the weights themselves are not read.
+
+    A directory without safetensors, as rollout servers with ``load_format="dummy"`` are started from, has the names and
+    shapes of the model that its config describes.
 
     Args:
         model: a directory, or a model hub's name that is in the local cache.
+        config: the served model's transformers config; None reads the directory's.
 
     Raises:
-        OSError: the checkpoint cannot be read on this machine, or has no safetensors files.
-        ValueError: a header or the config cannot be parsed.
+        OSError: the directory cannot be read on this machine, or has no config.
+        ValueError: a header or the config cannot be parsed, or transformers does not know the model.
     """
     from transformers import AutoConfig
 
     directory = _directory(model)
-    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for file in safetensors_files(directory):
-        tensors |= read_header(file)
-    return ServedWeights(tensors, bool(AutoConfig.from_pretrained(directory).get_text_config().tie_word_embeddings))
+    if config is None:
+        config = AutoConfig.from_pretrained(directory)
+    try:
+        files = safetensors_files(directory)
+    except FileNotFoundError:
+        tensors = _tensors_of(config)
+    else:
+        tensors = {name: entry for file in files for name, entry in read_header(file).items()}
+    quantization = getattr(config, "quantization_config", None) or {}
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+    tied = bool(config.get_text_config().tie_word_embeddings)
+    return ServedWeights(tensors, tied, str(getattr(method, "value", method) or ""))
+
+
+def _tensors_of(config: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return the checkpoint's names, dtypes and shapes of the model that a config describes, without any memory for it.
+
+    Raises:
+        ValueError: transformers has no such model.
+    """
+    import torch
+    import transformers
+    from transformers.core_model_loading import revert_weight_conversion
+
+    architecture = next(iter(config.architectures or ()), None)
+    kind = getattr(transformers, str(architecture), None)
+    if kind is None:
+        raise ValueError(f"no *.safetensors, and transformers knows no {architecture} to name the weights by")
+    with torch.device("meta"):
+        model = kind._from_config(config)
+    state = revert_weight_conversion(model, model.state_dict())
+    return {name: ("F32" if value.is_floating_point() else "I64", tuple(value.shape)) for name, value in state.items()}
 
 
 def is_readable(model: str) -> bool:

@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import shutil
+import threading
 import time
 from collections import deque
 from contextlib import suppress
@@ -54,6 +55,8 @@ class SharedFiles:
         self._token = f"{_PREFIX}-{secrets.token_hex(8)}"
         self._written: deque[tuple[float, Path, int]] = deque()
         self._count = 0
+        # Files are written in another thread than the one that tidies.
+        self._guard = threading.RLock()
         self.sign = ""
         with suppress(OSError, ImportError):
             remove_leftovers(directory)
@@ -65,12 +68,13 @@ class SharedFiles:
         """Write a file and return its name; None where the bytes are few, or do not fit."""
         if not self.sign or len(data) < MIN_BYTES:
             return None
-        self.tidy()
-        self._written = deque(entry for entry in self._written if entry[1].exists())
-        if sum(size for _, _, size in self._written) + len(data) > self._max_bytes:
-            return None
-        self._count += 1
-        name = f"{self._token}-{self._count}"
+        with self._guard:
+            self.tidy()
+            self._written = deque(entry for entry in self._written if entry[1].exists())
+            if sum(size for _, _, size in self._written) + len(data) > self._max_bytes:
+                return None
+            self._count += 1
+            name = f"{self._token}-{self._count}"
         try:
             if shutil.disk_usage(self._directory).free < 2 * len(data):
                 return None
@@ -78,21 +82,24 @@ class SharedFiles:
         except OSError:
             (self._directory / name).unlink(missing_ok=True)
             return None
-        self._written.append((time.monotonic(), self._directory / name, len(data)))
+        with self._guard:
+            self._written.append((time.monotonic(), self._directory / name, len(data)))
         return name
 
     def tidy(self) -> None:
         """Remove files that no client fetched in their lifetime. Cheap: looks at the oldest file only."""
-        while self._written and time.monotonic() - self._written[0][0] > self._lifetime_s:
-            _, path, _ = self._written.popleft()
-            # An exception in the scheduler would end the server.
-            with suppress(OSError):
-                path.unlink(missing_ok=True)
+        with self._guard:
+            while self._written and time.monotonic() - self._written[0][0] > self._lifetime_s:
+                _, path, _ = self._written.popleft()
+                # An exception in the scheduler would end the server.
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Remove all files of this process."""
-        for _, path, _ in self._written:
-            path.unlink(missing_ok=True)
+        with self._guard:
+            for _, path, _ in self._written:
+                path.unlink(missing_ok=True)
         if self.sign:
             (self._directory / self.sign).unlink(missing_ok=True)
             os.close(self._lock)

@@ -13,6 +13,7 @@ from typing import Any
 from torchrl_sglang_hidden.errors import ProtocolError
 
 __all__ = [
+    "ALL_LAYERS",
     "CHANNEL",
     "CONSTRAINTS_ENV",
     "FALLBACK_REMEDY",
@@ -24,9 +25,10 @@ __all__ = [
 ]
 
 CHANNEL = "torchrl_sglang_hidden"
-PROTOCOL = 4
+PROTOCOL = 5
 PLUGIN_ENV = "TORCHRL_SGLANG_HIDDEN"  # "1" in a server's environment opts in to the server half
-LAYERS_ENV = "TORCHRL_SGLANG_HIDDEN_LAYERS"  # the layers whose states the server half takes, such as "7,15,-1"
+LAYERS_ENV = "TORCHRL_SGLANG_HIDDEN_LAYERS"  # the layers that a server's CUDA graphs record, such as "7,15,-1"
+ALL_LAYERS = "all"  # … or this, for all where that is cheap
 CONSTRAINTS_ENV = "TORCHRL_SGLANG_HIDDEN_CONSTRAINTS"  # modules with constraints of the user's own, comma-separated
 
 FALLBACK_REMEDY = (
@@ -44,15 +46,17 @@ class Status:
         hidden_size: D.
         num_layers: the number of the model's decoder layers.
         context_length: most tokens of prompt and response together.
-        layers: canonical ids of the layers whose states it takes; None until the first forward step, on which the
-            layers are checked.
-        because: why it takes no states, or the last layer's only; empty where it takes every layer it was started for.
+        layers: canonical ids of the layers whose states it takes; None until the layers are checked, on the first
+            forward step that computes two tokens or more.
+        because: why it takes no states, or not those of every layer; empty where it takes them all.
         normed: whether SGLang gives the last layer's states after the final norm.
         shared: the name of a file in shared memory; a client that finds the file is on the same machine. Empty where
             there is no shared memory.
         open_pools: the number of requests with pools at this moment; 0 when nothing is running.
         prefix_bytes: bytes of the sums and maxima kept for prompts that begin alike.
         constraints: the names of the constraints whose code the server half has.
+        raw_log_probs: whether the log-probs of sampled tokens leave the temperature out, as SGLang does under
+            ``SGLANG_RETURN_ORIGINAL_LOGPROB=1``.
     """
 
     vocab_size: int
@@ -66,6 +70,7 @@ class Status:
     open_pools: int
     prefix_bytes: int
     constraints: tuple[str, ...]
+    raw_log_probs: bool
 
     def pack(self) -> dict[str, Any]:
         """Return the fields as JSON carries them."""

@@ -2,7 +2,7 @@
 
 Knows nothing of SGLang, JSON or TensorDicts. Rows come in order of position, in pieces: chunks of a prompt, then one
 row per generated token. Which rows a piece must bring is planned before it is computed (`RequestPools.plan_prompt`);
-what was reduced from them is added afterwards (`add_prompt`, `add_produced`). K layers are pooled side by side. How
+what was reduced from them is added afterwards (`add_prompt`, `count_produced`). K layers are pooled side by side. How
 rows are reduced is in ``reducers.py``, and what a request wants in ``wanted.py``.
 """
 
@@ -14,29 +14,15 @@ from dataclasses import dataclass
 import torch
 
 from torchrl_sglang_hidden.errors import SpanError
-from torchrl_sglang_hidden.reduce.reducers import Reducer
+from torchrl_sglang_hidden.reduce.reducers import Reducer, reduce_rows
 from torchrl_sglang_hidden.reduce.wanted import BLOCK, PromptStep, Wanted, clip, cuts, next_position
 from torchrl_sglang_hidden.spec.hidden import Segment, SegmentName
 from torchrl_sglang_hidden.spec.spans import Between, Decode, LastTokens, PromptSpan, ResolvedSpan, find_between
 
-__all__ = ["Pools", "RequestPools", "WantedRows"]
+__all__ = ["NO_VALUE", "HostPools", "Pools", "RequestPools", "WantedRows", "rows_to_keep"]
 
-
-@dataclass(slots=True)
-class _Pool:
-    """A running value, float32 ``[K, D]``, and the number of rows that it stands for."""
-
-    reducer: Reducer
-    value_KD: torch.Tensor | None = None
-    count: int = 0
-
-    def add(self, rows_KD: torch.Tensor, count: int = 1) -> None:
-        """Add a row, or the running value of ``count`` rows."""
-        self.value_KD = rows_KD if self.value_KD is None else self.reducer.merge(self.value_KD, rows_KD)
-        self.count += count
-
-    def result(self) -> tuple[torch.Tensor | None, int]:
-        return (None if self.value_KD is None else self.reducer.result(self.value_KD, self.count)), self.count
+# Stands for a value that this process counts and does not hold: another rank does, or there was no memory for it.
+NO_VALUE = torch.empty(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +53,13 @@ class Pools:
 
 
 class RequestPools:
-    """Pools what one request wants while it is computed.
+    """Counts what one request wants pooled while it is computed, and makes the results at its end.
 
     Every position is counted once. A piece that does not continue where the last one ended is not added: the count
     then stays short of the tokens, which the client's check turns into an `AlignmentError`.
+
+    The prompt's values are kept here. The value and the rows of the response are kept by the caller, who may hold those
+    of many requests in one matrix: see `HostPools` for the plain way.
 
     Args:
         wanted: what to pool.
@@ -78,6 +67,8 @@ class RequestPools:
 
     Attributes:
         done: prompt positions before this one need not be computed again.
+        count: the response's rows so far.
+        pools_full: whether a value over all of prompt and response is made.
         sums: running values over the first positions, as (length, float32 ``[K, D]``), for whoever keeps them: sums,
             or maxima.
     """
@@ -85,6 +76,7 @@ class RequestPools:
     def __init__(self, wanted: Wanted, num_prompt: int) -> None:
         self.wanted = wanted
         self.num_prompt = num_prompt
+        self.count = 0
         self.sums: list[tuple[int, torch.Tensor]] = []
         self._reducer = wanted.reducer
         self._parts = wanted.prompt_parts(num_prompt)
@@ -92,23 +84,12 @@ class RequestPools:
         # Nothing of the prompt is waited for where nothing of it is wanted.
         self.done = 0 if self.reads_prompt else num_prompt
         self._planned = self.done
-        # Over the positions from the first on: of the prompt segment while it is computed, then of the full segment.
-        self._prefix = _Pool(self._reducer)
-        self._prompt: tuple[torch.Tensor | None, int] = (None, 0)
-        self._inside = {name: _Pool(self._reducer) for name in self._parts}
-        self._response = _Pool(self._reducer)
-        self._prompt_rows: list[torch.Tensor] = []
-        self._response_rows: list[torch.Tensor] = []
-        # The response's rows that a span may still select.
-        self._window: list[torch.Tensor] = []
-        self._window_size = self._longest_window()
-
-    def _longest_window(self) -> int | None:
-        """Return how many of the response's last rows must be kept; None for all of them."""
-        spans = [span for span in self.wanted.spans.values() if not isinstance(span, PromptSpan)]
-        if any(isinstance(span, Between) for span in spans):
-            return None
-        return max((span.count for span in spans if isinstance(span, LastTokens)), default=0)
+        # Over the positions from the first on; and the same before the prompt's last position, which the response's
+        # first row stands for in the full segment.
+        self._prefix = _Running()
+        self._before_last = _Running()
+        self._inside = {name: _Running() for name in self._parts}
+        self.pools_full = Segment.FULL in wanted.segments and wanted.pools_prefix
 
     # --- the prompt ------------------------------------------------------------------------------------------------
 
@@ -154,118 +135,237 @@ class RequestPools:
             (begin, stop) if self.wanted.prompt_rows else None,
         )
 
-    def add_prompt(self, step: PromptStep, values: Sequence[torch.Tensor], rows_NKD: torch.Tensor | None) -> None:
-        """Add what a planned step brought.
+    def accepts(self, step: PromptStep) -> bool:
+        """Return whether a planned step continues where the last one ended."""
+        return self.done == step.planned
+
+    def value_before(self, step: PromptStep) -> torch.Tensor | None:
+        """Return the running value over the positions before a step, which its own are merged to; None for none."""
+        return self._prefix.value_KD if step.base_KD is None else step.base_KD
+
+    def add_prompt(self, step: PromptStep, values: Sequence[torch.Tensor]) -> None:
+        """Add what a planned step brought. A step that does not continue where the last one ended is left out.
 
         Args:
             step: what was planned.
-            values: the running value, float32 ``[K, D]``, of each of `PromptStep.groups`.
-            rows_NKD: the rows of `PromptStep.rows`.
+            values: one value, float32 ``[K, D]``, for each of `PromptStep.groups`. Those between the cuts are merged to
+                `value_before` already: they stand for all positions from the first on.
         """
-        if self.done != step.planned:
+        if not self.accepts(step):
             return
         if step.base_KD is not None:
-            self._prefix = _Pool(self._reducer, step.base_KD, step.begin)
-        pieces = max(len(step.cuts) - 1, 0)
-        for length, piece_KD in zip(step.cuts[1:], values[:pieces], strict=True):
-            self._prefix.add(piece_KD, length - self._prefix.count)
-            self._keep_prefix(length)
-        if step.cuts and step.stop == self.num_prompt:
-            self._prompt = self._prefix.result()
+            self._prefix = _Running(step.base_KD, step.begin)
+        pieces = step.num_running
+        if step.cuts and step.begin == self.num_prompt - 1:
+            self._before_last = self._prefix
+        for length, value_KD in zip(step.cuts[1:], values[:pieces], strict=True):
+            self._prefix = _Running(value_KD, length)
+            self.sums.append((length, value_KD))
+            if length == self.num_prompt - 1:
+                self._before_last = self._prefix
         for (name, ranges), value_KD in zip(step.parts, values[pieces:], strict=True):
-            self._inside[name].add(value_KD, sum(stop - start for start, stop in ranges))
-        if rows_NKD is not None:
-            self._prompt_rows.append(rows_NKD.to(self.wanted.row_dtype))
+            count = sum(stop - start for start, stop in ranges)
+            self._inside[name] = self._inside[name].merged(self._reducer, value_KD, count)
         self.done = step.stop
-
-    def _keep_prefix(self, length: int) -> None:
-        if self._prefix.value_KD is not None:
-            self.sums.append((length, self._prefix.value_KD))
 
     # --- the response ----------------------------------------------------------------------------------------------
 
-    def add_produced(self, row_KD: torch.Tensor, index: int) -> None:
-        """Add the row that produced response token ``index``, float32 ``[K, D]``."""
-        if self._response.count != index:
-            return
-        wanted = self.wanted
-        self._response.add(row_KD)
-        if wanted.response_rows:
-            self._response_rows.append(row_KD.to(wanted.row_dtype)[None])
-        if self._window_size != 0:
-            self._window.append(row_KD)
-            if self._window_size is not None:
-                del self._window[: -self._window_size]
-        if Segment.FULL in wanted.segments and wanted.pooling is not None:
-            self._add_to_full(row_KD, index)
+    def count_produced(self, index: int) -> bool:
+        """Count the row that produced response token ``index``; False where it is not the next one."""
+        if self.count != index:
+            return False
+        self.count += 1
+        return True
 
-    def _add_to_full(self, row_KD: torch.Tensor, index: int) -> None:
-        length = len(Segment.FULL.positions(self.num_prompt, index + 1))
-        if not self._reducer.needs_all_rows:
-            self._prefix = _Pool(self._reducer, row_KD, length)
-        elif index > 0 and self._prefix.count == length - 1:
-            # Token 0's row is the last of the prompt, already in.
-            self._prefix.add(row_KD)
-            if length % BLOCK == 0:
-                self._keep_prefix(length)
+    @property
+    def sum_is_due(self) -> bool:
+        """Whether the running value over all positions so far is worth keeping: see `keep_full`."""
+        # Token 0's row is the last of the prompt, already in.
+        return (
+            self.pools_full
+            and self.count > 1
+            and self._prefix.count == self.num_prompt
+            and (self.num_prompt + self.count - 1) % BLOCK == 0
+        )
+
+    @property
+    def value_before_response(self) -> torch.Tensor | None:
+        """The running value over the positions before the response's first row; None where there are none."""
+        return self._before_last.value_KD
+
+    def keep_full(self, count: int, full_KD: torch.Tensor) -> None:
+        """Note the running value over the prompt and the response's first ``count`` rows."""
+        self.sums.append((self._before_last.count + count, full_KD))
 
     # --- the end ---------------------------------------------------------------------------------------------------
 
-    def finish(self, response_ids: Sequence[int], decode: Decode | None = None) -> Pools:
+    def finish(
+        self,
+        response_ids: Sequence[int],
+        decode: Decode | None = None,
+        response_KD: torch.Tensor | None = None,
+        kept: WantedRows | None = None,
+    ) -> Pools:
         """Return what was pooled.
 
         Args:
             response_ids: the T tokens of the response.
             decode: turns ids into text, special tokens included; needed for a `Between` of the response.
+            response_KD: the running value over the response's rows, float32; None before any row.
+            kept: the rows that were kept for ``tokens=True`` and for spans of the response: of those there may be only
+                the last ones, down to `rows_to_keep`.
         """
-        if Segment.FULL in self.wanted.segments and self.wanted.pools_prefix:
-            self._keep_prefix(self._prefix.count)
         spans: dict[str, tuple[torch.Tensor | None, int]] = {}
         faults: dict[str, str] = {}
         for name, span in self.wanted.spans.items():
             try:
-                spans[name] = self._span(name, span, response_ids, decode)
+                spans[name] = self._span(name, span, response_ids, decode, kept)
             except SpanError as error:
                 faults[name] = str(error)
         segments = self.wanted.segments if self.wanted.pooling is not None else ()
-        return Pools({str(segment): self._segment(segment) for segment in segments}, spans, faults, self._rows())
+        rows = None
+        if self.wanted.tokens and kept is not None:
+            # Where the prompt's rows alone are wanted, those of the response may be there for a span.
+            stop = None if self.wanted.response_rows else self.num_prompt - kept.first
+            rows = WantedRows(kept.first, kept.rows_NKD[:stop].to(self.wanted.row_dtype))
+        return Pools({str(segment): self._segment(segment, response_KD) for segment in segments}, spans, faults, rows)
 
-    def _segment(self, segment: Segment | SegmentName) -> tuple[torch.Tensor | None, int]:
+    def keep_end(self, response_KD: torch.Tensor | None) -> None:
+        """Note the running value over everything, where that is worth keeping: the next turn may begin with it."""
+        if not self.pools_full:
+            return
+        if self.count > 0 and self._prefix.count == self.num_prompt and response_KD is not None:
+            self._keep_with(response_KD)
+        elif self._prefix.value_KD is not None:
+            self.sums.append((self._prefix.count, self._prefix.value_KD))
+
+    def _keep_with(self, response_KD: torch.Tensor) -> None:
+        full = self._before_last.merged(self._reducer, response_KD, self.count)
+        # A prompt of one token has nothing before its response, whose value may be a view of many.
+        value_KD = response_KD.clone() if full.value_KD is None or full.value_KD is response_KD else full.value_KD
+        self.sums.append((full.count, value_KD))
+
+    def _segment(
+        self, segment: Segment | SegmentName, response_KD: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, int]:
+        response = _Running(response_KD, self.count)
         if segment == Segment.RESPONSE:
-            return self._response.result()
-        if segment == Segment.FULL:
-            return self._prefix.result()
+            return response.result(self._reducer)
         if not self._reducer.needs_all_rows:
-            return _standing_for(self._inside[""], self.num_prompt)
-        # Before the prompt's end, what there is: the count is for the error.
-        return self._prompt if self._prompt[1] else (None, self._prefix.count)
+            if segment == Segment.PROMPT:
+                return _standing_for(self._inside[""], self.num_prompt)
+            return response_KD, len(Segment.FULL.positions(self.num_prompt, self.count)) if self.count else 0
+        if segment == Segment.FULL and self.count > 0 and self._prefix.count == self.num_prompt:
+            return self._before_last.merged(self._reducer, response_KD, self.count).result(self._reducer)
+        if segment == Segment.PROMPT and self._prefix.count < self.num_prompt:
+            return None, self._prefix.count  # the count is for the error
+        return self._prefix.result(self._reducer)
 
     def _span(
-        self, name: str, span: ResolvedSpan, response_ids: Sequence[int], decode: Decode | None
+        self,
+        name: str,
+        span: ResolvedSpan,
+        response_ids: Sequence[int],
+        decode: Decode | None,
+        kept: WantedRows | None,
     ) -> tuple[torch.Tensor | None, int]:
         if isinstance(span, PromptSpan):
-            pool = self._inside[name]
-            return pool.result() if self._reducer.needs_all_rows else _standing_for(pool, span.count)
+            part = self._inside[name]
+            return part.result(self._reducer) if self._reducer.needs_all_rows else _standing_for(part, span.count)
         num_response = len(response_ids)
-        if self._response.count != num_response or num_response == 0:
-            return None, self._response.count  # a gap, or aborted before its first token: the count is for the error
+        if self.count != num_response or num_response == 0:
+            return None, self.count  # a gap, or aborted before its first token: the count is for the error
+        if kept is None or kept.first + len(kept.rows_NKD) != self.num_prompt + num_response - 1:
+            return None, 0  # a gap in the prompt, whose rows are kept together with these
         start, stop = _positions_in_response(span, response_ids, decode)
-        first = num_response - len(self._window)
-        value_KD = self._reducer.rows(torch.stack(self._window[start - first : stop - first]))
+        first = self.num_prompt - 1 - kept.first
+        value_KD = self._reducer.rows(kept.rows_NKD[first + start : first + stop])
         return self._reducer.result(value_KD, stop - start), stop - start
 
-    def _rows(self) -> WantedRows | None:
-        if not self.wanted.tokens:
-            return None
-        if not self.wanted.prompt_rows:
-            return _wanted_rows(self.num_prompt - 1, self._response_rows)
-        # The prompt's last row produced token 0.
-        return _wanted_rows(0, self._prompt_rows + self._response_rows[1:])
+
+class HostPools(RequestPools):
+    """Pools a request whose rows come one by one and stay in this process's memory, such as the client's."""
+
+    def __init__(self, wanted: Wanted, num_prompt: int) -> None:
+        super().__init__(wanted, num_prompt)
+        self._response_KD: torch.Tensor | None = None
+        self._prompt_rows: list[torch.Tensor] = []
+        self._response_rows: list[torch.Tensor] = []
+        self._keep = rows_to_keep(wanted)
+
+    def add_rows(self, step: PromptStep, rows_NKD: torch.Tensor) -> None:
+        """Add a planned step of the prompt from its rows.
+
+        Args:
+            step: what was planned.
+            rows_NKD: row n is that of position n, for all positions of the step.
+        """
+        if not self.accepts(step):
+            return
+        pieces, before_KD = step.num_running, self.value_before(step)
+        values = [reduce_rows(rows_NKD, ranges, self._reducer) for ranges in step.groups]
+        if before_KD is not None:
+            values[:pieces] = [self._reducer.merge(before_KD, value_KD) for value_KD in values[:pieces]]
+        if step.rows is not None:
+            self._prompt_rows.append(rows_NKD[step.rows[0] : step.rows[1]].float())
+        self.add_prompt(step, values)
+
+    def add_produced(self, row_KD: torch.Tensor, index: int) -> None:
+        """Add the row that produced response token ``index``, float32 ``[K, D]``."""
+        if not self.count_produced(index):
+            return
+        before_KD = self._response_KD
+        self._response_KD = row_KD if before_KD is None else self._reducer.merge(before_KD, row_KD)
+        if self._keep != 0:
+            self._response_rows.append(row_KD)
+            if self._keep is not None:
+                del self._response_rows[: -self._keep]
+        if self.sum_is_due:
+            self._keep_with(self._response_KD)
+
+    def results(self, response_ids: Sequence[int], decode: Decode | None = None) -> Pools:
+        """Return what was pooled; see `finish`."""
+        first = self.num_prompt - 1 + self.count - len(self._response_rows)
+        rows = self._response_rows
+        if self.wanted.prompt_rows:
+            # The prompt's last row produced token 0. Behind a gap no row is where it belongs.
+            behind = rows[1:] if self.done == self.num_prompt else []
+            first, rows = 0, [*(row_KD for part in self._prompt_rows for row_KD in part), *behind]
+        kept = WantedRows(first, torch.stack(rows)) if rows else None
+        self.keep_end(self._response_KD)
+        return self.finish(response_ids, decode, self._response_KD, kept)
 
 
-def _standing_for(pool: _Pool, num_rows: int) -> tuple[torch.Tensor | None, int]:
-    """Return the value of a pool of one row that stands for ``num_rows`` of them."""
-    return pool.value_KD, num_rows if pool.count else 0
+def rows_to_keep(wanted: Wanted) -> int | None:
+    """Return how many of the response's last rows a request needs as they are; None for all of them."""
+    spans = [span for span in wanted.spans.values() if not isinstance(span, PromptSpan)]
+    if wanted.response_rows or any(isinstance(span, Between) for span in spans) or (wanted.prompt_rows and spans):
+        return None  # with the prompt's rows they are one run of positions
+    return max((span.count for span in spans if isinstance(span, LastTokens)), default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """A running value, float32 ``[K, D]``, and the number of rows that it stands for."""
+
+    value_KD: torch.Tensor | None = None
+    count: int = 0
+
+    def merged(self, reducer: Reducer, rows_KD: torch.Tensor | None, count: int) -> _Running:
+        """Return the running value that stands for ``count`` more rows."""
+        if self.value_KD is None or rows_KD is None:
+            return _Running(rows_KD, self.count + count)
+        if not self.value_KD.numel() or not rows_KD.numel():
+            return _Running(NO_VALUE, self.count + count)
+        return _Running(reducer.merge(self.value_KD, rows_KD), self.count + count)
+
+    def result(self, reducer: Reducer) -> tuple[torch.Tensor | None, int]:
+        return (None if self.value_KD is None else reducer.result(self.value_KD, self.count)), self.count
+
+
+def _standing_for(value: _Running, num_rows: int) -> tuple[torch.Tensor | None, int]:
+    """Return the value of one row that stands for ``num_rows`` of them."""
+    return value.value_KD, num_rows if value.count else 0
 
 
 def _positions_in_response(
@@ -285,7 +385,3 @@ def _positions_in_response(
             "markers with"
         )
     return find_between(span, response_ids, decode)
-
-
-def _wanted_rows(first: int, parts: list[torch.Tensor]) -> WantedRows | None:
-    return WantedRows(first, torch.cat(parts)) if parts else None

@@ -1,4 +1,4 @@
-"""Constrains logits and keeps the columns that one request asked for: pure torch, without SGLang.
+"""Keeps what one request asked of logits, and applies its constraints to one token: pure torch, without SGLang.
 
 Knows nothing of batches, JSON or TensorDicts. A row of logits belongs to the token that is drawn from it, as a log-prob
 does. Prompt rows are planned before a forward step runs (`RequestLogits.plan_prompt`). The selected columns are added
@@ -8,21 +8,24 @@ finds it.
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
 
 from torchrl_sglang_hidden.records import DEFAULT_NEW_TOKENS, MAX_ANSWER_BYTES, TokenLogits
+from torchrl_sglang_hidden.reduce.columns import Columns, columns_of
+from torchrl_sglang_hidden.reduce.ids_on_device import IdsOnDevice
+from torchrl_sglang_hidden.reduce.masks_on_device import MaskKey, serial_of
+from torchrl_sglang_hidden.reduce.one_constraint import always_acts, apply_checked, fixed_temperature
+from torchrl_sglang_hidden.reduce.row_store import StoredRows, store_of
 from torchrl_sglang_hidden.spec.constraints import ConstraintStep, LogitConstraint, TemperatureScale, TokenConstraint
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 
-__all__ = ["FoundLogits", "NextToken", "RequestLogits", "WantedLogits", "constrain", "on_device", "select_columns"]
-
+__all__ = ["FoundLogits", "NextToken", "RequestLogits", "WantedLogits", "keep_rows"]
 
 Kind = TypeVar("Kind", bound=LogitConstraint)
 
@@ -40,6 +43,7 @@ class WantedLogits:
         response_ranges: the responses inside a scored prompt, each ``(start, stop)``. Constraints act on their tokens
             as if they were being sampled.
         response_limit: ``max_new_tokens`` of the response; of a scored prompt, of each response in it.
+        entropy: whether the entropies of the sampled tokens' distributions come back.
     """
 
     spec: LogitsSpec | None = None
@@ -48,6 +52,7 @@ class WantedLogits:
     scored: bool = False
     response_ranges: tuple[tuple[int, int], ...] = ()
     response_limit: int = DEFAULT_NEW_TOKENS
+    entropy: bool = False
 
     @property
     def constrains_sampled(self) -> bool:
@@ -56,8 +61,13 @@ class WantedLogits:
 
     @property
     def wants_sampled(self) -> bool:
-        """Whether sampled tokens are constrained, or their logits come back."""
-        return self.constrains_sampled or (self.spec is not None and self.spec.of_response)
+        """Whether sampled tokens are constrained, or their logits or entropies come back."""
+        return self.constrains_sampled or self.entropy or (self.spec is not None and self.spec.of_response)
+
+    @property
+    def wants_any(self) -> bool:
+        """Whether the request has to do with logits at all, of sampled tokens or of prompt tokens."""
+        return self.wants_sampled or self.prompt_from is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +81,7 @@ class FoundLogits:
         constrained: the number of sampled tokens that passed through the constraints.
         fault: why the constraints could not be kept; empty where they were.
         refused: why no logits come back; empty where they do.
+        entropy_T: the entropies of the sampled tokens' distributions, float32 ``[T]``; or None.
     """
 
     response: TokenLogits | None = None
@@ -79,9 +90,10 @@ class FoundLogits:
     constrained: int = 0
     fault: str = ""
     refused: str = ""
+    entropy_T: torch.Tensor | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class NextToken:
     """Describes one token whose logits are constrained: the one sampled next, or one of a scored prompt.
 
@@ -89,14 +101,15 @@ class NextToken:
         request: the logits of the token's request.
         index: the token's index in its response, from 0.
         max_new_tokens: most tokens of the response.
-        response_ids: makes int64 ``[index]``, the response's ids before the token, on the logits' device.
+        response_ids: makes int64 ``[index]``, the response's ids before the token, on the logits' device. None where
+            the request has no constraints of the user's own, which alone read them.
         response_start: the response's start in a scored prompt; None for a response that follows the prompt.
     """
 
     request: RequestLogits
     index: int
     max_new_tokens: int
-    response_ids: Callable[[], torch.Tensor] = field(repr=False)
+    response_ids: Callable[[], torch.Tensor] | None
     response_start: int | None = None
 
 
@@ -106,15 +119,25 @@ class RequestLogits:
     Args:
         wanted: what the request wants.
         prompt_ids: the P prompt ids. A request without constraints of the user's own needs only their number.
+        kept: whether logits are kept here. Where not, tokens are constrained and counted all the same.
 
     Attributes:
         refused: why no logits come back; empty where they do.
     """
 
-    def __init__(self, wanted: WantedLogits, prompt_ids: Sequence[int]) -> None:
+    def __init__(self, wanted: WantedLogits, prompt_ids: Sequence[int], *, kept: bool = True) -> None:
         self.wanted = wanted
         self.prompt_ids = prompt_ids
+        self.kept = kept
         self.refused = ""
+        # What every step asks of every request: read once.
+        self.constrains_sampled = wanted.constrains_sampled
+        self.columns: Columns | None = None if wanted.spec is None else columns_of(wanted.spec)
+        self.wants_prompt_columns = wanted.spec is not None and wanted.spec.of_prompt
+        self.wants_response_columns = kept and wanted.spec is not None and wanted.spec.of_response
+        self.wants_entropy = kept and wanted.entropy
+        self.wants_sampled = self.constrains_sampled or self.wants_response_columns or self.wants_entropy
+        self._fits_vocab: dict[int, bool] = {}
         self._faults: list[tuple[int | None, str]] = []
         # Sorted by `apply`, not by class: a user's subclass of a mask may change logits in its own way.
         self._own: list[LogitConstraint] = []
@@ -127,10 +150,17 @@ class RequestLogits:
                 self._masks.append(constraint)
             else:
                 self._own.append(constraint)
+        self._serials = {id(mask): serial_of(mask) for mask in self._masks}
+        # For most requests the same masks and the same temperature act on every token.
+        self._fixed_key = self._mask_key(self._masks) if all(map(always_acts, self._masks)) else None
+        self._fixed_temperature = fixed_temperature(self._temperatures)
         self._bytes = 0
-        self._combined: dict[tuple[int, ...], torch.Tensor] = {}
+        self.ids = IdsOnDevice()
+        self._allowed: dict[MaskKey, tuple[torch.Tensor, bool]] = {}
+        self._prompt_before: tuple[int | None, tuple[int, ...]] | None = None
         self._constrained = 0
-        self._response_rows: list[TokenLogits] = []
+        self._response: StoredRows | None = None
+        self._entropy: StoredRows | None = None
         self._prompt_rows: list[TokenLogits] = []
         self._log_probs: list[torch.Tensor] = []
         # The next prompt token whose logits are to be added. P, so none, where no prompt token is wanted.
@@ -141,6 +171,13 @@ class RequestLogits:
     def reads_response(self) -> bool:
         """Whether a constraint may read the response's earlier ids."""
         return bool(self._own)
+
+    def fits(self, vocab_size: int) -> bool:
+        """Return whether a model of V tokens has the columns that are asked for."""
+        if vocab_size not in self._fits_vocab:
+            spec = self.wanted.spec
+            self._fits_vocab[vocab_size] = spec is None or spec.fits(vocab_size)
+        return self._fits_vocab[vocab_size]
 
     # --- the prompt --------------------------------------------------------------------------------------------------
 
@@ -166,10 +203,6 @@ class RequestLogits:
         first, self._planned = self._planned, last
         return first, last
 
-    def response_range_at(self, token: int) -> tuple[int, int] | None:
-        """Find the response, ``(start, stop)``, that holds a token of a scored prompt; None where none does."""
-        return next(((start, stop) for start, stop in self.wanted.response_ranges if start <= token < stop), None)
-
     def add_prompt(self, first: int, rows: TokenLogits | None, log_probs_N: torch.Tensor | None, count: int) -> None:
         """Add the logits and log-probs of the prompt tokens ``first … first+count-1``.
 
@@ -177,35 +210,45 @@ class RequestLogits:
         """
         if first != self._done:
             return
-        self._keep(self._prompt_rows, rows)
+        if rows is not None and self._fits(rows.nbytes):
+            self._prompt_rows.append(rows)
         if log_probs_N is not None:
             self._log_probs.append(log_probs_N)
         self._done += count
 
     # --- the response ------------------------------------------------------------------------------------------------
 
+    def accept(self, index: int) -> bool:
+        """Count response token ``index``; False where it is not the next one, so that the client's count finds it."""
+        if index != self._constrained:
+            return False
+        self._constrained += 1
+        return True
+
     def add_response(self, index: int, row: TokenLogits | None) -> None:
         """Add the logits that response token ``index`` was sampled from, ``[1, C]``.
 
         A row that is not the next one is left out, so that the client's count finds the gap.
         """
-        if index != self._constrained:
-            return
-        self._constrained += 1
-        self._keep(self._response_rows, row)
+        if self.accept(index) and row is not None:
+            keep_rows(row, [0], [self])
 
-    def _keep(self, rows: list[TokenLogits], row: TokenLogits | None) -> None:
-        if row is None or self.refused:
-            return
-        self._bytes += row.nbytes
+    def _fits(self, num_bytes: int) -> bool:
+        """Count the bytes of rows to keep; drop all where there are too many."""
+        if self.refused:
+            return False
+        self._bytes += num_bytes
         if self._bytes > MAX_ANSWER_BYTES:
             # This package's clients ask for less. Any other client must not fill the server's memory.
-            self.refused = (
+            self.refuse(
                 f"the logits are over {MAX_ANSWER_BYTES // 2**20} MiB for one request; ask for fewer tokens or columns"
             )
-            self._response_rows, self._prompt_rows = [], []
-            return
-        rows.append(row)
+        return not self.refused
+
+    def refuse(self, reason: str) -> None:
+        """Give no logits back, for a reason that the client tells; the first reason stays."""
+        self.refused = self.refused or reason
+        self._response, self._entropy, self._prompt_rows = None, None, []
 
     # --- constraints -------------------------------------------------------------------------------------------------
 
@@ -224,24 +267,32 @@ class RequestLogits:
         acting = self._acting(self._own, token)
         if not acting:
             return logits_V
+        assert token.response_ids is not None
         step = ConstraintStep(
             index=token.index,
             max_new_tokens=token.max_new_tokens,
-            prompt_ids=self.prompt_ids[: token.response_start],
+            prompt_ids=self._ids_before(token.response_start),
             response_ids=token.response_ids(),
         )
         for constraint in acting:
             with self._guarded(constraint, token):
-                changed_V = constraint.apply(logits_V.clone(), step)
-                if not isinstance(changed_V, torch.Tensor) or changed_V.shape != logits_V.shape:
-                    raise TypeError(f"expected logits of shape {tuple(logits_V.shape)}, got {changed_V!r:.80}")
-                logits_V = changed_V.to(logits_V)
+                logits_V = apply_checked(constraint, logits_V, step)
         return logits_V
+
+    def _ids_before(self, response_start: int | None) -> tuple[int, ...]:
+        # Not once for each token: a scored prompt would be copied as often as it has tokens.
+        if self._prompt_before is None or self._prompt_before[0] != response_start:
+            self._prompt_before = response_start, tuple(self.prompt_ids[:response_start])
+        return self._prompt_before[1]
 
     def _acting(self, constraints: Sequence[Kind], token: NextToken) -> list[Kind]:
         """Select the constraints that act on a token. A user's `acts_on` may do anything too."""
         acting: list[Kind] = []
         for constraint in constraints:
+            if type(constraint).acts_on is LogitConstraint.acts_on:  # cannot fail; a guard costs as much as all else
+                if constraint.acts_on(token.index):
+                    acting.append(constraint)
+                continue
             with self._guarded(constraint, token):
                 if constraint.acts_on(token.index):
                     acting.append(constraint)
@@ -257,98 +308,87 @@ class RequestLogits:
 
     def temperature(self, token: NextToken) -> float:
         """Multiply the temperatures of all acting `TemperatureScale`s: the number that the logits are divided by."""
+        if self._fixed_temperature is not None:
+            return self._fixed_temperature
         product = 1.0
         for scale in self._acting(self._temperatures, token):
+            if type(scale).at is TemperatureScale.at:
+                product *= scale.at(token.index, token.max_new_tokens)
+                continue
             with self._guarded(scale, token):
                 product *= float(scale.at(token.index, token.max_new_tokens))
         return product
 
-    def mask(self, token: NextToken, vocab_size: int, device: torch.device) -> torch.Tensor | None:
-        """Combine the acting masks: bool ``[V]``, True where all of them allow a token; None where no mask acts."""
-        acting = self._acting(self._masks, token)
-        if not acting:
-            return None
-        key = tuple(map(id, acting))
-        if key not in self._combined:
-            allowed_V = torch.ones(vocab_size, dtype=torch.bool)
-            for mask in acting:
-                with self._guarded(mask, token):
-                    allowed_V &= mask.allowed(vocab_size)
-            self._combined[key] = allowed_V.to(device)
-        return self._combined[key]
+    def mask_key(self, token: NextToken) -> MaskKey:
+        """Name the masks that act on a token; empty where none act."""
+        return self._mask_key(self._acting(self._masks, token)) if self._fixed_key is None else self._fixed_key
+
+    def _mask_key(self, masks: Sequence[TokenConstraint]) -> MaskKey:
+        return tuple(self._serials[id(mask)] for mask in masks)
+
+    def mask_of(self, token: NextToken, key: MaskKey, vocab_size: int) -> Callable[[], tuple[torch.Tensor, bool]]:
+        """Return what makes bool ``[V]``, True where all masks of a key allow a token, and says whether none failed."""
+        return partial(self._combine, token, key, vocab_size)
+
+    def _combine(self, token: NextToken, key: MaskKey, vocab_size: int) -> tuple[torch.Tensor, bool]:
+        if key not in self._allowed:
+            allowed_V, num_faults = torch.ones(vocab_size, dtype=torch.bool), len(self._faults)
+            for mask in self._masks:
+                if self._serials[id(mask)] in key:
+                    with self._guarded(mask, token):
+                        allowed_V &= mask.allowed(vocab_size)
+            found = allowed_V, len(self._faults) == num_faults
+            if found[1]:
+                return found
+            # Only what failed is kept here, so that it is asked once.
+            self._allowed[key] = found
+        return self._allowed[key]
 
     # --- the end -----------------------------------------------------------------------------------------------------
 
     def finish(self) -> FoundLogits:
         """Return what was collected."""
         return FoundLogits(
-            response=_joined(self._response_rows),
+            response=self._joined_response(),
             prompt=_joined(self._prompt_rows),
             log_probs_N=torch.cat(self._log_probs) if self._log_probs else None,
             constrained=self._constrained,
             # A fault behind the last returned token belongs to one that was discarded.
             fault=next((fault for index, fault in self._faults if index is None or index < self._constrained), ""),
             refused=self.refused,
+            entropy_T=None if self._entropy is None else self._entropy.join()[0][:, 0],
         )
 
-
-def select_columns(logits_NV: torch.Tensor, spec: LogitsSpec) -> TokenLogits:
-    """Copy the columns that ``spec`` asks for.
-
-    Args:
-        logits_NV: float ``[N, V]``.
-        spec: the columns, and the dtype.
-
-    Returns:
-        ``[N, C]`` in the spec's dtype, for ``top_k`` with the columns' token ids.
-    """
-    match spec:
-        case LogitsSpec(top_k=int(top_k)):
-            values_NC, ids_NC = logits_NV.float().topk(top_k, dim=-1)
-            return TokenLogits(values_NC=values_NC.to(spec.dtype), token_ids_NC=ids_NC)
-        case LogitsSpec(token_ids=tuple(token_ids)):
-            columns_C = _columns(token_ids, logits_NV.device)
-            return TokenLogits(values_NC=logits_NV[:, columns_C].to(spec.dtype), token_ids_NC=None)
-        case LogitsSpec(full=True):
-            return TokenLogits(values_NC=logits_NV.to(spec.dtype, copy=True), token_ids_NC=None)
-        case _:
-            raise NotImplementedError(f"{spec}: no columns are selected for this; add a case to select_columns")
+    def _joined_response(self) -> TokenLogits | None:
+        if self._response is None:
+            return None
+        values_NC, *ids = self._response.join()
+        return TokenLogits(values_NC=values_NC, token_ids_NC=ids[0] if ids else None)
 
 
-def constrain(logits_NV: torch.Tensor, tokens: Sequence[NextToken]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Apply each request's constraints to the logits of N tokens.
+def keep_rows(
+    block: TokenLogits, picks: Sequence[int], requests: Sequence[RequestLogits], *, name: str = "_response"
+) -> None:
+    """Add a row of a step's logits, or entropies as ``name`` says, to each of some requests: one copy for all.
 
     Args:
-        logits_NV: float ``[N, V]``, not written to.
-        tokens: the token of each row.
-
-    Returns:
-        The constrained logits ``[N, V]``, and bool ``[N]``: whether any token is left to choose. A row where none is
-        left stays as it was, because sampling from all ``-inf`` would end the scheduler.
+        block: ``[R, C]``.
+        picks: each request's row, in increasing order.
+        name: the attribute that keeps them.
+        requests: what the rows are added to, after `RequestLogits.accept` said that they are next.
     """
-    rows = list(logits_NV)
-    own = [token.request.apply_own(row_V, token) for row_V, token in zip(rows, tokens, strict=True)]
-    changed_NV = torch.stack(own) if any(a is not b for a, b in zip(own, rows, strict=True)) else logits_NV
-    temperatures = [token.request.temperature(token) for token in tokens]
-    if any(temperature != 1 for temperature in temperatures):
-        changed_NV = changed_NV / on_device(temperatures, logits_NV.device).to(logits_NV.dtype)[:, None]
-    masks = [token.request.mask(token, logits_NV.shape[1], logits_NV.device) for token in tokens]
-    if any(mask_V is not None for mask_V in masks):
-        every_V = torch.ones(logits_NV.shape[1], dtype=torch.bool, device=logits_NV.device)
-        allowed_NV = torch.stack([every_V if mask_V is None else mask_V for mask_V in masks])
-        changed_NV = changed_NV.masked_fill(~allowed_NV, -math.inf)
-    choosable_N = changed_NV.amax(-1).isfinite()
-    return torch.where(choosable_N[:, None], changed_NV, logits_NV), choosable_N
-
-
-def on_device(values: Sequence[int] | Sequence[float], device: torch.device) -> torch.Tensor:
-    """Make a tensor of a few numbers without waiting for the device's queued work."""
-    return torch.tensor(values, pin_memory=device.type == "cuda").to(device, non_blocking=True)
-
-
-@functools.lru_cache(maxsize=256)
-def _columns(token_ids: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor(token_ids, device=device)
+    row_bytes = block.nbytes // max(len(block.values_NC), 1)
+    kept = [(pick, request) for pick, request in zip(picks, requests, strict=True) if request._fits(row_bytes)]
+    if not kept:
+        return
+    tensors = [tensor for tensor in (block.values_NC, block.token_ids_NC) if tensor is not None]
+    store = store_of(tensors)
+    owners = []
+    for _, request in kept:
+        if getattr(request, name) is None:
+            setattr(request, name, StoredRows(store))
+        owners.append(getattr(request, name))
+    store.append(tensors, [pick for pick, _ in kept], owners)
 
 
 def _joined(rows: Sequence[TokenLogits]) -> TokenLogits | None:

@@ -95,7 +95,7 @@ class PromptStep:
             ``begin`` are not computed for this request.
         base_KD: the running value over all positions before ``begin``, if some of them were not computed and it is
             wanted.
-        cuts: ``begin``, …, ``stop``: the values between them are wanted; empty for none.
+        cuts: ``begin``, …, ``stop``: the values from ``begin`` up to each of them are wanted; empty for none.
         parts: per span, the positions whose value is wanted.
         rows: the positions wanted as they are.
     """
@@ -109,10 +109,19 @@ class PromptStep:
     rows: tuple[int, int] | None
 
     @property
+    def num_running(self) -> int:
+        """How many values stand for all positions from the first on."""
+        return max(len(self.cuts) - 1, 0)
+
+    @property
+    def num_groups(self) -> int:
+        """How many sets of positions there are in `groups`."""
+        return self.num_running + len(self.parts)
+
+    @property
     def groups(self) -> list[Ranges]:
-        """The sets of positions whose rows are to be reduced: between the cuts, then the spans' parts."""
-        between = [((start, stop),) for start, stop in zip(self.cuts, self.cuts[1:], strict=False)]
-        return [*between, *(ranges for _, ranges in self.parts)]
+        """The sets of positions whose rows are to be reduced: up to each cut, then the spans' parts."""
+        return [*(((self.begin, cut),) for cut in self.cuts[1:]), *(ranges for _, ranges in self.parts)]
 
 
 def next_position(span: PromptSpan, position: int) -> int | None:

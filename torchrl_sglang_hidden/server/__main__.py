@@ -23,7 +23,7 @@ from typing import Any
 
 from torchrl_sglang_hidden.protocol import PLUGIN_ENV
 from torchrl_sglang_hidden.protocol.shared_memory import remove_leftovers
-from torchrl_sglang_hidden.server.cpu import bind_threads, cpu_server_args, has_accelerator, use_cpu_engine
+from torchrl_sglang_hidden.server.cpu import cpu_server_args, has_accelerator, use_cpu_engine
 
 __all__ = ["API_KEY_ENV", "PARENT_PID_ENV", "command_line", "main", "watch_parent"]
 
@@ -45,9 +45,8 @@ def main(arguments: Sequence[str]) -> None:
     os.environ.setdefault(PLUGIN_ENV, "1")  # an explicit "0" serves stock SGLang
     on_cpu = _serves_on_cpu(arguments)
     if on_cpu:
-        use_cpu_engine()
         chosen = _peek(arguments)
-        bind_threads(chosen.data_parallel_size * chosen.tensor_parallel_size)
+        use_cpu_engine(chosen.data_parallel_size * chosen.tensor_parallel_size)
     _run_server(list(arguments), api_key, on_cpu=on_cpu)
 
 

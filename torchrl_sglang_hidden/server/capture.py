@@ -4,8 +4,12 @@ Knows SGLang's batches and auxiliary outputs by attribute name, and imports noth
 scheduler, where an exception ends the server: what does not fit is left out, and the client's count finds it.
 
 The order within one step: `Capture.plan_step` notes which rows are wanted, on the host, before the forward pass;
-`StepPlan.gather` reduces them to one float32 matrix on the device, after it; SGLang copies that with its other results;
-`HostRows.consume` adds the rows to their requests' pools once the tokens are committed.
+`StepPlan.gather` takes them on the device, after it; SGLang copies what is wanted on the host with its other results;
+`HostRows.consume` counts the rows once the tokens are committed, and folds them into their requests' slots on the
+device. `Capture.answers` brings the slots home when requests finish.
+
+Each rank of a tensor-parallel server has a `Capture`. All count alike, because all must give the prefix cache the same
+limits; only the rank that answers holds states and logits.
 """
 
 from __future__ import annotations
@@ -14,22 +18,27 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet, ref
 
-from torchrl_sglang_hidden.errors import SpanError
-from torchrl_sglang_hidden.protocol import answer_of, unpack_options
+import torch
+
+from torchrl_sglang_hidden.protocol import unpack_options
 from torchrl_sglang_hidden.protocol.shared_memory import SharedFiles
-from torchrl_sglang_hidden.reduce.pooling import RequestPools
+from torchrl_sglang_hidden.reduce.bags import separate
+from torchrl_sglang_hidden.reduce.pooling import NO_VALUE, RequestPools
+from torchrl_sglang_hidden.reduce.reducers import Reducer, reducer_of
 from torchrl_sglang_hidden.reduce.token_logits import RequestLogits
+from torchrl_sglang_hidden.server.answers import Unfinished, decoder_of
+from torchrl_sglang_hidden.server.finisher import Finisher
+from torchrl_sglang_hidden.server.forward_modes import DECODE_MODE, PREFILL_MODES
 from torchrl_sglang_hidden.server.layer_taps import LayerTaps
-from torchrl_sglang_hidden.server.next_tokens import PromptPart, SamplingRow, StepLogits
+from torchrl_sglang_hidden.server.next_tokens import StepLogits
 from torchrl_sglang_hidden.server.prefix_sums import PrefixKeys, PrefixSums
-from torchrl_sglang_hidden.server.step_rows import RowSelection, StepPlan, TrackedRequest
+from torchrl_sglang_hidden.server.side_stream import Landing
+from torchrl_sglang_hidden.server.slots import DISCARDED, Slots
+from torchrl_sglang_hidden.server.state_store import StateBudget, StateStore
+from torchrl_sglang_hidden.server.step_rows import OUT_OF_MEMORY, LayerGroup, StepPlan
+from torchrl_sglang_hidden.server.tracked_request import TrackedRequest
 
 __all__ = ["Capture"]
-
-# The forward modes whose rows are one per position. Speculative verification, for one, has rows of tokens that may be
-# rejected; a request that met such a step comes back with too few rows, which the client refuses.
-_PREFILL_MODES = ("EXTEND", "MIXED")
-_DECODE_MODE = "DECODE"
 
 
 class Capture:
@@ -43,7 +52,11 @@ class Capture:
         taps: the hooks on other layers than the last.
         sums: running values kept for prompts that begin alike: sums, or maxima.
         page_size: SGLang's prefix cache matches multiples of it.
+        logits: by request, weakly, what a request that asks for logits or constrains them collects.
         running: what is chosen in the step that the model computes now.
+        sends: whether this rank answers. One that does not holds no states and no logits.
+        ranks: how many ranks compute each layer together, and must give the prefix cache the same limits.
+        hidden_size: D, once a step was seen.
     """
 
     def __init__(self) -> None:
@@ -53,10 +66,22 @@ class Capture:
         self.sums = PrefixSums()
         self.page_size = 1
         self.running: StepLogits | None = None
+        self.sends = True
+        self.ranks = 1
+        self.hidden_size = 0
         self.opened: WeakKeyDictionary[Any, TrackedRequest] = WeakKeyDictionary()
+        self.logits: WeakKeyDictionary[Any, RequestLogits] = WeakKeyDictionary()
         self._refused: WeakSet[Any] = WeakSet()
         self._epoch = 0
         self._shared: SharedFiles | None = None
+        self._slots: dict[tuple[tuple[int, ...], str], Slots] = {}
+        self._stores: dict[tuple[int, int, torch.dtype], StateStore] = {}
+        self._state_budget: StateBudget | None = None
+        self._finisher = Finisher()
+        # The last decode step's plan: it holds for the next one of the same requests. The ids are those of the objects.
+        self._last_plan: tuple[list[int], StepPlan | None] | None = None
+        # Running values over prompt and response that are on their way to the host, with the response's rows.
+        self._landing: list[tuple[Landing | None, list[tuple[TrackedRequest, int]]]] = []
 
     @property
     def shared(self) -> SharedFiles:
@@ -74,23 +99,51 @@ class Capture:
                 # Reading them again at every step would hold up everybody.
                 self._refused.add(req)
                 return None
+            reducer = options.wanted.reducer
             # Running values of another reducer, of other layers or under another adapter are not this request's.
-            kind = f"{options.wanted.reducer.running} {options.wanted.layers} {req.extra_key or ''}"
+            kind = f"{reducer.running} {options.wanted.layers} {req.extra_key or ''}"
             tracked = self.opened[req] = TrackedRequest(
-                RequestPools(options.wanted, len(req.origin_input_ids)),
-                options,
-                RequestLogits(options.logits, list(req.origin_input_ids)),
-                PrefixKeys(kind, _Tokens(req)),
-                self._epoch,
+                req=req,
+                options=options,
+                pools=RequestPools(options.wanted, len(req.origin_input_ids)),
+                logits=RequestLogits(options.logits, list(req.origin_input_ids), kept=self.sends),
+                keys=PrefixKeys(kind, _Tokens(req)),
+                epoch=self._epoch,
+                slots=self.slots_of(options.wanted.layers, reducer),
             )
+            if tracked.logits.wanted.wants_any:
+                self.logits[req] = tracked.logits
+            self._last_plan = None
         return tracked
+
+    def slots_of(self, layers: tuple[int, ...], reducer: Reducer) -> Slots:
+        """Return the slots of requests that want these layers pooled in this way."""
+        key = (layers, reducer.running)
+        if key not in self._slots:
+            # Whoever tries one set of layers after another must not fill the device with matrices that nobody uses.
+            self._slots = {key: slots for key, slots in self._slots.items() if not slots.is_idle}
+            self._slots[key] = Slots(layers, reducer)
+        return self._slots[key]
+
+    def reserve(self, hidden_size: int, device: torch.device, num_requests: int) -> None:
+        """Make room for the running values of that many requests for the last layer, what most of them ask for.
+
+        Args:
+            hidden_size: D.
+            device: of the model.
+            num_requests: how many are pooled at the same time.
+        """
+        self.slots_of((-1,), reducer_of("mean")).reserve(hidden_size, device, num_requests)
 
     def open_again(self, req: Any) -> TrackedRequest | None:
         """Do as `open` does for a request that starts over, without what it pooled under weights that are gone."""
         tracked = self.opened.get(req)
         # With tokens of the old weights the answer says so by itself; a prompt between two chunks has none that would.
         if tracked is not None and tracked.epoch != self._epoch and not req.output_ids:
+            tracked.closed = True
+            self._last_plan = None
             del self.opened[req]
+            self.logits.pop(req, None)
         return self.open(req)
 
     def _takes(self, layers: Sequence[int]) -> bool:
@@ -100,87 +153,42 @@ class Capture:
     def plan_step(self, batch: Any) -> StepPlan | None:
         """Plan which rows of the coming step are wanted; None when no request of the batch asked."""
         mode = batch.forward_mode.name
-        if mode not in (*_PREFILL_MODES, _DECODE_MODE) or not self.normed:
+        if not self.normed:
             return None
-        selections: list[RowSelection] = []
-        by_row: dict[int, TrackedRequest] = {}
+        if mode == DECODE_MODE:
+            ids = list(map(id, batch.reqs))
+            if self._last_plan is None or self._last_plan[0] != ids:
+                # Opening a request forgets the last plan, so that the plan is noted behind it.
+                plan = self._plan_decode(batch)
+                self._last_plan = ids, plan
+            return self._last_plan[1]
+        return self._plan_prefill(batch) if mode in PREFILL_MODES else None
+
+    def _plan_decode(self, batch: Any) -> StepPlan | None:
+        groups: dict[Slots, LayerGroup] = {}
+        for row, req in enumerate(batch.reqs):
+            tracked = self.open(req)
+            if tracked is not None and tracked.options.wanted.produced:
+                _add_produced(groups, row, row, tracked)
+        return StepPlan(tuple(groups.values()), len(batch.reqs), self) if groups else None
+
+    def _plan_prefill(self, batch: Any) -> StepPlan | None:
+        groups: dict[Slots, LayerGroup] = {}
         first = 0
         for row, req in enumerate(batch.reqs):
-            length = batch.extend_lens[row] if mode in _PREFILL_MODES else 1
+            position, length = batch.prefix_lens[row], batch.extend_lens[row]
             tracked = self.open(req)
             if tracked is not None:
-                position = batch.prefix_lens[row] if mode in _PREFILL_MODES else tracked.pools.num_prompt
-                selection = tracked.select(row, first, position, length)
-                if selection.prompt is not None or selection.produced is not None:
-                    selections.append(selection)
-                    by_row[row] = tracked
+                selection = tracked.plan_prompt(row, first - position, position, length)
+                if selection is not None:
+                    groups.setdefault(tracked.slots, LayerGroup(tracked.slots)).prompts.append(selection)
+                # The row that produces a token is that of the prompt's last position, or a later one. The end of a
+                # middle chunk of the prompt produces nothing.
+                ends = position + length >= tracked.pools.num_prompt
+                if ends and tracked.options.wanted.produced:
+                    _add_produced(groups, row, first + length - 1, tracked)
             first += length
-        if not selections:
-            return None
-        return StepPlan(
-            selections=tuple(selections),
-            num_rows=first,
-            reqs=tuple(batch.reqs),
-            tracked=by_row,
-            opened=self.opened,
-            keep_sums=self.keep_sums,
-        )
-
-    def plan_logits(self, batch: Any, vocab_size: int) -> StepLogits | None:
-        """Plan which tokens the coming step chooses for requests that asked something of it; None for none.
-
-        Args:
-            batch: SGLang's, with the lengths of this step.
-            vocab_size: V.
-        """
-        mode = batch.forward_mode.name
-        if not self.opened or mode not in (*_PREFILL_MODES, _DECODE_MODE):
-            return None
-        sampling_rows: list[SamplingRow] = []
-        prompts: list[PromptPart] = []
-        first = 0
-        for row, req in enumerate(batch.reqs):
-            length = batch.extend_lens[row] if mode in _PREFILL_MODES else 1
-            tracked = self.opened.get(req)
-            spec = None if tracked is None else tracked.logits.wanted.spec
-            # Columns that the model does not have would end the scheduler; no client of this package asks for them.
-            if tracked is not None and (spec is None or spec.fits(vocab_size)):
-                # Overlap scheduling lets the request's own ids lag by one; the lengths are those of the step.
-                stop = batch.prefix_lens[row] + length if mode in _PREFILL_MODES else int(batch.seq_lens_cpu[row])
-                index, wanted = stop - len(tracked.logits.prompt_ids), tracked.logits.wanted
-                if index >= 0 and wanted.wants_sampled:
-                    before = tuple(req.output_ids) if tracked.logits.reads_response else ()
-                    sampling_rows.append(
-                        SamplingRow(
-                            row=row,
-                            input_row=first + length - 1,
-                            index=index,
-                            logits=tracked.logits,
-                            max_new_tokens=wanted.response_limit,
-                            ids_before=before,
-                        )
-                    )
-                tokens = tracked.logits.plan_prompt(stop - length, stop) if mode in _PREFILL_MODES else None
-                if tokens is not None:
-                    prompts.append(
-                        PromptPart(
-                            row=row,
-                            offset=first - (stop - length),
-                            first=tokens[0],
-                            stop=tokens[1],
-                            logits=tracked.logits,
-                        )
-                    )
-            first += length
-        if not sampling_rows and not prompts:
-            return None
-        return StepLogits(
-            sampling_rows=tuple(sampling_rows),
-            prompts=tuple(prompts),
-            reqs=tuple(batch.reqs),
-            vocab_size=vocab_size,
-            num_rows=first,
-        )
+        return StepPlan(tuple(groups.values()), first, self) if groups else None
 
     # --- the prefix cache --------------------------------------------------------------------------------------------
 
@@ -201,30 +209,142 @@ class Capture:
 
     def keep_sums(self, tracked: TrackedRequest) -> None:
         """Store the running values over prompt beginnings that a request came by."""
-        if tracked.epoch == self._epoch:
+        if tracked.epoch == self._epoch and tracked.pools.sums:
+            num_bytes = len(tracked.options.wanted.layers) * self.hidden_size * torch.float32.itemsize
             for length, value_KD in tracked.pools.sums:
-                self.sums.put(tracked.keys, length, value_KD)
+                # What was lost was never kept, so that it is computed again; but other ranks count on it.
+                if value_KD.numel() or self.ranks > 1:
+                    self.sums.put(tracked.keys, length, value_KD, num_bytes)
         tracked.pools.sums.clear()
 
     def forget_sums(self) -> None:
         """Forget them all: the prefix cache was emptied, such as for other weights."""
         self.sums.clear()
+        self._landing.clear()
         self._epoch += 1
+
+    # --- what steps bring --------------------------------------------------------------------------------------------
+
+    def store(self, rows_MKD: torch.Tensor) -> StateStore:
+        """Return the store for rows of that depth, width and dtype."""
+        key = (rows_MKD.shape[1], rows_MKD.shape[2], rows_MKD.dtype)
+        if key not in self._stores:
+            self._state_budget = self._state_budget or StateBudget()
+            self._stores[key] = StateStore(*key, self._state_budget)
+        return self._stores[key]
+
+    def later(self, job: Callable[[], None], num_bytes: int = 0) -> None:
+        """Do something in the finisher's thread, behind what it was given before.
+
+        Args:
+            job: what to do.
+            num_bytes: what it keeps in memory until it is done.
+        """
+        self._finisher.add(job, num_bytes)
+
+    def land(self, landing: Landing | None, due: list[tuple[TrackedRequest, int]]) -> None:
+        """Note running values over responses that are on their way to the host.
+
+        Args:
+            landing: float32 ``[len(due), K, D]``; None where they are not held here, or were lost.
+            due: their requests, with the response's rows that they stand for.
+        """
+        self._landing.append((landing, due))
+
+    def land_all(self) -> None:
+        """Keep those that arrived: as running values over prompt and response, for prompts that go on from there."""
+        waiting, self._landing = self._landing, []
+        for landing, due in waiting:
+            for (tracked, count), full_KD in zip(due, _full_values(landing, due), strict=True):
+                tracked.pools.keep_full(count, full_KD)
+                self.keep_sums(tracked)
 
     # --- answers -----------------------------------------------------------------------------------------------------
 
-    def answer(self, req: Any) -> list[dict[str, Any]]:
-        """Finish a request: return its answer as a list of one, or an empty list when it asked for none."""
-        tracked = self.opened.pop(req, None) if req.finished() else None
-        if tracked is None:
-            return []
+    def has_big_answer(self, req: Any) -> bool:
+        """Return whether a request's answer is made in another thread."""
+        tracked = self.opened.get(req)
+        return tracked is not None and tracked.has_big_answer
+
+    def answers(self, reqs: Sequence[Any]) -> list[Unfinished | None]:
+        """Finish requests.
+
+        Returns:
+            What makes each one's answer; None for those that are not finished or asked for nothing, and on a rank that
+            does not answer.
+        """
+        finished = [(n, self.opened.pop(req)) for n, req in enumerate(reqs) if req.finished() and req in self.opened]
+        if not finished:
+            return [None] * len(reqs)
+        self.land_all()
+        # It would keep these requests, and ids of objects that are gone are used again.
+        self._last_plan = None
         if self._shared is not None:
             self._shared.tidy()
-        pools = tracked.pools.finish(list(req.output_ids_through_stop), _decoder(req.tokenizer))
-        self.keep_sums(tracked)
-        wanted = tracked.logits.wanted
-        logits = tracked.logits.finish() if wanted.wants_sampled or wanted.prompt_from is not None else None
-        return [answer_of(pools, tracked.options.way, self.shared.share, logits)]
+        unfinished: list[Unfinished | None] = [None] * len(reqs)
+        values = self._response_values([tracked for _, tracked in finished])
+        for (n, tracked), value in zip(finished, values, strict=True):
+            req = reqs[n]
+            tracked.closed = True
+            self.logits.pop(req, None)
+            if tracked.pools.pools_full:
+                tracked.pools.keep_end(value())
+            self.keep_sums(tracked)
+            if self.sends:
+                ids = list(req.output_ids_through_stop)
+                unfinished[n] = Unfinished(tracked, ids, decoder_of(req.tokenizer), value, self.shared)
+        return unfinished
+
+    def _response_values(self, finished: Sequence[TrackedRequest]) -> list[Callable[[], torch.Tensor | None]]:
+        """Start the copies of running values over responses; what is returned waits for them.
+
+        A value is None before any row, and `NO_VALUE` where it is not held here or was lost.
+        """
+        values: list[Callable[[], torch.Tensor | None]] = []
+        held: dict[Slots, list[int]] = {}
+        for n, tracked in enumerate(finished):
+            none_KD = NO_VALUE if tracked.slot_index != DISCARDED and tracked.pools.count else None
+            values.append(lambda none_KD=none_KD: none_KD)  # type: ignore[misc]
+            if none_KD is not None and self.sends and not tracked.refused:
+                held.setdefault(tracked.slots, []).append(n)
+        for slots, numbers in held.items():
+            try:
+                landing = slots.read([finished[n].slot_index for n in numbers])
+            except torch.OutOfMemoryError:
+                for n in numbers:
+                    finished[n].refuse(OUT_OF_MEMORY)
+                continue
+            for place, n in enumerate(numbers):
+                values[n] = _row_of(landing, place)
+        return values
+
+
+def _full_values(landing: Landing | None, due: Sequence[tuple[TrackedRequest, int]]) -> Sequence[torch.Tensor]:
+    """Merge running values over responses to those over what is before them; all of one kind."""
+    if landing is None:
+        return [NO_VALUE] * len(due)
+    before = [tracked.pools.value_before_response for tracked, _ in due]
+    values = separate(landing.wait())
+    # A prompt of one token has nothing before its response.
+    merged = {n: before_KD for n, before_KD in enumerate(before) if before_KD is not None and before_KD.numel()}
+    if merged:
+        responses = torch.stack([values[n] for n in merged])
+        full_NKD = due[0][0].slots.reducer.merge(torch.stack(list(merged.values())), responses)
+        for n, full_KD in zip(merged, separate(full_NKD), strict=True):
+            values[n] = full_KD
+    lost = [tracked.refused or (before[n] is not None and n not in merged) for n, (tracked, _) in enumerate(due)]
+    return [NO_VALUE if is_lost else value_KD for is_lost, value_KD in zip(lost, values, strict=True)]
+
+
+def _row_of(landing: Landing, n: int) -> Callable[[], torch.Tensor | None]:
+    return lambda: landing.wait()[n]
+
+
+def _add_produced(groups: dict[Slots, LayerGroup], row: int, source: int, tracked: TrackedRequest) -> None:
+    group = groups.setdefault(tracked.slots, LayerGroup(tracked.slots))
+    group.rows.append(row)
+    group.sources.append(source)
+    group.tracked.append(tracked)
 
 
 class _Tokens(Sequence[int]):
@@ -245,16 +365,3 @@ class _Tokens(Sequence[int]):
         start, stop, _ = index.indices(len(self))
         cut = len(prompt)
         return [*prompt[start:stop], *response[max(start - cut, 0) : max(stop - cut, 0)]]
-
-
-def _decoder(tokenizer: Any) -> Callable[[Sequence[int]], str] | None:
-    if tokenizer is None:
-        return None
-
-    def decode(ids: Sequence[int]) -> str:
-        try:
-            return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        except Exception as error:  # a tokenizer is anybody's code, and what it raises would end the scheduler
-            raise SpanError(f"the server's tokenizer cannot read the response: {error!r}; look at its log") from error
-
-    return decode

@@ -30,7 +30,17 @@ __all__ = [
 
 CPU_ENGINE_ENV = "SGLANG_USE_CPU_ENGINE"
 BIND_ENV = "SGLANG_CPU_OMP_THREADS_BIND"
+NCCL_ENV = "SGLANG_NCCL_SO_PATH"
+THREADS_ENV = "OMP_NUM_THREADS"
 STANDIN_DIR = Path(__file__).parent / "standin"
+# A file that is not there. SGLang then does without NCCL.
+NO_NCCL = str(STANDIN_DIR / "no-nccl.so")
+# glibc's malloc gives memory over 32 MiB back to the system whenever a tensor of that size is freed, and each prefill
+# pays for every page anew. Under these, in bytes, it keeps up to half a GiB: prefills of 128 × 32 and 2 × 2048 tokens
+# with D = 4096 took 0.6 of the time on two cores (with a whole GiB).
+MALLOC_ENV = {"MALLOC_MMAP_THRESHOLD_": 2**30, "MALLOC_TRIM_THRESHOLD_": 2**29}
+# What `use_cpu_engine` sets for the processes of SGLang. This process does not need them once those are started.
+_FOR_CHILDREN = ("PYTHONPATH", "OMP_WAIT_POLICY", THREADS_ENV, BIND_ENV, NCCL_ENV, *MALLOC_ENV)
 
 CPU_DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
@@ -79,12 +89,15 @@ def cpu_server_args(model: str, *, context_length: int | None = None) -> dict[st
     return {**CPU_DEFAULTS, "max_total_tokens": pool_tokens}
 
 
-def use_cpu_engine() -> None:
+def use_cpu_engine(num_ranks: int = 1) -> None:
     """Choose SGLang's CPU engine for this process and every process it starts, before SGLang is imported.
 
     Sets ``SGLANG_USE_CPU_ENGINE=1`` and puts the stand-in for ``sgl_kernel`` first on ``sys.path`` and first in
     ``PYTHONPATH``, which spawned processes read. Where ``sglang-kernel-cpu``, SGLang's real CPU kernels, is installed,
-    no stand-in is used. Calling it again changes nothing.
+    no stand-in is used. Variables that the user set stay as they are. Calling it again changes nothing.
+
+    Args:
+        num_ranks: the number of schedulers, ``dp_size * tp_size``. Several share the cores, see `bind_threads`.
 
     Raises:
         CapabilityError: SGLang was imported in this process already, for another device.
@@ -99,6 +112,12 @@ def use_cpu_engine() -> None:
     # OpenMP's threads spin while they wait for each other. When another process wants the same cores, each step waits
     # for a scheduling slice: 3 × 16 tokens took 25 s instead of 2 s beside one busy process, on two cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # torch's CUDA build brings NCCL, which SGLang takes wherever the library loads, on the CPU too: with several ranks
+    # the start ends in "Expected a cuda device". Without the library SGLang leaves collectives to torch, that is gloo.
+    os.environ.setdefault(NCCL_ENV, NO_NCCL)
+    for name, num_bytes in MALLOC_ENV.items():
+        os.environ.setdefault(name, str(num_bytes))
+    bind_threads(num_ranks)
     if _has_cpu_kernels():
         return
     standin = str(STANDIN_DIR)
@@ -109,18 +128,20 @@ def use_cpu_engine() -> None:
 
 
 def bind_threads(num_ranks: int) -> None:
-    """Give each of several SGLang schedulers its own cores, unless the user set ``SGLANG_CPU_OMP_THREADS_BIND``.
+    """Divide the cores among several SGLang schedulers. What the user set of the two variables stays.
 
-    Without the variable, SGLang's CPU engine refuses to run more schedulers than the machine has NUMA nodes.
+    Sets ``SGLANG_CPU_OMP_THREADS_BIND``, without which SGLang's CPU engine refuses to run more schedulers than the
+    machine has NUMA nodes, and ``OMP_NUM_THREADS``, as SGLang binds no threads on processors without AMX.
 
     Args:
         num_ranks: the number of schedulers, ``dp_size * tp_size``.
     """
-    if num_ranks < 2 or BIND_ENV in os.environ:
+    if num_ranks < 2:
         return
     cores = sorted(os.sched_getaffinity(0))
     shares = [cores[rank::num_ranks] or [cores[rank % len(cores)]] for rank in range(num_ranks)]
-    os.environ[BIND_ENV] = "|".join(",".join(map(str, share)) for share in shares)
+    os.environ.setdefault(BIND_ENV, "|".join(",".join(map(str, share)) for share in shares))
+    os.environ.setdefault(THREADS_ENV, str(len(shares[-1])))
 
 
 def ignore_pinning() -> None:
@@ -147,14 +168,15 @@ def ignore_pinning() -> None:
 
 
 @contextmanager
-def cpu_engine_environment(enabled: bool = True) -> Iterator[None]:
-    """Run `use_cpu_engine` while an in-process ``sglang.Engine`` starts its processes, then restore ``PYTHONPATH``.
+def cpu_engine_environment(enabled: bool = True, num_ranks: int = 1) -> Iterator[None]:
+    """Run `use_cpu_engine` while an in-process ``sglang.Engine`` starts its processes, then restore the environment.
 
-    Without the restored ``PYTHONPATH`` the user's own child processes would import the stand-in.
+    Otherwise the user's own child processes would import the stand-in, and compute with the threads of one rank.
     ``SGLANG_USE_CPU_ENGINE`` and ``sys.path`` stay as set: SGLang goes on reading both in this process.
 
     Args:
         enabled: False does nothing, for engines on an accelerator.
+        num_ranks: the number of schedulers, ``dp_size * tp_size``.
 
     Raises:
         CapabilityError: SGLang was imported in this process already, for another device.
@@ -162,15 +184,16 @@ def cpu_engine_environment(enabled: bool = True) -> Iterator[None]:
     if not enabled:
         yield
         return
-    before = os.environ.get("PYTHONPATH")
+    before = {name: os.environ.get(name) for name in _FOR_CHILDREN}
     try:
-        use_cpu_engine()
+        use_cpu_engine(num_ranks)
         yield
     finally:
-        if before is None:
-            os.environ.pop("PYTHONPATH", None)
-        else:
-            os.environ["PYTHONPATH"] = before
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _has_cpu_kernels() -> bool:

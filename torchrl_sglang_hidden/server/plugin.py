@@ -1,4 +1,4 @@
-"""Hooks the server half into SGLang 0.5.23, which loads it through the entry point ``sglang.srt.plugins``.
+"""Hooks the server half into SGLang, which loads it through the entry point ``sglang.srt.plugins``.
 
 Opt-in: without ``TORCHRL_SGLANG_HIDDEN=1`` in the server's environment `register` does nothing. With it, requests that
 ask for nothing are served as before.
@@ -16,58 +16,107 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import Callable, Coroutine
-from pathlib import PurePath
+from collections.abc import Callable
 from typing import Any, cast
 
-from torchrl_sglang_hidden.protocol import CHANNEL, CONSTRAINTS_ENV, LAYERS_ENV, PLUGIN_ENV, Status
-from torchrl_sglang_hidden.protocol.served_weights import PUSHED_PREFIX, served_weights
+import torch
+
+from torchrl_sglang_hidden.protocol import CHANNEL, CONSTRAINTS_ENV, PLUGIN_ENV, Status
 from torchrl_sglang_hidden.server.capture import Capture
 from torchrl_sglang_hidden.server.cpu import has_accelerator, ignore_pinning
+from torchrl_sglang_hidden.server.layer_setup import attach_taps
+from torchrl_sglang_hidden.server.next_tokens import plan_logits
+from torchrl_sglang_hidden.server.output_stream import MessageGate, make_streamer_class
+from torchrl_sglang_hidden.server.prompt_head import take_prompt_logits
+from torchrl_sglang_hidden.server.rank_agreement import after_adapter_load, after_weight_update
+from torchrl_sglang_hidden.server.settings import read_settings
+from torchrl_sglang_hidden.server.weight_routes import after_get_weights, after_model_path, read_adapters
 from torchrl_sglang_hidden.spec.constraints import known_constraints
-from torchrl_sglang_hidden.spec.hidden import canonical_layer
 
 logger = logging.getLogger(__name__)
 
-SGLANG_VERSION = "0.5.23"
+# Written for the first. `tools/check_sglang.py` says how another version differs.
+SGLANG_VERSIONS = ("0.5.23", "0.5.22")
 
 _capture = Capture()
+_gate = MessageGate(_capture)
+# Slots for means and sums of the last layer that are made before SGLang sizes its KV cache: of 256 requests, and of as
+# many that have just finished. Those of more requests, other layers or other kinds are made when they are asked for.
+RESERVED_SLOTS = 512
 _PLAN = "_torchrl_sglang_hidden_plan"
 _STEP_LOGITS = "_torchrl_sglang_hidden_logits"
 _STATES = "_torchrl_sglang_hidden_states"
 
 
-def before_lora(*args: Any, **kwargs: Any) -> None:
-    """Let SGLang's LoRA manager start on a CPU: it pins memory, which torch refuses without an accelerator."""
+def before_lora(*args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+    """Let SGLang's LoRA manager start on a CPU: it pins memory, which torch refuses without an accelerator.
+
+    And let a server that was started with ``load_format="dummy"`` read adapters: SGLang reads them as the model.
+    """
     if not has_accelerator():
         ignore_pinning()
+    return args, read_adapters(kwargs)
+
+
+def before_host_cache(*args: Any, **kwargs: Any) -> None:
+    """Let SGLang record routed experts on a CPU: it registers the memory for them with CUDA on every machine."""
+    if not has_accelerator():
+        from sglang.srt.mem_cache.pool_host.common import ALLOC_MEMORY_FUNCS, alloc_with_pin_memory
+
+        ignore_pinning()
+        ALLOC_MEMORY_FUNCS["cpu"] = alloc_with_pin_memory
 
 
 def after_load_model(result: None, model_runner: Any) -> None:
-    """Put hooks on the layers that the server was started for."""
-    if model_runner.is_draft_worker:
-        return
-    asked, num_layers = os.environ.get(LAYERS_ENV, "-1"), model_runner.model_config.num_hidden_layers
-    if getattr(model_runner.server_args, "enable_two_batch_overlap", False):
-        _capture.taps.problem = "--enable-two-batch-overlap runs the layers in parts"
-        return
+    """Put hooks on the layers, and set memory apart before SGLang sizes its KV cache: what graphs record, and slots."""
+    if not model_runner.is_draft_worker:
+        settings = read_settings()
+        attach_taps(_capture.taps, model_runner, settings)
+        _capture.ranks = settings.tensor_ranks
+        rows = max(2 * settings.decode_graph_rows, RESERVED_SLOTS)
+        _capture.reserve(model_runner.model_config.hidden_size, torch.device(model_runner.device), rows)
+
+
+def around_capture(original: Any, runner: Any, size: int, *args: Any, **kwargs: Any) -> Any:
+    """Have a decode graph record layers. A graph of another kind records none."""
+    if runner.model_runner.is_draft_worker:
+        return original(runner, size, *args, **kwargs)
+    _capture.taps.start_recording(size * runner.captured_req_width)
     try:
-        layers = {canonical_layer(int(layer), num_layers) for layer in asked.split(",")}
-    except ValueError as error:  # an InputError too
-        _capture.taps.problem = f"{LAYERS_ENV}={asked}: {error}"
-        return
-    args = model_runner.server_args
-    max_rows = max(args.chunked_prefill_size or 0, args.max_prefill_tokens or 0, args.max_running_requests or 0)
-    _capture.taps.attach(model_runner.model, sorted(layers - {-1}), num_layers, max_rows)
+        return original(runner, size, *args, **kwargs)
+    finally:
+        _capture.taps.stop_recording()
+
+
+def around_replay(original: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
+    """Note that a decode graph is replayed: the layers' states are where it wrote them."""
+    if not runner.model_runner.is_draft_worker:
+        _capture.taps.note_replay()
+    return original(runner, *args, **kwargs)
+
+
+def around_can_prefill(original: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run a prefill without a graph where the step takes layers, or is to check them: its graph records none."""
+    if _capture.taps.taking and not runner.model_runner.is_draft_worker:
+        return False
+    return original(runner, *args, **kwargs)
 
 
 def after_forward_batch(forward_batch: Any, cls: type, batch: Any, model_runner: Any, **kwargs: Any) -> None:
     """Plan the step now: overlap scheduling later changes the batch's lengths to the next step's."""
-    if not model_runner.is_draft_worker:
+    if model_runner.is_draft_worker:
+        return
+    plan = step_logits = None
+    # A request is tracked from its prefill on: where none is, a decode step has nothing to plan.
+    if _capture.opened or batch.forward_mode.name != "DECODE":
         plan = _capture.plan_step(batch)
-        setattr(forward_batch, _PLAN, plan)
-        setattr(forward_batch, _STEP_LOGITS, _capture.plan_logits(batch, model_runner.model_config.vocab_size))
-        _capture.taps.open(() if plan is None else plan.layers)
+        step_logits = plan_logits(batch, _capture.logits, model_runner.model_config.vocab_size)
+        if step_logits is not None:
+            step_logits.collective = _capture.ranks > 1
+    setattr(forward_batch, _PLAN, plan)
+    setattr(forward_batch, _STEP_LOGITS, step_logits)
+    # With tensor parallelism a layer is read by all ranks together, or by none: their plans must name the same ones.
+    _capture.taps.open(() if plan is None else plan.layers)
 
 
 def around_forward(original: Any, model_runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -80,8 +129,9 @@ def around_forward(original: Any, model_runner: Any, forward_batch: Any, *args: 
         output = original(model_runner, forward_batch, *args, **kwargs)
     finally:
         _capture.running = None
-    if _capture.taps.layers:
-        setattr(forward_batch, _STATES, _capture.taps.take())
+    if _capture.taps.taking:
+        plan = getattr(forward_batch, _PLAN, None)
+        setattr(forward_batch, _STATES, _capture.taps.take(None if plan is None else plan.num_rows))
     return output
 
 
@@ -96,21 +146,8 @@ def around_logits(
     **kwargs: Any,
 ) -> Any:
     """Take logits of prompt tokens: SGLang itself computes the last position's only."""
-    step_logits = _capture.running
-    if step_logits is not None and step_logits.prompts and hasattr(lm_head, "set_lora"):
-        # SGLang finds a row's adapter by the row's index in the whole step, and the head is called with a part of it.
-        for part in step_logits.prompts:
-            part.logits.refused = "the server's LoRA adapters act on the head, which then gives no logits of prompts"
-    # With data-parallel attention all ranks must call the head together, and not all of them have these rows.
-    elif step_logits is not None and step_logits.prompts and not processor.do_tensor_parallel_all_gather_dp_attn:
-        from sglang.srt.layers.logits_processor import LogitsMetadata
-
-        metadata = LogitsMetadata.from_forward_batch(logits_metadata)
-
-        def head(rows: Any) -> Any:
-            return processor._get_logits(rows, lm_head, metadata, use_logits_buffer=False)
-
-        step_logits.take_prompts(hidden_states, head)
+    if _capture.running is not None and _capture.running.prompts:
+        take_prompt_logits(_capture.running, processor, hidden_states, lm_head, logits_metadata)
     return original(processor, input_ids, hidden_states, lm_head, logits_metadata, *args, **kwargs)
 
 
@@ -124,8 +161,6 @@ def after_preprocess(result: Any, sampler: Any, logits: Any, sampling_info: Any)
 
 def around_sample(original: Any, runner: Any, logits_output: Any, forward_batch: Any) -> Any:
     """Take the step's planned states, and its logits before and after SGLang changes them for sampling."""
-    from sglang.srt.managers.auxiliary_output import append_auxiliary_output
-
     if runner.is_draft_worker:
         return original(runner, logits_output, forward_batch)
     step_logits = getattr(forward_batch, _STEP_LOGITS, None)
@@ -136,22 +171,23 @@ def around_sample(original: Any, runner: Any, logits_output: Any, forward_batch:
     setattr(forward_batch.sampling_info, _STEP_LOGITS, step_logits)
     token_ids = original(runner, logits_output, forward_batch)
     if step_logits is not None:
-        outputs = append_auxiliary_output(logits_output.auxiliary_device_output, step_logits.taken())
-        logits_output.auxiliary_device_output = outputs
-    _take_rows(logits_output, forward_batch)
+        _append(logits_output, step_logits.taken())
+    taken: dict[int, torch.Tensor] = getattr(forward_batch, _STATES, None) or {}
+    if not _capture.taps.checked:
+        _capture.taps.check(taken, logits_output.hidden_states)
+    plan = getattr(forward_batch, _PLAN, None)
+    # With token indices SGLang selected some positions: the rows are not one for each position in order.
+    if plan is not None and logits_output.hidden_states_token_indices is None:
+        # What a graph wrote is read again in the next step: nothing is put into it.
+        _append(logits_output, plan.gather({**taken, -1: logits_output.hidden_states}))
     return token_ids
 
 
-def _take_rows(logits_output: Any, forward_batch: Any) -> None:
+def _append(logits_output: Any, output: Any) -> None:
     from sglang.srt.managers.auxiliary_output import append_auxiliary_output
 
-    plan = getattr(forward_batch, _PLAN, None)
-    states = {**getattr(forward_batch, _STATES, {}), -1: logits_output.hidden_states}
-    _capture.taps.check(states, logits_output.hidden_states)
-    # With token indices SGLang selected some positions: the rows are not one for each position in order.
-    if plan is not None and logits_output.hidden_states_token_indices is None:
-        rows = plan.gather(states)
-        logits_output.auxiliary_device_output = append_auxiliary_output(logits_output.auxiliary_device_output, rows)
+    outputs = append_auxiliary_output(logits_output.auxiliary_device_output, output)
+    logits_output.auxiliary_device_output = outputs
 
 
 def around_match_prefix(original: Any, req: Any, tree_cache: Any = None, cow_mamba: bool | None = None) -> None:
@@ -185,7 +221,7 @@ def around_match_prefix(original: Any, req: Any, tree_cache: Any = None, cow_mam
 
 def after_max_prefix_len(length: int, req: Any, input_len: int) -> int | None:
     """Apply the limit that `around_match_prefix` set."""
-    tracked = _capture.opened.get(req)
+    tracked = _capture.opened.get(req) if _capture.opened else None
     return None if tracked is None or tracked.limit is None else min(length, tracked.limit)
 
 
@@ -208,50 +244,18 @@ def after_streamer_class(streamer_class: Any, scheduler: Any) -> type:
         _capture.on = False
         return cast("type", streamer_class)
 
-    class PooledOutputStreamer(streamer_class):  # type: ignore[misc]
-        has_additional_customized_info = True
+    return make_streamer_class(streamer_class, _capture, _gate)
 
-        def is_request_level_customized_info_key(self, key: str) -> bool:
-            return key == CHANNEL or super().is_request_level_customized_info_key(key)
 
-        def build_additional_customized_info(self, reqs: list[Any]) -> dict[str, list[Any]]:
-            info: dict[str, list[Any]] = super().build_additional_customized_info(reqs)
-            answers = [_capture.answer(req) for req in reqs]
-            return {**info, CHANNEL: answers} if any(answers) else info
-
-    return PooledOutputStreamer
+def around_send(original: Any, sender: Any, output: Any, recv_obj: Any = None) -> None:
+    """Send an output, or hold it back until its answers are made in another thread, which then sends it."""
+    _gate.send(lambda message: original(sender, message, recv_obj), output)
 
 
 def after_update_meta_info(result: None, manager: Any, meta_info: dict[str, Any], *args: Any) -> None:
     """Remove the empty answer of a request that asked nothing but finished in one batch with a request that did."""
     if meta_info.get(CHANNEL) == []:
         del meta_info[CHANNEL]
-
-
-def after_model_path(result: None, manager: Any, model_path: str, load_format: str) -> None:
-    """Keep the server's model path after an update from a temporary directory, which is deleted right after.
-
-    Clients that connect later read the model's configuration, tokenizer and tensor names from the model path.
-    """
-    if PurePath(model_path).name.startswith(PUSHED_PREFIX):
-        manager.model_path = manager.server_args.model_path
-        manager.served_model_name = manager.server_args.served_model_name or manager.model_path
-
-
-def after_get_weights(result: Coroutine[Any, Any, Any], manager: Any, obj: Any, request: Any = None) -> Any:
-    """Answer a request for the weight named `CHANNEL` with the list of weights that a client may send.
-
-    See `ServedWeights`.
-    """
-    if obj.name != CHANNEL:
-        return None
-    result.close()
-
-    async def answer() -> dict[str, Any]:
-        # Read from the path that the server was started with: the directory of an update may be gone. Shapes are equal.
-        return served_weights(manager.server_args.model_path).pack()
-
-    return answer()
 
 
 def after_internal_state(output: Any, scheduler: Any, recv_req: Any) -> None:
@@ -273,12 +277,13 @@ def after_internal_state(output: Any, scheduler: Any, recv_req: Any) -> None:
         num_layers=config.num_hidden_layers,
         context_length=config.context_len,
         layers=layers,
-        because=because or taps.problem,
+        because=because or taps.problem or taps.limit,
         normed=_capture.normed,
         shared=_capture.shared.sign,
         open_pools=len(_capture.opened),
         prefix_bytes=_capture.sums.bytes,
         constraints=known_constraints(),
+        raw_log_probs=read_settings().raw_log_probs,
     ).pack()
 
 
@@ -298,21 +303,28 @@ def _in_place() -> bool:
 
 def _refusal(scheduler: Any) -> str:
     """Return why this server cannot capture one row per position and bring it to the host; empty where it can."""
-    args = scheduler.server_args
+    settings = read_settings()
     reasons = {
         "a hook of the server half is not in place, see the server's log": not _in_place(),
-        "the server was started without --enable-return-hidden-states": not args.enable_return_hidden_states,
+        "the server was started without --enable-return-hidden-states": not settings.full_states,
+        "--enable-return-aux-hidden-states packs other layers' states; start the server without it":
+            settings.packed_states,
         "SGLang's Rust server and its pipeline stages (pp_size > 1) do not carry states": not _capture.on,
         "SGLang gives this model's states from before the final norm": not _capture.normed,
         "speculative decoding computes rows of tokens that are then rejected": not scheduler.spec_algorithm.is_none(),
         "prefill and decode are disaggregated": scheduler.disaggregation_mode.value != "null",
         "--enable-pdmux splits the forward pass": scheduler.enable_pdmux,
-        "a diffusion language model has no state that produced a token": args.dllm_algorithm is not None,
-    }
+        "a diffusion language model has no state that produced a token": settings.diffuses,
+    }  # fmt: skip
     return next((reason for reason, holds in reasons.items() if holds), "")
 
 
-_BEFORE: dict[str, Callable[..., Any]] = {"sglang.srt.lora.lora_manager.LoRAManager.__init__": before_lora}
+_UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+_RUNNERS = "sglang.srt.model_executor.runner"
+_BEFORE: dict[str, Callable[..., Any]] = {
+    "sglang.srt.lora.lora_manager.LoRAManager.__init__": before_lora,
+    "sglang.srt.state_capturer.base.BaseHostCache.__init__": before_host_cache,
+}
 _AFTER: dict[str, Callable[..., Any]] = {
     "sglang.srt.model_executor.model_runner.ModelRunner.load_model": after_load_model,
     "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new": after_forward_batch,
@@ -321,6 +333,9 @@ _AFTER: dict[str, Callable[..., Any]] = {
     "sglang.srt.managers.schedule_batch.Req._compute_max_prefix_len": after_max_prefix_len,
     "sglang.srt.managers.scheduler.Scheduler.flush_cache": after_flush_cache,
     "sglang.srt.managers.scheduler.Scheduler.record_weight_version_change": after_weight_version,
+    f"{_UPDATER}.update_weights_from_disk": after_weight_update,
+    f"{_UPDATER}.update_weights_from_distributed": after_weight_update,
+    "sglang.srt.managers.scheduler.Scheduler.load_lora_adapter": after_adapter_load,
     "sglang.srt.managers.scheduler.Scheduler.get_output_streamer_class": after_streamer_class,
     "sglang.srt.managers.scheduler.Scheduler.get_internal_state": after_internal_state,
     "sglang.srt.managers.tokenizer_manager.TokenizerManager.update_request_meta_info": after_update_meta_info,
@@ -330,8 +345,12 @@ _AFTER: dict[str, Callable[..., Any]] = {
 _AROUND: dict[str, Callable[..., Any]] = {
     "sglang.srt.managers.schedule_batch.Req.init_next_round_input": around_match_prefix,
     "sglang.srt.model_executor.model_runner.ModelRunner.forward": around_forward,
+    f"{_RUNNERS}.decode_cuda_graph_runner.DecodeCudaGraphRunner.capture_one_shape": around_capture,
+    f"{_RUNNERS}.decode_cuda_graph_runner.DecodeCudaGraphRunner.execute": around_replay,
+    f"{_RUNNERS}.prefill_cuda_graph_runner.PrefillCudaGraphRunner.can_run_graph": around_can_prefill,
     "sglang.srt.layers.logits_processor.LogitsProcessor.forward": around_logits,
     "sglang.srt.model_executor.model_runner.ModelRunner.sample": around_sample,
+    "sglang.srt.managers.scheduler_components.output_sender.SenderWrapper.send_output": around_send,
 }
 
 
@@ -342,10 +361,10 @@ def register() -> None:
     import sglang
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    if sglang.__version__ != SGLANG_VERSION:
+    if sglang.__version__ not in SGLANG_VERSIONS:
         logger.warning(
-            "torchrl_sglang_hidden: the server half is written for SGLang %s and this is %s; it stays off",
-            SGLANG_VERSION,
+            "torchrl_sglang_hidden: the server half is written for SGLang %s, and this is %s; it stays off",
+            " and ".join(SGLANG_VERSIONS),
             sglang.__version__,
         )
         return

@@ -69,19 +69,27 @@ class PrefixSums:
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         self.max_bytes = max_bytes
         self.bytes = 0
-        self._sums: OrderedDict[_Key, torch.Tensor] = OrderedDict()
+        self._sums: OrderedDict[_Key, tuple[torch.Tensor, int]] = OrderedDict()
         # Which lengths there are after a block, so that a search need not try all.
         self._lengths: dict[bytes, Counter[int]] = {}
 
-    def put(self, keys: PrefixKeys, length: int, value_KD: torch.Tensor) -> None:
-        """Keep the running value over the first ``length`` positions."""
+    def put(self, keys: PrefixKeys, length: int, value_KD: torch.Tensor, num_bytes: int | None = None) -> None:
+        """Keep the running value over the first ``length`` positions.
+
+        Args:
+            keys: of the request.
+            length: positions.
+            value_KD: the value; an empty tensor on a rank that does not hold it.
+            num_bytes: its size where it is held, as all ranks must forget alike; None for that of ``value_KD``.
+        """
         key = keys.key(length)
         if key in self._sums:
             self._sums.move_to_end(key)
             return
-        self._sums[key] = value_KD
+        num_bytes = value_KD.nbytes if num_bytes is None else num_bytes
+        self._sums[key] = (value_KD, num_bytes)
         self._lengths.setdefault(key[0], Counter())[len(key[1]) // _ID_BYTES] += 1
-        self.bytes += _cost(key, value_KD)
+        self.bytes += _cost(key, num_bytes)
         while self.bytes > self.max_bytes:
             self._forget_oldest()
 
@@ -99,10 +107,10 @@ class PrefixSums:
                 length = number * BLOCK + tail
                 if 0 < length <= limit and length % multiple == 0:
                     key = keys.key(length)
-                    value_KD = self._sums.get(key)
-                    if value_KD is not None:
+                    found_value = self._sums.get(key)
+                    if found_value is not None:
                         self._sums.move_to_end(key)
-                        return length, value_KD
+                        return length, found_value[0]
         return None
 
     def clear(self) -> None:
@@ -112,8 +120,8 @@ class PrefixSums:
         self.bytes = 0
 
     def _forget_oldest(self) -> None:
-        key, value_KD = self._sums.popitem(last=False)
-        self.bytes -= _cost(key, value_KD)
+        key, (_, num_bytes) = self._sums.popitem(last=False)
+        self.bytes -= _cost(key, num_bytes)
         digest, tail = key[0], len(key[1]) // _ID_BYTES
         lengths = self._lengths[digest]
         lengths[tail] -= 1
@@ -123,5 +131,5 @@ class PrefixSums:
             del self._lengths[digest]
 
 
-def _cost(key: _Key, value_KD: torch.Tensor) -> int:
-    return value_KD.nbytes + len(key[1]) + ENTRY_BYTES
+def _cost(key: _Key, num_bytes: int) -> int:
+    return num_bytes + len(key[1]) + ENTRY_BYTES

@@ -28,6 +28,8 @@ from torchrl_sglang_hidden.spec.spans import Between, LastTokens, PromptSpan
 __all__ = ["check_requests"]
 
 MAX_SHARED_BYTES = MAX_ANSWER_BYTES // 2
+# SGLang samples greedily below it.
+GREEDY_TEMPERATURE = 1e-6
 
 
 def check_requests(requests: Sequence[Request], info: EngineInfo) -> None:
@@ -64,6 +66,7 @@ def check_requests(requests: Sequence[Request], info: EngineInfo) -> None:
         if request.hidden is not None:
             _check_hidden(row, request, request.hidden, info)
         _check_constraints_and_logits(row, request, info)
+        _check_records(row, request, info)
     sizes = [_logits_bytes(request, info) for request in requests]
     if sum(sizes) > MAX_ANSWER_BYTES:
         raise InputError(
@@ -76,7 +79,7 @@ def check_requests(requests: Sequence[Request], info: EngineInfo) -> None:
 def _check_prompt(row: int, ids: tuple[int, ...], info: EngineInfo) -> None:
     if not ids:
         raise PromptLengthError(f"row {row}: the prompt has 0 tokens; SGLang needs at least 1")
-    if any(type(token_id) is not int for token_id in ids):
+    if set(map(type, ids)) != {int}:
         wrong = next(token_id for token_id in ids if type(token_id) is not int)
         raise InputTypeError(f"row {row}: token id {wrong!r} is a {type(wrong).__name__}; token ids are integers")
     for extreme in (min(ids), max(ids)):
@@ -106,6 +109,15 @@ def _check_sampling(row: int, request: Request, info: EngineInfo) -> None:
             f"row {row}: sampling_seed={request.sampling['sampling_seed']}, which this engine does not read; start "
             "SGLang with --enable-deterministic-inference (an accelerator's attention backend), or leave it out"
         )
+    temperature = request.sampling.get("temperature", 1.0)
+    tempered = temperature >= GREEDY_TEMPERATURE and temperature != 1
+    if info.raw_log_probs and request.return_log_probs and tempered and not request.reads_only:
+        raise CapabilityError(
+            f"row {row}: log-probs at temperature={temperature} of a server that was started with "
+            "SGLANG_RETURN_ORIGINAL_LOGPROB=1, whose log-probs are those of temperature 1; start it without, pass "
+            "return_log_probs=False, or use temperature=1 with constraints=TemperatureScale("
+            f"{temperature}), which log-probs of such a server have in them"
+        )
     num_prompt = len(request.prompt_ids)
     # Reading a prompt generates a token too: SGLang samples at least one.
     total = num_prompt + (request.sampling.get("max_new_tokens", 1) or 1)
@@ -113,6 +125,39 @@ def _check_sampling(row: int, request: Request, info: EngineInfo) -> None:
         raise PromptLengthError(
             f"row {row}: {num_prompt} prompt tokens and max_new_tokens={total - num_prompt} are {total} together, over "
             f"the context length of {info.context_length}; lower max_new_tokens to {info.context_length - num_prompt}"
+        )
+
+
+def _check_records(row: int, request: Request, info: EngineInfo) -> None:
+    """Refuse records of the sampling that the engine does not make, or not of this request."""
+    records, top_k = request.records, request.sampling.get("top_k", -1)
+    if records.entropy and not info.pools_in_server:
+        raise CapabilityError(
+            f"row {row}: return_entropy is asked of a server without the server half, and SGLang's own return_entropy "
+            "returns nothing; start it with torchrl_sglang_hidden.launch or `torchrl-sglang-hidden serve`"
+        )
+    if records.routed_experts and not info.returns_routed_experts:
+        raise CapabilityError(
+            f"row {row}: return_routed_experts is asked of a server that was started without "
+            "--enable-return-routed-experts; start a mixture of experts with it"
+        )
+    if not records.sampling_mask:
+        return
+    if not info.max_sampling_mask:
+        raise CapabilityError(
+            f"row {row}: return_sampling_mask is asked of an engine that does not give it (`sglang.Engine` has no "
+            "argument for it); use a server: launch(…)"
+        )
+    greedy = top_k == 1 or request.sampling.get("temperature", 1.0) < GREEDY_TEMPERATURE
+    if not greedy and not 1 < top_k <= info.max_sampling_mask:
+        raise InputError(
+            f"row {row}: return_sampling_mask with top_k={top_k}: SGLang takes 1..{info.max_sampling_mask}; lower "
+            "top_k, or start the server with --sampling-mask-max-tokens"
+        )
+    if request.processor is not None:
+        raise InputError(
+            f"row {row}: return_sampling_mask together with SGLang's own custom_logit_processor, which it does not "
+            "take; use ActionMask, DisallowedTokens and the like"
         )
 
 
@@ -224,10 +269,15 @@ def _check_hidden(row: int, request: Request, spec: HiddenSpec, info: EngineInfo
             f"row {row}: layers={spec.layers}: two of them are the same layer of {info.num_layers}; ask for each once"
         )
     if not wanted <= set(info.layers):
-        because = f" ({info.no_states_because})" if info.no_states_because else ""
+        # The server's reason says what would help. A server that has none lacks the server half.
+        remedy = (
+            f" ({info.no_states_because}); ask for others"
+            if info.no_states_because
+            else f"; start it with launch(layers={tuple(sorted({*wanted, *info.layers} - {-1}))}), or `serve --layers`"
+        )
         raise CapabilityError(
-            f"row {row}: layers={spec.layers}: the server gives the states of layers {list(info.layers)}{because}; "
-            f"start it with launch(layers={tuple(sorted({*wanted, *info.layers} - {-1}))}), or `serve --layers`"
+            f"row {row}: layers={spec.layers}: the server gives the states of layers {list(info.layers)}, and not of "
+            f"{sorted(wanted - set(info.layers))}{remedy}"
         )
     if request.reads_only and spec.needs_response:
         raise InputError(

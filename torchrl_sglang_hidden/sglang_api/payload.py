@@ -46,7 +46,7 @@ def to_payload(requests: Sequence[Request], info: EngineInfo, *, binary: bool) -
     Returns:
         SGLang's parameters by name, each a list with one entry for each request.
     """
-    sampling = [_sampling(request) for request in requests]
+    sampling = [_sampling(request, info) for request in requests]
     payload: dict[str, Any] = {
         "input_ids": [list(request.prompt_ids) for request in requests],
         "sampling_params": sampling,
@@ -61,6 +61,12 @@ def to_payload(requests: Sequence[Request], info: EngineInfo, *, binary: bool) -
         payload["lora_path"] = [request.lora for request in requests]
     if any(request.processor is not None for request in requests):
         payload["custom_logit_processor"] = [request.processor for request in requests]
+    masks = [request.records.sampling_mask for request in requests]
+    if any(masks):
+        payload["return_sampling_mask"] = masks
+        payload["sampling_logprobs_mode"] = ["support" if mask else None for mask in masks]
+    if any(request.records.routed_experts for request in requests):
+        payload["return_routed_experts"] = True  # one for all of a batch, as SGLang has it
     if requests[0].priority is not None:
         payload["priority"] = requests[0].priority
     wanted = [None if request.hidden is None else wanted_of(request, request.hidden, info) for request in requests]
@@ -87,7 +93,7 @@ def to_payload(requests: Sequence[Request], info: EngineInfo, *, binary: bool) -
 def logits_of(request: Request) -> WantedLogits | None:
     """Return the logits and constraints that the request asks the server half for; None for neither."""
     spec, scored = request.logits, request.score_prompt and bool(request.constraints)
-    if spec is None and not request.constraints:
+    if spec is None and not request.constraints and not request.records.entropy:
         return None
     limit = request.response_limit
     if not request.score_prompt:
@@ -101,6 +107,7 @@ def logits_of(request: Request) -> WantedLogits | None:
         scored=scored,
         response_ranges=request.response_ranges,
         response_limit=limit,
+        entropy=request.records.entropy,
     )
 
 
@@ -118,9 +125,17 @@ def _way(many: bool, info: EngineInfo) -> Way:
     return "shared" if many and info.shares_memory else "text"
 
 
-def _sampling(request: Request) -> dict[str, Any]:
+def _sampling(request: Request, info: EngineInfo) -> dict[str, Any]:
     # SGLang gives no states where nothing is generated. The one token of READING needs no further forward pass.
-    return dict(READING if request.reads_only else request.sampling)
+    sampling = dict(READING if request.reads_only else request.sampling)
+    # SGLang lets a response grow past the longest prompt that it takes: prompt and response could then be neither
+    # scored nor gone on from. A prompt of that length gets its one token all the same.
+    room = max(info.max_prompt_tokens - len(request.prompt_ids), 1)
+    if sampling.get("max_new_tokens", DEFAULT_NEW_TOKENS) > room:
+        sampling["max_new_tokens"] = room
+        if sampling.get("min_new_tokens", 0) > room:
+            sampling["min_new_tokens"] = room
+    return sampling
 
 
 def _reads_prompt(wanted: Wanted, num_prompt: int) -> bool:

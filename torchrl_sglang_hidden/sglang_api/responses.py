@@ -12,35 +12,82 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from torchrl_sglang_hidden.errors import AlignmentError, ProtocolError, RequestAbortedError, SpanError
+from torchrl_sglang_hidden.errors import (
+    AlignmentError,
+    ConstraintError,
+    ProtocolError,
+    RequestAbortedError,
+    SGLangHiddenError,
+    SpanError,
+)
 from torchrl_sglang_hidden.protocol import CHANNEL, FALLBACK_REMEDY, Answer, drop_shared, unpack_answer
-from torchrl_sglang_hidden.records import Completion, EngineInfo, Pooled, Request, TokenLogits, TokenRows
-from torchrl_sglang_hidden.reduce.pooling import Pools, RequestPools
-from torchrl_sglang_hidden.reduce.reducers import reduce_rows
+from torchrl_sglang_hidden.records import (
+    Completion,
+    EngineInfo,
+    Pooled,
+    Request,
+    TokenLogits,
+    TokenRows,
+    failed_completion,
+)
+from torchrl_sglang_hidden.reduce.pooling import HostPools, Pools
 from torchrl_sglang_hidden.reduce.token_logits import FoundLogits, WantedLogits
 from torchrl_sglang_hidden.reduce.wanted import Wanted
+from torchrl_sglang_hidden.sglang_api.log_probs import read_log_probs
 from torchrl_sglang_hidden.sglang_api.payload import logits_of, shares, wanted_of
+from torchrl_sglang_hidden.sglang_api.sampled import read_sampled
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec, Segment, positions_of
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 from torchrl_sglang_hidden.spec.spans import LastTokens, PromptSpan, ResolvedSpan
 
-__all__ = ["read_responses"]
+__all__ = ["raise_errors", "read_responses", "read_rows"]
 
 
-def read_responses(
-    requests: Sequence[Request], rows: object, info: EngineInfo, *, first_row: int = 0
-) -> list[Completion]:
-    """Read SGLang's answer to one batched payload, and count every row.
+def read_responses(requests: Sequence[Request], rows: object, info: EngineInfo) -> list[Completion]:
+    """Read SGLang's answer to one batched payload, count every row, and raise what went wrong with one of them.
 
     Args:
         requests: what was sent.
         rows: SGLang's answers.
         info: as for `to_payload`.
-        first_row: where these requests start in the caller's batch, for the errors.
+
+    Raises:
+        RequestAbortedError, SpanError, ConstraintError: see `raise_errors`.
+        AlignmentError: ids, log-probs and states do not agree in number, or a prompt was not taken whole.
+        ProtocolError: the answer cannot be read.
+    """
+    completions = read_rows(requests, rows, info)
+    raise_errors(requests, completions)
+    return completions
+
+
+def raise_errors(requests: Sequence[Request], completions: Sequence[Completion | None]) -> None:
+    """Raise the first error that a request does not want as `Completion.error`, with all completions on it.
+
+    Raises:
+        RequestAbortedError: the engine gave up on a request.
+        SpanError: a response does not have a span.
+        ConstraintError: constraints left no token.
+    """
+    for request, completion in zip(requests, completions, strict=True):
+        if completion is not None and completion.error is not None and not request.return_errors:
+            completion.error.completions = tuple(completions)
+            raise completion.error
+
+
+def read_rows(
+    requests: Sequence[Request], rows: object, info: EngineInfo, *, numbers: Sequence[int] | None = None
+) -> list[Completion]:
+    """Read SGLang's answer to one batched payload as `read_responses` does, and keep the errors of single rows.
+
+    Args:
+        requests: what was sent.
+        rows: SGLang's answers.
+        info: as for `to_payload`.
+        numbers: where each request stands in the caller's batch, for the errors; by default from 0.
 
     Raises:
         AlignmentError: ids, log-probs and states do not agree in number, or a prompt was not taken whole.
-        RequestAbortedError: the engine gave up on a row.
         ProtocolError: the answer cannot be read.
     """
     if not isinstance(rows, list) or len(rows) != len(requests):
@@ -50,39 +97,64 @@ def read_responses(
         )
     completions: list[Completion] = []
     try:
-        for request, row in zip(requests, rows, strict=True):
-            completions.append(_read_row(first_row + len(completions), request, row, info))
+        for number, request, row in zip(numbers or range(len(rows)), requests, rows, strict=True):
+            completions.append(_read_row(number, request, row, info))
     finally:
         # Nobody reads the rows after one that raised, and what they have in shared memory would stay there.
-        for row in rows[len(completions) :] if info.shares_memory else ():
-            drop_shared(_meta_of(row).get(CHANNEL))
+        for row in rows[len(completions) :]:
+            _drop_shared(row, info)
     return completions
 
 
-def _meta_of(row: Any) -> dict[str, Any]:
+def _drop_shared(row: Any, info: EngineInfo) -> None:
     meta = row.get("meta_info") if isinstance(row, dict) else None
-    return meta if isinstance(meta, dict) else {}
+    if info.shares_memory and isinstance(meta, dict):
+        drop_shared(meta.get(CHANNEL))
 
 
-def _read_row(index: int, request: Request, row: Any, info: EngineInfo) -> Completion:
+class _Fields(NamedTuple):
+    """Holds SGLang's own fields of one answer. ``error`` says that the engine gave up on the request."""
+
+    name: str
+    text: str
+    response_ids: tuple[int, ...]
+    finish_type: str
+    num_prompt: int | None
+    versions: tuple[tuple[str, int], ...]
+    meta: Mapping[str, Any]
+    error: SGLangHiddenError | None
+
+
+def _read_fields(number: int, row: Any, info: EngineInfo) -> _Fields:
     try:
-        meta, text, response_ids = row["meta_info"], row["text"], tuple(int(i) for i in row["output_ids"])
-        name = f"row {index} (request {meta['id']})"
-        finish_type = meta["finish_reason"]["type"]
+        meta, text, response_ids = row["meta_info"], row["text"], tuple(map(int, row["output_ids"]))
+        name, finish_type = f"row {number} (request {meta['id']})", meta["finish_reason"]["type"]
+        error = None
         if finish_type not in ("stop", "length"):
-            # Before the rest: SGLang leaves fields out of a request that it aborts in its queue.
             message = meta["finish_reason"].get("message", "")
-            raise RequestAbortedError(
+            error = RequestAbortedError(
                 f"{name}: finished with {finish_type!r} after {len(response_ids)} tokens: {message}; send it again, or "
                 "look at the server's log"
             )
-        num_prompt = meta["prompt_tokens"]
-        weight_version = str(meta["weight_version"])
-        versions = {span["version"] for span in meta.get("weight_versions") or ()}
+            # SGLang leaves fields out of a request that it aborts in its queue.
+            meta = {"weight_version": info.weight_version, "prompt_tokens": None, **meta}
+        version = str(meta["weight_version"])
+        spans = meta.get("weight_versions") or [{"version": version, "start": 0, "end": len(response_ids)}]
+        versions = tuple((str(span["version"]), int(span["end"]) - int(span["start"])) for span in spans)
+        return _Fields(name, text, response_ids, finish_type, meta["prompt_tokens"], versions, meta, error)
     except (KeyError, TypeError, ValueError) as error:
         raise ProtocolError(
-            f"row {index}: the answer lacks {error}: {str(row)[:200]}; is that an SGLang server?"
+            f"row {number}: the answer lacks {error}: {str(row)[:200]}; is that an SGLang server?"
         ) from error
+
+
+def _read_row(number: int, request: Request, row: Any, info: EngineInfo) -> Completion:
+    fields = _read_fields(number, row, info)
+    name, text, response_ids, finish_type, num_prompt, versions, meta, error = fields
+    weight_version = str(meta["weight_version"])
+    if error is not None and (request.reads_only or not response_ids or num_prompt is None):
+        _drop_shared(row, info)
+        return failed_completion(request, error, weight_version, finish_reason="abort")
     if num_prompt != len(request.prompt_ids):
         raise AlignmentError(
             f"{name}: sent a prompt of {len(request.prompt_ids)} tokens and the engine took {num_prompt}; start the "
@@ -97,15 +169,23 @@ def _read_row(index: int, request: Request, row: Any, info: EngineInfo) -> Compl
     if info.pools_in_server and (request.hidden is not None or wanted is not None):
         shared = shares(request) and info.shares_memory
         answer = unpack_answer(meta.get(CHANNEL), name, info.hidden_size, shared=shared)
+        if answer.logits is not None and answer.logits.fault:
+            # What was sampled from there on, nobody asked for.
+            return failed_completion(request, ConstraintError(f"{name}: {answer.logits.fault}"), weight_version)
     states = None
     if request.hidden is not None:
         states = _read_states(name, request, request.hidden, meta, response_ids, info, answer)
+        for span_name, fault in states.faults.items():
+            error = error or SpanError(f"{name}, span {span_name!r}: {fault}")
     logits = None
     if wanted is not None:
         logits = _read_logits(name, request, wanted, None if answer is None else answer.logits, len(response_ids), info)
     log_probs_T = _read_log_probs(name, meta, "output", response_ids) if request.return_log_probs else None
+    sampling_mask, routed_experts = read_sampled(
+        name, request, meta, response_ids, num_layers=info.num_layers, complete=error is None
+    )
     if request.reads_only:
-        text, response_ids, finish_type = "", (), "length"
+        text, response_ids, finish_type, versions = "", (), "length", ()
         log_probs_T = None if log_probs_T is None else log_probs_T[:0]
     return Completion(
         prompt_ids=request.prompt_ids,
@@ -115,12 +195,17 @@ def _read_row(index: int, request: Request, row: Any, info: EngineInfo) -> Compl
         hidden={} if states is None else states.hidden,
         finish_reason=finish_type,
         weight_version=weight_version,
-        mixed_weights=len(versions) > 1,
+        mixed_weights=len(dict(versions)) > 1,
         prompt_log_probs_P=_read_prompt_log_probs(name, request, meta, logits) if request.score_prompt else None,
         spans={} if states is None else states.spans,
         token_rows=None if states is None else states.token_rows,
         logits=None if logits is None else logits.response,
         prompt_logits=None if logits is None else logits.prompt,
+        error=error,
+        versions=versions,
+        entropy_T=None if logits is None else logits.entropy_T,
+        sampling_mask=sampling_mask,
+        routed_experts=routed_experts,
     )
 
 
@@ -132,7 +217,7 @@ def _read_prompt_log_probs(
     if logits is None or not request.constraints:
         # SGLang's start at the token before, without a log-prob.
         start = max(first - 1, 0)
-        return _read_log_probs(name, meta, "input", request.prompt_ids[start:])[first - start :]
+        return _read_log_probs(name, meta, "input", request.prompt_ids[start:], first=start)[first - start :]
     num_wanted = len(request.prompt_ids) - max(first, 1)
     found_N = torch.empty(0) if logits.log_probs_N is None else logits.log_probs_N
     log_probs = found_N[len(found_N) - num_wanted :]
@@ -155,6 +240,12 @@ def _read_logits(
     if wanted.scored and len(found.log_probs_N if found.log_probs_N is not None else ()) != expected:
         got = None if found.log_probs_N is None else len(found.log_probs_N)
         raise AlignmentError(f"{name}: {got} log-probs under constraints for {expected} prompt tokens; send it again")
+    num_entropies = None if found.entropy_T is None else len(found.entropy_T)
+    if wanted.entropy and num_entropies != num_response:
+        raise AlignmentError(
+            f"{name}: {num_entropies} entropies for {num_response} response tokens; leave the server's "
+            "--sampling-backend at its default, and send it again"
+        )
     spec = wanted.spec
     if spec is None:
         return found
@@ -163,6 +254,7 @@ def _read_logits(
         response=_counted(name, "response", found.response, spec, num_response, columns) if spec.of_response else None,
         prompt=_counted(name, "prompt", found.prompt, spec, expected, columns) if spec.of_prompt else None,
         log_probs_N=found.log_probs_N,
+        entropy_T=found.entropy_T,
     )
 
 
@@ -187,34 +279,20 @@ def _counted(
 
 
 def _read_log_probs(
-    name: str, meta: Mapping[str, Any], side: Literal["input", "output"], ids: tuple[int, ...]
+    name: str, meta: Mapping[str, Any], side: Literal["input", "output"], ids: tuple[int, ...], *, first: int = 0
 ) -> torch.Tensor:
-    """Return the log-prob of each of ``ids``, float32; NaN for the first of the input, which SGLang gives as null."""
+    """Return the log-prob of each of ``ids``; see `read_log_probs`."""
     entries = meta.get(f"{side}_token_logprobs")
     if entries is None:
         raise ProtocolError(f"{name}: {side} log-probs were asked for and are not in the answer; send it again")
-    try:
-        found_ids = tuple(int(entry[1]) for entry in entries)
-        values = [entry[0] for entry in entries]
-        if side == "input" and values and values[0] is None:
-            values[0] = math.nan
-        log_probs = torch.tensor([float(value) for value in values], dtype=torch.float32)
-    except (TypeError, ValueError, IndexError) as error:
-        raise ProtocolError(
-            f"{name}: the {side} log-probs cannot be read ({error}); is that an SGLang server?"
-        ) from error
-    if found_ids != ids:
-        raise AlignmentError(
-            f"{name}: {len(entries)} log-probs for {len(ids)} {side} tokens, or of other ids; this is a fault of the "
-            "engine, please report it"
-        )
-    return log_probs
+    return read_log_probs(name, side, entries, ids, first=first)
 
 
 class _States(NamedTuple):
     hidden: dict[str, Pooled]
     spans: dict[str, Pooled]
     token_rows: TokenRows | None
+    faults: Mapping[str, str]
 
 
 def _read_states(
@@ -255,9 +333,10 @@ def _read_states(
     spans = {
         key: pooled(f"span {key!r}", found.spans.get(key), _rows_of(span, num_response))
         for key, span in request.spans.items()
+        if key not in found.faults
     }
     if not spec.tokens:
-        return _States(hidden, spans, None)
+        return _States(hidden, spans, None, found.faults)
     positions = positions_of(spec.segments, num_prompt, num_response)
     rows = found.rows
     if rows is None or (rows.first, len(rows.rows_NKD)) != (positions.start, len(positions)):
@@ -266,7 +345,7 @@ def _read_states(
             f"{name}: expected the states of positions {positions.start}..{positions.stop - 1}, {num_prompt} prompt "
             f"and {num_response} response tokens, and got {got}; {remedy}"
         )
-    return _States(hidden, spans, TokenRows(positions.start, _shaped(name, rows.rows_NKD, spec, info)))
+    return _States(hidden, spans, TokenRows(positions.start, _shaped(name, rows.rows_NKD, spec, info)), found.faults)
 
 
 def _shaped(name: str, states: torch.Tensor | None, spec: HiddenSpec, info: EngineInfo) -> torch.Tensor:
@@ -292,7 +371,7 @@ def _pool_stock(name: str, wanted: Wanted, entries: Any, num_prompt: int, respon
     """
     if not isinstance(entries, list) or not entries:
         raise ProtocolError(f"{name}: hidden states were asked for and are not in the answer; {FALLBACK_REMEDY}")
-    pools = RequestPools(wanted, num_prompt)
+    pools = HostPools(wanted, num_prompt)
     try:
         rows = [torch.tensor(entry, dtype=torch.float32) for entry in entries]
     except (TypeError, ValueError) as error:
@@ -302,14 +381,12 @@ def _pool_stock(name: str, wanted: Wanted, entries: Any, num_prompt: int, respon
     start = num_prompt - first_ND.shape[0]
     step = pools.plan_prompt(start, num_prompt) if start >= 0 else None
     if step is not None:
-        moved = [tuple((begin - start, stop - start) for begin, stop in ranges) for ranges in step.groups]
-        kept = None if step.rows is None else first_ND[step.rows[0] - start : step.rows[1] - start, None]
-        pools.add_prompt(step, [reduce_rows(first_ND, ranges, wanted.reducer)[None] for ranges in moved], kept)
+        # Earlier positions are not read: the step begins behind them.
+        missing_ND = first_ND.new_full((1, 1), torch.nan).expand(start, first_ND.shape[1])
+        pools.add_rows(step, torch.cat([missing_ND, first_ND])[:, None])
     for index, step_ND in enumerate(steps):
         pools.add_produced(step_ND[-1][None], index)
-    found = pools.finish(response_ids)
-    for span_name, fault in found.faults.items():
-        raise SpanError(f"{name}, span {span_name!r}: {fault}")
+    found = pools.results(response_ids)
     if start > 0 and wanted.pools_prefix:
         # Rows are missing before the first one that came. The number of rows is for the error that follows.
         missing = {Segment.PROMPT: first_ND.shape[0], Segment.FULL: first_ND.shape[0] + len(steps) - 1}

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torchrl_sglang_hidden.errors import InputError, InputTypeError, UnknownOptionError
 
-__all__ = ["NOT_OF_SAMPLING", "SGLANG_NAMES", "override", "standardize", "to_sglang"]
+__all__ = ["NOT_OF_SAMPLING", "RECORDS", "SGLANG_NAMES", "override", "standardize", "to_sglang"]
 
 # Other projects' names for the same thing → the name kept in `generate_kwargs` (TorchRL's where it has one).
 _ALIASES = {
@@ -28,10 +28,12 @@ _ALIASES = {
 
 
 MAX_LOGIT_BIAS = 1e9
+# What is recorded of sampled tokens, by SGLang's names.
+RECORDS = frozenset({"return_entropy", "return_sampling_mask", "return_routed_experts"})
 # Options that are no sampling parameters of SGLang. `policy.action_masks` reads the options for constraints.
-NOT_OF_SAMPLING = frozenset(
-    {"lora_path", "priority", "return_hidden_states", "action_mask", "disallowed_tokens", "custom_logit_processor"}
-)
+NOT_OF_SAMPLING = RECORDS | {
+    "lora_path", "priority", "return_hidden_states", "action_mask", "disallowed_tokens", "custom_logit_processor",
+}  # fmt: skip
 _GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag")
 # An option of a call replaces every default in the same group.
 _GROUPS = (_GRAMMARS, ("do_sample", "temperature"))
@@ -41,10 +43,12 @@ class _Rule(NamedTuple):
     types: tuple[type, ...]
     holds: Callable[[Any], bool]
     limit: str
+    # How TorchRL's wrappers say it, which programs and tests look for.
+    torchrl: str = ""
 
 
-def _number(holds: Callable[[Any], bool], limit: str) -> _Rule:
-    return _Rule((Real,), lambda x: math.isfinite(x) and holds(x), limit)
+def _number(holds: Callable[[Any], bool], limit: str, torchrl: str = "") -> _Rule:
+    return _Rule((Real,), lambda x: math.isfinite(x) and holds(x), limit, torchrl)
 
 
 def _texts(value: Any) -> bool:
@@ -69,12 +73,21 @@ _OF_CONSTRAINTS = _Rule((object,), lambda x: True, "a constraint or token ids")
 _RULES: dict[str, _Rule] = {
     "max_new_tokens": _Rule((int,), lambda x: x >= 0, "an integer of at least 0 (0 reads the prompt only)"),
     "min_new_tokens": _Rule((int,), lambda x: x >= 0, "an integer of at least 0"),
-    "temperature": _number(lambda x: x >= 0, "a finite number of at least 0 (0 is greedy)"),
-    "top_p": _number(lambda x: 0 < x <= 1, "in (0, 1]"),
+    "temperature": _number(
+        lambda x: x >= 0, "a finite number of at least 0 (0 is greedy)", "Temperature must be non-negative"
+    ),
+    "top_p": _number(lambda x: 0 < x <= 1, "in (0, 1]", "top_p must be between 0 and 1"),
     "min_p": _number(lambda x: 0 <= x <= 1, "in [0, 1]"),
     # Beyond these SGLang's scheduler overflows an int32 or a float32, and ends.
-    "top_k": _Rule((int,), lambda x: 1 <= x < 2**31 or x == -1, "an integer in 1..2147483647, or -1 for all"),
-    "repetition_penalty": _number(lambda x: 0.01 <= x <= 2, "in [0.01, 2] (1 is none)"),
+    "top_k": _Rule(
+        (int,),
+        lambda x: 1 <= x < 2**31 or x == -1,
+        "an integer in 1..2147483647, or -1 for all",
+        "top_k must be positive",
+    ),
+    "repetition_penalty": _number(
+        lambda x: 0.01 <= x <= 2, "in [0.01, 2] (1 is none)", "repetition_penalty must be positive"
+    ),
     "logit_bias": _Rule(
         (Mapping,),
         lambda x: all(_is_token_id(token_id) and _is_bias(bias) for token_id, bias in x.items()),
@@ -94,6 +107,7 @@ _RULES: dict[str, _Rule] = {
     ),
     "do_sample": _FLAG, "ignore_eos": _FLAG, "skip_special_tokens": _FLAG, "spaces_between_special_tokens": _FLAG,
     "no_stop_trim": _FLAG,
+    **dict.fromkeys(RECORDS, _FLAG),
     "return_hidden_states": _FLAG, "lora_path": _TEXT,
     "json_schema": _TEXT, "regex": _TEXT, "ebnf": _TEXT, "structural_tag": _TEXT,
     "custom_params": _Rule((Mapping,), lambda x: all(isinstance(name, str) for name in x), "a dict by names"),
@@ -119,8 +133,8 @@ def standardize(options: Mapping[str, Any] | None) -> dict[str, Any]:
         options: values by TorchRL's standard names (``max_new_tokens``, ``temperature``, ``stop_sequences``,
             ``do_sample`` …), by Hugging Face's or vLLM's (``max_tokens``, ``stop_strings``, ``eos_token_id``, ``seed``
             …), or by the name of any sampling parameter of SGLang. Further options are ``return_hidden_states``,
-            ``lora_path``, ``priority``, ``custom_logit_processor`` with its ``custom_params``, ``action_mask`` and
-            ``disallowed_tokens``.
+            ``return_entropy``, ``return_sampling_mask``, ``return_routed_experts``, ``lora_path``, ``priority``,
+            ``custom_logit_processor`` with its ``custom_params``, ``action_mask`` and ``disallowed_tokens``.
 
     Returns:
         A new dict by standard names.
@@ -137,8 +151,8 @@ def standardize(options: Mapping[str, Any] | None) -> dict[str, Any]:
         _check(name, value)
     if out.get("do_sample") is False and out.get("temperature", 0) != 0:
         raise InputError(
-            f"do_sample=False contradicts temperature={out['temperature']}: greedy decoding has temperature 0; leave "
-            "one of the two out"
+            f"do_sample=False contradicts temperature={out['temperature']}. When do_sample=False (greedy decoding), "
+            "temperature must be 0; leave one of the two out"
         )
     if out.get("min_new_tokens", 0) > out.get("max_new_tokens", math.inf):
         raise InputError(
@@ -180,7 +194,8 @@ def _check(name: str, value: Any) -> None:
     if not isinstance(value, rule.types) or (isinstance(value, bool) and bool not in rule.types):
         raise InputTypeError(f"{name}={value!r}: expected {rule.limit}")
     if not rule.holds(value):
-        raise InputError(f"{name}={value!r}: must be {rule.limit}")
+        said = f"{rule.torchrl}, " if rule.torchrl else ""
+        raise InputError(f"{name}={value!r}: {said}expected {rule.limit}")
 
 
 def to_sglang(standard: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,9 @@ from torchrl_sglang_hidden.records import READING, EngineInfo
 __all__ = ["ModelSizes", "read_info", "warm_up"]
 
 
+_WARM_UP_TOKENS = 8
+
+
 class ModelSizes(NamedTuple):
     """Holds the sizes in a model's configuration: V, D, the number of decoder layers, and tokens of context."""
 
@@ -28,22 +31,34 @@ class ModelSizes(NamedTuple):
 def warm_up(server_info: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return a payload to send before `read_info`; None where none is needed.
 
-    The server half checks its layers on the first forward step, and only then knows which layers it gives.
+    The server half checks its layers on the first forward step of some tokens, and only then knows which it gives.
+    SGLang makes such a step before it says that it is ready, unless it was started with ``--skip-server-warmup``.
     """
     states = [state.get(CHANNEL) for state in server_info.get("internal_states") or [{}]]
     if all(state is None or state.get("layers", ()) is not None for state in states):
         return None
-    # One prompt for each data-parallel rank of the engine.
-    return {"input_ids": [[0]] * len(states), "sampling_params": dict(READING)}
+    # One prompt for each data-parallel rank of the engine. The first token's states are alike whatever the model gets
+    # wrong, and the check needs more than them.
+    vocab_size = min((state["vocab_size"] for state in states if state and "vocab_size" in state), default=1)
+    prompt = [index % vocab_size for index in range(_WARM_UP_TOKENS)]
+    return {"input_ids": [prompt] * len(states), "sampling_params": dict(READING)}
 
 
 def _stock_refusal(server_info: Mapping[str, Any]) -> str:
     """Return why stock hidden states cannot be trusted on this server; empty where they can."""
     if server_info.get("speculative_algorithm"):
         return f"speculative decoding ({server_info['speculative_algorithm']}) gives rows of rejected tokens"
+    if server_info.get("enable_return_aux_hidden_states"):
+        return "--enable-return-aux-hidden-states packs other layers' states"
     if (server_info.get("pp_size") or 1) > 1:
         return f"SGLang loses hidden states between pipeline stages (pp_size={server_info['pp_size']})"
     return ""
+
+
+def _full_states(server_info: Mapping[str, Any]) -> bool:
+    """Return whether a request may ask for stock hidden states of all its positions."""
+    mode = server_info.get("return_hidden_states_mode")
+    return mode == "full" or (mode is None and bool(server_info.get("enable_return_hidden_states")))
 
 
 def read_info(
@@ -93,7 +108,7 @@ def read_info(
             max_prompt_tokens=min(context_length, server_info["max_req_input_len"]) - 1,
             weight_version=str(model_info["weight_version"]),
             pools_in_server=pools,
-            returns_hidden_states=bool(server_info.get("enable_return_hidden_states"))
+            returns_hidden_states=_full_states(server_info)
             and not _stock_refusal(server_info)
             and all(status.normed for status in statuses),
             honours_seeds=bool(server_info.get("enable_deterministic_inference")),
@@ -104,6 +119,9 @@ def read_info(
             if pools
             else (),
             takes_processors=bool(server_info.get("enable_custom_logit_processor")),
+            raw_log_probs=any(status.raw_log_probs for status in statuses),
+            max_sampling_mask=server_info.get("sampling_mask_max_tokens") or 0,
+            returns_routed_experts=bool(server_info.get("enable_return_routed_experts")),
         )
     except KeyError as error:
         raise ProtocolError(

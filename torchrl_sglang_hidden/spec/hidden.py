@@ -95,7 +95,7 @@ class HiddenSpec:
             ``k ≥ 0``, the output of decoder layer k with the residual, before the final norm (Hugging Face
             ``hidden_states[k + 1]``; of the last layer, which Hugging Face gives after the norm only, before it);
             other negative ids count the decoder layers from the end, as in Python. One id gives vectors ``[D]``, a
-            tuple of K ids ``[K, D]`` in its order. The server must have been started with them: ``launch(layers=…)``.
+            tuple of K ids ``[K, D]`` in its order. A server with CUDA graphs must record them: ``launch(layers=…)``.
         tokens: also return every token's state of the segments, unpooled.
         dtype: floating dtype of what is returned. float32 goes into ``ValueOperator`` and GAE as it is. Token states
             of a float32 model travel as bfloat16 where this says so, half the bytes.

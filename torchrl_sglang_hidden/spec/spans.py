@@ -128,9 +128,13 @@ class Between:
     A token that holds any part of a marker is not in the span. Markers are searched in the text with special tokens, so
     that ``"<|im_end|>"`` can be a marker.
 
-    One row fails the whole call with `SpanError` when a marker is missing or no token is between the markers; for a
-    response, after all rows were sampled. ``unclosed="end"`` accepts a missing ``end``. A missing ``start`` always
-    raises.
+    A marker that is missing, or no token between the markers, is a `SpanError`, which fails the whole call unless the
+    policy has ``on_error="nan"``; for a response, after all rows were sampled. ``unclosed="end"`` accepts a missing
+    ``end``. A missing ``start`` is always an error.
+
+    In history mode a chat may open a response's span: with ``start``, blanks apart, at its end, as a generation prompt
+    that ends with ``"<think>"``, or in an assistant's message that the response goes on from. The span then begins with
+    the response. In the other modes, ``start=None`` says so.
 
     Args:
         start: the marker before the span; None for the segment's beginning.
@@ -226,7 +230,7 @@ def find_between(span: Between, ids: Sequence[int], decode: Decode) -> tuple[int
         if found < 0:
             raise SpanError(
                 f"the marker {span.start!r} is not in the {span.segment}, {text[-80:]!r}; check that the model "
-                "writes it"
+                "writes it, or use start=None for a span that begins with the segment"
             )
         begin = found + len(span.start)
     end = len(text) if span.end is None else text.find(span.end, begin)

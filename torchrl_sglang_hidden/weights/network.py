@@ -1,7 +1,7 @@
-"""Weights to a server that shares no file system: SGLang's own update group, gloo over TCP, this process as rank 0.
+"""Weights to a server that shares no file system: SGLang's own update group, this process as rank 0.
 
-The server connects to this process, not the other way round, and the server's scheduler waits while it connects. Which
-server gets weights this way is decided in `transports`.
+The group talks gloo over TCP, or NCCL between GPUs. The server connects to this process, not the other way round, and
+the server's scheduler waits while it connects. Which server gets weights this way is decided in `transports`.
 """
 
 from __future__ import annotations
@@ -11,19 +11,30 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed
 
 from torchrl_sglang_hidden.errors import CapabilityError, EngineError
-from torchrl_sglang_hidden.weights.control import ControlCall, finish_update, running_requests, succeeded
-from torchrl_sglang_hidden.weights.validation import Running
+from torchrl_sglang_hidden.protocol.served_weights import INCOMPLETE, NOT_FLUSHED
+from torchrl_sglang_hidden.weights.control import (
+    ControlCall,
+    drained,
+    finish_update,
+    running_requests,
+    succeeded,
+)
+from torchrl_sglang_hidden.weights.trainers import split
+from torchrl_sglang_hidden.weights.validation import BUCKET_BYTES, Running
 
-__all__ = ["NetworkPath", "broadcast", "own_address"]
+__all__ = ["Backend", "NetworkPath", "broadcast", "check_nccl", "own_address"]
+
+Backend = Literal["gloo", "nccl"]
+TAKE = "take the weights over the network"
 
 # Untyped, and in part private: what SGLang uses on its side too.
 dist: Any = torch.distributed
@@ -58,13 +69,34 @@ def own_address(host: str, port: int) -> str:
         return str(probe.getsockname()[0])
 
 
-def broadcast(
-    call: ControlCall, tensors: Mapping[str, torch.Tensor], version: str, *, path: NetworkPath, running: Running
-) -> None:
-    """Send checked weights to one server.
+def check_nccl(path: NetworkPath) -> None:
+    """Check that NCCL can reach the server: both sides need a GPU.
 
-    All tensors go in one call: the server loads them only when it has received every one, and needs memory for a second
-    copy of the model until then.
+    Raises:
+        CapabilityError: one of them has none.
+    """
+    device = path.server_info().get("device")
+    if device != "cuda":
+        raise CapabilityError(f"transport='nccl': the server runs on {device!r}, without NCCL; use transport='network'")
+    if not (torch.cuda.is_available() and dist.is_nccl_available()):
+        raise CapabilityError("transport='nccl': this process has no CUDA device; use transport='network'")
+
+
+def broadcast(
+    call: ControlCall,
+    tensors: Mapping[str, torch.Tensor],
+    version: str,
+    *,
+    path: NetworkPath,
+    running: Running,
+    backend: Backend = "gloo",
+    bucket_bytes: int = BUCKET_BYTES,
+    drains: bool = False,
+) -> None:
+    """Send checked weights to one server, in buckets.
+
+    The server loads a bucket when it has received it, and needs memory for one more bucket than for the model. It
+    computes nothing between two buckets. Weights that fit into one bucket change all or not at all.
 
     Args:
         call: calls one of the server's control routes.
@@ -72,10 +104,16 @@ def broadcast(
         version: the name of the new weights.
         path: the way to the server.
         running: what becomes of requests under way; see `Engine.update_weights`.
+        backend: ``"gloo"`` sends from main memory, ``"nccl"`` from this process's current CUDA device, which must not
+            be the server's.
+        bucket_bytes: most bytes of a bucket, one tensor more at most.
+        drains: whether the server can hold new requests back until those under way have ended.
 
     Raises:
-        CapabilityError: the server has data- or pipeline-parallel replicas, which SGLang's update group does not serve.
-        EngineError: the server refused the weights or did not connect, and keeps its own.
+        CapabilityError: the server has data- or pipeline-parallel replicas, which SGLang's update group does not serve;
+            or it cannot let requests end before an update of several buckets.
+        EngineError: the server refused the weights or did not connect. It keeps its own, unless the message says that
+            it has a part of the new ones.
     """
     server_info, address = path.server_info(), own_address(path.host, path.port)
     for name in ("dp_size", "pp_size"):
@@ -84,46 +122,98 @@ def broadcast(
                 f"the server runs with {name}={server_info[name]}, and SGLang's weight update over the network is for "
                 "1; use transport='disk' with a directory that both machines see"
             )
-    values = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    buckets = split(tensors, bucket_bytes)
+    held: AbstractContextManager[bool | None] = running_requests(running, call)
+    if len(buckets) > 1 and running == "finish":
+        if not drains:
+            raise CapabilityError(
+                f"the weights are {len(buckets)} buckets of {bucket_bytes} bytes, and a server without the "
+                "torchrl_sglang_hidden server half cannot let requests end before the first; use running='continue', "
+                "or a larger bucket_bytes"
+            )
+        held = drained(call)
+    device = torch.device("cpu") if backend == "gloo" else torch.device("cuda", torch.cuda.current_device())
+    size = 1 + int(server_info.get("tp_size", 1))
+    with (
+        ThreadPoolExecutor(2, thread_name_prefix="sglang-weights") as pool,
+        _group(call, pool, address, size, path.timeout_s, backend) as (group, group_name),
+        held as was_paused,
+        _session(call),
+    ):
+        for index, names in enumerate(buckets):
+            last = index == len(buckets) - 1
+            options = {"flush_cache": last, "weight_version": version if last else None, "group_name": group_name}
+            begun = index > 0
+            try:
+                values = {name: tensors[name].detach().to(device).contiguous() for name in names}
+                begun = len(buckets) > 1
+                answer = _send_bucket(call, pool, group, values, options)
+                if not str(answer.get("message")).startswith(NOT_FLUSHED):  # below, when requests may go on
+                    succeeded(answer, TAKE)
+            except EngineError as error:
+                if index:
+                    _name_mixture(call, version)
+                    raise EngineError(
+                        f"bucket {index + 1} of {len(buckets)} did not reach the server ({error}), which has the "
+                        f"weights of those before, and calls them {version}{INCOMPLETE}; update again before you "
+                        "generate"
+                    ) from error
+                raise
+            except BaseException:  # Ctrl-C, or a weight that the trainer could not compute
+                if begun:
+                    _name_mixture(call, version)
+                raise
+    finish_update(call, answer, version, TAKE, stays_paused=bool(was_paused))
+
+
+def _send_bucket(
+    call: ControlCall,
+    pool: ThreadPoolExecutor,
+    group: Any,
+    values: Mapping[str, torch.Tensor],
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
     payload = {
         "names": list(values),
         "dtypes": [str(value.dtype).removeprefix("torch.") for value in values.values()],
         "shapes": [list(value.shape) for value in values.values()],
-        "weight_version": version,
+        **options,
     }
-    with (
-        ThreadPoolExecutor(2, thread_name_prefix="sglang-weights") as pool,
-        _group(call, pool, address, 1 + int(server_info.get("tp_size", 1)), path.timeout_s) as (group, group_name),
-        running_requests(running, call),
-        _session(call),
-    ):
-        update = pool.submit(call, "update_weights_from_distributed", {**payload, "group_name": group_name})
-        sending = pool.submit(_send, group, values)
-        done: list[Future[Any]] = [update, sending]
-        wait(done, return_when=FIRST_COMPLETED)
-        if update.done() and (update.exception() is not None or not update.result().get("success")):
-            # The server gave up before it had every tensor: ending its side of the group ends the sending here.
-            call("destroy_weights_update_group", {"group_name": group_name})
-            wait([sending])
-            error = update.exception()
-            if error is not None:
-                raise error
-        else:
-            _raise_lost(sending.exception())
-        answer = update.result()
-    finish_update(call, answer, version, "take the weights over the network")
+    update = pool.submit(call, "update_weights_from_distributed", payload)
+    sending = pool.submit(_send, group, values)
+    done: list[Future[Any]] = [update, sending]
+    wait(done, return_when=FIRST_COMPLETED)
+    if update.done() and (update.exception() is not None or not update.result().get("success")):
+        # The server gave up before it had every tensor: ending its side of the group ends the sending here.
+        call("destroy_weights_update_group", {"group_name": options["group_name"]})
+        if any(value.is_cuda for value in values.values()):
+            group.abort()  # NCCL notices nothing of the other side's end
+        wait([sending])
+        error = update.exception()
+        if error is not None:
+            raise error
+    else:
+        _raise_lost(sending.exception())
+    return update.result()
+
+
+def _name_mixture(call: ControlCall, version: str) -> None:
+    """Give the mixture of old and new weights a name of its own, so that no sample of it passes for either."""
+    with suppress(EngineError):  # the server may be gone, and the caller raises anyway
+        call("flush_cache", {})
+        call("update_weight_version", {"new_version": f"{version}{INCOMPLETE}", "abort_all_requests": False})
 
 
 def _raise_lost(error: BaseException | None) -> None:
     if error is not None:
-        raise EngineError(
-            f"the connection for the weights was lost ({error}); the server keeps its weights: update again"
-        ) from error
+        raise EngineError(f"the connection for the weights was lost ({error}); update again") from error
 
 
 def _send(group: Any, values: Mapping[str, torch.Tensor]) -> None:
     for value in values.values():
         group.broadcast(value, 0).wait()
+    if any(value.is_cuda for value in values.values()):
+        torch.cuda.synchronize()  # for NCCL `wait` only orders the stream
 
 
 @contextmanager
@@ -143,7 +233,7 @@ def _session(call: ControlCall) -> Iterator[None]:
 
 @contextmanager
 def _group(
-    call: ControlCall, pool: ThreadPoolExecutor, address: str, size: int, timeout_s: float
+    call: ControlCall, pool: ThreadPoolExecutor, address: str, size: int, timeout_s: float, backend: Backend
 ) -> Iterator[tuple[Any, str]]:
     """Form a process group of this process and the server's ranks, under a name of its own.
 
@@ -165,12 +255,12 @@ def _group(
         "init_weights_update_group",
         {
             "master_address": address, "master_port": port, "rank_offset": 1, "world_size": size, "group_name": name,
-            "backend": "gloo",
+            "backend": backend,
         },
     )  # fmt: skip
     try:
         with _GROUPS:
-            group = _join(dist.PrefixStore(name, store), name, size, timeout)
+            group = _join(dist.PrefixStore(name, store), name, size, timeout, backend)
     except RuntimeError as error:
         if join.done():
             succeeded(join.result(), "join the update group")
@@ -189,13 +279,13 @@ def _group(
                 dist.destroy_process_group(group)
 
 
-def _join(store: Any, name: str, size: int, timeout: timedelta) -> Any:
+def _join(store: Any, name: str, size: int, timeout: timedelta, backend: Backend) -> Any:
     """Join a process group as rank 0.
 
     Does what ``sglang.srt.utils.init_custom_process_group`` does on the server's side: both must use the same keys.
     """
     group, _ = c10d._new_process_group_helper(
-        size, 0, [], c10d.Backend("gloo"), store, group_name=name, backend_options=None, timeout=timeout
+        size, 0, [], c10d.Backend(backend), store, group_name=name, backend_options=None, timeout=timeout
     )
     c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(size)}
     return group

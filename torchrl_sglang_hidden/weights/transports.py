@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, assert_never
@@ -18,13 +18,19 @@ import torch
 from torchrl_sglang_hidden.errors import CapabilityError
 from torchrl_sglang_hidden.weights.control import ControlCall
 from torchrl_sglang_hidden.weights.disk import checkpoint, load_from_disk
-from torchrl_sglang_hidden.weights.network import NetworkPath, broadcast
-from torchrl_sglang_hidden.weights.validation import Running, Transport, Weights
+from torchrl_sglang_hidden.weights.network import NetworkPath, broadcast, check_nccl
+from torchrl_sglang_hidden.weights.validation import (
+    BUCKET_BYTES,
+    CheckpointDirectory,
+    Running,
+    Transport,
+    Weights,
+)
 
 __all__ = ["ChosenTransport", "Receiver", "WeightUpdate", "choose_transport", "open_update", "send"]
 
 # What "auto" is resolved to.
-ChosenTransport = Literal["disk", "network"]
+ChosenTransport = Literal["disk", "network", "nccl"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,20 +61,22 @@ class WeightUpdate:
         version: the name that the engines give them.
         running: what becomes of requests under way; see `Engine.update_weights`.
         directory: a checkpoint with the same weights; None when no transport reads one.
+        bucket_bytes: most bytes that a transport over the network holds at once.
     """
 
     tensors: Mapping[str, torch.Tensor]
     version: str
     running: Running
     directory: Path | None
+    bucket_bytes: int = BUCKET_BYTES
 
 
 def choose_transport(transport: Transport, weights: Weights, receiver: Receiver) -> ChosenTransport:
     """Resolve ``"auto"``, and refuse a transport that cannot serve this engine.
 
     Raises:
-        CapabilityError: ``"disk"`` with weights that are no directory, to a server without the server half; or
-            ``"network"`` to an engine in this process.
+        CapabilityError: ``"disk"`` with weights that are no directory, to a server without the server half;
+            ``"network"`` or ``"nccl"`` to an engine in this process; or ``"nccl"`` without GPUs on both sides.
     """
     match transport:
         case "auto":
@@ -85,12 +93,14 @@ def choose_transport(transport: Transport, weights: Weights, receiver: Receiver)
                     "transport='network'"
                 )
             return "disk"
-        case "network":
+        case "network" | "nccl":
             if receiver.network is None:
                 raise CapabilityError(
-                    f"transport='network' is for servers, and {receiver.name} reads from disk; use transport='disk'"
+                    f"transport={transport!r} is for servers, and {receiver.name} reads from disk; use transport='disk'"
                 )
-            return "network"
+            if transport == "nccl":
+                check_nccl(receiver.network)
+            return transport
         case _:
             assert_never(transport)
 
@@ -103,6 +113,7 @@ def open_update(
     *,
     version: str,
     running: Running,
+    bucket_bytes: int = BUCKET_BYTES,
 ) -> Iterator[WeightUpdate]:
     """Prepare what the transports read: one checkpoint for all engines, where one of them loads from disk.
 
@@ -113,18 +124,23 @@ def open_update(
         tensors: the same weights, checked.
         version: their name.
         running: see `WeightUpdate`.
+        bucket_bytes: see `WeightUpdate`; of a checkpoint, most bytes that wait in main memory for their file.
 
     Raises:
         EngineError: neither memory nor disk has space for the checkpoint.
     """
-    if "disk" not in transports:
-        yield WeightUpdate(tensors=tensors, version=version, running=running, directory=None)
-    elif isinstance(weights, (str, os.PathLike)):
-        directory = Path(weights).expanduser().absolute()
-        yield WeightUpdate(tensors=tensors, version=version, running=running, directory=directory)
-    else:
-        with checkpoint(tensors) as directory:
-            yield WeightUpdate(tensors=tensors, version=version, running=running, directory=directory)
+    with ExitStack() as stack:
+        directory = None
+        if "disk" in transports:
+            if isinstance(weights, (str, os.PathLike)):
+                directory = Path(weights).expanduser().absolute()
+            elif isinstance(tensors, CheckpointDirectory):  # gathered from several processes
+                directory = tensors.path
+            else:
+                directory = stack.enter_context(checkpoint(tensors, bucket_bytes))
+        yield WeightUpdate(
+            tensors=tensors, version=version, running=running, directory=directory, bucket_bytes=bucket_bytes
+        )
 
 
 def send(transport: ChosenTransport, update: WeightUpdate, receiver: Receiver) -> None:
@@ -139,9 +155,18 @@ def send(transport: ChosenTransport, update: WeightUpdate, receiver: Receiver) -
             if update.directory is None:
                 raise AssertionError("open_update was not told of transport 'disk'")
             load_from_disk(receiver.call, update.directory, update.version, update.running)
-        case "network":
+        case "network" | "nccl":
             if receiver.network is None:
-                raise AssertionError("choose_transport refuses transport 'network' here")
-            broadcast(receiver.call, update.tensors, update.version, path=receiver.network, running=update.running)
+                raise AssertionError(f"choose_transport refuses transport {transport!r} here")
+            broadcast(
+                receiver.call,
+                update.tensors,
+                update.version,
+                path=receiver.network,
+                running=update.running,
+                backend="gloo" if transport == "network" else "nccl",
+                bucket_bytes=update.bucket_bytes,
+                drains=receiver.has_server_half,
+            )
         case _:
             assert_never(transport)

@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 
-from torchrl_sglang_hidden.errors import InputError, InputTypeError, WeightsError
-from torchrl_sglang_hidden.protocol.served_weights import ServedWeights, read_header, safetensors_files
+from torchrl_sglang_hidden.errors import CapabilityError, InputError, InputTypeError, WeightsError
+from torchrl_sglang_hidden.protocol.served_weights import INCOMPLETE, ServedWeights, read_header, safetensors_files
+from torchrl_sglang_hidden.weights.trainers import LazyWeights, inner_model, named_weights, plain_names, to_checkpoint
 
 __all__ = [
+    "BUCKET_BYTES",
+    "CheckpointDirectory",
     "Running",
+    "ShardedWeights",
     "Transport",
     "Weights",
     "check_options",
@@ -29,21 +35,34 @@ __all__ = [
 ]
 
 Weights = str | os.PathLike[str] | Mapping[str, torch.Tensor] | torch.nn.Module
-Transport = Literal["auto", "disk", "network"]
+Transport = Literal["auto", "disk", "network", "nccl"]
 Running = Literal["finish", "continue"]
+# Most bytes of weights that wait in main memory for their turn, where they are written or sent in several parts.
+BUCKET_BYTES = 2 * 1024**3
 
 HEAD = "lm_head.weight"
+# What a name of a state dict says when the weights of the model are not all in it, or not as they are.
+NOT_OF_A_MODEL = {
+    ".lora_A.": "an adapter's state dict does not say how strongly it acts; pass the adapted model itself, which is "
+    "merged on the way, or give the adapter alone to load_adapter",
+    "_flat_param": "FSDP1 keeps flat parameters, which carry no weight's name; pass FSDP's whole state dict "
+    "(StateDictType.FULL_STATE_DICT), or shard with FSDP2's torch.distributed.fsdp.fully_shard",
+}
 # Computed from the config. Old checkpoints and TensorDict.from_module have this tensor; no model loads it.
 CONSTANT = re.compile(r"rotary_emb\.(original_)?inv_freq$")
 
 
-def check_options(version: object, transport: object, running: object) -> None:
+def check_options(version: object, transport: object, running: object, bucket_bytes: object = BUCKET_BYTES) -> None:
     """Check the options of `Engine.update_weights`.
 
     Raises:
-        InputTypeError: ``version`` is no name.
-        InputError: an unknown transport, or an unknown choice for running requests.
+        InputTypeError: ``version`` is no name, or ``bucket_bytes`` no whole number.
+        InputError: an unknown transport, an unknown choice for running requests, or no room in a bucket.
     """
+    if not isinstance(bucket_bytes, int) or isinstance(bucket_bytes, bool):
+        raise InputTypeError(f"bucket_bytes={bucket_bytes!r}: expected a whole number of bytes, such as 2 * 1024**3")
+    if bucket_bytes < 1:
+        raise InputError(f"bucket_bytes={bucket_bytes}: expected at least 1, such as 2 * 1024**3")
     if version is not None and not (isinstance(version, str) and version.strip()):
         raise InputTypeError(f"version={version!r}: expected a name, such as 'step-10', or None to count on")
     if transport not in get_args(Transport):
@@ -66,39 +85,69 @@ def new_version(served: Collection[str]) -> str:
 
 def next_version(current: str) -> str:
     """Return the version after ``current``: its last number plus one; "1" after SGLang's first version, "default"."""
+    current = current.removesuffix(INCOMPLETE)  # what comes after a mixture of weights is whole
     if current == "default":
         return "1"
     match = re.fullmatch(r"(.*?)(\d+)", current, flags=re.DOTALL)
     return f"{match[1]}{int(match[2]) + 1}" if match else f"{current}-1"
 
 
-def open_weights(weights: Weights) -> Mapping[str, torch.Tensor]:
-    """Return any kind of weights as tensors by Hugging Face's checkpoint names.
+@dataclass(frozen=True, slots=True)
+class ShardedWeights:
+    """Weights that several processes hold together as DTensors, as the trainer names them.
 
     Args:
-        weights: see `Engine.update_weights`. The tensors of a directory are read one by one, when they are used.
+        parts: this process's parts by name, in the same order in every process; computing one may need all processes.
+        convert: renames gathered weights as Hugging Face's checkpoints do.
+    """
+
+    parts: LazyWeights
+    convert: Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
+
+
+def open_weights(weights: Weights) -> Mapping[str, torch.Tensor] | ShardedWeights:
+    """Return any kind of weights as tensors by Hugging Face's checkpoint names, or as `ShardedWeights`.
+
+    Args:
+        weights: see `Engine.update_weights`. The tensors of a directory are read one by one, when they are used; so are
+            adapters merged.
 
     Raises:
-        WeightsError: a directory without readable safetensors, or an adapter that is not merged.
+        WeightsError: a directory without readable safetensors, or a trainer or state dict that does not have the
+            model's weights.
         InputTypeError: ``weights`` is neither a path, nor a mapping of tensors, nor a module.
     """
     if isinstance(weights, (str, os.PathLike)):
-        return _Directory(Path(weights).expanduser().absolute())
+        return CheckpointDirectory(Path(weights).expanduser().absolute())
+    if isinstance(weights, CheckpointDirectory):
+        return weights
     if isinstance(weights, torch.nn.Module):
-        return _state_dict(weights)
+        model = inner_model(weights)
+        return _whole_or_sharded(named_weights(model), partial(to_checkpoint, model))
     if isinstance(weights, Mapping):
         wrong = [name for name, value in weights.items() if not isinstance(value, torch.Tensor)]
         if wrong or not all(isinstance(name, str) for name in weights):
             raise InputTypeError(
                 f"weights: {(wrong or list(weights))[0]!r} is no tensor under a name; pass tensors by checkpoint names"
             )
-        return weights
+        for mark, remedy in NOT_OF_A_MODEL.items():
+            if (name := next((name for name in weights if mark in name), None)) is not None:
+                raise WeightsError(f"weights: {name!r} is no weight of a model: {remedy}")
+        return _whole_or_sharded(LazyWeights(weights).renamed(plain_names(weights)), lambda gathered: gathered)
     raise InputTypeError(
         f"weights is a {type(weights).__name__}; expected a checkpoint directory, a state dict or a torch.nn.Module"
     )
 
 
-class _Directory(Mapping[str, torch.Tensor]):
+def _whole_or_sharded(
+    weights: LazyWeights, convert: Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
+) -> Mapping[str, torch.Tensor] | ShardedWeights:
+    if any(hasattr(value, "full_tensor") for value in weights.like.values()):
+        return ShardedWeights(weights, convert)
+    return convert(weights)
+
+
+class CheckpointDirectory(Mapping[str, torch.Tensor]):
     """The tensors of a checkpoint directory, each read from its file when it is used."""
 
     def __init__(self, path: Path) -> None:
@@ -126,25 +175,6 @@ class _Directory(Mapping[str, torch.Tensor]):
         return len(self._file_of)
 
 
-def _state_dict(module: torch.nn.Module) -> Mapping[str, torch.Tensor]:
-    inner = getattr(module, "model", None)
-    # A Hugging Face model has a `.model` too, which lacks the head.
-    if not hasattr(module, "save_pretrained") and isinstance(inner, torch.nn.Module):
-        module = inner
-    if hasattr(module, "merge_and_unload"):
-        raise WeightsError(
-            f"weights is a {type(module).__name__} with adapters apart from the weights; pass a merged copy, such as "
-            "copy.deepcopy(model).merge_and_unload()"
-        )
-    state = module.state_dict()
-    if hasattr(module, "save_pretrained"):
-        from transformers.core_model_loading import revert_weight_conversion
-
-        # transformers 5 fuses the experts of some models, and names their weights otherwise than the checkpoints do.
-        state = revert_weight_conversion(module, state)
-    return state
-
-
 def check_weights(tensors: Mapping[str, torch.Tensor], served: ServedWeights) -> Mapping[str, torch.Tensor]:
     """Compare names, shapes, kinds and values of new weights with the served checkpoint.
 
@@ -157,8 +187,15 @@ def check_weights(tensors: Mapping[str, torch.Tensor], served: ServedWeights) ->
         read as it is.
 
     Raises:
+        CapabilityError: the server quantises its weights.
         WeightsError: a name, shape or kind does not fit, or a value is not finite.
     """
+    if served.quantization:
+        # SGLang 0.5.23 loads new weights over those that it packed or scaled, which none of its checks notices.
+        raise CapabilityError(
+            f"the server quantises its weights ({served.quantization}), and new ones cannot be loaded over them; start "
+            "it without --quantization, from a checkpoint that is not quantised"
+        )
     expected = {name: entry for name, entry in served.tensors.items() if not CONSTANT.search(name)}
     found = {name for name in tensors if not CONSTANT.search(name)}
     if served.tied:
@@ -176,7 +213,10 @@ def check_weights(tensors: Mapping[str, torch.Tensor], served: ServedWeights) ->
         )
     for name in sorted(found):
         _check_tensor(name, tensors[name], *expected[name])
-    return {name: tensors[name] for name in found} if not isinstance(tensors, _Directory) else tensors
+    if isinstance(tensors, CheckpointDirectory):
+        return tensors
+    lazy = tensors if isinstance(tensors, LazyWeights) else LazyWeights(tensors)
+    return lazy.renamed({name: name for name in sorted(found)})
 
 
 def _check_tied(tensors: Mapping[str, torch.Tensor], others: set[str]) -> None:
@@ -199,10 +239,6 @@ def _check_tensor(name: str, tensor: torch.Tensor, dtype: str, shape: tuple[int,
         raise WeightsError(
             f"{name} is {tensor.dtype} on {tensor.device}, and {dtype} in the served model; pass real weights of the "
             "same kind. The server keeps its weights"
-        )
-    if hasattr(tensor, "full_tensor"):
-        raise WeightsError(
-            f"{name} is one shard of a {type(tensor).__name__}; gather the weights, such as by full_tensor()"
         )
     # One pass, and no copy: the extremes of a tensor with a NaN are NaN.
     if tensor.is_floating_point() and tensor.numel():

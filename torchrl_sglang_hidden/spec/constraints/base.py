@@ -28,7 +28,7 @@ class ConstraintStep:
         max_new_tokens: most tokens of the response.
         prompt_ids: the P ids of the prompt.
         response_ids: int64 ``[index]``, the response's earlier ids, on the logits' device. Copying them to the host
-            waits for the accelerator.
+            waits for the accelerator. With ``on_host=True`` they are on the host already.
     """
 
     index: int
@@ -46,6 +46,11 @@ class LogitConstraint(ABC):
 
     A constraint that you write is a frozen dataclass with a name, whose fields JSON can carry, in a module that the
     server can import too. Start the server with the module: ``launch(constraint_modules=("my.module",))``.
+
+    The server's own process calls `apply`. On an accelerator, an operation that fails on the device itself, such as an
+    index outside of the vocabulary, cannot be caught there: it ends the server, with all requests in it. Declare such a
+    constraint as ``class MyConstraint(LogitConstraint, name="…", on_host=True)``: `apply` then gets copies in the
+    host's memory, where the same mistake is an error of one request. Each token then waits for the accelerator.
 
     Args:
         first_tokens: act on the first ``first_tokens`` tokens of the response only; None for all.
@@ -66,12 +71,17 @@ class LogitConstraint(ABC):
     """
 
     name: ClassVar[str]
+    on_host: ClassVar[bool] = False
 
     first_tokens: int | None = None
     positions: tuple[int, ...] | None = None
 
-    def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
+    def __init_subclass__(cls, *, name: str | None = None, on_host: bool | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if on_host is not None:
+            if not isinstance(on_host, bool):
+                raise InputTypeError(f"{cls.__name__}: on_host={on_host!r:.80}; expected True or False")
+            cls.on_host = on_host
         if name is None:
             return
         if not name.isidentifier():
@@ -115,10 +125,10 @@ class LogitConstraint(ABC):
 
         Args:
             logits_V: float ``[V]``, after SGLang's changes and earlier constraints; may be written to.
-            step: the token that is constrained.
+            step: the token that is constrained. Do not write to its ids.
 
         Returns:
-            Logits ``[V]``. ``-inf`` removes a token.
+            Logits ``[V]``, on the device of ``logits_V``. ``-inf`` removes a token.
         """
 
     def check(self, vocab_size: int) -> None:  # noqa: B027  most have nothing to check

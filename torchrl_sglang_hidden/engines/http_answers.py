@@ -1,0 +1,111 @@
+"""What SGLang answers over HTTP, and what can go wrong with a call: statuses and foreign errors become this package's.
+
+Knows no routes and no connections.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+
+from torchrl_sglang_hidden.errors import (
+    AuthenticationError,
+    EngineError,
+    EngineTimeoutError,
+    EngineUnreachableError,
+    ProtocolError,
+    RequestRejectedError,
+)
+
+__all__ = ["read_event", "read_json", "reason_of", "translated"]
+
+_EVENT = "data: "
+_LAST_EVENT = "data: [DONE]"
+
+
+@contextmanager
+def translated(url: str, how_it_ended: Callable[[], str] = str) -> Iterator[None]:
+    """Turn httpx's exceptions into this package's: nothing else in the package does.
+
+    Args:
+        url: the server's address, for the messages.
+        how_it_ended: says how the server's process ended; "" while it runs, or where that is not known.
+    """
+    try:
+        yield
+    except httpx.ConnectError as error:
+        remedy = how_it_ended() or "is the server running?"
+        raise EngineUnreachableError(f"nothing answers at {url} ({error}); {remedy}") from error
+    except httpx.ConnectTimeout as error:
+        raise EngineUnreachableError(f"{url} did not accept a connection in time; is the address right?") from error
+    except httpx.TimeoutException as error:
+        raise EngineTimeoutError(f"{url} did not answer in time; raise read_timeout_s, or ask for less") from error
+    except httpx.TransportError as error:
+        remedy = how_it_ended() or "look at the server's log"
+        raise EngineUnreachableError(f"{url} went away while answering ({error}); {remedy}") from error
+    except httpx.HTTPError as error:
+        raise ProtocolError(f"{url} answered what cannot be read ({error}); is that an SGLang server?") from error
+    except RuntimeError as error:
+        if "client has been closed" not in str(error):
+            raise
+        raise EngineError(f"the connection to {url} was closed by close(); connect again") from error
+
+
+def read_json(response: httpx.Response, url: str) -> Any:
+    """Return the JSON of an answer.
+
+    Raises:
+        AuthenticationError: status 401 or 403.
+        RequestRejectedError: another 4xx status.
+        EngineError: a 5xx status.
+        ProtocolError: no JSON.
+    """
+    if response.status_code in (401, 403):
+        raise AuthenticationError(f"{url} refused the API key (status {response.status_code}); pass the right api_key")
+    if response.status_code >= 400:
+        kind = RequestRejectedError if response.status_code < 500 else EngineError
+        raise kind(f"{url} answered {response.status_code}: {reason_of(response)}; look at the server's log")
+    try:
+        return response.json()
+    except ValueError as error:
+        raise ProtocolError(f"{url} answered no JSON: {response.text[:80]!r}; is that an SGLang server?") from error
+
+
+def read_event(line: str, url: str) -> Any:
+    """Read one line of a streamed answer.
+
+    Returns:
+        The event's JSON; None for an empty line and for the end mark.
+
+    Raises:
+        RequestRejectedError: the event is a refusal. The status of the stream was sent before, as 200.
+        EngineError: the event is a failure of the server.
+        ProtocolError: the line is no event.
+    """
+    if not line or line == _LAST_EVENT:
+        return None
+    try:
+        if not line.startswith(_EVENT):
+            raise ValueError("no event")
+        event = json.loads(line.removeprefix(_EVENT))
+    except ValueError as error:
+        raise ProtocolError(f"{url} streamed {line[:80]!r} ({error}); is that an SGLang server?") from error
+    if isinstance(event, dict) and isinstance(event.get("error"), dict):
+        refused, code = event["error"], event["error"].get("code")
+        kind = EngineError if isinstance(code, int) and code >= 500 else RequestRejectedError
+        raise kind(f"{url} answered {code}: {str(refused.get('message', refused))[:300]}; look at the server's log")
+    return event
+
+
+def reason_of(response: httpx.Response) -> str:
+    """Return the server's own words about an error."""
+    try:
+        body = response.json()
+    except ValueError:
+        return response.text[:300]
+    error = body.get("error", body) if isinstance(body, dict) else body
+    return str(error.get("message", error) if isinstance(error, dict) else error)[:300]

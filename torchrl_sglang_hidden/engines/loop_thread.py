@@ -1,0 +1,109 @@
+"""The thread that runs an in-process engine's event loop while calls are under way.
+
+Knows nothing of engines or requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from typing import Any, ClassVar, TypeVar
+from weakref import WeakValueDictionary
+
+from torchrl_sglang_hidden.errors import EngineError
+
+__all__ = ["LoopThread"]
+
+T = TypeVar("T")
+
+# Longest wait for a call that was given up to end.
+ABORT_TIMEOUT_S = 3.0
+
+
+class LoopThread:
+    """Runs an engine's event loop in a thread while calls are under way, so that several threads may call at once.
+
+    Between calls the loop stands still, and the engine's own blocking methods work as before. There is one object per
+    loop: several `SGLangOffline`s of one engine share it.
+    """
+
+    _all: ClassVar[WeakValueDictionary[asyncio.AbstractEventLoop, LoopThread]] = WeakValueDictionary()
+    _all_lock = threading.Lock()
+
+    @classmethod
+    def of(cls, loop: asyncio.AbstractEventLoop) -> LoopThread:
+        with cls._all_lock:
+            return cls._all.setdefault(loop, cls(loop))
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._lock = threading.Lock()
+        self._calls = 0
+        self._thread: threading.Thread | None = None
+
+    def run(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        with self._running():
+            future, ended = self._start(call)
+            try:
+                return future.result()
+            except BaseException:
+                # An interrupt must not leave the call running. SGLang aborts its requests while it ends, for which the
+                # loop must go on.
+                if future.cancel():
+                    ended.wait(ABORT_TIMEOUT_S)
+                raise
+
+    async def arun(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        if asyncio.get_running_loop() is self._loop:
+            return await call()
+        with self._running():
+            future, ended = self._start(call)
+            try:
+                return await asyncio.wrap_future(future)
+            except asyncio.CancelledError:
+                await asyncio.to_thread(ended.wait, ABORT_TIMEOUT_S)
+                raise
+
+    def _start(self, call: Callable[[], Coroutine[Any, Any, T]]) -> tuple[Future[T], threading.Event]:
+        """Start a call in the loop; the event is set once it has ended, however it did."""
+        ended = threading.Event()
+
+        async def whole() -> T:
+            try:
+                return await call()
+            finally:
+                ended.set()
+
+        return asyncio.run_coroutine_threadsafe(whole(), self._loop), ended
+
+    def run_later(self, call: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+        """Run a call in a new thread without waiting for it, so that the loop's own thread may ask for it too.
+
+        The garbage collector closes an abandoned stream in whichever thread it runs.
+        """
+        with suppress(RuntimeError):  # the interpreter ends, and the engine with it
+            threading.Thread(target=self.run, args=(call,), daemon=True).start()
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        with self._lock:
+            if self._calls == 0:
+                if self._loop.is_running():
+                    raise EngineError(
+                        "the sglang.Engine's event loop is already running here, so that a blocking call would wait "
+                        "for itself; await agenerate(), or let SGLangOffline(model_path) make the engine"
+                    )
+                self._thread = threading.Thread(target=self._loop.run_forever, name="sglang-engine-loop", daemon=True)
+                self._thread.start()
+            self._calls += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._calls -= 1
+                if self._calls == 0 and self._thread is not None:
+                    self._loop.call_soon_threadsafe(self._loop.stop)
+                    self._thread.join()

@@ -1,0 +1,208 @@
+"""Writing prompts: one row of a TensorDict to a text, a chat or token ids.
+
+Knows nothing of policies: whether a prompt fits the model is checked when it is sent.
+"""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from tensordict import TensorDictBase, is_non_tensor, is_tensor_collection
+from tensordict.utils import NestedKey
+from torchrl.data.llm import History
+
+from torchrl_sglang_hidden.errors import InputError, InputTypeError, MissingKeyError, SGLangHiddenError
+from torchrl_sglang_hidden.policy.prompts import InputMode
+
+__all__ = ["Prompt", "PromptSource", "PromptWriter", "name_of", "value_of"]
+
+PromptSource: TypeAlias = str | Callable[[TensorDictBase], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What is asked for one row.
+
+    Args:
+        mode: how a policy reads it.
+        value: a text, a chat or token ids, as `ragged` takes them.
+    """
+
+    mode: InputMode
+    value: Any
+
+    @property
+    def key(self) -> Hashable:
+        """What two equal prompts have in common, and no others."""
+        match self.mode:
+            case "text":
+                return self.mode, self.value
+            case "tokens":
+                return self.mode, tuple(self.value)
+            case "history":
+                messages = self.value.to_dict() if isinstance(self.value, History) else self.value
+                return self.mode, json.dumps(messages, sort_keys=True, default=_plain_message)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptWriter:
+    """Writes the prompt of a row.
+
+    Args:
+        source: a format string whose fields are the keys, such as ``"You see {observation}."``; or a function of one
+            row, a TensorDict of the keys without batch dimensions, that returns a text, a chat or token ids.
+        in_keys: the keys that are read. The field of a nested key is its parts with dots between them.
+
+    Raises:
+        InputError: a format string that cannot be read, or whose fields are not exactly the keys; no keys.
+        InputTypeError: a prompt of another type.
+    """
+
+    source: PromptSource
+    in_keys: Sequence[NestedKey]
+
+    def __post_init__(self) -> None:
+        if not self.in_keys:
+            raise InputError("in_keys=[]: expected at least 1 key, such as in_keys=['observation']")
+        if callable(self.source):
+            return
+        if not isinstance(self.source, str):
+            raise InputTypeError(
+                f"prompt={self.source!r:.80} is a {type(self.source).__name__}; expected a format string such as "
+                "'You see {observation}.', or a function of one row"
+            )
+        names = [name_of(key) for key in self.in_keys]
+        try:
+            fields = [field for _, field, _, _ in string.Formatter().parse(self.source) if field is not None]
+        except ValueError as error:
+            raise InputError(
+                f"prompt={self.source!r:.80}: {error}; write a brace that belongs to the text twice"
+            ) from error
+        found = {_name_in(field, names) or field for field in fields}
+        if found != set(names):
+            raise InputError(
+                f"prompt={self.source!r:.80} has the fields {sorted(found)} and in_keys are {names}; name each in_key "
+                "in the prompt, and nothing else"
+            )
+
+    def write(self, label: str, row: TensorDictBase) -> Prompt:
+        """Write the prompt of one row.
+
+        Args:
+            label: names the row in errors.
+            row: a TensorDict without batch dimensions.
+
+        Raises:
+            MissingKeyError: the row lacks a key.
+            InputTypeError: the function returned something that is no prompt.
+            InputError: the function raised, or a value cannot be written into the format string.
+        """
+        values = {}
+        for key in self.in_keys:
+            value = row.get(key)
+            if value is None:
+                raise MissingKeyError(
+                    f"{label}: no {key!r}; it has {sorted(map(str, row.keys(True, True)))}: add it, or change in_keys"
+                )
+            values[key] = value_of(value)
+        try:
+            if isinstance(self.source, str):
+                text = _Formatter().vformat(self.source, (), {name_of(key): v for key, v in values.items()})
+                return Prompt("text", text)
+            return _prompt_of(self.source(row.select(*self.in_keys)))
+        except SGLangHiddenError as error:
+            raise type(error)(f"{label}: {error}") from error
+        except Exception as error:  # a prompt function, and what a format string calls, is anybody's code
+            raise InputError(
+                f"{label}: the prompt cannot be written, {type(error).__name__}: {error}; it was given "
+                f"{values!r:.200}. Change the prompt so that it reads them"
+            ) from error
+
+
+def _plain_message(part: Any) -> Any:
+    """Return what JSON writes of a part of a message that it does not know."""
+    if is_tensor_collection(part):
+        return part.to_dict()
+    raise InputTypeError(
+        f"a message has {part!r:.80}, a {type(part).__name__}; expected strings and torchrl's ContentBase parts"
+    )
+
+
+def name_of(key: NestedKey) -> str:
+    """Return the field of a format string that stands for a key."""
+    return key if isinstance(key, str) else ".".join(key)
+
+
+def value_of(value: Any) -> Any:
+    """Return what is in a leaf: a tensor as it is, or what its NonTensorData holds."""
+    return value.data if is_non_tensor(value) else value
+
+
+def _prompt_of(found: Any) -> Prompt:
+    """Read what a prompt function returned."""
+    if isinstance(found, str):
+        return Prompt("text", found)
+    if isinstance(found, History):
+        return Prompt("history", found)
+    if isinstance(found, torch.Tensor):
+        found = found.tolist()
+    if isinstance(found, Iterable) and not isinstance(found, (bytes, Mapping)):
+        parts = list(found)
+        if parts and all(isinstance(part, Mapping) for part in parts):
+            return Prompt("history", parts)
+        if parts and all(isinstance(part, int) and not isinstance(part, bool) for part in parts):
+            return Prompt("tokens", parts)
+    raise InputTypeError(
+        f"the prompt function returned {found!r:.80}, a {type(found).__name__}; expected a text, a chat (messages or a "
+        "History) or a list of token ids, and none of them empty"
+    )
+
+
+# --- format strings ---------------------------------------------------------------------------------------------------
+
+
+def _name_in(field: str, names: Iterable[str]) -> str | None:
+    """Return the name that a replacement field such as ``agents.position[0]`` begins with."""
+    fits = [name for name in names if field == name or field.startswith((f"{name}.", f"{name}["))]
+    return max(fits, key=len, default=None)
+
+
+class _Formatter(string.Formatter):
+    """Formats with values by names that may have dots; a tensor is written as its numbers."""
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        name = _name_in(field_name, kwargs)
+        if name is None:  # inside a format spec, such as {observation:{width}}
+            raise InputError(f"the field {field_name!r} is none of in_keys; name one of {sorted(kwargs)}")
+        value = kwargs[name]
+        if isinstance(value, torch.Tensor):
+            value = _numbers(name, value)
+        return super().get_field(f"value{field_name[len(name) :]}", (), {"value": value})
+
+
+class _Numbers(list[Any]):
+    """Numbers that are written as the model should read them: a single one bare, a format applied to each."""
+
+    def __format__(self, spec: str) -> str:
+        parts = [format(part, spec) for part in self]
+        return parts[0] if len(parts) == 1 else f"[{', '.join(parts)}]"
+
+
+def _numbers(name: str, value: torch.Tensor) -> Any:
+    """Return a tensor as a number or as nested `_Numbers`, floats with no more digits than their dtype has."""
+    plain = value.detach().cpu()
+    if plain.is_floating_point() and bool(plain.isnan().any()):
+        raise InputError(f"{name!r} is {value!r:.80}; expected numbers: mend the environment, or use a prompt function")
+    return _nested(plain.float().numpy() if plain.dtype == torch.bfloat16 else plain.numpy())
+
+
+def _nested(array: Any) -> Any:
+    if array.ndim:
+        return _Numbers(_nested(part) for part in array)
+    # str, and not item: item turns the float32 0.1 into 0.10000000149011612.
+    return float(str(array[()])) if array.dtype.kind == "f" else array.item()
