@@ -21,6 +21,7 @@ from torchrl_sglang_hidden import (
     Between,
     HiddenSpec,
     InputError,
+    InputTypeError,
     LastTokens,
     LogitsSpec,
     MissingKeyError,
@@ -186,6 +187,14 @@ def test_an_output_that_was_scored_in_place_is_not_gone_on_from(tokens_key: str)
     with pytest.raises(MissingKeyError, match=rf"no {what} at \('\w+', '\w+'\), which resume reads"):
         policy.resume(out)
     assert len(engine.requests) == 6
+
+
+def test_log_probs_that_another_program_wrote_are_named() -> None:
+    policy, engine = policy_of("tokens", [2, None, None])
+    out = lazy_stack([row.exclude("log_probs").set("log_probs", torch.zeros(3)) for row in policy(batch_of("tokens"))])
+    with pytest.raises(InputTypeError, match=r"row 0: 'log_probs' holds a Tensor; expected torchrl's LogProbs"):
+        policy.resume(out)
+    assert len(engine.requests) == 3
 
 
 @pytest.mark.parametrize(

@@ -236,6 +236,8 @@ def test_a_target_that_cannot_be_written_to_costs_no_call() -> None:
         policy(batch_of("tokens"), tensordict_out=TensorDict(batch_size=2))
     with pytest.raises(InputError, match=r"locked; unlock_\(\)"):
         policy(tokens_batch([6, 7]).lock_())
+    with pytest.raises(InputTypeError, match=r"tensordict_out=\{\} is a dict; expected a TensorDict"):
+        policy(batch_of("tokens"), tensordict_out={})
     assert engine.requests == []
 
 

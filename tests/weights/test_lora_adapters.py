@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,7 @@ def test_one_of_several_adapters() -> None:
     ("make", "message"),
     [
         (tiny, "without LoRA layers"),
-        (lambda: adapted(target_modules=["q_proj"], use_dora=True), r"DoRA, or a bias.*update_weights"),
+        (lambda: adapted(target_modules=["q_proj"], use_dora=True), r"DoraLinearVariant.*update_weights"),
         (lambda: adapted(target_modules=["q_proj"], modules_to_save=["lm_head"]), r"modules_to_save.*update_weights"),
         (lambda: adapted(target_modules=["embed_tokens"]), r"changes the embedding model.embed_tokens"),
         (lambda: adapted(target_modules=["q_proj"], trainable_token_indices=[1]), r"trainable_tokens_delta.*update_w"),
@@ -159,6 +160,23 @@ def test_what_only_the_configuration_says_is_refused(options: dict[str, Any], na
         open_adapter(tmp_path)
     with pytest.raises(WeightsError, match="which SGLang would leave out"):
         open_adapter(model)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda config: [config], r"adapter_config.json holds a list, not an object; pass a directory"),
+        (lambda config: config.pop("lora_alpha") and config, r"no strength: lora_alpha=None.*save the adapter again"),
+        (lambda config: {**config, "lora_alpha": "much"}, r"no strength: lora_alpha='much'.*save the adapter again"),
+        (lambda config: {**config, "alpha_pattern": {"(": 1}}, r"alpha_pattern=.*save the adapter again"),
+    ],
+)
+def test_a_configuration_that_cannot_be_read(spoil: Callable[[Any], Any], message: str, tmp_path: Path) -> None:
+    adapted(target_modules=["q_proj"]).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(spoil(json.loads(file.read_text()))))
+    with pytest.raises(WeightsError, match=message):
+        open_adapter(tmp_path)
 
 
 @pytest.mark.parametrize("how", ["gaussian", "eva", "orthogonal"])

@@ -79,3 +79,7 @@ async def _give_up(calls: Sequence[asyncio.Future[list[Completion]]]) -> None:
         call.cancel()
     if late:
         await asyncio.wait(late, timeout=ABORT_TIMEOUT_S)
+    for call in calls:
+        # Looked at, so that asyncio does not print the failures of those that lost to the first one.
+        if call.done() and not call.cancelled():
+            call.exception()

@@ -23,7 +23,7 @@ from tensordict import (
 )
 from tensordict.utils import NestedKey, unravel_key
 
-from torchrl_sglang_hidden.errors import InputError
+from torchrl_sglang_hidden.errors import InputError, InputTypeError
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec, Segment
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 
@@ -314,21 +314,22 @@ def resolve_target(
         batch_size: the output's.
 
     Raises:
-        InputError: it is locked, has another batch size, or something else in the place of a key's container.
+        InputTypeError: ``tensordict_out`` is no TensorDict.
+        InputError: the target is locked, has another batch size, or something else in the place of a key's container.
     """
     target = tensordict_out
     if target is None:
         if inplace is False:
             return None
         target = tensordict if inplace is True else tensordict.empty()
+    if not isinstance(target, TensorDictBase):
+        raise InputTypeError(f"tensordict_out={target!r:.80} is a {type(target).__name__}; expected a TensorDict")
     if target.is_locked:
         raise InputError("the TensorDict to write to is locked; unlock_() it, or use inplace=False")
     _check_paths_free(target, keys)
     if target.batch_size != batch_size:
-        raise InputError(
-            f"tensordict_out has batch size {tuple(target.batch_size)} and the output has {tuple(batch_size)}; give "
-            "both the same"
-        )
+        given, wanted = tuple(target.batch_size), tuple(batch_size)
+        raise InputError(f"tensordict_out has batch size {given} and the output has {wanted}; give both the same")
     return target
 
 

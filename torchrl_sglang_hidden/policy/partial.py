@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase, lazy_stack
 from tensordict.utils import NestedKey, unravel_key
+from torchrl.modules.llm.policies import LogProbs
 
 from torchrl_sglang_hidden.engines import Engine, join_completions, rest_of
-from torchrl_sglang_hidden.errors import InputError, MissingKeyError
+from torchrl_sglang_hidden.errors import InputError, InputTypeError, MissingKeyError
 from torchrl_sglang_hidden.policy.assemble import assemble
 from torchrl_sglang_hidden.policy.chat_template import goes_on, messages_of
 from torchrl_sglang_hidden.policy.chat_text import Chat, decode_all
@@ -181,9 +182,7 @@ def _read_completion(name: str, row: TensorDictBase, keys: OutputKeys, call: Cal
         prompt_ids=prompt_ids,
         response_ids=response_ids,
         text=response,
-        log_probs_T=None
-        if keys.log_probs is None
-        else _get(row, unravel_key((keys.log_probs, "response")), "log-probs"),
+        log_probs_T=None if keys.log_probs is None else _response_log_probs(name, row, keys),
         hidden={}
         if pooled is None or spec is None
         else _pools({str(one): (getattr(pooled, one), getattr(pooled, f"{one}_count")) for one in spec.segments}),
@@ -197,6 +196,16 @@ def _read_completion(name: str, row: TensorDictBase, keys: OutputKeys, call: Cal
         versions=tuple(_get(row, keys.weight_versions, "weight_versions")),
         **_logits(call.logits, None if keys.logits is None else _get(row, keys.logits, "logits"), len(prompt_ids)),
     )
+
+
+def _response_log_probs(name: str, row: TensorDictBase, keys: OutputKeys) -> torch.Tensor:
+    there = _get(row, keys.log_probs, "log-probs")
+    if not isinstance(there, LogProbs):
+        raise InputTypeError(
+            f"{name} {keys.log_probs!r} holds a {type(there).__name__}; expected torchrl's LogProbs, as it was written"
+        )
+    response: torch.Tensor = _get(row, unravel_key((keys.log_probs, "response")), "log-probs")
+    return response
 
 
 def _read_row(index: int, row: TensorDictBase, first: Completion, reader: PromptReader, keys: OutputKeys) -> Row:

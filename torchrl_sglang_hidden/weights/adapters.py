@@ -114,10 +114,12 @@ def _of_model(module: torch.nn.Module, adapter: str | None) -> Adapter:
             raise WeightsError(f"adapter {adapter!r} changes the embedding {name}, which is not supported; merge it")
         if adapter not in part.lora_A:
             continue
-        if adapter in getattr(part, "lora_variant", ()) or part.lora_B[adapter].bias is not None:
+        more = [type(part.lora_variant[adapter]).__name__] if adapter in getattr(part, "lora_variant", ()) else []
+        more += ["a bias"] if part.lora_B[adapter].bias is not None else []
+        if more:
             raise WeightsError(
-                f"adapter {adapter!r} is more than a low-rank change at {name} (DoRA, or a bias), which SGLang would "
-                "leave out; pass the model to update_weights, which merges it"
+                f"adapter {adapter!r} is more than a low-rank change at {name} ({', '.join(more)}), which SGLang would leave out; "
+                "pass the model to update_weights, which merges it"
             )
         pair = (_whole(part.lora_A[adapter].weight), _whole(part.lora_B[adapter].weight))
         layers[names[name]] = (*pair, float(part.scaling[adapter]))
@@ -190,6 +192,8 @@ def _of_directory(directory: Path) -> Adapter:
 
     try:
         config = json.loads((directory / CONFIG).read_text())
+        if not isinstance(config, dict):
+            raise ValueError(f"{CONFIG} holds a {type(config).__name__}, not an object")
         tensors = load_file(directory / FILE)
     except (OSError, ValueError) as error:
         raise WeightsError(
@@ -223,8 +227,15 @@ def _of_directory(directory: Path) -> Adapter:
 def _strength(config: Mapping[str, Any], layer: str, rank: int) -> float:
     """Return the factor that PEFT gives a layer's product: see ``LoraLayer.update_layer``."""
     patterns = config.get("alpha_pattern") or {}
-    key = next((key for key in patterns if re.fullmatch(rf"(.*\.)?({key})", layer)), None)
-    alpha = float(config["lora_alpha"] if key is None else patterns[key])
+    try:
+        key = next((key for key in patterns if re.fullmatch(rf"(.*\.)?({key})", layer)), None)
+        alpha = float(config["lora_alpha"] if key is None else patterns[key])
+    except (KeyError, TypeError, ValueError, re.error) as error:
+        raise WeightsError(
+            f"{CONFIG} gives {layer} no strength: lora_alpha={config.get('lora_alpha')!r:.60}, "
+            f"alpha_pattern={patterns!r:.60} ({type(error).__name__}: {error}); save the adapter again with PEFT's "
+            "save_pretrained"
+        ) from error
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
@@ -345,6 +356,8 @@ def _reads_alike(adapter: Adapter) -> bool:
     """Return whether SGLang reads the same adapter from its own directory."""
     assert adapter.directory is not None
     config = json.loads((adapter.directory / CONFIG).read_text())
+    if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), (int, float)):
+        return False  # SGLang reads both
     rank, strength = config["r"], config["lora_alpha"] / config["r"]
     return all(a.shape[0] == rank and math.isclose(factor, strength) for a, _, factor in adapter.layers.values())
 
