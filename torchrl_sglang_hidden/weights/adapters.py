@@ -118,8 +118,8 @@ def _of_model(module: torch.nn.Module, adapter: str | None) -> Adapter:
         more += ["a bias"] if part.lora_B[adapter].bias is not None else []
         if more:
             raise WeightsError(
-                f"adapter {adapter!r} is more than a low-rank change at {name} ({', '.join(more)}), which SGLang would leave out; "
-                "pass the model to update_weights, which merges it"
+                f"adapter {adapter!r} is more than a low-rank change at {name} ({', '.join(more)}), which SGLang would "
+                "leave out; pass the model to update_weights, which merges it"
             )
         pair = (_whole(part.lora_A[adapter].weight), _whole(part.lora_B[adapter].weight))
         layers[names[name]] = (*pair, float(part.scaling[adapter]))
