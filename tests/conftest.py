@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 from collections.abc import Callable, Iterator
@@ -22,15 +23,22 @@ from helpers.policy_checks import CHUNKED_PREFILL_SIZE, make_policy  # noqa: E40
 # A running server for the `smol` fixture, started with the arguments below: saves its start on each run at work.
 TEST_URL_ENV = "TORCHRL_SGLANG_HIDDEN_TEST_URL"
 ENGINE_TESTS = Path(__file__).parent / "engine"
-# The order of the engine tests, by the first that a group uses: `smol` stays to the end once it is started, and what
-# needs much memory beside it (a trainer and its server, Ray's processes) comes before a second process has one too.
-FIRST, LAST = ("trainee_server", "local_ray"), ("smol",)
+# The order of the engine tests, by the first that a group uses; those with servers of their own alone come last. What
+# needs much memory (a trainer and its server, Ray's processes) comes before the other process has servers too, and each
+# process ends its `smol` behind the last test that uses it: on full 24 GiB everything waits for the disk.
+STAGES = ("trainee_server", "local_ray", "smol")
+STAGE = pytest.StashKey[int]()
+SMOL = pytest.StashKey[list[SGLangServer]]()
 # What is not worth doing twice where tests run in several processes.
 ONCE = ("trainee_server", "in_process_log")
 
 
 # The server computes on the same cores: a second thread here would wait for them, spinning.
 torch.set_num_threads(1)
+# glibc keeps what is freed for the next allocation, up to 6 GiB after the tests of weights. Beyond 1 MiB, give it back.
+M_MMAP_THRESHOLD = -3
+if hasattr(ctypes.CDLL(None), "mallopt"):
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in this hook of its own
@@ -46,13 +54,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(group_of(item)))
             users.setdefault(group_of(item), set()).update(getattr(item, "fixturenames", ()))
 
-    def stage(item: pytest.Item) -> int:
+    for item in items:
         used = users.get(group_of(item), set())
-        if not used.isdisjoint(FIRST):
-            return min(FIRST.index(name) for name in used.intersection(FIRST))
-        return len(FIRST) + (not used.isdisjoint(LAST))
+        item.stash[STAGE] = next((stage for stage, name in enumerate(STAGES) if name in used), len(STAGES))
+    items.sort(key=lambda item: item.stash[STAGE])
 
-    items.sort(key=stage)
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """End the session's server behind the last test that uses it, as `STAGES` says."""
+    if nextitem is not None and nextitem.stash[STAGE] == len(STAGES):
+        for server in item.session.stash.get(SMOL, []):
+            server.close()
 
 
 def group_of(item: pytest.Item) -> str:
@@ -77,7 +90,7 @@ def qwen3_dir(smol_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def smol(smol_dir: str) -> Iterator[SGLangServer]:
+def smol(smol_dir: str, request: pytest.FixtureRequest) -> Iterator[SGLangServer]:
     url = os.environ.get(TEST_URL_ENV)
     if url is not None:
         with connect(url) as engine:
@@ -85,6 +98,7 @@ def smol(smol_dir: str) -> Iterator[SGLangServer]:
         return
     # sleep_on_idle: this server outlives the modules that start others, and an idle SGLang spins on a core.
     with launch(smol_dir, dtype="float32", chunked_prefill_size=CHUNKED_PREFILL_SIZE, sleep_on_idle=True) as engine:
+        request.session.stash[SMOL] = [engine]
         yield engine
 
 
