@@ -20,7 +20,7 @@ from torchrl_sglang_hidden.policy.wrapper import SGLangHiddenWrapper
 from torchrl_sglang_hidden.rl.prompt_cache import CacheInfo, PromptCache
 from torchrl_sglang_hidden.rl.prompts import Prompt, PromptWriter, value_of
 
-__all__ = ["Encoding", "LabelledPrompt", "PromptEncoder"]
+__all__ = ["Encoding", "LabelledPrompt", "PromptEncoder", "check_answers_once", "mode_of", "with_labels"]
 
 
 class LabelledPrompt(NamedTuple):
@@ -143,18 +143,12 @@ class PromptEncoder:
         """Return the encodings of prompts, and the version of the weights: several of them are like none before."""
         if not prompts:
             return [], None
-        modes = {one.prompt.mode: one.label for one in prompts}
-        if len(modes) > 1:
-            raise InputTypeError(
-                f"the prompt function returned {' and '.join(f'{mode} for {label}' for mode, label in modes.items())}; "
-                "expected one kind for all rows"
-            )
-        (mode,) = modes
+        mode = mode_of(prompts)
         try:
             values: dict[str, Any] = {mode: [one.prompt.value for one in prompts]}
             out = self._asker(mode)(ragged(**values))
         except SGLangHiddenError as error:
-            told = _with_labels(error, [one.label for one in prompts])
+            told = with_labels(error, [one.label for one in prompts])
             raise told from error
         rows = list(unbind_rows(out))
         vectors = [_read_finite(row, self._hidden_key, one) for row, one in zip(rows, prompts, strict=True)]
@@ -192,17 +186,34 @@ def _hidden_key(policy: SGLangHiddenWrapper) -> NestedKey:
             f"a policy with segments={spec.segments} and spans={list(spec.spans)} returns {len(leaves)} vectors; "
             "expected one segment or one span, such as HiddenSpec(segments=('prompt',))"
         )
-    if not config.generate:
+    check_answers_once(policy)
+    return unravel_key(leaves[0])
+
+
+def check_answers_once(policy: SGLangHiddenWrapper) -> None:
+    """Refuse a policy that scores, or that returns several responses for each prompt."""
+    if not policy.config.generate:
         raise InputError(
             "a policy with generate=False scores sequences; use get_new_version(generate=True, generate_kwargs="
             "{'max_new_tokens': 0}), which reads the prompt alone"
         )
-    if config.num_responses is not None:
+    if policy.config.num_responses is not None:
         raise InputError(
-            f"a policy with num_samples={config.num_responses} returns several vectors for each prompt; use "
+            f"a policy with num_samples={policy.config.num_responses} returns several vectors for each prompt; use "
             "get_new_version(num_samples=None)"
         )
-    return unravel_key(leaves[0])
+
+
+def mode_of(prompts: Sequence[LabelledPrompt]) -> InputMode:
+    """Return how a policy reads prompts, at least one, which must be of one kind."""
+    modes = {one.prompt.mode: one.label for one in prompts}
+    if len(modes) > 1:
+        raise InputTypeError(
+            f"the prompt function returned {' and '.join(f'{mode} for {label}' for mode, label in modes.items())}; "
+            "expected one kind for all rows"
+        )
+    (mode,) = modes
+    return mode
 
 
 def _read_finite(row: TensorDictBase, key: NestedKey, asked: LabelledPrompt) -> torch.Tensor:
@@ -219,7 +230,7 @@ def _read_finite(row: TensorDictBase, key: NestedKey, asked: LabelledPrompt) -> 
     return vector
 
 
-def _with_labels(error: SGLangHiddenError, labels: list[str]) -> SGLangHiddenError:
+def with_labels(error: SGLangHiddenError, labels: list[str]) -> SGLangHiddenError:
     """Return an error of a policy, whose rows are counted as they were sent, with the names of these rows."""
     names = "; ".join(f"row {row} is {label}" for row, label in enumerate(labels))
     told = type(error)(f"{error} ({names:.400})")

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from tensordict import TensorDictBase, is_non_tensor, is_tensor_collection
+from tensordict import TensorDictBase, is_leaf_nontensor, is_non_tensor, is_tensor_collection
 from tensordict.utils import NestedKey
 from torchrl.data.llm import History
 
 from torchrl_sglang_hidden.errors import InputError, InputTypeError, MissingKeyError, SGLangHiddenError
 from torchrl_sglang_hidden.policy.prompts import InputMode
 
-__all__ = ["Prompt", "PromptSource", "PromptWriter", "name_of", "value_of"]
+__all__ = ["Field", "Prompt", "PromptSource", "PromptWriter", "leaf_keys", "name_of", "value_of"]
 
 PromptSource: TypeAlias = str | Callable[[TensorDictBase], Any]
 
@@ -50,6 +50,27 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
+class Field:
+    """Reads the prompt of a row from one of its fields: a text, a chat or token ids.
+
+    Args:
+        name: the field's key.
+
+    Raises:
+        MissingKeyError: a row lacks it.
+    """
+
+    name: str
+
+    def __call__(self, row: TensorDictBase) -> Any:
+        """Return the prompt of a row."""
+        value = row.get(self.name)
+        if value is None:
+            raise MissingKeyError(f"no {self.name!r}; it has {sorted(map(str, leaf_keys(row)))}: name one of them")
+        return value_of(value)
+
+
+@dataclass(frozen=True, slots=True)
 class PromptWriter:
     """Writes the prompt of a row.
 
@@ -77,18 +98,32 @@ class PromptWriter:
                 "'You see {observation}.', or a function of one row"
             )
         names = [name_of(key) for key in self.in_keys]
-        try:
-            fields = [field for _, field, _, _ in string.Formatter().parse(self.source) if field is not None]
-        except ValueError as error:
-            raise InputError(
-                f"prompt={self.source!r:.80}: {error}; write a brace that belongs to the text twice"
-            ) from error
-        found = {_name_in(field, names) or field for field in fields}
+        found = {_name_in(field, names) or field for field in _fields_of(self.source)}
         if found != set(names):
             raise InputError(
                 f"prompt={self.source!r:.80} has the fields {sorted(found)} and in_keys are {names}; name each in_key "
                 "in the prompt, and nothing else"
             )
+
+    @classmethod
+    def for_row(cls, source: PromptSource, row: TensorDictBase) -> PromptWriter:
+        """Return the writer of rows like this one, whose keys are those that a format string names, or all of them.
+
+        Raises:
+            MissingKeyError: a field that is no key of the row.
+            InputError, InputTypeError: a prompt that cannot be read.
+        """
+        keys = {name_of(key): key for key in leaf_keys(row)}
+        if not isinstance(source, str):
+            return cls(source, list(keys.values()))
+        fields = _fields_of(source)
+        found = [_name_in(field, keys) for field in fields]
+        if None in found or not found:
+            raise MissingKeyError(
+                f"prompt={source!r:.80} has the fields {fields}; expected one or more of the rows' keys: name some of "
+                f"{sorted(keys)}"
+            )
+        return cls(source, [keys[name] for name in dict.fromkeys(found) if name is not None])
 
     def write(self, label: str, row: TensorDictBase) -> Prompt:
         """Write the prompt of one row.
@@ -107,7 +142,7 @@ class PromptWriter:
             value = row.get(key)
             if value is None:
                 raise MissingKeyError(
-                    f"{label}: no {key!r}; it has {sorted(map(str, row.keys(True, True)))}: add it, or change in_keys"
+                    f"{label}: no {key!r}; it has {sorted(map(str, leaf_keys(row)))}: add it, or change in_keys"
                 )
             values[key] = value_of(value)
         try:
@@ -131,6 +166,11 @@ def _plain_message(part: Any) -> Any:
     raise InputTypeError(
         f"a message has {part!r:.80}, a {type(part).__name__}; expected strings and torchrl's ContentBase parts"
     )
+
+
+def leaf_keys(row: TensorDictBase) -> list[NestedKey]:
+    """Return the keys of a row's leaves, those that are no tensors included."""
+    return list(row.keys(True, True, is_leaf=is_leaf_nontensor))
 
 
 def name_of(key: NestedKey) -> str:
@@ -164,6 +204,14 @@ def _prompt_of(found: Any) -> Prompt:
 
 
 # --- format strings ---------------------------------------------------------------------------------------------------
+
+
+def _fields_of(source: str) -> list[str]:
+    """Return the replacement fields of a format string."""
+    try:
+        return [field for _, field, _, _ in string.Formatter().parse(source) if field is not None]
+    except ValueError as error:
+        raise InputError(f"prompt={source!r:.80}: {error}; write a brace that belongs to the text twice") from error
 
 
 def _name_in(field: str, names: Iterable[str]) -> str | None:
