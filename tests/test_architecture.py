@@ -60,8 +60,11 @@ FLOORS: list[list[set[str]]] = [
     ],
     [
         {"demo", "rl.schedule", "rl.prompts", "rl.prompt_cache", "rl.ablations", "rl.projection", "rl.background"},
-        {"rl.rows", "rl.encoder"},
-        {"rl.transform"},
+        {"rl.rows", "rl.encoder", "rl.data_rows", "rl.manifest"},
+        {"rl.transform", "rl.columns", "rl.shards"},
+        {"rl.labels", "rl.exports"},
+        {"rl.recording"},
+        {"rl.record"},
         {"rl"},
     ],
     [{"cli"}, {"__main__", "__init__"}],

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from torchrl_sglang_hidden.errors import MissingKeyError as MissingKeyError
     from torchrl_sglang_hidden.errors import PromptLengthError as PromptLengthError
     from torchrl_sglang_hidden.errors import ProtocolError as ProtocolError
+    from torchrl_sglang_hidden.errors import RecordingError as RecordingError
     from torchrl_sglang_hidden.errors import RequestAbortedError as RequestAbortedError
     from torchrl_sglang_hidden.errors import RequestRejectedError as RequestRejectedError
     from torchrl_sglang_hidden.errors import SGLangHiddenError as SGLangHiddenError
@@ -64,6 +65,9 @@ if TYPE_CHECKING:
     from torchrl_sglang_hidden.records import SamplingRecords as SamplingRecords
     from torchrl_sglang_hidden.records import TokenLogits as TokenLogits
     from torchrl_sglang_hidden.records import TokenRows as TokenRows
+    from torchrl_sglang_hidden.rl.record import record_hidden_states as record_hidden_states
+    from torchrl_sglang_hidden.rl.recording import Recording as Recording
+    from torchrl_sglang_hidden.rl.recording import load_recording as load_recording
     from torchrl_sglang_hidden.rl.transform import HiddenStateTransform as HiddenStateTransform
     from torchrl_sglang_hidden.spec.constraints.base import ConstraintStep as ConstraintStep
     from torchrl_sglang_hidden.spec.constraints.base import LogitConstraint as LogitConstraint
@@ -117,14 +121,16 @@ _MODULES = {
     "launch": "engines.launch",
     "logits_from_hidden": "policy.logits_from_hidden",
     "PolicyConfig": "policy.config",
+    **dict.fromkeys(("Recording", "load_recording"), "rl.recording"),
     "ragged": "policy.ragged",
+    "record_hidden_states": "rl.record",
     **dict.fromkeys(
         (
             "AlignmentError", "AuthenticationError", "BatchCancelledError", "CapabilityError", "ChatTemplateError",
             "ConstraintError", "DemoModelError", "EngineError", "EngineTimeoutError", "EngineUnreachableError",
             "InputError", "InputTypeError", "LaunchError", "MissingKeyError", "PromptLengthError", "ProtocolError",
-            "RequestAbortedError", "RequestRejectedError", "SGLangHiddenError", "SpanError", "TokenIdError",
-            "UnknownOptionError", "WeightsError",
+            "RecordingError", "RequestAbortedError", "RequestRejectedError", "SGLangHiddenError", "SpanError",
+            "TokenIdError", "UnknownOptionError", "WeightsError",
         ),
         "errors",
     ),

@@ -24,7 +24,8 @@
     │                                           a prompt's before anything is sent, a response's after sampling
     ├── ConstraintError (ValueError)            constraints that leave no token to choose: found before anything is
     │                                           sent, or in the server together with a grammar or penalties
-    └── DemoModelError (RuntimeError)           the demo model could not be made
+    ├── DemoModelError (RuntimeError)           the demo model could not be made
+    └── RecordingError (RuntimeError)           a recording of something else, or one that cannot be written or read
 
 A message gives the value, the limit and the remedy, in that order; ``tests/test_errors.py`` checks that each says what
 was expected, what to do, or where to look. Each class takes one message, so that errors pickle and cross process
@@ -53,6 +54,7 @@ __all__ = [
     "MissingKeyError",
     "PromptLengthError",
     "ProtocolError",
+    "RecordingError",
     "RequestAbortedError",
     "RequestRejectedError",
     "SGLangHiddenError",
@@ -165,3 +167,7 @@ class ConstraintError(SGLangHiddenError, ValueError):
 
 class DemoModelError(SGLangHiddenError, RuntimeError):
     """The demo model could not be fetched or converted."""
+
+
+class RecordingError(SGLangHiddenError, RuntimeError):
+    """A recording of another policy or other data, or one that is damaged or cannot be written; it stays whole."""

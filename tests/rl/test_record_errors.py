@@ -1,0 +1,236 @@
+"""What `record_hidden_states` refuses: arguments, data, and recordings of something else; what is there stays whole."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import fake_engine
+from helpers.fake_engine import RecordingEngine
+from helpers.policy_batches import make
+from helpers.recordings import PROMPT, SEGMENTS, TOKENIZER, assert_same, data_rows
+from tensordict import TensorDict
+
+from torchrl_sglang_hidden import (
+    HiddenSpec,
+    InputError,
+    InputTypeError,
+    MissingKeyError,
+    RecordingError,
+    TokenIdError,
+    load_recording,
+    record_hidden_states,
+)
+
+ROWS = data_rows(4)
+
+
+def recorded(path: Path, data: Any = None, **options: Any) -> Any:
+    policy = make("text", **{"hidden": HiddenSpec(SEGMENTS), **options.pop("policy", {})})[0]
+    options = {"prompt": PROMPT, "batch_size": 2, "progress": False, **options}
+    return record_hidden_states(policy, ROWS if data is None else data, path, **options)
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "words"),
+    [
+        ({"batch_size": 0}, InputError, "batch_size=0: expected an integer of at least 1"),
+        ({"batch_size": 2.0}, InputTypeError, "batch_size=2.0: expected"),
+        ({"every": 0}, InputError, "every=0: expected an integer of at least 1"),
+        ({"every": True}, InputTypeError, "every=True: expected"),
+        ({"dtype": "float16"}, InputTypeError, "dtype='float16': expected one of"),
+        ({"dtype": torch.int8}, InputTypeError, "dtype=torch.int8: expected one of"),
+        ({"tokens": 1}, InputTypeError, "tokens=1"),
+        (
+            {"prompt": "hi"},
+            MissingKeyError,
+            r"has the fields \[\]; expected one or more of the rows' keys: name some of",
+        ),
+        ({"prompt": "{nobody}"}, MissingKeyError, r"fields \['nobody'\].*name some of \['done', 'number', 'obs'"),
+        ({"prompt": "{words"}, InputError, "write a brace that belongs to the text twice"),
+        ({"prompt": 3}, InputTypeError, "prompt=3 is a int; expected a format string"),
+        ({"policy": {"hidden": None}}, InputError, "a policy with hidden=None returns no states; use"),
+        ({"policy": {"generate": False}}, InputError, "scores sequences; use get_new_version"),
+        ({"policy": {"num_samples": 2}}, InputError, "several vectors for each prompt; use"),
+        ({"data": 3}, InputTypeError, "data=3 is a int; expected a TensorDict, an iterable of rows"),
+        ({"data": {"a": [1, 2]}}, InputTypeError, "make a TensorDict of a mapping of arrays"),
+        ({"data": TensorDict(a=torch.zeros(2))}, InputError, r"batch size \(\); expected at least one dimension"),
+        ({"data": []}, InputError, "data with 0 rows.*expected"),
+        ({"data": iter(())}, InputError, "data with 0 rows"),
+        ({"data": [1]}, InputTypeError, "row 0: 1 is a int; expected a mapping"),
+        ({"data": [{"words": object(), "number": 1}]}, InputTypeError, "'words': <object .*cannot be recorded"),
+        ({"data": [{"words": b"w1", "number": 1}]}, InputTypeError, "'words': b'w1' cannot be recorded"),
+        ({"data": [{**ROWS[0], "hidden_states": 1}]}, InputError, r"the data has \['hidden_states'\].*; rename"),
+        ({"data": [{**ROWS[0], "text_generated": "a"}]}, InputError, r"the data has \['text_generated'\]"),
+        ({"data": [{**ROWS[0], "a": {"b": 1}, "a/b": 1}]}, InputError, "one name twice with '/' between.*; use others"),
+        ({"data": "nowhere.npz"}, InputError, "nowhere.npz is no data set that can be read; expected an .npz or"),
+    ],
+    ids=str,
+)
+def test_arguments(tmp_path: Path, options: dict[str, Any], kind: type[Exception], words: str) -> None:
+    with pytest.raises(kind, match=words):
+        recorded(tmp_path / "r", **options)
+
+
+def test_a_policy_of_another_class(tmp_path: Path) -> None:
+    with pytest.raises(InputTypeError, match="is a Linear; expected a SGLangHiddenWrapper"):
+        record_hidden_states(torch.nn.Linear(1, 1), ROWS, tmp_path, prompt=PROMPT)  # type: ignore[arg-type]
+
+
+# --- rows that are not like the others --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "words"),
+    [
+        ({"words": None}, MissingKeyError, r"row 3: no \['words'\], which the rows before have; add"),
+        ({"more": 1}, InputError, r"row 3: \['more'\], which the rows before do not have; leave"),
+        (
+            {"number": 1.5},
+            InputTypeError,
+            r"row 3, 'number': float32 \[\], and the rows before have int64 \[\]",
+        ),
+        ({"obs": np.zeros((2, 4), np.float32)}, InputTypeError, r"row 3, 'obs': float32 \[\*, 4\].*float32 \[\*, 3\]"),
+        ({"words": 1}, InputTypeError, r"row 3, 'words': int64 \[\], and the rows before have json"),
+    ],
+    ids=str,
+)
+def test_a_row_that_is_not_like_the_others(
+    tmp_path: Path, row: dict[str, Any], kind: type[Exception], words: str
+) -> None:
+    bad = {name: value for name, value in {**ROWS[3], **row}.items() if value is not None}
+    with pytest.raises(kind, match=words):
+        recorded(tmp_path / "r", [*ROWS[:3], bad])
+
+
+def test_an_id_that_the_model_does_not_have(tmp_path: Path) -> None:
+    with pytest.raises(TokenIdError, match=r"999.*\(row 0 is row 2"):
+        recorded(tmp_path / "r", [{"ids": [7]}, {"ids": [8]}, {"ids": [999]}], prompt=lambda row: row["ids"])
+
+
+def test_a_prompt_function_that_returns_no_prompt(tmp_path: Path) -> None:
+    with pytest.raises(InputTypeError, match=r"row 0: the prompt function returned 1\.5"):
+        recorded(tmp_path / "r", prompt=lambda row: 1.5)
+
+
+def test_prompts_of_several_kinds(tmp_path: Path) -> None:
+    with pytest.raises(InputTypeError, match="tokens for row 0 and text for row 1; expected one kind"):
+        recorded(tmp_path / "r", prompt=lambda row: [7] if row["number"] == 0 else "w1")
+
+
+def test_a_state_that_float16_does_not_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    states_ND = fake_engine.states_ND
+    monkeypatch.setattr(fake_engine, "states_ND", lambda *ids: 1e5 * states_ND(*ids))
+    with pytest.raises(InputError, match=r"row 0, 'token_hidden_states/prompt': .* over 65504, .*; use dtype=torch.bf"):
+        recorded(tmp_path / "r", tokens=True)
+    recorded(tmp_path / "other", tokens=True, dtype=torch.bfloat16)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"obs": np.zeros(3), "reward": np.zeros(4)}, r"the arrays have \{'obs': 3, 'reward': 4\} rows; expected one"),
+        ({"obs": np.zeros(3), "gamma": np.array(0.9)}, r"'gamma': None\} rows; expected one number for all"),
+        (
+            {"obs": np.array([{"a": 1}], dtype=object)},
+            r"obs.npy: an array of object; expected numbers or strings",
+        ),
+    ],
+    ids=str,
+)
+def test_npz_files_that_are_no_data_set(tmp_path: Path, arrays: dict[str, Any], words: str) -> None:
+    np.savez(tmp_path / "data.npz", **arrays)
+    with pytest.raises(InputError, match=words):
+        recorded(tmp_path / "r", tmp_path / "data.npz", prompt="{obs}")
+
+
+def test_files_that_are_something_else(tmp_path: Path) -> None:
+    (tmp_path / "data.npz").write_text("no zip")
+    with pytest.raises(InputError, match=r"not a zip file; expected what numpy\.savez writes"):
+        recorded(tmp_path / "r", tmp_path / "data.npz")
+    (tmp_path / "data.jsonl").write_text(json.dumps({"number": 1, "words": "w"}) + "\nno json\n")
+    with pytest.raises(InputError, match=r"data.jsonl, line 2: .*; expected one JSON object on each line"):
+        recorded(tmp_path / "r", tmp_path / "data.jsonl")
+
+
+# --- a recording of something else ------------------------------------------------------------------------------------
+
+
+def other_model() -> dict[str, Any]:
+    return {"policy": {"engine": RecordingEngine(tokenizer=TOKENIZER, model_path="another")}}
+
+
+def other_weights() -> dict[str, Any]:
+    return {"policy": {"engine": RecordingEngine(tokenizer=TOKENIZER, weight_version="v8")}}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (other_model, r"another model.path \(model.path 'recorder', now 'another'\)"),
+        (other_weights, "another weight_version"),
+        (lambda: {"policy": {"hidden": HiddenSpec(("prompt",))}}, "another segments"),
+        (lambda: {"policy": {"hidden": HiddenSpec(SEGMENTS, layers=0)}}, r"another layers \(layers -1, now 0\)"),
+        (lambda: {"policy": {"hidden": HiddenSpec(SEGMENTS, pooling="last")}}, "another pooling"),
+        (lambda: {"policy": {"chat_template": "{{ messages }}"}}, "another chat_template.text"),
+        (lambda: {"policy": {"generate_kwargs": {"max_new_tokens": 2}}}, "another generate_kwargs.max_new_tokens"),
+        (lambda: {"prompt": "w1 {words}"}, "another prompt"),
+        (lambda: {"tokens": True}, r"another tokens \(tokens None, now 'torch.float16'\)"),
+        (lambda: {"every": 2}, "another every"),
+        (lambda: {"data": [{"number": 1, "words": "w1"}] * 4}, "another fields.done, fields.obs"),
+    ],
+)
+def test_going_on_with_something_else(tmp_path: Path, change: Callable[[], dict[str, Any]], words: str) -> None:
+    before = recorded(tmp_path / "r").tensordict
+    with pytest.raises(RecordingError, match=rf"was recorded with {words}.*go on with what it was recorded with, or"):
+        recorded(tmp_path / "r", **change())
+    assert_same(load_recording(tmp_path / "r").tensordict, before)
+
+
+def test_going_on_with_another_version_of_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded(tmp_path / "r")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.0")
+    with pytest.raises(RecordingError, match=r"another versions\."):
+        recorded(tmp_path / "r")
+
+
+def test_going_on_with_another_prompt_function(tmp_path: Path) -> None:
+    recorded(tmp_path / "r", prompt=lambda row: "w1")
+    with pytest.raises(RecordingError, match=r"another prompt\.source"):
+        recorded(tmp_path / "r", prompt=lambda row: "w2")
+
+
+def test_going_on_with_other_data(tmp_path: Path) -> None:
+    recorded(tmp_path / "r")
+    other = [*ROWS[:3], {**ROWS[3], "number": 50}, *ROWS]
+    with pytest.raises(RecordingError, match="row 3 of the data is not the one that was recorded; go on with the same"):
+        recorded(tmp_path / "r", other)
+    with pytest.raises(InputError, match="data with 2 rows, and 4 are recorded; expected all of those"):
+        recorded(tmp_path / "r", ROWS[:2])
+    grown = recorded(tmp_path / "r", data_rows(6))
+    assert_same(grown.tensordict, recorded(tmp_path / "expected", data_rows(6)).tensordict)
+
+
+def test_weights_that_are_updated_meanwhile(tmp_path: Path) -> None:
+    policy, engine = make("text", hidden=HiddenSpec(SEGMENTS))
+
+    def update(rows: Any) -> None:
+        for row in rows:
+            row["meta_info"]["weight_version"] = "v8"
+
+    engine.fault = update
+    with pytest.raises(RecordingError, match="row 0: weights of version 'v8', and the policy connected to 'v7'; co"):
+        record_hidden_states(policy, ROWS, tmp_path / "r", prompt=PROMPT, progress=False)
+    assert len(load_recording(tmp_path / "r")) == 0

@@ -1,0 +1,243 @@
+"""`open_rows`: the rows of a data set, one at a time, from any row on.
+
+Reads a TensorDict, mappings (lists, generators, Hugging Face data sets), NPZ and JSON-lines files, and directories that
+TensorDict or Hugging Face saved. Knows nothing of prompts; of a file or a large TensorDict few rows are in memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import NonTensorData, TensorDict, TensorDictBase, is_tensor_collection
+
+from torchrl_sglang_hidden.errors import InputError, InputTypeError
+
+__all__ = ["DataRows", "open_rows"]
+
+# Without types in numpy.
+NPY: Any = np.lib.format
+# Rows of an NPZ that are read at a time.
+NPZ_ROWS = 256
+FILES = "an .npz or .jsonl file, or a directory that TensorDict.save or a Hugging Face data set's save_to_disk wrote"
+
+
+@dataclass(frozen=True, slots=True)
+class DataRows:
+    """The rows of a data set.
+
+    Args:
+        read: yields the rows from an index on, each a TensorDict without batch dimensions. Called once.
+        total: how many rows there are; None where only the end will tell.
+    """
+
+    read: Callable[[int], Iterator[TensorDictBase]]
+    total: int | None
+
+
+def open_rows(data: Any) -> DataRows:
+    """Return the rows of a data set.
+
+    Args:
+        data: a TensorDict, whose batch dimensions are gone through in row-major order; an iterable of mappings or of
+            TensorDicts without batch dimensions, such as a Hugging Face data set; or the path of one of `FILES`.
+
+    Raises:
+        InputTypeError: data of another type, or a row that is no mapping.
+        InputError: a path that is not there or is something else; arrays of other lengths.
+    """
+    if isinstance(data, (str, Path)):
+        return _open_path(Path(data))
+    if is_tensor_collection(data):
+        return _of_tensordict(data)
+    if isinstance(data, Mapping) or not isinstance(data, Iterable):
+        raise InputTypeError(
+            f"data={data!r:.80} is a {type(data).__name__}; expected a TensorDict, an iterable of rows (mappings), or "
+            "the path of a data set: make a TensorDict of a mapping of arrays"
+        )
+    return _of_iterable(data)
+
+
+def _open_path(path: Path) -> DataRows:
+    if path.suffix == ".npz" and path.is_file():
+        return _of_npz(path)
+    if path.suffix == ".jsonl" and path.is_file():
+        return DataRows(lambda start: _rows(itertools.islice(_lines(path), start, None), start), None)
+    if (path / "meta.json").is_file():
+        return _of_tensordict(TensorDict.load_memmap(path, allow_pickle=False))
+    if (path / "state.json").is_file():
+        return _of_iterable(_load_hugging_face(path))
+    raise InputError(f"{path} is no data set that can be read; expected {FILES}")
+
+
+def _load_hugging_face(path: Path) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(f"{path} is a Hugging Face data set, and 'datasets' is not installed; install it") from error
+    return datasets.load_from_disk(str(path))
+
+
+# --- TensorDicts and iterables ----------------------------------------------------------------------------------------
+
+
+def _of_tensordict(data: TensorDictBase) -> DataRows:
+    shape = data.batch_size
+    if not shape:
+        raise InputError("data is a TensorDict of batch size (); expected at least one dimension of rows, [N]")
+    total = math.prod(shape)
+
+    def read(start: int) -> Iterator[TensorDictBase]:
+        # Not unbind: a million rows would be a million TensorDicts at once.
+        for row in range(start, total):
+            yield data[tuple(int(place) for place in np.unravel_index(row, tuple(shape)))]
+
+    return DataRows(read, total)
+
+
+def _of_iterable(data: Any) -> DataRows:
+    total = len(data) if hasattr(data, "__len__") else None
+    if total is not None and hasattr(data, "__getitem__"):
+        return DataRows(lambda start: _rows((data[row] for row in range(start, total)), start), total)
+    return DataRows(lambda start: _rows(itertools.islice(iter(data), start, None), start), total)
+
+
+def _rows(values: Iterable[Any], start: int) -> Iterator[TensorDictBase]:
+    for index, value in enumerate(values, start):
+        if is_tensor_collection(value) and not value.batch_size:
+            yield value
+        elif isinstance(value, Mapping):
+            yield _to_row(value)
+        else:
+            raise InputTypeError(
+                f"row {index}: {value!r:.80} is a {type(value).__name__}; expected a mapping of names to values, or a "
+                "TensorDict without batch dimensions"
+            )
+
+
+def _to_row(values: Mapping[Any, Any]) -> TensorDict:
+    return TensorDict({str(name): _to_leaf(value) for name, value in values.items()})
+
+
+def _to_leaf(value: Any) -> Any:
+    """Return a value as a tensor where it is numbers, as a TensorDict where it is a mapping, or as it is."""
+    if isinstance(value, Mapping):
+        return _to_row(value)
+    if isinstance(value, torch.Tensor) or is_tensor_collection(value):
+        return value
+    if isinstance(value, (np.ndarray, np.generic)):
+        if value.dtype.kind not in "biuf":
+            return NonTensorData(value.tolist())
+        return torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("=")))
+    if _is_number(value) or (isinstance(value, (list, tuple)) and value and _is_number(_first(value))):
+        try:
+            return torch.tensor(value)
+        except (ValueError, TypeError, RuntimeError):  # lists of other lengths, numbers and None, over 64 bits
+            return NonTensorData(value)
+    return NonTensorData(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (bool, int, float))
+
+
+def _first(value: Any) -> Any:
+    while isinstance(value, (list, tuple)) and value:
+        value = value[0]
+    return value
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def _lines(path: Path) -> Iterator[Any]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise InputError(f"{path}, line {number}: {error}; expected one JSON object on each line") from error
+
+
+def _of_npz(path: Path) -> DataRows:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            shapes = {}
+            for name in archive.namelist():
+                with archive.open(name) as file:
+                    shapes[name.removesuffix(".npy")] = _read_header(path, name, file)[0]
+    except zipfile.BadZipFile as error:
+        raise InputError(f"{path}: {error}; expected what numpy.savez writes") from error
+    lengths = {name: shape[0] if shape else None for name, shape in shapes.items()}
+    if len(set(lengths.values())) != 1 or None in lengths.values():
+        raise InputError(
+            f"{path}: the arrays have {lengths} rows; expected one number for all, [N, …]: write a row for each step"
+        )
+    (total,) = set(lengths.values())
+
+    def read(start: int) -> Iterator[TensorDictBase]:
+        with ExitStack() as stack:
+            archive = stack.enter_context(zipfile.ZipFile(path))
+            columns = {}
+            for name in shapes:
+                columns[name] = _NpzArray(path, name, stack.enter_context(archive.open(f"{name}.npy")))
+                columns[name].skip(start)
+            for first in range(start, int(total or 0), NPZ_ROWS):
+                count = min(NPZ_ROWS, int(total or 0) - first)
+                blocks = {name: column.take(count) for name, column in columns.items()}
+                for row in range(count):
+                    yield _to_row({name: block[row] for name, block in blocks.items()})
+
+    return DataRows(read, total)
+
+
+def _read_header(path: Path, name: str, file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Return shape, whether it is in Fortran's order, and dtype of the array that a file in an NPZ begins with."""
+    try:
+        version = NPY.read_magic(file)
+        read = NPY.read_array_header_1_0 if version == (1, 0) else NPY.read_array_header_2_0
+        shape, is_fortran, dtype = read(file)
+    except ValueError as error:
+        raise InputError(f"{path}, {name}: {error}; expected an array that numpy.savez wrote") from error
+    if dtype.kind not in "biufU":
+        raise InputError(
+            f"{path}, {name}: an array of {dtype}; expected numbers or strings: save texts as "
+            "np.array(texts, dtype=str)"
+        )
+    return shape, is_fortran, dtype
+
+
+class _NpzArray:
+    """Reads one array of an NPZ from its first row to its last."""
+
+    def __init__(self, path: Path, name: str, file: Any) -> None:
+        shape, is_fortran, self._dtype = _read_header(path, name, file)
+        self._shape, self._file = shape[1:], file
+        self._whole: Iterator[Any] | None = None
+        if is_fortran and len(shape) > 1:  # its rows are scattered all over the file
+            with np.load(path) as arrays:
+                self._whole = iter(arrays[name])
+
+    def skip(self, count: int) -> None:
+        if self._whole is not None:
+            next(itertools.islice(self._whole, count, count), None)
+        else:
+            self._file.seek(count * math.prod(self._shape) * self._dtype.itemsize, 1)
+
+    def take(self, count: int) -> Any:
+        """Return the next rows, an array or a list."""
+        if self._whole is not None:
+            return list(itertools.islice(self._whole, count))
+        data = self._file.read(count * math.prod(self._shape) * self._dtype.itemsize)
+        return np.frombuffer(data, self._dtype).reshape(count, *self._shape)

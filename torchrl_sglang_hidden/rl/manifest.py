@@ -1,0 +1,224 @@
+"""`Manifest`: what a recording is of, and which of its shards count.
+
+A JSON file. ``about`` says everything that the recorded numbers depend on, and has a hash; a shard counts once it is
+listed. Knows nothing of what is inside a shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import inspect
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchrl_sglang_hidden.errors import RecordingError
+from torchrl_sglang_hidden.policy.wrapper import SGLangHiddenWrapper
+from torchrl_sglang_hidden.rl.prompts import PromptSource
+from torchrl_sglang_hidden.spec.hidden import HiddenSpec
+
+__all__ = ["Failure", "Manifest", "Shard", "describe", "read_manifest"]
+
+FORMAT = 1
+NAME = "manifest.json"
+PACKAGES = ("torchrl-sglang-hidden", "torch", "torchrl", "tensordict", "transformers")
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A row without a label.
+
+    Args:
+        row: its place in the data set.
+        reason: an error's class and text.
+    """
+
+    row: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A file that holds consecutive rows.
+
+    Args:
+        file: its name in the recording's directory.
+        rows: how many rows it has.
+        nbytes: its size.
+        sha256: the checksum of its bytes.
+        failures: its rows without a label.
+    """
+
+    file: str
+    rows: int
+    nbytes: int
+    sha256: str
+    failures: tuple[Failure, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The content of a recording's manifest.
+
+    Args:
+        about: what the recording is of: see `describe`.
+        shards: the shards that count, in the order of their rows.
+        complete: whether the data set was recorded to its end.
+    """
+
+    about: Mapping[str, Any]
+    shards: tuple[Shard, ...] = ()
+    complete: bool = False
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows are recorded."""
+        return sum(shard.rows for shard in self.shards)
+
+    @property
+    def hash(self) -> str:
+        """What two recordings have in common that are of the same policy, prompt and kind of data."""
+        return hashlib.sha256(json.dumps(self.about, sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """Return the text of the file."""
+        shards = [asdict(shard) for shard in self.shards]
+        content = {"about": self.about, "hash": self.hash, "complete": self.complete, "shards": shards}
+        return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+    def check_same(self, path: Path, about: Mapping[str, Any]) -> None:
+        """Refuse to go on with a recording of something else.
+
+        Raises:
+            RecordingError: a field differs.
+        """
+        before, now = _flat(self.about), _flat(about)
+        other = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+        if other:
+            differing = "; ".join(f"{name} {before.get(name)!r:.60}, now {now.get(name)!r:.60}" for name in other)
+            raise RecordingError(
+                f"{path} was recorded with another {', '.join(other)} ({differing:.400}); go on with what it was "
+                "recorded with, or record into another directory: use another path"
+            )
+
+
+def read_manifest(path: Path) -> Manifest | None:
+    """Read the manifest of a recording's directory; None where there is none.
+
+    Raises:
+        RecordingError: it cannot be read, or was changed by hand.
+    """
+    try:
+        text = (path / NAME).read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise RecordingError(f"{path / NAME}: {error}; allow reading it") from error
+    try:
+        content = json.loads(text)
+        shards = tuple(
+            Shard(**{**shard, "failures": tuple(Failure(**one) for one in shard["failures"])})
+            for shard in content["shards"]
+        )
+        manifest = Manifest(content["about"], shards, content["complete"])
+        found = content["hash"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RecordingError(
+            f"{path / NAME} is no manifest of this version ({type(error).__name__}: {error}); load the directory that "
+            "record_hidden_states wrote"
+        ) from error
+    if manifest.about.get("format") != FORMAT:
+        raise RecordingError(
+            f"{path} has format {manifest.about.get('format')!r}, and this version reads {FORMAT}; install the version "
+            f"of torchrl-sglang-hidden that wrote it: {manifest.about.get('versions')}"
+        )
+    if manifest.hash != found:
+        raise RecordingError(
+            f"{path / NAME}: its hash is {found!r:.80}, and expected was {manifest.hash!r}: it was changed after "
+            "it was written"
+        )
+    return manifest
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Return what is in nested dicts by names with dots."""
+    if not isinstance(value, Mapping):
+        return {name: value}
+    parts = (_flat(part, f"{name}.{key}" if name else str(key)) for key, part in value.items())
+    return {key: leaf for part in parts for key, leaf in part.items()}
+
+
+# --- what a recording is of -------------------------------------------------------------------------------------------
+
+
+def describe(
+    policy: SGLangHiddenWrapper,
+    prompt: PromptSource,
+    spec: HiddenSpec,
+    *,
+    dtype: torch.dtype,
+    every: int,
+    schema: Mapping[str, str],
+) -> dict[str, Any]:
+    """Return what the recorded numbers depend on, as JSON holds it.
+
+    Args:
+        policy: its model, weights, chat template, tokenizing and generating options.
+        prompt: a format string, or a function, which is known by its name and its source.
+        spec: the states that are recorded.
+        dtype: of the states of tokens.
+        every: see `record_hidden_states`.
+        schema: the fields of the data, with their dtypes and shapes.
+    """
+    info, config = policy.model.info, policy.config
+    about = {
+        "format": FORMAT,
+        "model": {
+            "path": info.model_path,
+            "vocab_size": info.vocab_size,
+            "hidden_size": info.hidden_size,
+            "num_layers": info.num_layers,
+        },
+        "weight_version": info.weight_version,
+        "segments": spec.segments,
+        "spans": {name: repr(span) for name, span in spec.spans.items()},
+        "pooling": spec.pooling,
+        "layers": spec.layers,
+        "tokens": str(dtype) if spec.tokens else None,
+        "every": every,
+        "prompt": prompt if isinstance(prompt, str) else _describe_function(prompt),
+        "chat_template": {
+            "text": config.chat_template or getattr(config.tokenizer, "chat_template", None),
+            "name": config.chat_template_name,
+            "variables": config.chat_template_kwargs,
+            "literal_content": config.literal_content,
+        },
+        "tokenizer_kwargs": config.tokenizer_kwargs,
+        "generate_kwargs": config.generate_kwargs,
+        "constraints": [repr(constraint) for constraint in config.constraints],
+        "fields": dict(schema),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+    found: dict[str, Any] = json.loads(json.dumps(about, default=repr))
+    return found
+
+
+def _describe_function(prompt: Any) -> dict[str, Any]:
+    """Return the name and the source of a prompt function; what it calls in turn is not looked at."""
+    code = prompt if inspect.isroutine(prompt) else type(prompt)
+    text = repr(prompt)
+    try:
+        source = hashlib.sha256(inspect.getsource(code).encode()).hexdigest()
+    except (OSError, TypeError):  # typed into an interpreter, or written in C
+        source = None
+    # The repr of an object may say what it was made with; an address says nothing.
+    return {
+        "name": f"{code.__module__}.{code.__qualname__}",
+        "repr": None if " at 0x" in text else text,
+        "source": source,
+    }
