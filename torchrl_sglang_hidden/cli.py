@@ -1,14 +1,15 @@
-"""The command line: ``torchrl-sglang-hidden demo | serve``.
+"""The command line: ``torchrl-sglang-hidden demo | serve | record``.
 
-Knows how arguments become a call of `run_demo` or `launch`, nothing of SGLang or TorchRL: a command imports what it
-runs when it runs, so that ``--help`` appears at once.
+Knows how arguments become a call of `run_demo`, `launch` or `record_hidden_states`, nothing of SGLang or TorchRL: a
+command imports what it runs when it runs, so that ``--help`` appears at once.
 """
 
 from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,11 +20,14 @@ from torchrl_sglang_hidden._version import __version__
 from torchrl_sglang_hidden.errors import InputError, SGLangHiddenError, UnknownOptionError
 
 if TYPE_CHECKING:
+    from torchrl_sglang_hidden.engines.base import Engine
     from torchrl_sglang_hidden.engines.launch import LaunchedServer
 
 __all__ = ["app", "main", "parse_server_arguments"]
 
 API_KEY_ENV = "TORCHRL_SGLANG_HIDDEN_API_KEY"
+# Of `record`; the recording has all of them.
+MAX_SHOWN_FAILURES = 10
 
 _SNIPPET = """\
 from tensordict import TensorDict
@@ -99,6 +103,126 @@ def demo(
     from torchrl_sglang_hidden.demo.run import run_demo
 
     run_demo(output_dir=output, max_new_tokens=max_new_tokens, temperature=temperature)
+
+
+_Data = Annotated[
+    str,
+    typer.Argument(
+        metavar="DATA",
+        help="The data set: an .npz with one row per step in each array, a .jsonl, or a directory that TensorDict.save "
+        "or a Hugging Face data set's save_to_disk wrote.",
+    ),
+]
+_Out = Annotated[
+    Path, typer.Argument(metavar="OUT", help="Directory of the recording; one that was begun is gone on with.")
+]
+_Url = Annotated[
+    list[str] | None,
+    typer.Option(help="Address of a running server; several, each with --url, share the rows.", show_default=False),
+]
+_Model = Annotated[
+    str | None,
+    typer.Option(help="A model to serve meanwhile: a directory, a model hub's name, or demo.", show_default=False),
+]
+_PromptKey = Annotated[
+    str | None,
+    typer.Option(help="The field with the prompts: texts, chats (lists of messages) or token ids.", show_default=False),
+]
+_Segments = Annotated[
+    str | None,
+    typer.Option(
+        help="Any of prompt,response,full; by default prompt where nothing is generated, else response.",
+        show_default=False,
+    ),
+]
+
+
+@app.command()
+def record(
+    data: _Data,
+    out: _Out,
+    url: _Url = None,
+    model: _Model = None,
+    prompt_key: _PromptKey = None,
+    prompt: Annotated[str | None, typer.Option(help='A template: "You see {obs}."', show_default=False)] = None,
+    segments: _Segments = None,
+    layers: Annotated[str, typer.Option(help="Layer ids, such as 7,15,-1; -1 is the last.")] = "-1",
+    pooling: Annotated[str, typer.Option(help="mean, last, max or sum.")] = "mean",
+    tokens: Annotated[bool, typer.Option("--tokens", help="Also record every token's states, in float16.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=0, help="Most tokens to generate; 0 reads the prompts.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts of one call.")] = 32,
+    every: Annotated[int, typer.Option(min=1, help="One label for so many rows of an episode.")] = 1,
+    api_key: Annotated[
+        str | None, typer.Option(envvar=API_KEY_ENV, help="Key that the servers want.", show_default=False)
+    ] = None,
+) -> None:
+    """Label a data set with hidden states; run it again after an interruption to go on.
+
+    Example: torchrl-sglang-hidden record walks.npz walks --model demo --prompt "You see {text_generated}." --every 25
+    """
+    spec = _read_spec(segments, layers, pooling, max_new_tokens)
+    source = _read_prompt(prompt, prompt_key)
+    with _open_engine(url, model, api_key, spec["layers"]) as engine:
+        from torchrl_sglang_hidden.policy.wrapper import SGLangHiddenWrapper
+        from torchrl_sglang_hidden.rl.record import record_hidden_states
+        from torchrl_sglang_hidden.spec.hidden import HiddenSpec
+
+        policy = SGLangHiddenWrapper(
+            engine,
+            input_mode="text",
+            hidden=HiddenSpec(**spec),
+            generate_kwargs={"max_new_tokens": max_new_tokens, "temperature": 0.0},
+        )
+        recording = record_hidden_states(
+            policy, data, out, prompt=source, batch_size=batch_size, tokens=tokens, every=every
+        )
+    typer.echo(f"Recorded {len(recording)} rows in {out}; {len(recording.failures)} of them have no label.")
+    for failure in recording.failures[:MAX_SHOWN_FAILURES]:
+        typer.echo(f"    {failure.reason}")
+
+
+def _read_spec(segments: str | None, layers: str, pooling: str, max_new_tokens: int) -> dict[str, Any]:
+    """Return the arguments of `HiddenSpec` that the options of ``record`` stand for."""
+    if layers == "all":
+        raise InputError("record --layers all: expected integers with commas between, such as 7,15,-1")
+    ids = parse_layers(layers, "record") or ()
+    named = segments.split(",") if segments is not None else ["response" if max_new_tokens else "prompt"]
+    return {"segments": tuple(named), "layers": ids if len(ids) > 1 else ids[0], "pooling": pooling}
+
+
+def _read_prompt(prompt: str | None, prompt_key: str | None) -> Any:
+    """Return the prompt that the options of ``record`` stand for: a format string, or what reads a field."""
+    if (prompt is None) == (prompt_key is None):
+        raise InputError(
+            f"record --prompt {prompt} --prompt-key {prompt_key}: expected one of the two; use --prompt for a "
+            "template, --prompt-key for a field"
+        )
+    if prompt_key is None:
+        return prompt
+    from torchrl_sglang_hidden.rl.prompts import Field
+
+    return Field(prompt_key)
+
+
+@contextmanager
+def _open_engine(
+    url: list[str] | None, model: str | None, api_key: str | None, layers: int | tuple[int, ...]
+) -> Iterator[Engine]:
+    """Connect to servers, or start one that ends with the block."""
+    if url and model is None:
+        from torchrl_sglang_hidden.engines.http import connect
+
+        with connect(url if len(url) > 1 else url[0], api_key=api_key) as engine:
+            yield engine
+    elif model is not None and not url:
+        from torchrl_sglang_hidden.demo.model import demo_model
+        from torchrl_sglang_hidden.engines.launch import launch
+
+        served = demo_model() if model == "demo" else model
+        with launch(served, layers=layers if isinstance(layers, tuple) else (layers,), api_key=api_key) as server:
+            yield server
+    else:
+        raise InputError(f"record --url {url} --model {model}: expected one of the two; pass the server, or the model")
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
@@ -181,7 +305,7 @@ def _serve_until_ended(model: str | None, options: dict[str, Any], server_args: 
         signal.signal(signal.SIGTERM, previous)
 
 
-def parse_layers(text: str) -> tuple[int, ...] | None:
+def parse_layers(text: str, command: str = "serve") -> tuple[int, ...] | None:
     """Read the layer ids of ``--layers``: ``"7,15,-1"`` → ``(7, 15, -1)``, and ``"all"`` → None.
 
     Raises:
@@ -190,7 +314,7 @@ def parse_layers(text: str) -> tuple[int, ...] | None:
     if text == "all":
         return None
     if not re.fullmatch(r"-?\d+(,-?\d+)*", text):
-        raise InputError(f"serve --layers {text}: expected integers with commas between, such as 7,15,-1, or all")
+        raise InputError(f"{command} --layers {text}: expected integers with commas between, such as 7,15,-1, or all")
     return tuple(int(layer) for layer in text.split(","))
 
 
