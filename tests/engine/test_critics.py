@@ -3,7 +3,8 @@
 1. V(s) is the head of the recorded vector, and GAE on it is the plain recursion, in one turn and in two.
 2. Unshifted, GAE needs the states of ``"next"``: one more call of the policy on ``batch["next"]`` writes them.
 3. Shifted, it needs none: it takes V of the next step. A rollout that is cut off has none at its end, and torchrl takes
-   V of the last step there; an end that is terminal is exact.
+   V of the last step there; an end that is terminal is exact. `add_next_states` is exact at both, and encodes the cut
+   rows alone.
 4. Losses built from an operator that holds the wrapper are those of its heads on the recorded states. They train the
    heads; the NaN of unmeasured log-probs reaches none of them.
 5. ``log_prob`` of what was sampled is what was said of it while it was sampled.
@@ -32,6 +33,7 @@ from torchrl.objectives import A2CLoss, ClipPPOLoss, LossModule
 from torchrl.objectives.value import GAE
 
 from torchrl_sglang_hidden import SGLangHiddenWrapper
+from torchrl_sglang_hidden.rl import add_next_states, make_value_head
 
 Policy = Callable[..., SGLangHiddenWrapper]
 GAMMA, LMBDA = 0.9, 0.8
@@ -203,6 +205,24 @@ def test_gae_shifted_without_next_states(dialogues: Any, turns: int, terminal: b
     exact = estimate(batch, critic)["advantage"]
     assert torch.allclose(out["advantage"], exact, rtol=1e-3, atol=1e-3) is terminal
     torch.testing.assert_close(estimate(batch, critic, shifted=True)["advantage"], exact, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_gae_on_added_next_states(dialogues: Any, terminal: bool) -> None:
+    both, batch = dialogues(turns=2, terminal=terminal)
+    encoder, asked = encoder_of(both[0]), []
+    exact = batch.copy()
+    encoder(exact["next"])
+
+    def encode(rows: TensorDictBase) -> TensorDictBase:
+        asked.append(len(rows))
+        return encoder(rows)
+
+    critic = make_value_head(both[0])
+    out = estimate(add_next_states(batch, encoder=encode), critic)
+
+    torch.testing.assert_close(out["advantage"], estimate(exact, critic)["advantage"], rtol=1e-3, atol=1e-3)
+    assert asked == ([] if terminal else [2])
 
 
 def test_the_value_operator_itself_values_the_next_states(policy: Policy) -> None:

@@ -17,7 +17,15 @@ from torchrl_sglang_hidden.errors import InputError, InputTypeError
 from torchrl_sglang_hidden.policy.prompts import Row
 from torchrl_sglang_hidden.policy.tokenizer import OwnTokenizer, check_unicode
 
-__all__ = ["Candidate", "CandidateIds", "Candidates", "Ids", "read_candidates", "warn_of_equal_beginnings"]
+__all__ = [
+    "Candidate",
+    "CandidateIds",
+    "Candidates",
+    "Ids",
+    "is_candidate",
+    "read_candidates",
+    "warn_of_equal_beginnings",
+]
 
 Candidate: TypeAlias = str | Sequence[int] | torch.Tensor
 Candidates: TypeAlias = Sequence[Candidate] | Sequence[Sequence[Candidate]]
@@ -75,7 +83,7 @@ def read_candidates(candidates: Any, prompts: Sequence[Row], own: OwnTokenizer) 
             f"candidates: a {type(candidates).__name__}; expected a list of strings or of id lists, for all rows, or "
             "one for each"
         )
-    shared = all(_is_candidate(candidate) for candidate in candidates)
+    shared = all(is_candidate(candidate) for candidate in candidates)
     if not shared and len(candidates) != len(prompts):
         raise InputError(
             f"{len(candidates)} lists of candidates for a batch of {len(prompts)} rows; give one for each row, or one "
@@ -92,7 +100,8 @@ def read_candidates(candidates: Any, prompts: Sequence[Row], own: OwnTokenizer) 
     return read
 
 
-def _is_candidate(value: Any) -> bool:
+def is_candidate(value: Any) -> bool:
+    """Return whether a value is one candidate, a string or ids, and not the list of those of a row."""
     if isinstance(value, str):
         return True
     if isinstance(value, torch.Tensor):

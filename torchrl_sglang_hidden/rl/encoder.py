@@ -20,7 +20,16 @@ from torchrl_sglang_hidden.policy.wrapper import SGLangHiddenWrapper
 from torchrl_sglang_hidden.rl.prompt_cache import CacheInfo, PromptCache
 from torchrl_sglang_hidden.rl.prompts import Prompt, PromptWriter, value_of
 
-__all__ = ["Encoding", "LabelledPrompt", "PromptEncoder", "check_answers_once", "mode_of", "with_labels"]
+__all__ = [
+    "Encoding",
+    "LabelledPrompt",
+    "PromptEncoder",
+    "check_answers_once",
+    "mode_of",
+    "pooled_keys",
+    "vector_shape",
+    "with_labels",
+]
 
 
 class LabelledPrompt(NamedTuple):
@@ -81,9 +90,7 @@ class PromptEncoder:
     @property
     def shape(self) -> torch.Size:
         """The shape of a vector, ``[D]`` or ``[K, D]``."""
-        hidden, size = self.policy.config.hidden, self.policy.model.info.hidden_size
-        layers = hidden.layers if hidden is not None else -1
-        return torch.Size((len(layers), size) if isinstance(layers, tuple) else (size,))
+        return vector_shape(self.policy)
 
     @property
     def cache_info(self) -> CacheInfo:
@@ -170,8 +177,19 @@ class PromptEncoder:
         return "" if text is None else str(value_of(text))
 
 
-def _hidden_key(policy: SGLangHiddenWrapper) -> NestedKey:
-    """Return the key of the only pooled vector that a policy returns."""
+def vector_shape(policy: SGLangHiddenWrapper) -> torch.Size:
+    """Return the shape of a vector that a policy pools, ``[D]`` or ``[K, D]``."""
+    hidden, size = policy.config.hidden, policy.model.info.hidden_size
+    layers = hidden.layers if hidden is not None else -1
+    return torch.Size((len(layers), size) if isinstance(layers, tuple) else (size,))
+
+
+def pooled_keys(policy: SGLangHiddenWrapper) -> list[NestedKey]:
+    """Return the keys of the pooled vectors that a policy returns.
+
+    Raises:
+        InputError: it returns none.
+    """
     config = policy.config
     spec, key = config.hidden, config.keys.hidden_states_key
     if spec is None or spec.pooling is None or key is None:
@@ -179,15 +197,22 @@ def _hidden_key(policy: SGLangHiddenWrapper) -> NestedKey:
             f"a policy with hidden={spec} and hidden_states_key={key!r} returns no pooled states; use "
             "policy.get_new_version(hidden=HiddenSpec(segments=('prompt',)))"
         )
-    leaves: list[NestedKey] = [(key, segment) for segment in spec.segments]
+    # Scoring knows one segment, whatever is asked of generation.
+    leaves: list[NestedKey] = [(key, segment) for segment in (spec.segments if config.generate else ("full",))]
     leaves += [(key, "spans", name) for name in spec.spans]
+    return [unravel_key(leaf) for leaf in leaves]
+
+
+def _hidden_key(policy: SGLangHiddenWrapper) -> NestedKey:
+    """Return the key of the only pooled vector that a policy returns."""
+    leaves = pooled_keys(policy)
     if len(leaves) != 1:
         raise InputError(
-            f"a policy with segments={spec.segments} and spans={list(spec.spans)} returns {len(leaves)} vectors; "
-            "expected one segment or one span, such as HiddenSpec(segments=('prompt',))"
+            f"a policy that pools {leaves} returns {len(leaves)} vectors; expected one segment or one span, such as "
+            "HiddenSpec(segments=('prompt',))"
         )
     check_answers_once(policy)
-    return unravel_key(leaves[0])
+    return leaves[0]
 
 
 def check_answers_once(policy: SGLangHiddenWrapper) -> None:
