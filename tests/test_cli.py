@@ -112,7 +112,7 @@ class TestHelp:
     def test_names_the_commands(self) -> None:
         result = invoke("--help")
         assert result.exit_code == 0
-        for word in ("demo", "serve", "record", "--version", "--debug"):
+        for word in ("demo", "serve", "record", "report", "--version", "--debug"):
             assert word in result.stdout
 
     @pytest.mark.parametrize(
@@ -125,6 +125,7 @@ class TestHelp:
                 ["DATA", "OUT", "--url", "--model", "--prompt-key", "--prompt", "--segments", "--layers", "--pooling"],
             ),
             ("record", ["--tokens", "--max-new-tokens", "--batch-size", "--every", API_KEY_ENV]),
+            ("report", ["RECORDING", "--out", "--target", "--against"]),
         ],
     )
     def test_of_a_command_names_its_options(self, command: str, options: list[str]) -> None:

@@ -1,7 +1,7 @@
-"""The command line: ``torchrl-sglang-hidden demo | serve | record``.
+"""The command line: ``torchrl-sglang-hidden demo | serve | record | report``.
 
-Knows how arguments become a call of `run_demo`, `launch` or `record_hidden_states`, nothing of SGLang or TorchRL: a
-command imports what it runs when it runs, so that ``--help`` appears at once.
+Knows how arguments become a call of `run_demo`, `launch`, `record_hidden_states` or `write_report`, nothing of SGLang
+or TorchRL: a command imports what it runs when it runs, so that ``--help`` appears at once.
 """
 
 from __future__ import annotations
@@ -223,6 +223,27 @@ def _open_engine(
             yield server
     else:
         raise InputError(f"record --url {url} --model {model}: expected one of the two; pass the server, or the model")
+
+
+@app.command()
+def report(
+    recording: Annotated[Path, typer.Argument(help="Directory that record wrote.")],
+    out: Annotated[Path | None, typer.Option(help="By default RECORDING.html.", show_default=False)] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A field to probe for, such as next.reward; several, each with --target.", show_default=False
+        ),
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="A recording of live states: how far they are from these.", show_default=False)
+    ] = None,
+) -> None:
+    """Write a page on what a recording's hidden states hold, with its pictures inside."""
+    from torchrl_sglang_hidden.rl.report import write_report
+
+    page = write_report(recording, out, targets=[tuple(name.split(".")) for name in target or ()], against=against)
+    typer.echo(f"Wrote {page}")
 
 
 @app.command(context_settings={"ignore_unknown_options": True})

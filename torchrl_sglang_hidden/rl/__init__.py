@@ -1,4 +1,4 @@
-"""What turns hidden states into agents: a transform, recordings, heads of actors and critics.
+"""What turns hidden states into agents: a transform, recordings, heads of actors and critics, diagnostics.
 
 Uses the policy as any program would, and knows nothing of engines or requests.
 """
@@ -6,20 +6,59 @@ Uses the policy as any program would, and knows nothing of engines or requests.
 from __future__ import annotations
 
 from torchrl_sglang_hidden.rl.actor_critic import make_actor_critic
+from torchrl_sglang_hidden.rl.drift import Drift, state_drift
+from torchrl_sglang_hidden.rl.layer_sweep import LayerMeasures, layer_sweep
 from torchrl_sglang_hidden.rl.llm_actor_critic import make_llm_actor_critic
+from torchrl_sglang_hidden.rl.measures import (
+    Cosines,
+    Variance,
+    effective_rank,
+    pairwise_cosine,
+    singular_values,
+    state_variance,
+)
 from torchrl_sglang_hidden.rl.next_states import add_next_states
+from torchrl_sglang_hidden.rl.plots import (
+    plot_cosines,
+    plot_layers,
+    plot_map,
+    plot_probe,
+    plot_spectrum,
+    plot_variance,
+)
+from torchrl_sglang_hidden.rl.probe import ProbeResult, linear_probe
 from torchrl_sglang_hidden.rl.record import record_hidden_states
 from torchrl_sglang_hidden.rl.recording import Recording, load_recording
+from torchrl_sglang_hidden.rl.report import write_report
 from torchrl_sglang_hidden.rl.transform import HiddenStateTransform
 from torchrl_sglang_hidden.rl.value_head import make_value_head
 
 __all__ = [
+    "Cosines",
+    "Drift",
     "HiddenStateTransform",
+    "LayerMeasures",
+    "ProbeResult",
     "Recording",
+    "Variance",
     "add_next_states",
+    "effective_rank",
+    "layer_sweep",
+    "linear_probe",
     "load_recording",
     "make_actor_critic",
     "make_llm_actor_critic",
     "make_value_head",
+    "pairwise_cosine",
+    "plot_cosines",
+    "plot_layers",
+    "plot_map",
+    "plot_probe",
+    "plot_spectrum",
+    "plot_variance",
     "record_hidden_states",
+    "singular_values",
+    "state_drift",
+    "state_variance",
+    "write_report",
 ]
