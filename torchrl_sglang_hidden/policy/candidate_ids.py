@@ -15,7 +15,8 @@ import torch
 
 from torchrl_sglang_hidden.errors import InputError, InputTypeError
 from torchrl_sglang_hidden.policy.prompts import Row
-from torchrl_sglang_hidden.policy.tokenizer import OwnTokenizer, check_unicode
+from torchrl_sglang_hidden.policy.tokenizer import OwnTokenizer
+from torchrl_sglang_hidden.sglang_api.prompt_text import check_unicode
 
 __all__ = [
     "Candidate",

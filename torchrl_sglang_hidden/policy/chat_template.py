@@ -17,6 +17,7 @@ from torchrl.data.llm import History
 from torchrl.data.llm.history import _CHAT_TEMPLATES as NAMED_TEMPLATES
 
 from torchrl_sglang_hidden.errors import ChatTemplateError, InputError, InputTypeError
+from torchrl_sglang_hidden.sglang_api.prompt_text import check_no_placeholder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,7 +26,6 @@ __all__ = [
     "ChatTemplate",
     "Message",
     "RenderedChat",
-    "check_no_placeholder",
     "goes_on",
     "messages_of",
     "read_variables",
@@ -49,8 +49,6 @@ RESERVED = {
     "conversations": "the chat is read from the TensorDict",
     "return_assistant_tokens_mask": "masks.all_assistant_mask has it",
 }
-# A special token for the place of a medium, such as <|image_pad|>, <image>, [IMG] and <|AUDIO|>.
-PLACEHOLDER = re.compile(r"(?<![a-z])(image|img|video|vision|audio)(?![a-z])", re.IGNORECASE)
 # What a message may hold beside its text. A template that does not read it would leave it out without a word.
 BESIDE_TEXT = ("tool_calls", "tool_responses")
 
@@ -198,20 +196,6 @@ class ChatTemplate:
             except _foreign_errors():
                 return f"{_name(length - 1, messages[length - 1])} {str(messages[length - 1].get('content'))[:40]!r}"
         return "the generation prompt"
-
-
-def check_no_placeholder(name: str, text: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that a text has no special token that stands for a picture or another medium.
-
-    Raises:
-        InputError: it has one; ``name`` says whose text it is.
-    """
-    for token in tokenizer.get_added_vocab():
-        if token in text and PLACEHOLDER.search(token):
-            raise InputError(
-                f"{name} has {token!r}, which the tokenizer takes for the place of a picture or another medium, and "
-                "none is sent with it; remove it from the text"
-            )
 
 
 def messages_of(history: History) -> list[dict[str, Any]]:

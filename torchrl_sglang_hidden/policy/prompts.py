@@ -27,7 +27,7 @@ from torchrl_sglang_hidden.errors import (
     SpanError,
 )
 from torchrl_sglang_hidden.policy.action_masks import ActionMaskReader
-from torchrl_sglang_hidden.policy.chat_template import ChatTemplate, check_no_placeholder, select_template
+from torchrl_sglang_hidden.policy.chat_template import ChatTemplate, select_template
 from torchrl_sglang_hidden.policy.chat_text import Chat, decode_all, last_tokens, opened_by, spoken_tokens
 from torchrl_sglang_hidden.policy.chats import ChatReader
 from torchrl_sglang_hidden.policy.literal_content import encode_chat
@@ -36,6 +36,7 @@ from torchrl_sglang_hidden.policy.sampled_turns import ChatMode, SampledTurns, T
 from torchrl_sglang_hidden.policy.text_rows import TextReader
 from torchrl_sglang_hidden.policy.token_rows import TokenReader, warn_of_pads
 from torchrl_sglang_hidden.policy.tokenizer import OwnTokenizer
+from torchrl_sglang_hidden.sglang_api.prompt_text import check_no_placeholder
 from torchrl_sglang_hidden.spec.constraints import ActionMask
 from torchrl_sglang_hidden.spec.spans import (
     Between,

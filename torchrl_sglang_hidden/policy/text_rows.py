@@ -14,7 +14,8 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey, unravel_key
 
 from torchrl_sglang_hidden.errors import InputError, InputTypeError, PromptLengthError
-from torchrl_sglang_hidden.policy.tokenizer import Encoded, OwnTokenizer
+from torchrl_sglang_hidden.policy.tokenizer import OwnTokenizer
+from torchrl_sglang_hidden.sglang_api.prompt_text import written_once
 
 __all__ = ["TextReader", "TextRow"]
 
@@ -68,7 +69,7 @@ class TextReader:
             encoded = self.own.encode(text)
         except InputError as error:
             raise type(error)(f"{name} {error}") from error
-        ids = written_once(encoded)
+        ids = written_once(encoded.ids, encoded.before, encoded.after)
         if self.generate and len(ids) > 1 and encoded.after:
             warnings.warn(
                 f"the tokenizer writes {self.own.decode(ids[-encoded.after :])!r} behind every prompt, as after a text "
@@ -120,16 +121,3 @@ class TextReader:
         if isinstance(real, torch.Tensor) and real.shape == ids.shape:
             ids = ids[real.bool()]
         return tuple(ids.tolist())
-
-
-def written_once(encoded: Encoded) -> tuple[int, ...]:
-    """Return the ids of a text without the special tokens that both it and the tokenizer wrote at one of its ends.
-
-    A text that a chat template wrote begins with a BOS already, and a tokenizer of the kind of Llama 3's adds one.
-    """
-    ids, before, after = encoded.ids, encoded.before, encoded.after
-    own = ids[before : len(ids) - after]
-    head, tail = ids[:before], ids[len(ids) - after :]
-    head = () if own[:before] == head else head
-    tail = () if after and own[-after:] == tail else tail
-    return (*head, *own, *tail)

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchrl_sglang_hidden.errors import InputError
+from torchrl_sglang_hidden.sglang_api.prompt_text import check_unicode, special_ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Encoded", "OwnTokenizer", "check_unicode", "read_tokenizer"]
+__all__ = ["Encoded", "OwnTokenizer", "read_tokenizer"]
 
 
 def read_tokenizer(
@@ -189,9 +190,7 @@ class OwnTokenizer:
         encoded = self._call(self._configured, text, defaults)
         real = [i for i, is_real in enumerate(encoded["attention_mask"]) if is_real]
         ids = tuple(encoded["input_ids"][i] for i in real)
-        added = [bool(encoded["special_tokens_mask"][i]) for i in real]
-        before = added.index(False) if False in added else len(added)
-        after = added[::-1].index(False) if False in added else 0
+        before, after = special_ends([bool(encoded["special_tokens_mask"][i]) for i in real])
         if self.options.get("truncation"):
             special = {**defaults, **self.options}.get("add_special_tokens", True)
             if ids != tuple(plain(text, add_special_tokens=special)["input_ids"]):
@@ -217,17 +216,6 @@ class OwnTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Return the exact text of ids: with special tokens, and with every blank."""
         return str(self._plain.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-
-def check_unicode(name: str, text: str) -> None:
-    """Refuse a text that no fast tokenizer reads: one with half of a surrogate pair, as in a bad ``\\u`` of JSON."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{name} has {text[error.start]!r} at character {error.start}, half of a surrogate pair and no character; "
-            "remove it, or read the text from its bytes with errors='replace'"
-        ) from error
 
 
 def _check_options(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> None:
