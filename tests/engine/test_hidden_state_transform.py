@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,14 +10,22 @@ from typing import Any
 import pytest
 import torch
 from helpers import hf_oracle
-from helpers.policy_checks import STATE_RTOL, relative_error
+from helpers.policy_checks import STATE_RTOL, make_policy, relative_error
 from helpers.word_env import WordEnv
 from tensordict import TensorDictBase
 from torchrl.collectors import MultiSyncCollector
 from torchrl.envs import ParallelEnv, TransformedEnv, check_env_specs
 from transformers import PreTrainedTokenizerBase
 
-from torchrl_sglang_hidden import HiddenSpec, HiddenStateTransform, SGLangHiddenWrapper, SGLangServer
+from torchrl_sglang_hidden import (
+    CapabilityError,
+    HiddenSpec,
+    HiddenStateTransform,
+    Request,
+    SGLangHiddenWrapper,
+    SGLangOffline,
+    SGLangServer,
+)
 
 Policy = Callable[..., SGLangHiddenWrapper]
 LENGTHS = [2, 5, 100]
@@ -130,3 +139,34 @@ def test_collectors_share_the_server(smol: SGLangServer, policy: Policy, truth: 
         seen = batch["observation"][..., 0] - batch["hidden_state_age"][..., 0]
         assert set(batch["hidden_state_age"].flatten().tolist()) == {0, 1}
         assert_vectors(batch["hidden_state"], seen, truth)
+
+
+class InProcess:
+    """Collected by the process that `in_process_log` starts, and not by name in this one."""
+
+    def test_an_engine_of_this_process_is_for_it_alone(
+        self, in_process: SGLangOffline, tokenizer: PreTrainedTokenizerBase, truth: Callable[[int], torch.Tensor]
+    ) -> None:
+        reads = make_policy(in_process, tokenizer, **READS)
+        made = HiddenStateTransform(reads, PROMPT, in_keys=["observation"])
+        with pytest.raises(
+            CapabilityError, match=r"the process that made it alone \(pid \d+\).*around the ParallelEnv"
+        ):
+            ParallelEnv(1, partial(make_env, made, 5, 0)).reset()
+        env = TransformedEnv(ParallelEnv(1, partial(WordEnv, 5)), made)
+        out = env.rollout(2)
+        env.close()
+        assert_vectors(out["hidden_state"], out["observation"][..., 0], truth)
+
+    def test_a_deep_copy_has_the_same_engine(self, in_process: SGLangOffline) -> None:
+        copied = copy.deepcopy(in_process)
+        assert copied is not in_process
+        assert copied.engine is in_process.engine
+        copied.close()
+        assert len(in_process.generate([Request((5, 6), {"max_new_tokens": 1})])) == 1
+
+
+def test_in_process(in_process_log: str) -> None:
+    assert "test_hidden_state_transform.py::InProcess::test_an_engine_of_this_process_is_for_it_alone PASSED" in (
+        in_process_log
+    )

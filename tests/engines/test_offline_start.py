@@ -5,8 +5,10 @@ In a process of its own, with an engine in place of SGLang's that records what i
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from torchrl_sglang_hidden import CapabilityError, SGLangOffline
 from torchrl_sglang_hidden.server.cpu import BIND_ENV, CPU_ENGINE_ENV, NCCL_ENV, NO_NCCL, THREADS_ENV
 
 PROGRAM = """
@@ -66,3 +69,13 @@ def test_what_the_user_set_stays(tmp_path: Path) -> None:
     environment = {BIND_ENV: "0|3", NCCL_ENV: "/opt/nccl.so", THREADS_ENV: "3"}
     _, during, after = start(tmp_path, {"tp_size": 2}, **environment)
     assert during == after == ["0|3", "/opt/nccl.so", "3"]
+
+
+def test_it_serves_the_process_that_made_it_alone() -> None:
+    engine = SGLangOffline.__new__(SGLangOffline)
+    engine._closed, engine._pid = False, os.getpid() + 1  # as in a fork
+    for use in (pickle.dumps, copy.copy, copy.deepcopy, lambda engine: engine.generate([])):
+        with pytest.raises(
+            CapabilityError, match=rf"alone \(pid {engine._pid}\).*around the ParallelEnv, or use launch"
+        ):
+            use(engine)

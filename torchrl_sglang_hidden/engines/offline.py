@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import AsyncGeneratorType
-from typing import Any
+from typing import Any, NoReturn
 
 from torchrl_sglang_hidden.engines.base import Engine, ask_model
 from torchrl_sglang_hidden.engines.loop_thread import LoopThread
@@ -26,13 +26,12 @@ from torchrl_sglang_hidden.errors import (
     EngineError,
     InputError,
     InputTypeError,
-    RequestAbortedError,
-    RequestRejectedError,
 )
 from torchrl_sglang_hidden.protocol import LAYERS_ENV, PLUGIN_ENV
 from torchrl_sglang_hidden.protocol.served_weights import ServedWeights
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
 from torchrl_sglang_hidden.server.weight_routes import list_weights
+from torchrl_sglang_hidden.sglang_api.in_process import translated
 from torchrl_sglang_hidden.sglang_api.payload import to_payload
 from torchrl_sglang_hidden.sglang_api.responses import read_responses
 from torchrl_sglang_hidden.sglang_api.server_info import read_info, warm_up
@@ -105,7 +104,7 @@ class SGLangOffline(Engine):
         self._session_host = SessionHost(
             lambda: self._info, self._call, self._send_blocking, binary=True, num_ranks=ranks
         )
-        self._closed = False
+        self._closed, self._pid = False, os.getpid()
 
     async def _read_info(self) -> EngineInfo:
         states = await self.engine.tokenizer_manager.get_internal_state()
@@ -141,7 +140,7 @@ class SGLangOffline(Engine):
         return read_responses(requests, await self._send(payload), self._info)
 
     async def _send(self, payload: dict[str, Any]) -> Any:
-        with _translated():
+        with translated():
             return await self.engine.async_generate(**payload)
 
     def _send_blocking(self, payload: dict[str, Any]) -> Any:
@@ -313,6 +312,19 @@ class SGLangOffline(Engine):
     def _check_open(self) -> None:
         if self._closed:
             raise EngineError("the engine was closed by close(); make a new one")
+        if self._pid != os.getpid():
+            self.__reduce__()
+
+    def __deepcopy__(self, memo: object) -> SGLangOffline:
+        self._check_open()
+        return SGLangOffline(self.engine)
+
+    def __reduce__(self) -> NoReturn:
+        raise CapabilityError(
+            f"an SGLangOffline serves the process that made it alone (pid {self._pid}), and no worker of a ParallelEnv "
+            "or a collector; put the transform around the ParallelEnv, or use launch(…), to whose server every copy of "
+            "a policy connects"
+        )
 
 
 def _start(
@@ -366,24 +378,9 @@ def _opted_in(options: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-@contextmanager
-def _translated() -> Iterator[None]:
-    """Turn SGLang's exceptions into this package's."""
-    from starlette.exceptions import HTTPException  # what SGLang raises for an abort, in-process too
-
-    try:
-        yield
-    except (ValueError, TypeError, OverflowError) as error:
-        raise RequestRejectedError(f"the engine refused the batch: {error}; change the requests") from error
-    except HTTPException as error:
-        raise RequestAbortedError(
-            f"the engine aborted the batch: {error.detail}; generate again, or read SGLang's output"
-        ) from error
-
-
 async def _next(rows: AsyncGenerator[Any, None]) -> Any:
     """Return a copy of SGLang's next answer, or None at the end: SGLang goes on writing into the lists that it gave."""
-    with _translated():
+    with translated():
         row = await anext(rows, None)
     if row is None:
         return None
