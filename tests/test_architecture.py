@@ -43,7 +43,7 @@ FLOORS: list[list[set[str]]] = [
         {"weights.transports", "weights.sharding"},
         {"weights.adapters"},
     ],
-    [{"engines"}],
+    [{"engines", "service"}, {"service.body"}, {"service.route"}, {"service.plugin"}],
     [
         {"policy"},
         {"policy.outputs", "policy.action_masks", "policy.chat_template", "policy.logits_from_hidden"},
@@ -100,10 +100,11 @@ FORBIDDEN: dict[str, set[str]] = {
     "weights": FOREIGN - {"transformers"},
     "server": {"tensordict", "torchrl", "httpx"},
     "engines": {"tensordict", "torchrl", f"{PACKAGE}.sglang_api.sampling"},
+    "service": {"tensordict", "torchrl", "httpx", "transformers"},
     "policy": {
         "sglang",
         "httpx",
-        *(f"{PACKAGE}.{part}" for part in ("reduce", "protocol", "server", "weights")),
+        *(f"{PACKAGE}.{part}" for part in ("reduce", "protocol", "server", "service", "weights")),
         *(f"{PACKAGE}.sglang_api.{part}" for part in ("payload", "responses", "server_info", "checks")),
     },
     **{
@@ -124,7 +125,7 @@ FORBIDDEN: dict[str, set[str]] = {
         "sglang",
         "httpx",
         *(f"{PACKAGE}.{part}" for part in ("records", "reduce", "protocol", "sglang_api", "weights", "engines")),
-        f"{PACKAGE}.server",
+        *(f"{PACKAGE}.{part}" for part in ("server", "service")),
     },
     "policy.logits_from_hidden": FOREIGN | {f"{PACKAGE}.engines"},
 }
@@ -269,6 +270,9 @@ def test_contributing_has_the_same_order() -> None:
         ("engines.http", "import tensordict", "knows nothing of"),
         ("server.plugin", "def f():\n    from torchrl.data import x", "knows nothing of"),
         ("server.plugin", "import sglang", "when it is imported itself"),
+        ("service.route", "from torchrl_sglang_hidden.engines.http import SGLangServer", "upward"),
+        ("service.body", "import torchrl", "knows nothing of"),
+        ("policy.wrapper", "from torchrl_sglang_hidden.service.prompts import prompt_ids", "knows nothing of"),
         ("server.plugin", "class A:\n    import sglang.srt", "when it is imported itself"),
         ("policy.wrapper", "from torchrl_sglang_hidden.sglang_api.payload import to_payload", "knows nothing of"),
         ("policy.wrapper", "from torchrl_sglang_hidden.engines.http import SGLangServer", "front door"),

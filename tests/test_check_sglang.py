@@ -93,8 +93,10 @@ def test_every_hook_and_import_is_listed() -> None:
         "sglang.srt.managers.schedule_batch.Req.prefix_len",
         "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer.stream_output",
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.pause_generation",
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager.served_model_name",
         "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.captured_req_width",
         f"{ROUTES}./abort_request",
+        f"{ROUTES}.model_info",
         f"{SERVER_ARGS}.enable_torch_compile",
     } <= listed
 

@@ -16,6 +16,7 @@ from typing import Any
 import torchrl_sglang_hidden
 from torchrl_sglang_hidden.server import plugin
 from torchrl_sglang_hidden.server.cpu import CPU_DEFAULTS
+from torchrl_sglang_hidden.service import plugin as service_plugin
 from torchrl_sglang_hidden.sglang_api.sampling import SGLANG_NAMES
 
 PACKAGE = Path(torchrl_sglang_hidden.__file__).parent
@@ -29,7 +30,7 @@ SERVER_ARGS = f"{_SRT}.server_args.ServerArgs"
 # Routes: words in the decorators of this module.
 ROUTES = f"{_SRT}.entrypoints.http_server"
 
-# What variables of the server half and of `engines.offline` are.
+# What variables of the server half, of the vector service and of `engines.offline` are.
 VARIABLES: Mapping[str, str] = {
     "req": f"{_MANAGERS}.schedule_batch.Req",
     "batch": f"{_MANAGERS}.schedule_batch.ScheduleBatch",
@@ -113,7 +114,7 @@ def _hooks() -> Iterator[Need]:
 
 def hooks() -> dict[str, Callable[..., Any]]:
     """Return the hooks by what they hook."""
-    return {**plugin._BEFORE, **plugin._AFTER, **plugin._AROUND}
+    return {**plugin._BEFORE, **plugin._AFTER, **plugin._AROUND, **service_plugin.HOOKS}
 
 
 def _plain(hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -147,7 +148,7 @@ def _of_file(tree: ast.Module, file: str) -> Iterator[Need]:
             for key in node.keys:
                 for route in () if key is None else _text(key):
                     yield Need("attribute", f"{VARIABLES['manager']}.{route}", file)
-    if file.startswith("server/") or file == "engines/offline.py":
+    if file.startswith("server/") or file in ("engines/offline.py", "service/route.py"):
         for target in _read(tree, dict(VARIABLES), _hooked_objects()):
             kind = "argument" if target.startswith(SERVER_ARGS) else "attribute"
             yield Need(kind, target, file)

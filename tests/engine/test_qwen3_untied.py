@@ -70,6 +70,14 @@ def qwen3_policy(qwen3: LaunchedServer, tokenizer: PreTrainedTokenizerBase) -> P
     return functools.partial(make_policy, qwen3, tokenizer)
 
 
+@pytest.fixture
+def http(qwen3: LaunchedServer, api_key: str) -> Iterator[httpx.Client]:
+    """SGLang's own interface, without this package's client."""
+    headers = {"Authorization": f"Bearer {api_key}"}
+    with httpx.Client(base_url=qwen3.url, headers=headers, timeout=120, trust_env=False) as client:
+        yield client
+
+
 def test_the_head_is_untied(qwen3_dir: str) -> None:
     """If it were tied, this file would test what test_against_hf.py tests."""
     model = AutoModelForCausalLM.from_pretrained(qwen3_dir)
@@ -162,15 +170,15 @@ def test_right_api_key(qwen3: LaunchedServer, tokenizer: PreTrainedTokenizerBase
     assert api_key not in repr(client)
 
 
+def test_the_vector_service_wants_the_key(qwen3: LaunchedServer, http: httpx.Client) -> None:
+    body = {"input": [[5, 6], [7]]}
+    for headers in ({}, {"Authorization": "Bearer wrong-key"}):
+        refused = httpx.post(f"{qwen3.url}/v1/hidden_states", json=body, headers=headers, trust_env=False)
+        assert refused.status_code == 401
+    assert len(http.post("/v1/hidden_states", json=body).json()["data"]) == 2
+
+
 # --- a storm ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def http(qwen3: LaunchedServer, api_key: str) -> Iterator[httpx.Client]:
-    """SGLang's own interface, without this package's client."""
-    headers = {"Authorization": f"Bearer {api_key}"}
-    with httpx.Client(base_url=qwen3.url, headers=headers, timeout=120, trust_env=False) as client:
-        yield client
 
 
 def test_every_answer_of_a_storm_is_right(qwen3: LaunchedServer, http: httpx.Client, qwen3_dir: str) -> None:

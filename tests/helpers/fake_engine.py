@@ -396,6 +396,32 @@ def feed(pools: HostPools, hidden_NKD: torch.Tensor) -> None:
 Respond = Callable[["Handler", dict[str, Any]], None]
 
 
+def model_page(model_path: str) -> dict[str, Any]:
+    """Return what a `RecordingEngine` answers at SGLang's ``/model_info``."""
+    return {"model_path": model_path, "weight_version": "v7", "is_generation": True}
+
+
+def server_page(**changes: Any) -> dict[str, Any]:
+    """Return what it answers at ``/server_info``; ``changes`` are of the server half's status."""
+    info = make_info()
+    fields: dict[str, Any] = {
+        "vocab_size": info.vocab_size,
+        "hidden_size": info.hidden_size,
+        "num_layers": info.num_layers,
+        "context_length": info.context_length,
+        "layers": info.layers,
+        "because": "",
+        "normed": True,
+        "shared": "",
+        "open_pools": 0,
+        "prefix_bytes": 0,
+        "constraints": known_constraints(),
+        "raw_log_probs": False,
+    }
+    status = Status(**{**fields, **changes}).pack()
+    return {"internal_states": [{CHANNEL: status}], "max_req_input_len": info.context_length - 5}
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     # An answer is two writes; the second would wait 40 ms for the client's delayed acknowledgement of the first.
@@ -440,27 +466,9 @@ class RecordingServer(ThreadingHTTPServer):
 
     def __init__(self, port: int = 0, model_path: str = "m", vocab_size: int = 96) -> None:
         super().__init__(("127.0.0.1", port), Handler)
-        info = make_info()
-        status = Status(
-            vocab_size=vocab_size,
-            hidden_size=info.hidden_size,
-            num_layers=info.num_layers,
-            context_length=info.context_length,
-            layers=info.layers,
-            because="",
-            normed=True,
-            shared="",
-            open_pools=0,
-            prefix_bytes=0,
-            constraints=known_constraints(),
-            raw_log_probs=False,
-        ).pack()
         self.pages: dict[str, tuple[int, Any]] = {
-            "/model_info": (200, {"model_path": model_path, "weight_version": "v7", "is_generation": True}),
-            "/server_info": (
-                200,
-                {"internal_states": [{CHANNEL: status}], "max_req_input_len": info.context_length - 5},
-            ),
+            "/model_info": (200, model_page(model_path)),
+            "/server_info": (200, server_page(vocab_size=vocab_size)),
         }
         self.respond: Respond = lambda handler, payload: handler.say((200, RecordingEngine().answer(payload)))
         self.seen: list[tuple[str, dict[str, str]]] = []

@@ -354,6 +354,13 @@ _AROUND: dict[str, Callable[..., Any]] = {
 }
 
 
+def is_served_version() -> bool:
+    """Return whether the SGLang of this process is one that the server half is written for."""
+    import sglang
+
+    return sglang.__version__ in SGLANG_VERSIONS
+
+
 def register() -> None:
     """Register the hooks; SGLang calls this in each of its processes."""
     if os.environ.get(PLUGIN_ENV) != "1":
@@ -361,7 +368,7 @@ def register() -> None:
     import sglang
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    if sglang.__version__ not in SGLANG_VERSIONS:
+    if not is_served_version():
         logger.warning(
             "torchrl_sglang_hidden: the server half is written for SGLang %s, and this is %s; it stays off",
             " and ".join(SGLANG_VERSIONS),

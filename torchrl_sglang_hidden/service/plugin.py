@@ -1,0 +1,54 @@
+"""Hooks the vector service into SGLang, which loads it through the entry point ``sglang.srt.plugins``.
+
+Opt-in as the server half is, beside which it stands, and without a part in what that does. Knows where SGLang's HTTP
+server is, and nothing of requests.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torchrl_sglang_hidden.protocol import PLUGIN_ENV
+from torchrl_sglang_hidden.server.plugin import is_served_version
+
+__all__ = ["HOOKS", "after_manager", "register"]
+
+
+def after_manager(result: None, manager: Any, *args: Any, **kwargs: Any) -> None:
+    """Add the route to SGLang's HTTP server, where this process is one.
+
+    The tokenizer manager is made before the server answers. `sglang.Engine` makes one too, without a server.
+    """
+    if "sglang.srt.entrypoints.http_server" not in sys.modules:
+        return
+    from sglang.srt.entrypoints import http_server
+
+    # Here and not above: SGLang's other processes load this module too, and need no route.
+    from torchrl_sglang_hidden.service.route import PATH, VectorService
+
+    service = VectorService(
+        manager,
+        make_input=http_server.GenerateReqInput,
+        model_info=http_server.model_info,
+        server_info=http_server.server_info,
+    )
+    http_server.app.add_route(PATH, service.respond, methods=["POST"])
+
+
+# All of them run after what they hook.
+HOOKS: dict[str, Callable[..., Any]] = {
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager.__init__": after_manager,
+}
+
+
+def register() -> None:
+    """Register the hook; SGLang calls this in each of its processes."""
+    if os.environ.get(PLUGIN_ENV) != "1" or not is_served_version():
+        return
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    for target, hook in HOOKS.items():
+        HookRegistry.register(target, hook, HookType.AFTER)
