@@ -2,26 +2,64 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+import pytest
+import serving
+
+from torchrl_sglang_hidden import SGLangServer
+
+Run = Callable[..., dict[str, Any]]
+# What the programs below ask of a server at most.
+ROOM = {"context_length": 256, "total_tokens": 4096}
 
 
-def run(name: str, *options: str) -> dict[str, Any]:
-    command = [sys.executable, str(BENCHMARKS / name), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=540, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+@pytest.fixture(scope="module")
+def started() -> Iterator[Callable[[str], SGLangServer]]:
+    """Return a function that starts the server of a model once for all programs; they would each start their own."""
+    with ExitStack() as stack:
+        servers: dict[str, SGLangServer] = {}
+
+        def start(model: str) -> SGLangServer:
+            if model not in servers:
+                served = serving.served(model, dtype="float32", sleep_on_idle=True, wide_layers=4, **ROOM)
+                servers[model] = stack.enter_context(served)
+            return servers[model]
+
+        yield start
 
 
-def test_hidden_states() -> None:
+@pytest.fixture
+def run(
+    started: Callable[[str], SGLangServer], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Run:
+    """Return a function that runs a program with options, and returns what its last line says."""
+
+    @contextmanager
+    def served(model: str, *, dtype: str, sleep_on_idle: bool = False, wide_layers: int = 1, **room: int) -> Any:
+        assert dtype == "float32"
+        assert all(room[name] <= most for name, most in ROOM.items())
+        yield started(model)
+
+    def run_program(name: str, *options: str) -> dict[str, Any]:
+        program = importlib.import_module(name)
+        monkeypatch.setattr(program, "served", served)
+        monkeypatch.setattr(sys, "argv", [name, *options])
+        program.main()
+        found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        return found
+
+    return run_program
+
+
+def test_hidden_states(run: Run) -> None:
     sizes = ("--prompts", "2", "--prompt-tokens", "96", "--new-tokens", "4", "--rounds", "1")
-    found = run("hidden_states.py", "--model", "wide", *sizes)
+    found = run("hidden_states", "--model", "wide", *sizes)
     wide = found["models"]["wide"]
     assert wide["hidden_size"] == 4096
     assert wide["worst_relative_difference"] < 1e-4
@@ -33,15 +71,15 @@ def test_hidden_states() -> None:
     assert sides["tokens"]["shared_bytes"] > 2 * 96 * 4096 * 4
 
 
-def test_rollout() -> None:
-    found = run("rollout.py", "--prompts", "3", "--prompt-tokens", "8", "--new-tokens", "4", "--rounds", "1")
+def test_rollout(run: Run) -> None:
+    found = run("rollout", "--prompts", "3", "--prompt-tokens", "8", "--new-tokens", "4", "--rounds", "1")
     assert found["new_tokens_a_round"] > 3
     assert found["speed_of_torchrl"] > 0
 
 
-def test_logits() -> None:
+def test_logits(run: Run) -> None:
     sizes = ("--prompts", "2", "--prompt-tokens", "8", "--new-tokens", "4", "--rounds", "1")
-    found = run("logits.py", *sizes, "--columns", "50")
+    found = run("logits", *sizes, "--columns", "50")
     sides = found["sides"]
     stock = {"top_logprobs_num", "flat top_logprobs", "token_ids_logprob"}
     assert set(sides) == {"plain", "mask", "top_k", "token_ids", "full", "full, bf16", "full, HTTP", *stock}
@@ -52,9 +90,9 @@ def test_logits() -> None:
     assert sides["full, HTTP"]["http_bytes"] > 2 * 4 * 49152 * 4
 
 
-def test_the_speed_table() -> None:
+def test_the_speed_table(run: Run) -> None:
     """Every part, at sizes that say nothing about speed, but compare all sides' answers."""
-    found = run("speed_table.py", "--quick")
+    found = run("speed_table", "--quick")
     lines = {line["what"]: line["value"] for part in found["parts"].values() for line in part["lines"]}
     assert len(found["parts"]) == 11
     assert all(value > 0 for value in lines.values())
