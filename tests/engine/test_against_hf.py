@@ -42,8 +42,10 @@ ChatIds = Callable[[str], list[int]]
 # --- 1. greedy, modes, batches, poolings ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 17])
-@pytest.mark.parametrize("mode", ["history", "text", "tokens"])
+@pytest.mark.parametrize(
+    ("mode", "num_rows"),
+    [("history", 1), ("history", 2), ("history", 17), ("text", 1), ("text", 5), ("tokens", 1), ("tokens", 5)],
+)
 def test_greedy_batches_in_every_mode(
     policy: Policy,
     tokenizer: PreTrainedTokenizerBase,
