@@ -74,7 +74,6 @@ def recorded(path: Path, data: Any = None, **options: Any) -> Any:
         ({"data": [{**ROWS[0], "a": {"b": 1}, "a/b": 1}]}, InputError, "one name twice with '/' between.*; use others"),
         ({"data": "nowhere.npz"}, InputError, "nowhere.npz is no data set that can be read; expected an .npz or"),
     ],
-    ids=str,
 )
 def test_arguments(tmp_path: Path, options: dict[str, Any], kind: type[Exception], words: str) -> None:
     with pytest.raises(kind, match=words):
@@ -102,7 +101,6 @@ def test_a_policy_of_another_class(tmp_path: Path) -> None:
         ({"obs": np.zeros((2, 4), np.float32)}, InputTypeError, r"row 3, 'obs': float32 \[\*, 4\].*float32 \[\*, 3\]"),
         ({"words": 1}, InputTypeError, r"row 3, 'words': int64 \[\], and the rows before have json"),
     ],
-    ids=str,
 )
 def test_a_row_that_is_not_like_the_others(
     tmp_path: Path, row: dict[str, Any], kind: type[Exception], words: str
@@ -148,7 +146,6 @@ def test_a_state_that_float16_does_not_hold(tmp_path: Path, monkeypatch: pytest.
             r"obs.npy: an array of object; expected numbers or strings",
         ),
     ],
-    ids=str,
 )
 def test_npz_files_that_are_no_data_set(tmp_path: Path, arrays: dict[str, Any], words: str) -> None:
     np.savez(tmp_path / "data.npz", **arrays)
