@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-CODE := torchrl_sglang_hidden tests benchmarks tools docs
+CODE := torchrl_sglang_hidden tests benchmarks tools tutorials docs
 # By files, so that the fixtures of a file are made once.
 NO_SERVER := -m "not engine" -n 2 --dist loadfile
 FAST := $(BIN)/python -m pytest $(NO_SERVER)
@@ -16,7 +16,7 @@ WITH ?= torchrl tensordict
 TESTS ?= $(NO_SERVER)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fast compat bench lint docs check format clean
+.PHONY: help install demo test fast compat bench tutorials lint docs check format clean
 
 help: ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -47,6 +47,9 @@ compat: $(INSTALLED) ## the fast tests with the newest TorchRL and TensorDict; W
 
 bench: $(INSTALLED) ## the speed table: against stock SGLang, TorchRL and Hugging Face, about 16 minutes
 	$(BIN)/python benchmarks/speed_table.py --write
+
+tutorials: $(INSTALLED) ## execute every lesson, and keep what it shows
+	$(BIN)/jupyter-execute --inplace tutorials/*.ipynb
 
 lint: $(INSTALLED) ## ruff, format, mypy --strict
 	$(BIN)/ruff check $(CODE)
