@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -36,7 +37,29 @@ LESSONS: dict[str, tuple[str, ...]] = {
         r'temperature_scale:\{"schedule":\{"linear":\[1\.5,0\.1,null\]\}\}',
         r"3\.2\d  'The capital of France is Paris\.'",
     ),
+    "103_what_a_pooled_state_is": (
+        r"torch\.Size\(\[32, 11, 576\]\)",
+        r"as they are +mean cosine \+1\.000, effective rank +2\.\d of 31",
+        r"standardised +mean cosine -0\.0\d\d, effective rank 1\d\.\d of 31",
+        r"layer +-1: thing 100% of 8 \(shuffled +\d+%, zeros +25%, p = 0\.05\)",
+        r"which thing +100%, zeros +25%, p = 0\.05, beats its controls: True",
+        r"a coin, thrown per sentence +\d+%, .* beats its controls: False",
+    ),
+    "104_language_model_as_state_encoder": (
+        r"8 wordings to train on",
+        r"torch\.Size\(\[128, 5, 576\]\) CacheInfo\(hits=\d+, misses=\d\d, ",
+        r"hidden states +trained: \+0\.\d\d +held-out wordings: \+0\.\d\d",
+        r"zeros +trained: [+-]0\.[01]\d",
+        r"hidden states against shuffled: t = \d+\.\d, p = ",
+    ),
+    "105_from_a_data_set_to_an_agent": (
+        r"4096 steps, \d+ episodes of \+0\.4\d on average",
+        r"4096 rows, 0 failures, states \(4096, 576\)",
+        r"AWR +wordings of the data: \+0\.[89]\d +wordings that are not in it: \+0\.",
+    ),
 }
+# Fewer seeds and steps where a lesson trains for minutes; what is committed has all of them.
+SHORTER = {"104_language_model_as_state_encoder": ("range(5), 32_768", "range(2), 8_192")}
 every_lesson = pytest.mark.parametrize("name", LESSONS)
 
 
@@ -59,8 +82,9 @@ def pictures_of(notebook: NotebookNode) -> list[str]:
 def assert_shows_the_lesson(notebook: NotebookNode, name: str) -> None:
     text = text_of(notebook)
     assert [pattern for pattern in LESSONS[name] if not re.search(pattern, text)] == []
-    (picture,) = pictures_of(notebook)
-    assert len(picture) > 15_000
+    pictures = pictures_of(notebook)
+    assert pictures
+    assert all(len(picture) > 12_000 for picture in pictures)
     # Ray, where it is installed, misses ipywidgets in every notebook.
     notices = [
         output for output in outputs(notebook) if "Missing packages: ['ipywidgets']" not in output.get("text", "")
@@ -73,13 +97,18 @@ def test_there_is_no_lesson_that_no_test_runs() -> None:
 
 
 @every_lesson
-def test_it_runs(name: str, tmp_path: Path) -> None:
+def test_it_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notebook = read(name)
+    long, short = SHORTER.get(name, ("", ""))
+    assert any(long in cell.source for cell in notebook.cells)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = []
+            cell.source = cell.source.replace(long, short) if long else cell.source
+    # Lessons import what stands beside them.
+    monkeypatch.setenv("PYTHONPATH", str(TUTORIALS), prepend=os.pathsep)
     # Raises with the cell and its traceback where one fails.
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
+    NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
     assert_shows_the_lesson(notebook, name)
     assert list(tmp_path.iterdir()) == []
 
