@@ -263,7 +263,7 @@ def main(
         reward = run(engine, options, directory, resume=resume)
     typer.echo(
         f"Mean reward per episode under wordings that were never trained on: {reward:+.2f} (an agent that reads "
-        "no words: 0, a perfect one: 1)"
+        "no words: at most 0, a perfect one: 1)"
     )
 
 
