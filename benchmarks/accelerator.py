@@ -33,8 +33,8 @@ from stand_ins import PROMPT_TOKENS, Request, answer_of
 from torch import nn
 
 from torchrl_sglang_hidden.protocol import unpack_answer
-from torchrl_sglang_hidden.reduce.token_logits import WantedLogits
 from torchrl_sglang_hidden.reduce.wanted import Wanted
+from torchrl_sglang_hidden.reduce.wanted_logits import WantedLogits
 from torchrl_sglang_hidden.server.capture import Capture
 from torchrl_sglang_hidden.server.layer_setup import attach_taps
 from torchrl_sglang_hidden.server.next_tokens import plan_logits

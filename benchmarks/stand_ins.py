@@ -13,8 +13,8 @@ from typing import Any
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchrl_sglang_hidden.protocol import CHANNEL, pack_options
-from torchrl_sglang_hidden.reduce.token_logits import WantedLogits
 from torchrl_sglang_hidden.reduce.wanted import Wanted
+from torchrl_sglang_hidden.reduce.wanted_logits import WantedLogits
 
 PROMPT_TOKENS = 8
 

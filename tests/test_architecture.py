@@ -34,6 +34,8 @@ FLOORS: list[list[set[str]]] = [
             "sglang_api.server_info",
             "sglang_api.log_probs",
             "sglang_api.sampled",
+            "sglang_api.stock_states",
+            "sglang_api.images",
         },
         {"sglang_api.checks", "sglang_api.responses"},
         {"weights.trainers"},

@@ -5,8 +5,8 @@ Knows nothing of TensorDicts, nor of how the records travel.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -44,11 +44,43 @@ NO_RECORDS = SamplingRecords()
 
 
 @dataclass(frozen=True, slots=True)
+class Images:
+    """Says which images stand in a prompt, and where.
+
+    Args:
+        sent_ids: the prompt with one placeholder for each image: what the engine gets, which expands it.
+        data: the images as data URIs, in the order of their placeholders.
+        ranges: where each image's rows stand in `Request.prompt_ids`, half-open, in order.
+        placeholder: the id of an image row in `Request.prompt_ids`. Rows inside a range with another id, such as
+            Pixtral's breaks, are ordinary tokens.
+    """
+
+    sent_ids: tuple[int, ...]
+    data: tuple[str, ...]
+    ranges: tuple[tuple[int, int], ...]
+    placeholder: int
+
+    def rows(self, prompt_ids: Sequence[int]) -> tuple[int, ...]:
+        """Return the positions of the expanded prompt where an image stands and no token."""
+        return tuple(
+            position
+            for start, stop in self.ranges
+            for position in range(start, stop)
+            if prompt_ids[position] == self.placeholder
+        )
+
+    def followed_by(self, ids: Sequence[int]) -> Images:
+        """Return the same images in a prompt that goes on with these ids, such as a response."""
+        return replace(self, sent_ids=(*self.sent_ids, *ids))
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """Says what to do with one prompt: what to generate, and what comes back.
 
     Args:
-        prompt_ids: the P token ids of the prompt, without padding. The engine gets exactly these.
+        prompt_ids: the P token ids of the prompt, without padding. The engine gets exactly these, or computes them
+            from ``images.sent_ids``: with images they are expanded, one id for each row of an image.
         sampling: SGLang's sampling parameters by SGLang's names. ``max_new_tokens=0`` reads the prompt and generates
             nothing.
         return_log_probs: whether the log-prob of every sampled token comes back.
@@ -71,6 +103,8 @@ class Request:
         return_errors: whether what goes wrong with this request alone, after it was sent, comes back as
             `Completion.error`: an abort, a span that the response does not have, constraints that left no token. False
             raises it, and the completions of all rows are on the exception.
+        images: the images in the prompt, or None for none. All positions of a request (``score_from``, ``spans``,
+            ``response_ranges``) count the rows of ``prompt_ids``.
     """
 
     prompt_ids: tuple[int, ...]
@@ -89,6 +123,12 @@ class Request:
     processor: str | None = None
     records: SamplingRecords = NO_RECORDS
     return_errors: bool = False
+    images: Images | None = None
+
+    @property
+    def image_rows(self) -> tuple[int, ...]:
+        """The positions of the prompt where an image stands and no token; none without images."""
+        return () if self.images is None else self.images.rows(self.prompt_ids)
 
     @property
     def reads_only(self) -> bool:
@@ -162,7 +202,7 @@ class Completion:
     """Holds what came back for one `Request`. All per-token fields were checked to have the same T.
 
     Args:
-        prompt_ids: the P prompt ids that were sent.
+        prompt_ids: the P prompt ids, expanded where there are images.
         response_ids: the T sampled ids, with the one that ended the response. T ≥ 1; T = 0 where the request generates
             nothing.
         text: the response as text, without special tokens and without a matched stop string.
@@ -174,14 +214,15 @@ class Completion:
         mixed_weights: whether earlier tokens were sampled with other weights, because of an update in between.
         versions: the versions of the weights that sampled the response, each with the number of its tokens, in order.
         prompt_log_probs_P: float32 ``[P - score_from]``, the log-prob of each prompt token given the tokens before it;
-            NaN for token 0, and None where the request does not ask. It is of the model's own distribution, without
-            temperature or penalties. Inside ``response_ranges`` the request's constraints apply, and a token that they
-            remove has ``-inf``.
+            NaN for token 0 and at every row of an image, where no token is, and None where the request does not ask.
+            It is of the model's own distribution, without temperature or penalties. Inside ``response_ranges`` the
+            request's constraints apply, and a token that they remove has ``-inf``.
         spans: the pooled spans that the request asks for, by name.
         token_rows: the states of every position that ``HiddenSpec(tokens=True)`` asks for, from the first position to
             the last; or None.
         logits: the logits of the T response tokens, or None.
-        prompt_logits: the logits of the prompt tokens 1 … P-1, or None.
+        prompt_logits: the logits of the prompt tokens 1 … P-1, or None. Row p-1 is what the rows before p say of what
+            stands at p, at image rows too, where nothing is predicted.
         error: what went wrong with this request alone, or None. The tokens and log-probs of an aborted response are
             those that were sampled before; states that are not there are missing in ``hidden`` and ``spans``.
         entropy_T: float32 ``[T]``, in nats, of the distribution that ``log_probs_T`` is of; None where it is not asked
@@ -268,6 +309,9 @@ class EngineInfo:
         max_sampling_mask: most tokens that one token is drawn from, for ``return_sampling_mask``; 0 where the engine
             does not give them.
         returns_routed_experts: whether the engine records experts, under ``--enable-return-routed-experts``.
+        takes_images: whether the model reads images.
+        max_images: most images of one prompt, as the server was started; None for no limit.
+        image_token_id: the id that stands for an image in the ids that are sent; None where it is not known.
     """
 
     model_path: str
@@ -290,3 +334,6 @@ class EngineInfo:
     raw_log_probs: bool = False
     max_sampling_mask: int = 0
     returns_routed_experts: bool = False
+    takes_images: bool = False
+    max_images: int | None = None
+    image_token_id: int | None = None

@@ -25,7 +25,8 @@ def assert_completion(
     response_ids = completion.response_ids or (0,)
     layers = () if spec is None else tuple(canonical_layer(layer, num_layers) for layer in spec.layer_ids)
     temperature = request.sampling.get("temperature", 1.0) or 1.0
-    truth = hf_oracle.teacher_force(model_dir, prompt_ids, response_ids, temperature, layers)
+    images = () if request.images is None else request.images.data
+    truth = hf_oracle.teacher_force(model_dir, prompt_ids, response_ids, temperature, layers, images)
     name = f"P={len(prompt_ids)} T={len(completion.response_ids)} {spec}"
     assert prompt_ids == request.prompt_ids, name
     if completion.log_probs_T is not None:

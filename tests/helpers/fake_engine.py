@@ -23,6 +23,7 @@ from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from helpers.fake_images import images_in, joined, seen_ids
 from helpers.reference_pooling import pool
 from torchrl_sglang_hidden.engines import Engine
 from torchrl_sglang_hidden.engines.sessions import Session, SessionHost
@@ -34,7 +35,8 @@ from torchrl_sglang_hidden.reduce.columns import select_columns
 from torchrl_sglang_hidden.reduce.constraining import constrain
 from torchrl_sglang_hidden.reduce.entropy import entropy_rows
 from torchrl_sglang_hidden.reduce.pooling import HostPools
-from torchrl_sglang_hidden.reduce.token_logits import FoundLogits, NextToken, RequestLogits, WantedLogits, keep_rows
+from torchrl_sglang_hidden.reduce.token_logits import NextToken, RequestLogits, keep_rows
+from torchrl_sglang_hidden.reduce.wanted_logits import FoundLogits, WantedLogits
 from torchrl_sglang_hidden.server.next_tokens import StepLogits
 from torchrl_sglang_hidden.server.token_rows import PromptPart
 from torchrl_sglang_hidden.sglang_api.payload import to_payload
@@ -175,7 +177,7 @@ class RecordingEngine(Engine):
         self.payloads: list[dict[str, Any]] = []
         self.closed = 0
         self.updates: list[tuple[Any, str, str]] = []
-        self.sessions: dict[str, dict[str | None, list[int]]] = {}
+        self.sessions: dict[str, dict[str | None, Request]] = {}
         self._host = SessionHost(lambda: self._info, self.session_call, self.turn, binary=binary, num_ranks=2)
 
     @property
@@ -191,7 +193,7 @@ class RecordingEngine(Engine):
         with self._lock:
             self.requests += requests
             self.payloads.append(payload)
-        rows = self.answer(payload)
+        rows = self.answer(payload, requests)
         if self.fault is not None:
             self.fault(rows)
         return rows
@@ -232,7 +234,7 @@ class RecordingEngine(Engine):
 
     def session_call(self, route: str, payload: dict[str, Any]) -> None:
         if route == "open_session":
-            self.sessions[payload["session_id"]] = {None: []}
+            self.sessions[payload["session_id"]] = {None: Request(())}
         else:
             del self.sessions[payload["session_id"]]
 
@@ -244,9 +246,10 @@ class RecordingEngine(Engine):
         if session["rid"] not in turns:
             raise RequestRejectedError("Invalid request session id")
         before, new_ids = turns[session["rid"]], payload["input_ids"][0]
-        ids = [*before, *(new_ids[1:] if before and new_ids[0] == BOS_ID else new_ids)]
-        rows = self.answer({**payload, "input_ids": [ids]})
-        turns[payload["rid"][0]] = ids + rows[0]["output_ids"]
+        new_ids = new_ids[1:] if before.prompt_ids and new_ids[0] == BOS_ID else new_ids
+        turn = joined(before, images_in(new_ids, payload.get("image_data", [[]])[0]))
+        rows = self.answer(payload, [turn])
+        turns[payload["rid"][0]] = joined(turn, Request(tuple(rows[0]["output_ids"])))
         if self.fault is not None:
             self.fault(rows)
         return rows
@@ -263,29 +266,40 @@ class RecordingEngine(Engine):
     def close(self) -> None:
         self.closed += 1
 
-    def answer(self, payload: dict[str, Any]) -> Answer:
-        """Return what SGLang's ``/generate`` would answer to a payload."""
+    def answer(self, payload: dict[str, Any], requests: Sequence[Request] | None = None) -> Answer:
+        """Return what SGLang's ``/generate`` would answer to a payload.
+
+        Args:
+            payload: what was sent.
+            requests: what it was made of, which say how its images are expanded; None for `IMAGE_ROWS` rows each.
+        """
         stock = payload.get("return_hidden_states", [False] * len(payload["input_ids"]))
         starts = payload.get("logprob_start_len", [-1] * len(payload["input_ids"]))
-        columns = (payload["input_ids"], payload["sampling_params"], payload["return_logprob"], stock, starts)
+        if requests is None:
+            data = payload.get("image_data", [[]] * len(payload["input_ids"]))
+            requests = [images_in(ids, uris) for ids, uris in zip(payload["input_ids"], data, strict=True)]
+        columns = (requests, payload["sampling_params"], payload["return_logprob"], stock, starts)
         rows = [self._answer_row(index, *row) for index, row in enumerate(zip(*columns, strict=True))]
-        for row, prompt_ids, mask in zip(rows, columns[0], payload.get("return_sampling_mask", stock), strict=True):
-            row["meta_info"] |= recorded(prompt_ids, row["output_ids"], bool(mask), "return_routed_experts" in payload)
+        for row, request, mask in zip(rows, requests, payload.get("return_sampling_mask", stock), strict=True):
+            ids = seen_ids(request.prompt_ids, request.images)
+            row["meta_info"] |= recorded(ids, row["output_ids"], bool(mask), "return_routed_experts" in payload)
         return rows if self._binary else json.loads(json.dumps(rows))
 
     def _answer_row(
-        self, index: int, prompt_ids: list[int], sampling: dict[str, Any], return_logprob: bool, stock: bool, start: int
+        self, index: int, request: Request, sampling: dict[str, Any], return_logprob: bool, stock: bool, start: int
     ) -> dict[str, Any]:
+        prompt_ids = seen_ids(request.prompt_ids, request.images)
         limit = sampling.get("max_new_tokens", DEFAULT_NEW_TOKENS)
         if limit == self._info.max_prompt_tokens - len(prompt_ids):
             # All the room there is: what the payload says where SGLang's default would be more, which is less here.
             limit = min(limit, DEFAULT_NEW_TOKENS)
-        response_ids = list(self._respond(prompt_ids))[:limit]
+        response_ids = list(self._respond(list(request.prompt_ids)))[:limit]
         options = unpack_options(sampling.get("custom_params"))
         logits = log_probs = None
         if options is not None and options.logits != WantedLogits():
             temperature = sampling.get("temperature", 1.0) or 1.0
-            response_ids, log_probs, logits = choose(options.logits, prompt_ids, response_ids, limit, temperature)
+            one = RequestLogits(options.logits, request.prompt_ids, image_rows=frozenset(request.image_rows))
+            response_ids, log_probs, logits = choose(one, prompt_ids, response_ids, limit, temperature)
         stopped = response_ids[-1] == EOS_ID
         meta: dict[str, Any] = {
             "id": f"recorded-{index}",
@@ -297,8 +311,10 @@ class RecordingEngine(Engine):
             values = log_probs or [log_prob_of(i) for i in response_ids]
             meta["output_token_logprobs"] = [[v, i, None] for v, i in zip(values, response_ids, strict=True)]
         if return_logprob and start >= 0:
-            given = [[log_prob_of(i), i, None] for i in prompt_ids[start + 1 :]]
-            meta["input_token_logprobs"] = [[None, prompt_ids[start], None], *given]
+            # At the rows of an image SGLang gives id 0.
+            given = [0 if i >= len(WORDS) else i for i in prompt_ids[start:]]
+            entries = [[log_prob_of(i), i, None] for i in given[1:]]
+            meta["input_token_logprobs"] = [[None, given[0], None], *entries]
         hidden_ND = states_ND(prompt_ids, response_ids)
         if options is not None:
             pools = HostPools(options.wanted, len(prompt_ids))
@@ -340,13 +356,13 @@ def experts_ND(ids: Sequence[int]) -> torch.Tensor:
 
 
 def choose(
-    wanted: WantedLogits, prompt_ids: list[int], preferred: list[int], limit: int, temperature: float
+    one: RequestLogits, prompt_ids: list[int], preferred: list[int], limit: int, temperature: float
 ) -> tuple[list[int], list[float] | None, FoundLogits]:
     """Choose tokens as a server does: the preferred ids where the constraints allow them, else the best allowed id.
 
     Returns the ids, their log-probs where the request has constraints or wants logits of the response, and its logits.
     """
-    one = RequestLogits(wanted, prompt_ids)
+    wanted = one.wanted
     step = one.plan_prompt(0, len(prompt_ids))
     if step is not None:
         rows_ND = torch.stack([logits_V(prompt_ids[: place + 1]) for place in range(len(prompt_ids))])
@@ -417,6 +433,7 @@ def server_page(**changes: Any) -> dict[str, Any]:
         "prefix_bytes": 0,
         "constraints": known_constraints(),
         "raw_log_probs": False,
+        "image_token_id": info.image_token_id,
     }
     status = Status(**{**fields, **changes}).pack()
     return {"internal_states": [{CHANNEL: status}], "max_req_input_len": info.context_length - 5}

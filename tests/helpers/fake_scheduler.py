@@ -17,8 +17,8 @@ from helpers.fake_engine import HIDDEN_SIZE, of_layer
 from helpers.reference_pooling import Case, assert_pools, decode
 from torchrl_sglang_hidden.protocol import CHANNEL, pack_options, unpack_answer
 from torchrl_sglang_hidden.reduce.columns import select_columns
-from torchrl_sglang_hidden.reduce.token_logits import WantedLogits
 from torchrl_sglang_hidden.reduce.wanted import Wanted
+from torchrl_sglang_hidden.reduce.wanted_logits import WantedLogits
 from torchrl_sglang_hidden.server.capture import Capture
 from torchrl_sglang_hidden.server.next_tokens import StepLogits, plan_logits
 from torchrl_sglang_hidden.server.step_rows import HostRows

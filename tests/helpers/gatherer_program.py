@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from torchrl_sglang_hidden.reduce.token_logits import RequestLogits, WantedLogits
+from torchrl_sglang_hidden.reduce.token_logits import RequestLogits
+from torchrl_sglang_hidden.reduce.wanted_logits import WantedLogits
 from torchrl_sglang_hidden.server.cpu import cpu_engine_environment
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 

@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from helpers.reference_pooling import pool
+from helpers.vlm_models import image_of, processor_of
 
 FINAL = -1  # the layer id of what the head reads: the last layer's output after the final norm
 
@@ -53,7 +54,23 @@ class Truth:
 
 @functools.lru_cache(maxsize=2)
 def load(model_dir: str) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    reads_images = hasattr(AutoConfig.from_pretrained(model_dir), "vision_config")
+    kind = AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
+    return kind.from_pretrained(model_dir, dtype=torch.float32).eval()
+
+
+def last_states(model: PreTrainedModel, ids: Sequence[int], images: Sequence[str] = ()) -> torch.Tensor:
+    """Return the states after the final norm, ``[S, D]``, of expanded ids with these images (data URIs) in them."""
+    fed = torch.tensor([list(ids)])
+    if not hasattr(model.config, "vision_config"):
+        return model.get_decoder()(fed, use_cache=False).last_hidden_state[0]
+    inputs = {}
+    if images:
+        pictures = [image_of(uri) for uri in images]
+        inputs = dict(processor_of(model.name_or_path).image_processor(images=pictures, return_tensors="pt"))
+    if "image_grid_thw" in inputs:
+        inputs["mm_token_type_ids"] = (fed == model.config.image_token_id).int()
+    return model.model(input_ids=fed, use_cache=False, **inputs).last_hidden_state[0]
 
 
 @contextmanager
@@ -92,12 +109,13 @@ def teacher_force(
     response_ids: Sequence[int],
     temperature: float = 1.0,
     layers: Sequence[int] = (),
+    images: Sequence[str] = (),
 ) -> Truth:
     """Run one forward pass over the prompt and all response tokens but the last, which no step ever reads.
 
-    ``layers`` are those that `Truth.states` is asked for, beside -1, which is always there.
+    ``layers`` are those that `Truth.states` is asked for, beside -1, which is always there. ``images`` are data URIs.
     """
-    return _teacher_force(model_dir, tuple(prompt_ids), tuple(response_ids), temperature, tuple(layers))
+    return _teacher_force(model_dir, tuple(prompt_ids), tuple(response_ids), temperature, tuple(layers), tuple(images))
 
 
 @functools.lru_cache(maxsize=32)
@@ -108,11 +126,11 @@ def _teacher_force(
     response_ids: tuple[int, ...],
     temperature: float,
     layers: tuple[int, ...],
+    images: tuple[str, ...],
 ) -> Truth:
     model = load(model_dir)
-    fed = torch.tensor([[*prompt_ids, *response_ids[:-1]]])
     with _recorded(model, layers) as layer_states:
-        states_SD = model.get_decoder()(fed, use_cache=False).last_hidden_state[0]
+        states_SD = last_states(model, [*prompt_ids, *response_ids[:-1]], images)
     logits_TV = head(model, states_SD[len(prompt_ids) - 1 :])
     log_probs_TV = torch.log_softmax(logits_TV / temperature, dim=-1)
     best_two_T2 = logits_TV.topk(2, dim=-1).values

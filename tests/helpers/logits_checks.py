@@ -31,9 +31,10 @@ Grammar = Callable[[Sequence[int]], torch.Tensor]
 
 @functools.lru_cache(maxsize=8)
 @torch.inference_mode()
-def logits_of(model_dir: str, ids: tuple[int, ...]) -> torch.Tensor:
+def logits_of(model_dir: str, ids: tuple[int, ...], images: tuple[str, ...] = ()) -> torch.Tensor:
     """Return ``[N, V]``: row n is what the token after the first n+1 is drawn from."""
-    return hf_oracle.load(model_dir)(torch.tensor([list(ids)]), use_cache=False).logits[0]
+    model = hf_oracle.load(model_dir)
+    return hf_oracle.head(model, hf_oracle.last_states(model, ids, images))
 
 
 def temperature_at(scale: TemperatureScale, index: int, most: int) -> float:
@@ -176,8 +177,9 @@ def assert_choices(
     num_prompt, num_response = len(prompt_ids), len(response_ids)
     name = f"P={num_prompt} T={num_response} {request.sampling} {spec} {str(request.constraints)[:300]}"
     assert prompt_ids == request.prompt_ids, name
-    all_NV = logits_of(model_dir, (*prompt_ids, *response_ids))
-    eos_id = hf_oracle.load(model_dir).config.eos_token_id
+    images = () if request.images is None else request.images.data
+    all_NV = logits_of(model_dir, (*prompt_ids, *response_ids), images)
+    eos_id = hf_oracle.load(model_dir).config.get_text_config().eos_token_id
     sharpest = 1.0
     if num_response:
         raw_TV = all_NV[num_prompt - 1 : -1]
@@ -267,7 +269,9 @@ def assert_scores(
     assert found_P is not None, name
     assert found_P.shape == (len(ids) - request.score_from,), name
     scores_N = scored_NV.log_softmax(-1).gather(1, torch.tensor(ids)[1:, None])[:, 0]
-    expected_P = torch.cat([torch.tensor([math.nan]), scores_N])[request.score_from :]
+    expected_P = torch.cat([torch.tensor([math.nan]), scores_N])
+    expected_P[list(request.image_rows)] = math.nan
+    expected_P = expected_P[request.score_from :]
     torch.testing.assert_close(found_P, expected_P, atol=4 * atol, rtol=0, equal_nan=True, msg=f"scores of {name}")
 
 

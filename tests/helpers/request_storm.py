@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -19,6 +20,7 @@ from helpers.policy_checks import prompt_of
 from torchrl_sglang_hidden import HiddenSpec, LastTokens, TokenMask
 from torchrl_sglang_hidden.engines.launch import LaunchedServer
 from torchrl_sglang_hidden.records import Request
+from torchrl_sglang_hidden.sglang_api.payload import sent_ids_of
 from torchrl_sglang_hidden.spec.hidden import POOLINGS, SEGMENTS
 from torchrl_sglang_hidden.spec.spans import PromptSpan
 
@@ -95,6 +97,7 @@ def storm(
     calls: int = 100,
     most_rows: int = 5,
     callers: int = 12,
+    draw: Callable[[random.Random], Request] = draw_request,
 ) -> int:
     """Send all requests, check every answer, and return how many there were.
 
@@ -106,10 +109,11 @@ def storm(
         calls: of the engine, each with ``1 … most_rows`` requests.
         most_rows: see ``calls``.
         callers: calls at the same time.
+        draw: draws a request.
     """
     chance = random.Random(seed)
-    batches = [[draw_request(chance) for _ in range(chance.randint(1, most_rows))] for _ in range(calls)]
-    doomed = [(f"doomed-{seed}-{index}", draw_request(chance)) for index in range(ABORTS)]
+    batches = [[draw(chance) for _ in range(chance.randint(1, most_rows))] for _ in range(calls)]
+    doomed = [(f"doomed-{seed}-{index}", draw(chance)) for index in range(ABORTS)]
     done = threading.Event()
 
     def abort_some() -> None:
@@ -117,7 +121,8 @@ def storm(
             for rid, request in doomed:
                 payload = {
                     "rid": rid,
-                    "input_ids": list(request.prompt_ids),
+                    "input_ids": list(sent_ids_of(request)),
+                    "image_data": list(request.images.data) if request.images is not None else None,
                     "sampling_params": {"max_new_tokens": 200, "min_new_tokens": 200},
                 }
                 answer = pool.submit(http.post, "/generate", json=payload)

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from torchrl_sglang_hidden.protocol import CHANNEL, pack_options
-from torchrl_sglang_hidden.reduce.token_logits import WantedLogits
 from torchrl_sglang_hidden.reduce.wanted import Wanted
+from torchrl_sglang_hidden.reduce.wanted_logits import WantedLogits
 
 
 class Req:
@@ -22,6 +22,7 @@ class Req:
         self.extra_key = None
         self.session: Any = None
         self.multimodal_inputs: Any = None
+        self.vocab_size = 10**6
         self.prefix_len = self.host_hit_length = 0
 
     def finished(self) -> bool:

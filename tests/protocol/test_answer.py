@@ -35,7 +35,7 @@ from torchrl_sglang_hidden.protocol.shared_memory import MIN_BYTES, SharedFiles,
 from torchrl_sglang_hidden.protocol.tensors import pack_tensor
 from torchrl_sglang_hidden.records import TokenLogits
 from torchrl_sglang_hidden.reduce.pooling import Pools, WantedRows
-from torchrl_sglang_hidden.reduce.token_logits import FoundLogits
+from torchrl_sglang_hidden.reduce.wanted_logits import FoundLogits
 
 D = 8
 WAYS: tuple[Way, ...] = ("binary", "text", "shared")
@@ -410,7 +410,7 @@ def test_an_answer_that_did_not_come_whole(case: str) -> None:
         unpack_answer(answer, "row 5", D)
 
 
-@pytest.mark.parametrize("protocol", [None, 1, 2, 3, 4, 6, "5"])
+@pytest.mark.parametrize("protocol", [None, 1, 2, 3, 4, 5, 7, "6"])
 def test_an_answer_of_another_protocol(protocol: Any) -> None:
     answer = sent(pools_of(), "text")
     answer[0]["protocol"] = protocol

@@ -35,8 +35,8 @@ from torchrl_sglang_hidden.protocol import (
     request_options,
     unpack_options,
 )
-from torchrl_sglang_hidden.reduce.token_logits import WantedLogits
 from torchrl_sglang_hidden.reduce.wanted import Wanted
+from torchrl_sglang_hidden.reduce.wanted_logits import WantedLogits
 from torchrl_sglang_hidden.spec.constraints import (
     ActionMask,
     DisallowedTokens,

@@ -16,6 +16,7 @@ from torchrl_sglang_hidden.protocol import (
 STATUS = Status(
     vocab_size=96, hidden_size=8, num_layers=4, context_length=64, layers=(0, -1), because="", normed=True, shared="",
     open_pools=0, prefix_bytes=0, constraints=("action_mask",), raw_log_probs=False,
+    image_token_id=None,
 )  # fmt: skip
 
 
@@ -26,7 +27,7 @@ def test_a_status_round_trip(layers: tuple[int, ...] | None) -> None:
     assert Status.unpack(json.loads(json.dumps(status.pack()))) == status
 
 
-@pytest.mark.parametrize("protocol", [None, 0, 1, 2, 3, 4, 6, "5"])
+@pytest.mark.parametrize("protocol", [None, 0, 1, 2, 3, 4, 5, 7, "6"])
 def test_a_status_of_another_protocol(protocol: Any) -> None:
     with pytest.raises(ProtocolError, match=rf"{protocol!r} and this client {PROTOCOL}; install the same version"):
         Status.unpack({**STATUS.pack(), "protocol": protocol})

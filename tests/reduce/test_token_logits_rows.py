@@ -12,10 +12,8 @@ from hypothesis import strategies as st
 
 from torchrl_sglang_hidden.records import TokenLogits
 from torchrl_sglang_hidden.reduce import token_logits as logits_module
-from torchrl_sglang_hidden.reduce.token_logits import (
-    RequestLogits,
-    WantedLogits,
-)
+from torchrl_sglang_hidden.reduce.token_logits import RequestLogits
+from torchrl_sglang_hidden.reduce.wanted_logits import WantedLogits
 from torchrl_sglang_hidden.spec.constraints import (
     ActionMask,
 )

@@ -35,8 +35,8 @@ from stand_ins import answer_of
 from torchrl_sglang_hidden.errors import CapabilityError
 from torchrl_sglang_hidden.protocol import CHANNEL, tensors, unpack_answer, unpack_options
 from torchrl_sglang_hidden.protocol.shared_memory import MIN_BYTES, SharedFiles, fetch
-from torchrl_sglang_hidden.reduce.token_logits import WantedLogits
 from torchrl_sglang_hidden.reduce.wanted import Wanted
+from torchrl_sglang_hidden.reduce.wanted_logits import WantedLogits
 from torchrl_sglang_hidden.server import capture as capture_module
 from torchrl_sglang_hidden.server.capture import _Tokens
 from torchrl_sglang_hidden.spec.hidden import POOLINGS, SEGMENTS

@@ -27,8 +27,8 @@ from helpers.reference_pooling import wanted_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchrl_sglang_hidden.reduce.token_logits import WantedLogits
 from torchrl_sglang_hidden.reduce.wanted import BLOCK, Wanted
+from torchrl_sglang_hidden.reduce.wanted_logits import WantedLogits
 from torchrl_sglang_hidden.server import plugin
 from torchrl_sglang_hidden.server.capture import Capture
 from torchrl_sglang_hidden.server.prefix_sums import ENTRY_BYTES

@@ -10,7 +10,8 @@ import torch
 from stand_ins import Operations
 
 from torchrl_sglang_hidden.reduce.entropy import entropy_rows
-from torchrl_sglang_hidden.reduce.token_logits import RequestLogits, WantedLogits
+from torchrl_sglang_hidden.reduce.token_logits import RequestLogits
+from torchrl_sglang_hidden.reduce.wanted_logits import WantedLogits
 from torchrl_sglang_hidden.server import next_tokens
 from torchrl_sglang_hidden.server.next_tokens import StepLogits
 from torchrl_sglang_hidden.server.token_rows import SamplingRow

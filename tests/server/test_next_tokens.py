@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from torchrl_sglang_hidden.reduce.row_store import PAGE_ROWS
-from torchrl_sglang_hidden.reduce.token_logits import FoundLogits, RequestLogits, WantedLogits
+from torchrl_sglang_hidden.reduce.token_logits import RequestLogits
+from torchrl_sglang_hidden.reduce.wanted_logits import FoundLogits, WantedLogits
 from torchrl_sglang_hidden.server import prompt_logits
 from torchrl_sglang_hidden.server.next_tokens import StepLogits
 from torchrl_sglang_hidden.server.taken_logits import HostLogits

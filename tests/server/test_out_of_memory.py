@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from torchrl_sglang_hidden.reduce.token_logits import NextToken, RequestLogits, WantedLogits
+from torchrl_sglang_hidden.reduce.token_logits import NextToken, RequestLogits
+from torchrl_sglang_hidden.reduce.wanted_logits import WantedLogits
 from torchrl_sglang_hidden.server import next_tokens, prompt_logits
 from torchrl_sglang_hidden.server.next_tokens import StepLogits
 from torchrl_sglang_hidden.server.token_rows import PromptPart, SamplingRow

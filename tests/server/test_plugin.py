@@ -249,13 +249,20 @@ def test_a_streaming_session_keeps_its_own_prefix(capture: Capture, streaming: b
     assert cache.limits == limits
 
 
-def test_images_match_once_and_nothing(capture: Capture) -> None:
-    """SGLang moves a retracted request's image positions at every match."""
-    kept(capture, 150)
-    req, cache = Req(MEAN), Cache()
-    req.multimodal_inputs = object()
-    plugin.around_match_prefix(cache.match, req, cache)
-    assert cache.limits == [0]
+def test_images_match_as_far_as_sums_reach(capture: Capture) -> None:
+    """SGLang extends the positions of a retracted request with images at every match: once is right."""
+    kept(capture, 64, 150)
+    req, cache = Req(MEAN), Cache(120)
+    req.multimodal_inputs = SimpleNamespace(mrope_positions=[0, 1, 2])
+    req.origin_input_ids_unpadded = req.origin_input_ids
+
+    def match(req: Any, *args: Any) -> None:
+        cache.match(req, *args)
+        req.multimodal_inputs.mrope_positions = [*req.multimodal_inputs.mrope_positions, 3]
+
+    plugin.around_match_prefix(match, req, cache)
+    assert (cache.limits, req.prefix_len) == ([150, 64], 64)
+    assert req.multimodal_inputs.mrope_positions == [0, 1, 2, 3]
 
 
 def test_a_cache_that_heeds_no_limit_does_not_stop_the_scheduler(capture: Capture) -> None:
@@ -349,7 +356,9 @@ def test_sums_go_with_the_prefix_cache(capture: Capture) -> None:
 
 def scheduler_of(**changes: Any) -> Any:
     fields = {
-        "model_config": SimpleNamespace(vocab_size=96, hidden_size=8, num_hidden_layers=4, context_len=64),
+        "model_config": SimpleNamespace(
+            vocab_size=96, hidden_size=8, num_hidden_layers=4, context_len=64, is_image_understandable_model=False
+        ),
         "spec_algorithm": SimpleNamespace(is_none=lambda: True),
         "disaggregation_mode": SimpleNamespace(value="null"),
         "enable_pdmux": False,
@@ -391,6 +400,7 @@ def test_a_server_says_what_it_is(served: Capture) -> None:
         prefix_bytes=served.sums.bytes,
         constraints=known_constraints(),
         raw_log_probs=False,
+        image_token_id=None,
     )
 
 

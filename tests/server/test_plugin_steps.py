@@ -14,8 +14,8 @@ from helpers.sglang_stand_ins import Req
 from torch import nn
 
 from torchrl_sglang_hidden.protocol import LAYERS_ENV
-from torchrl_sglang_hidden.reduce.token_logits import WantedLogits
 from torchrl_sglang_hidden.reduce.wanted import Wanted
+from torchrl_sglang_hidden.reduce.wanted_logits import WantedLogits
 from torchrl_sglang_hidden.server import plugin
 from torchrl_sglang_hidden.server.capture import Capture
 from torchrl_sglang_hidden.server.settings import Settings

@@ -16,8 +16,9 @@ from helpers.fake_scheduler import DENY, LAYERS, Req, Scheduler, Step, choosing,
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchrl_sglang_hidden.reduce.token_logits import RequestLogits, WantedLogits
+from torchrl_sglang_hidden.reduce.token_logits import RequestLogits
 from torchrl_sglang_hidden.reduce.wanted import BLOCK, Wanted
+from torchrl_sglang_hidden.reduce.wanted_logits import WantedLogits
 from torchrl_sglang_hidden.server import next_tokens, prompt_logits
 from torchrl_sglang_hidden.server.next_tokens import StepLogits
 from torchrl_sglang_hidden.server.slots import Slots

@@ -11,7 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchrl_sglang_hidden.reduce import device as device_module
-from torchrl_sglang_hidden.reduce.token_logits import RequestLogits, WantedLogits
+from torchrl_sglang_hidden.reduce.token_logits import RequestLogits
+from torchrl_sglang_hidden.reduce.wanted_logits import WantedLogits
 from torchrl_sglang_hidden.server import prompt_logits
 from torchrl_sglang_hidden.server.next_tokens import StepLogits
 from torchrl_sglang_hidden.server.token_rows import PromptPart, SamplingRow

@@ -30,8 +30,8 @@ from helpers.sample_requests import (
 from torchrl_sglang_hidden import HiddenSpec
 from torchrl_sglang_hidden.protocol import CHANNEL, Options, pack_options, unpack_options
 from torchrl_sglang_hidden.records import READING, Request
-from torchrl_sglang_hidden.reduce.token_logits import WantedLogits
 from torchrl_sglang_hidden.reduce.wanted import Wanted
+from torchrl_sglang_hidden.reduce.wanted_logits import WantedLogits
 from torchrl_sglang_hidden.sglang_api.checks import check_requests
 from torchrl_sglang_hidden.sglang_api.payload import logits_of as wanted_logits_of
 from torchrl_sglang_hidden.sglang_api.payload import to_payload

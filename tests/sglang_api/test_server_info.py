@@ -18,6 +18,7 @@ MODEL_INFO = {"model_path": "m", "tokenizer_path": "t", "weight_version": "defau
 STATUS = Status(
     vocab_size=96, hidden_size=8, num_layers=4, context_length=64, layers=(-1,), because="", normed=True, shared="",
     open_pools=0, prefix_bytes=0, constraints=("action_mask",), raw_log_probs=False,
+    image_token_id=None,
 ).pack()  # fmt: skip
 
 
@@ -167,7 +168,7 @@ def test_a_shorter_context_of_the_server_counts() -> None:
     assert (info.context_length, info.max_prompt_tokens) == (40, 39)
 
 
-@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 6, "5"])
+@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5, 7, "6"])
 def test_another_protocol(protocol: Any) -> None:
     with pytest.raises(ProtocolError, match=rf"{re.escape(repr(protocol))}.*this client {PROTOCOL}; install the same"):
         read_info(MODEL_INFO, server_info({**STATUS, "protocol": protocol}), never)

@@ -116,7 +116,12 @@ class SGLangOffline(Engine):
         # `sglang.Engine` has no argument for sampling masks.
         without_masks = {"sampling_mask_max_tokens": 0, "internal_states": states}
         server_info = {**self.engine.tokenizer_manager.server_args.resolved_dict(), **scheduler_info, **without_masks}
-        return read_info(self.engine.get_model_info(), server_info, ask_model)
+        model_info = {
+            **self.engine.get_model_info(),
+            # SGLang says it over HTTP only.
+            "has_image_understanding": self.engine.tokenizer_manager.model_config.is_image_understandable_model,
+        }
+        return read_info(model_info, server_info, ask_model)
 
     @property
     def info(self) -> EngineInfo:

@@ -60,6 +60,7 @@ def rest_of(request: Request, first: Completion) -> Request:
     return replace(
         request,
         prompt_ids=(*first.prompt_ids, *first.response_ids),
+        images=None if request.images is None else request.images.followed_by(first.response_ids),
         sampling=sampling,
         hidden=None if request.hidden is None else _response_part(request.hidden),
         # `join_completions` says which of them lack tokens.

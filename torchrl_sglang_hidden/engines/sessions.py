@@ -22,8 +22,8 @@ from torchrl_sglang_hidden.errors import (
     PromptLengthError,
     RequestRejectedError,
 )
-from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
-from torchrl_sglang_hidden.sglang_api.payload import to_payload
+from torchrl_sglang_hidden.records import Completion, EngineInfo, Images, Request
+from torchrl_sglang_hidden.sglang_api.payload import sent_ids_of, to_payload
 from torchrl_sglang_hidden.sglang_api.responses import read_responses
 
 __all__ = ["Session", "SessionHost"]
@@ -72,6 +72,7 @@ class Session:
         self._rank = name.int % host.num_ranks
         self._last_rid: str | None = None
         self._ids: tuple[int, ...] = ()
+        self._images: Images | None = None
         self._closed = False
         self._lock = threading.Lock()
         # SGLang requires a capacity and never reads it.
@@ -86,8 +87,8 @@ class Session:
         """Append a turn to the context, and generate its response.
 
         Args:
-            turn: the new ids, for SGLang's default sampling; or a `Request` whose ``prompt_ids`` are the new ids.
-                Positions in its ``spans`` count from the context's beginning.
+            turn: the new ids, for SGLang's default sampling; or a `Request` whose ``prompt_ids`` are the new ids, and
+                whose ``images`` are those of the turn. Positions in its ``spans`` count from the context's beginning.
 
         Returns:
             A `Completion` whose ``prompt_ids`` are the whole context. Log-probs, pooled states and token states are
@@ -112,34 +113,41 @@ class Session:
                     f"the turn has 0 tokens behind a context of {len(self._ids)}; pass at least 1, such as those of "
                     "the chat template's next message"
                 )
-            request = replace(request, prompt_ids=(*self._ids, *new_ids))
+            sent_ids = sent_ids_of(request)
+            data = () if request.images is None else request.images.data
+            images = _joined(self._ids, self._images, new_ids, request.images)
+            request = replace(request, prompt_ids=(*self._ids, *new_ids), images=images)
             self._check([request], self._host.info())
-            self._last_rid, completion = self._append(request, new_ids)
+            self._last_rid, completion = self._append(request, sent_ids, data)
             self._ids = (*completion.prompt_ids, *completion.response_ids)
+            self._images = None if images is None else images.followed_by(completion.response_ids)
             return completion
 
-    def _append(self, request: Request, new_ids: tuple[int, ...]) -> tuple[str, Completion]:
+    def _append(self, request: Request, new_ids: tuple[int, ...], data: tuple[str, ...]) -> tuple[str, Completion]:
         appended = self._last_rid is not None
         doubled = (new_ids[0], *new_ids)
         if appended and new_ids[0] == self._host.bos_id:
-            return self._send(request, doubled)
+            return self._send(request, doubled, data)
         try:
-            return self._send(request, new_ids)
+            return self._send(request, new_ids, data)
         except AlignmentError as error:
             # SGLang takes a BOS off the head of an appended turn, for tokenizers that put one before every text, and
             # says nowhere which id the BOS is. Sent twice, only the first of the two is taken off.
             if not appended:
                 raise
             with suppress(AlignmentError):
-                sent = self._send(request, doubled)
+                sent = self._send(request, doubled, data)
                 self._host.bos_id = new_ids[0]
                 return sent
             raise error
 
-    def _send(self, request: Request, new_ids: tuple[int, ...]) -> tuple[str, Completion]:
+    def _send(self, request: Request, new_ids: tuple[int, ...], data: tuple[str, ...]) -> tuple[str, Completion]:
         info, rid = self._host.info(), uuid.uuid4().hex
         payload = to_payload([request], info, binary=self._host.binary)
         payload["input_ids"], payload["rid"] = [list(new_ids)], [rid]
+        if request.images is not None:
+            # The images of earlier turns are in the context that the server has.
+            payload["image_data"] = [list(data)]
         payload["session_params"] = {"id": self._id, "rid": self._last_rid}
         payload["routed_dp_rank"] = self._rank
         try:
@@ -169,6 +177,21 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _joined(
+    context_ids: tuple[int, ...], context: Images | None, new_ids: tuple[int, ...], new: Images | None
+) -> Images | None:
+    """Return the images of a context and of the turn behind it, in the ids of both."""
+    if new is None:
+        return None if context is None else context.followed_by(new_ids)
+    before = context or Images(context_ids, (), (), new.placeholder)
+    return Images(
+        (*before.sent_ids, *new.sent_ids),
+        (*before.data, *new.data),
+        (*before.ranges, *((start + len(context_ids), stop + len(context_ids)) for start, stop in new.ranges)),
+        new.placeholder,
+    )
 
 
 def _ids_of(turn: object) -> tuple[Any, ...]:

@@ -65,11 +65,12 @@ class LoadSharing:
         tokens = self._tokens
         shares: list[list[int]] = [[] for _ in tokens]
         fair = (sum(tokens) + sum(costs)) / len(tokens)
-        groups: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
+        groups: defaultdict[tuple[object, ...], list[int]] = defaultdict(list)
         for row, request in enumerate(requests):
-            groups[request.prompt_ids].append(row)
-        for prompt_ids, rows in sorted(groups.items(), key=lambda group: -sum(costs[row] for row in group[1])):
-            key = hash(prompt_ids)
+            # The same ids around other images are another prompt.
+            groups[request.prompt_ids, request.images and request.images.data].append(row)
+        for prompt, rows in sorted(groups.items(), key=lambda group: -sum(costs[row] for row in group[1])):
+            key = hash(prompt)
             server = self._server_of.get(key, tokens.index(min(tokens)))
             whole = sum(costs[row] for row in rows)
             if tokens[server] + whole > TOLERANCE * fair:

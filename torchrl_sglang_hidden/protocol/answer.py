@@ -27,7 +27,7 @@ from torchrl_sglang_hidden.protocol.tensors import (
 )
 from torchrl_sglang_hidden.records import TokenLogits
 from torchrl_sglang_hidden.reduce.pooling import Pools, WantedRows
-from torchrl_sglang_hidden.reduce.token_logits import FoundLogits
+from torchrl_sglang_hidden.reduce.wanted_logits import FoundLogits
 
 __all__ = ["Answer", "answer_of", "drop_shared", "pack_answer", "unpack_answer"]
 

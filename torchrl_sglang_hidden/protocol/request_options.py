@@ -16,8 +16,8 @@ import torch
 from torchrl_sglang_hidden.protocol.status import CHANNEL, PROTOCOL
 from torchrl_sglang_hidden.protocol.tensors import DTYPES, Way
 from torchrl_sglang_hidden.reduce.bounded import Bounded
-from torchrl_sglang_hidden.reduce.token_logits import WantedLogits
 from torchrl_sglang_hidden.reduce.wanted import Wanted
+from torchrl_sglang_hidden.reduce.wanted_logits import WantedLogits
 from torchrl_sglang_hidden.spec.constraints import ActionMask, DisallowedTokens, LogitConstraint
 from torchrl_sglang_hidden.spec.hidden import POOLINGS, SEGMENTS
 from torchrl_sglang_hidden.spec.logits import LogitsSpec

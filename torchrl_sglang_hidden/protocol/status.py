@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 CHANNEL = "torchrl_sglang_hidden"
-PROTOCOL = 5
+PROTOCOL = 6
 PLUGIN_ENV = "TORCHRL_SGLANG_HIDDEN"  # "1" in a server's environment opts in to the server half
 LAYERS_ENV = "TORCHRL_SGLANG_HIDDEN_LAYERS"  # the layers that a server's CUDA graphs record, such as "7,15,-1"
 ALL_LAYERS = "all"  # … or this, for all where that is cheap
@@ -57,6 +57,8 @@ class Status:
         constraints: the names of the constraints whose code the server half has.
         raw_log_probs: whether the log-probs of sampled tokens leave the temperature out, as SGLang does under
             ``SGLANG_RETURN_ORIGINAL_LOGPROB=1``.
+        image_token_id: the id that stands for an image in a prompt; None for a model without, or where its
+            configuration does not say.
     """
 
     vocab_size: int
@@ -71,6 +73,7 @@ class Status:
     prefix_bytes: int
     constraints: tuple[str, ...]
     raw_log_probs: bool
+    image_token_id: int | None
 
     def pack(self) -> dict[str, Any]:
         """Return the fields as JSON carries them."""

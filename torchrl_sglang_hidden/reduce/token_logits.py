@@ -16,81 +16,18 @@ from typing import TypeVar
 
 import torch
 
-from torchrl_sglang_hidden.records import DEFAULT_NEW_TOKENS, MAX_ANSWER_BYTES, TokenLogits
+from torchrl_sglang_hidden.records import MAX_ANSWER_BYTES, TokenLogits
 from torchrl_sglang_hidden.reduce.columns import Columns, columns_of
 from torchrl_sglang_hidden.reduce.ids_on_device import IdsOnDevice
 from torchrl_sglang_hidden.reduce.masks_on_device import MaskKey, serial_of
 from torchrl_sglang_hidden.reduce.one_constraint import always_acts, apply_checked, fixed_temperature
 from torchrl_sglang_hidden.reduce.row_store import StoredRows, store_of
+from torchrl_sglang_hidden.reduce.wanted_logits import FoundLogits, WantedLogits
 from torchrl_sglang_hidden.spec.constraints import ConstraintStep, LogitConstraint, TemperatureScale, TokenConstraint
-from torchrl_sglang_hidden.spec.logits import LogitsSpec
 
-__all__ = ["FoundLogits", "NextToken", "RequestLogits", "WantedLogits", "keep_rows"]
+__all__ = ["NextToken", "RequestLogits", "keep_rows"]
 
 Kind = TypeVar("Kind", bound=LogitConstraint)
-
-
-@dataclass(frozen=True, slots=True)
-class WantedLogits:
-    """Says which logits one request wants, and the constraints that change them.
-
-    Args:
-        spec: the logits that come back; None for none.
-        constraints: applied in this order.
-        prompt_from: the first prompt token whose logits are needed, at least 1; None for no prompt token.
-        scored: whether the log-probs of the prompt tokens from ``prompt_from`` on are wanted. The request then scores
-            a sequence, and its constraints act on ``response_ranges``, not on sampled tokens.
-        response_ranges: the responses inside a scored prompt, each ``(start, stop)``. Constraints act on their tokens
-            as if they were being sampled.
-        response_limit: ``max_new_tokens`` of the response; of a scored prompt, of each response in it.
-        entropy: whether the entropies of the sampled tokens' distributions come back.
-    """
-
-    spec: LogitsSpec | None = None
-    constraints: tuple[LogitConstraint, ...] = ()
-    prompt_from: int | None = None
-    scored: bool = False
-    response_ranges: tuple[tuple[int, int], ...] = ()
-    response_limit: int = DEFAULT_NEW_TOKENS
-    entropy: bool = False
-
-    @property
-    def constrains_sampled(self) -> bool:
-        """Whether constraints act on sampled tokens; in a scored prompt they act on its responses instead."""
-        return bool(self.constraints) and not self.scored
-
-    @property
-    def wants_sampled(self) -> bool:
-        """Whether sampled tokens are constrained, or their logits or entropies come back."""
-        return self.constrains_sampled or self.entropy or (self.spec is not None and self.spec.of_response)
-
-    @property
-    def wants_any(self) -> bool:
-        """Whether the request has to do with logits at all, of sampled tokens or of prompt tokens."""
-        return self.wants_sampled or self.prompt_from is not None
-
-
-@dataclass(frozen=True, slots=True)
-class FoundLogits:
-    """Holds the logits and log-probs that one finished request brought.
-
-    Args:
-        response: the logits of the sampled tokens, ``[T, C]``; or None.
-        prompt: the logits of the prompt tokens from `WantedLogits.prompt_from` on, ``[N, C]``; or None.
-        log_probs_N: the log-probs of the same prompt tokens, float32 ``[N]``; or None.
-        constrained: the number of sampled tokens that passed through the constraints.
-        fault: why the constraints could not be kept; empty where they were.
-        refused: why no logits come back; empty where they do.
-        entropy_T: the entropies of the sampled tokens' distributions, float32 ``[T]``; or None.
-    """
-
-    response: TokenLogits | None = None
-    prompt: TokenLogits | None = None
-    log_probs_N: torch.Tensor | None = None
-    constrained: int = 0
-    fault: str = ""
-    refused: str = ""
-    entropy_T: torch.Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -119,15 +56,25 @@ class RequestLogits:
     Args:
         wanted: what the request wants.
         prompt_ids: the P prompt ids. A request without constraints of the user's own needs only their number.
+        image_rows: the prompt's positions where a row of an image stands and no token. The log-prob is NaN there, and
+            nothing is constrained.
         kept: whether logits are kept here. Where not, tokens are constrained and counted all the same.
 
     Attributes:
         refused: why no logits come back; empty where they do.
     """
 
-    def __init__(self, wanted: WantedLogits, prompt_ids: Sequence[int], *, kept: bool = True) -> None:
+    def __init__(
+        self,
+        wanted: WantedLogits,
+        prompt_ids: Sequence[int],
+        *,
+        image_rows: frozenset[int] = frozenset(),
+        kept: bool = True,
+    ) -> None:
         self.wanted = wanted
         self.prompt_ids = prompt_ids
+        self.image_rows = image_rows
         self.kept = kept
         self.refused = ""
         # What every step asks of every request: read once.

@@ -29,6 +29,7 @@ from torchrl_sglang_hidden.reduce.token_logits import RequestLogits
 from torchrl_sglang_hidden.server.answers import Unfinished, decoder_of
 from torchrl_sglang_hidden.server.finisher import Finisher
 from torchrl_sglang_hidden.server.forward_modes import DECODE_MODE, PREFILL_MODES
+from torchrl_sglang_hidden.server.images import tokens_of_prompt
 from torchrl_sglang_hidden.server.layer_taps import LayerTaps
 from torchrl_sglang_hidden.server.next_tokens import StepLogits
 from torchrl_sglang_hidden.server.prefix_sums import PrefixKeys, PrefixSums
@@ -102,11 +103,12 @@ class Capture:
             reducer = options.wanted.reducer
             # Running values of another reducer, of other layers or under another adapter are not this request's.
             kind = f"{reducer.running} {options.wanted.layers} {req.extra_key or ''}"
+            prompt_ids, image_rows = tokens_of_prompt(req)
             tracked = self.opened[req] = TrackedRequest(
                 req=req,
                 options=options,
-                pools=RequestPools(options.wanted, len(req.origin_input_ids)),
-                logits=RequestLogits(options.logits, list(req.origin_input_ids), kept=self.sends),
+                pools=RequestPools(options.wanted, len(prompt_ids)),
+                logits=RequestLogits(options.logits, prompt_ids, image_rows=image_rows, kept=self.sends),
                 keys=PrefixKeys(kind, _Tokens(req)),
                 epoch=self._epoch,
                 slots=self.slots_of(options.wanted.layers, reducer),

@@ -24,6 +24,7 @@ import torch
 from torchrl_sglang_hidden.protocol import CHANNEL, CONSTRAINTS_ENV, PLUGIN_ENV, Status
 from torchrl_sglang_hidden.server.capture import Capture
 from torchrl_sglang_hidden.server.cpu import has_accelerator, ignore_pinning
+from torchrl_sglang_hidden.server.images import image_token_of
 from torchrl_sglang_hidden.server.layer_setup import attach_taps
 from torchrl_sglang_hidden.server.next_tokens import plan_logits
 from torchrl_sglang_hidden.server.output_stream import MessageGate, make_streamer_class
@@ -193,7 +194,8 @@ def _append(logits_output: Any, output: Any) -> None:
 def around_match_prefix(original: Any, req: Any, tree_cache: Any = None, cow_mamba: bool | None = None) -> None:
     """Limit a request's prefix-cache hit: a cached position is not computed, and brings no row to pool or to take.
 
-    For example a request that pools its prompt may hit the cache up to a position where a prefix sum is kept.
+    For example a request that pools its prompt may hit the cache up to a position where a prefix sum is kept. One with
+    images too: the ids that SGLang keeps at their rows differ from image to image.
     """
     tracked = None if tree_cache is None else _capture.open_again(req)
     # Never shorten a streaming session's prefix: SGLang ends when that is tried. The client's count finds missing rows.
@@ -203,15 +205,19 @@ def around_match_prefix(original: Any, req: Any, tree_cache: Any = None, cow_mam
         return
     tracked.restart()
     _capture.page_size = tree_cache.page_size
-    # Each match of a recurrent state takes a slot, and images shift positions. Such a request is matched once, with
-    # the limit 0.
-    once = tree_cache.supports_mamba() or req.multimodal_inputs is not None
+    # Each match of a recurrent state takes a slot. Such a request is matched once, with the limit 0.
+    once = tree_cache.supports_mamba()
+    images = req.multimodal_inputs
+    positions = None if images is None else images.mrope_positions
     tracked.limit = _capture.prefix_limit(tracked, 0 if once else len(req.origin_input_ids) + len(req.output_ids))
     original(req, tree_cache, cow_mamba)
     found = req.prefix_len + req.host_hit_length
     # The cache may hold less than the limit allows, so that the hit ends where no prefix sum is kept. Lower the limit.
     while (limit := _capture.prefix_limit(tracked, found)) < found:
         tracked.limit = limit
+        if images is not None:
+            # SGLang appends positions for the response of a retracted request at each match.
+            images.mrope_positions = positions
         original(req, tree_cache, cow_mamba)
         before, found = found, req.prefix_len + req.host_hit_length
         if found >= before:
@@ -284,6 +290,7 @@ def after_internal_state(output: Any, scheduler: Any, recv_req: Any) -> None:
         prefix_bytes=_capture.sums.bytes,
         constraints=known_constraints(),
         raw_log_probs=read_settings().raw_log_probs,
+        image_token_id=image_token_of(config),
     ).pack()
 
 

@@ -61,13 +61,9 @@ def prompt_logits_of(pieces: tuple[PromptPiece, ...], raw_NV: torch.Tensor) -> P
     scored = tuple(place for place, piece in enumerate(pieces) if piece.part.logits.wanted.scored)
     log_probs_S = None
     if scored:
-        ids: list[int] = []
-        for place in scored:
-            piece = pieces[place]
-            ids += piece.part.logits.prompt_ids[piece.first : piece.first + piece.count]
         rows_S = _rows_of(scored, starts, raw_NV.device)
         rows_SV = logits_NV if rows_S is None else logits_NV[rows_S]
-        log_probs_S = rows_SV.log_softmax(-1).gather(1, on_device(ids, raw_NV.device, torch.int64)[:, None])[:, 0]
+        log_probs_S = _log_probs_of([pieces[place] for place in scored], rows_SV)
     groups: dict[object, list[int]] = {}
     for place, piece in enumerate(pieces):
         request = piece.part.logits
@@ -86,6 +82,19 @@ def prompt_logits_of(pieces: tuple[PromptPiece, ...], raw_NV: torch.Tensor) -> P
         log_probs_S=log_probs_S,
         choosable_N=choosable_N,
     )
+
+
+def _log_probs_of(pieces: Sequence[PromptPiece], logits_SV: torch.Tensor) -> torch.Tensor:
+    """Return the log-prob of each piece's tokens, float32 ``[S]``; NaN where a row of an image stands."""
+    ids: list[int] = []
+    images: list[int] = []
+    for piece in pieces:
+        request, stop = piece.part.logits, piece.first + piece.count
+        if request.image_rows:
+            images += [len(ids) + at - piece.first for at in range(piece.first, stop) if at in request.image_rows]
+        ids += request.prompt_ids[piece.first : stop]
+    log_probs_S = logits_SV.log_softmax(-1).gather(1, on_device(ids, logits_SV.device, torch.int64)[:, None])[:, 0]
+    return log_probs_S.index_fill(0, on_device(images, logits_SV.device), torch.nan) if images else log_probs_S
 
 
 def _rows_of(places: Sequence[int], starts: Sequence[int], device: torch.device) -> torch.Tensor | None:
@@ -110,6 +119,8 @@ def _constrain_responses(
         request = piece.part.logits
         for start, stop in request.wanted.response_ranges if request.wanted.constraints else ():
             for token in range(max(start, piece.first), min(stop, piece.first + piece.count)):
+                if token in request.image_rows:
+                    continue
                 rows.append(row + token - piece.first)
                 ids_of = partial(request.ids.of_sequence, request.prompt_ids, start, token, logits_NV.device)
                 limit = request.wanted.response_limit

@@ -19,6 +19,7 @@ from torchrl_sglang_hidden.errors import (
 from torchrl_sglang_hidden.protocol import FALLBACK_REMEDY, MAX_CONSTRAINTS
 from torchrl_sglang_hidden.protocol.tensors import MAX_TEXT_BYTES
 from torchrl_sglang_hidden.records import DEFAULT_NEW_TOKENS, MAX_ANSWER_BYTES, EngineInfo, Request
+from torchrl_sglang_hidden.sglang_api.images import check_images
 from torchrl_sglang_hidden.sglang_api.payload import wanted_of
 from torchrl_sglang_hidden.spec.constraints import check_constraints
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec, canonical_layer, reads_prompt
@@ -48,7 +49,8 @@ def check_requests(requests: Sequence[Request], info: EngineInfo) -> None:
         InputError: a value outside its limits, or more bytes than a result may have.
         ConstraintError: constraints that leave no token to choose.
         SpanError: a span outside its prompt.
-        CapabilityError: hidden states, logits, constraints, seeds or priorities that this engine does not serve.
+        CapabilityError: hidden states, logits, constraints, images, seeds or priorities that this engine does not
+            serve.
     """
     if not requests:
         raise PromptLengthError("the batch has 0 rows; pass at least 1 prompt")
@@ -62,6 +64,7 @@ def check_requests(requests: Sequence[Request], info: EngineInfo) -> None:
         )
     for row, request in enumerate(requests):
         _check_prompt(row, request.prompt_ids, info)
+        check_images(row, request, info)
         _check_sampling(row, request, info)
         if request.hidden is not None:
             _check_hidden(row, request, request.hidden, info)

@@ -19,10 +19,19 @@ __all__ = ["read_log_probs"]
 
 # SGLang writes -inf as the smallest float32, which bfloat16 rounds to this.
 _MINUS_INFINITY = torch.finfo(torch.bfloat16).min
+# What SGLang writes in place of the number that it keeps for a row of an image.
+_IMAGE_ROW_ID = 0
 
 
 def read_log_probs(
-    name: str, side: Literal["input", "output"], entries: Any, ids: Sequence[int], *, start: int = 0, first: int = 0
+    name: str,
+    side: Literal["input", "output"],
+    entries: Any,
+    ids: Sequence[int],
+    *,
+    start: int = 0,
+    first: int = 0,
+    images: Sequence[int] = (),
 ) -> torch.Tensor:
     """Return the log-probs of the tokens from ``start`` on.
 
@@ -33,10 +42,12 @@ def read_log_probs(
         ids: the tokens that the entries must be of.
         start: the first entry to return.
         first: the index of ``ids[0]`` in the prompt or the response, for errors.
+        images: places among ``ids`` where a row of an image stands. SGLang gives id 0 and its log-prob there, which
+            mean nothing.
 
     Returns:
-        float32 ``[len(ids) - start]``: ``-inf`` for a token of probability 0. NaN for the first of the input, where
-        SGLang gives null: nothing is before it.
+        float32 ``[len(ids) - start]``: ``-inf`` for a token of probability 0. NaN at ``images``, and for the first of
+        the input, where SGLang gives null: nothing is before it.
 
     Raises:
         AlignmentError: they are of other ids.
@@ -46,6 +57,9 @@ def read_log_probs(
     try:
         found_ids = tuple(map(int, map(itemgetter(1), entries)))
         values = list(map(itemgetter(0), entries[start:]))
+        blank = [place - start for place in images if start <= place < start + len(values)]
+        for place in blank:
+            values[place] = None if place == start == 0 else 0.0
         unmeasured = int(side == "input" and start == 0 and bool(values) and values[0] is None)
         null = next((place for place in range(unmeasured, len(values)) if values[place] is None), None)
         values[:unmeasured] = [math.nan] * unmeasured
@@ -57,7 +71,10 @@ def read_log_probs(
             f"{name}: the {side} log-probs cannot be read ({error}); is that an SGLang server of a version that this "
             "package supports?"
         ) from error
-    if found_ids != tuple(ids):
+    expected = list(ids)
+    for place in images:
+        expected[place] = _IMAGE_ROW_ID
+    if found_ids != tuple(expected):
         raise AlignmentError(
             f"{name}: {len(entries)} log-probs for {len(ids)} {side} tokens, or of other ids; this is a fault of the "
             "engine, please report it"
@@ -69,6 +86,8 @@ def read_log_probs(
         _refuse(name, side, first + start + place, ids[start + place], str(float(log_probs_N[place])))
     if null is not None:
         _refuse(name, side, first + start + null, ids[start + null], "null, which is how JSON has NaN and -inf")
+    if blank:
+        log_probs_N[torch.tensor(blank)] = math.nan
     return log_probs_N
 
 

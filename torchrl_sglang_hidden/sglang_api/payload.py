@@ -14,11 +14,11 @@ import torch
 from torchrl_sglang_hidden.protocol import CHANNEL, Way, pack_options
 from torchrl_sglang_hidden.records import DEFAULT_NEW_TOKENS, READING, EngineInfo, Request
 from torchrl_sglang_hidden.reduce.pooling import RequestPools
-from torchrl_sglang_hidden.reduce.token_logits import WantedLogits
 from torchrl_sglang_hidden.reduce.wanted import Wanted
+from torchrl_sglang_hidden.reduce.wanted_logits import WantedLogits
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec, canonical_layer
 
-__all__ = ["logits_of", "shares", "to_payload", "wanted_of"]
+__all__ = ["logits_of", "sent_ids_of", "shares", "to_payload", "wanted_of"]
 
 
 def wanted_of(request: Request, spec: HiddenSpec, info: EngineInfo) -> Wanted:
@@ -48,7 +48,7 @@ def to_payload(requests: Sequence[Request], info: EngineInfo, *, binary: bool) -
     """
     sampling = [_sampling(request, info) for request in requests]
     payload: dict[str, Any] = {
-        "input_ids": [list(request.prompt_ids) for request in requests],
+        "input_ids": [list(sent_ids_of(request)) for request in requests],
         "sampling_params": sampling,
         "return_logprob": [request.return_log_probs or _scores_stock(request) for request in requests],
     }
@@ -57,6 +57,9 @@ def to_payload(requests: Sequence[Request], info: EngineInfo, *, binary: bool) -
         payload["logprob_start_len"] = [
             max(request.score_from - 1, 0) if _scores_stock(request) else -1 for request in requests
         ]
+    if any(request.images for request in requests):
+        # Lists for all rows: SGLang takes an entry that is none for one image, where the first is no list.
+        payload["image_data"] = [list(request.images.data) if request.images else [] for request in requests]
     if any(request.lora is not None for request in requests):
         payload["lora_path"] = [request.lora for request in requests]
     if any(request.processor is not None for request in requests):
@@ -88,6 +91,11 @@ def to_payload(requests: Sequence[Request], info: EngineInfo, *, binary: bool) -
             for states, request in zip(wanted, requests, strict=True)
         ]
     return payload
+
+
+def sent_ids_of(request: Request) -> tuple[int, ...]:
+    """Return the ids that SGLang gets: with one placeholder for each image, which it expands."""
+    return request.prompt_ids if request.images is None else request.images.sent_ids
 
 
 def logits_of(request: Request) -> WantedLogits | None:

@@ -30,12 +30,11 @@ from torchrl_sglang_hidden.records import (
     TokenRows,
     failed_completion,
 )
-from torchrl_sglang_hidden.reduce.pooling import HostPools, Pools
-from torchrl_sglang_hidden.reduce.token_logits import FoundLogits, WantedLogits
-from torchrl_sglang_hidden.reduce.wanted import Wanted
+from torchrl_sglang_hidden.reduce.wanted_logits import FoundLogits, WantedLogits
 from torchrl_sglang_hidden.sglang_api.log_probs import read_log_probs
 from torchrl_sglang_hidden.sglang_api.payload import logits_of, shares, wanted_of
 from torchrl_sglang_hidden.sglang_api.sampled import read_sampled
+from torchrl_sglang_hidden.sglang_api.stock_states import pool_stock
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec, Segment, positions_of
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 from torchrl_sglang_hidden.spec.spans import LastTokens, PromptSpan, ResolvedSpan
@@ -155,11 +154,7 @@ def _read_row(number: int, request: Request, row: Any, info: EngineInfo) -> Comp
     if error is not None and (request.reads_only or not response_ids or num_prompt is None):
         _drop_shared(row, info)
         return failed_completion(request, error, weight_version, finish_reason="abort")
-    if num_prompt != len(request.prompt_ids):
-        raise AlignmentError(
-            f"{name}: sent a prompt of {len(request.prompt_ids)} tokens and the engine took {num_prompt}; start the "
-            "server without --allow-auto-truncate"
-        )
+    _check_length(name, request, num_prompt)
     if not response_ids:
         raise AlignmentError(
             f"{name}: 0 response tokens with finish reason {finish_type!r}; expected at least 1; send it again"
@@ -209,18 +204,42 @@ def _read_row(number: int, request: Request, row: Any, info: EngineInfo) -> Comp
     )
 
 
+def _check_length(name: str, request: Request, num_prompt: int | None) -> None:
+    if num_prompt == len(request.prompt_ids):
+        return
+    if request.images is None:
+        raise AlignmentError(
+            f"{name}: sent a prompt of {len(request.prompt_ids)} tokens and the engine took {num_prompt}; start the "
+            "server without --allow-auto-truncate"
+        )
+    raise AlignmentError(
+        f"{name}: the prompt's images make it {len(request.prompt_ids)} rows, and the engine took {num_prompt}; use "
+        "the processor of the served model to expand them"
+    )
+
+
 def _read_prompt_log_probs(
     name: str, request: Request, meta: Mapping[str, Any], logits: FoundLogits | None
 ) -> torch.Tensor:
-    """Return the log-probs of the prompt's tokens from ``score_from`` on."""
+    """Return the log-probs of the prompt's tokens from ``score_from`` on; NaN where an image stands."""
     first = request.score_from
     if logits is None or not request.constraints:
         # SGLang's start at the token before, without a log-prob.
         start = max(first - 1, 0)
-        return _read_log_probs(name, meta, "input", request.prompt_ids[start:], first=start)[first - start :]
+        images = [row - start for row in request.image_rows if row >= start]
+        return _read_log_probs(name, meta, "input", request.prompt_ids[start:], first=start, images=images)[
+            first - start :
+        ]
     num_wanted = len(request.prompt_ids) - max(first, 1)
     found_N = torch.empty(0) if logits.log_probs_N is None else logits.log_probs_N
     log_probs = found_N[len(found_N) - num_wanted :]
+    blank = [row for row in request.image_rows if row >= max(first, 1)]
+    found = (log_probs.isnan().nonzero()[:, 0] + max(first, 1)).tolist()
+    if request.images is not None and found != blank:
+        raise AlignmentError(
+            f"{name}: {len(found)} prompt tokens without a log-prob, and {len(blank)} rows of images, or others; "
+            "use the processor of the served model to expand the prompt"
+        )
     return log_probs if first > 0 else torch.cat([torch.tensor([math.nan]), log_probs])
 
 
@@ -279,13 +298,19 @@ def _counted(
 
 
 def _read_log_probs(
-    name: str, meta: Mapping[str, Any], side: Literal["input", "output"], ids: tuple[int, ...], *, first: int = 0
+    name: str,
+    meta: Mapping[str, Any],
+    side: Literal["input", "output"],
+    ids: tuple[int, ...],
+    *,
+    first: int = 0,
+    images: Sequence[int] = (),
 ) -> torch.Tensor:
     """Return the log-prob of each of ``ids``; see `read_log_probs`."""
     entries = meta.get(f"{side}_token_logprobs")
     if entries is None:
         raise ProtocolError(f"{name}: {side} log-probs were asked for and are not in the answer; send it again")
-    return read_log_probs(name, side, entries, ids, first=first)
+    return read_log_probs(name, side, entries, ids, first=first, images=images)
 
 
 class _States(NamedTuple):
@@ -309,7 +334,7 @@ def _read_states(
     if answer is not None:
         found = answer.pools
     else:
-        found = _pool_stock(name, wanted_of(request, spec, info), meta.get("hidden_states"), num_prompt, response_ids)
+        found = pool_stock(name, wanted_of(request, spec, info), meta.get("hidden_states"), num_prompt, response_ids)
     remedy = "send it again" if info.pools_in_server else FALLBACK_REMEDY
 
     def pooled(what: str, value: tuple[torch.Tensor | None, int] | None, expected: int | None) -> Pooled:
@@ -362,34 +387,3 @@ def _rows_of(span: ResolvedSpan, num_response: int) -> int | None:
     if isinstance(span, PromptSpan):
         return span.count
     return min(span.count, num_response) if isinstance(span, LastTokens) else None
-
-
-def _pool_stock(name: str, wanted: Wanted, entries: Any, num_prompt: int, response_ids: tuple[int, ...]) -> Pools:
-    """Pool stock ``hidden_states``: one entry per forward step, the first with the prompt rows that it computed.
-
-    A later entry of several rows is a prefill repeated after a retraction; its last row produced the next token.
-    """
-    if not isinstance(entries, list) or not entries:
-        raise ProtocolError(f"{name}: hidden states were asked for and are not in the answer; {FALLBACK_REMEDY}")
-    pools = HostPools(wanted, num_prompt)
-    try:
-        rows = [torch.tensor(entry, dtype=torch.float32) for entry in entries]
-    except (TypeError, ValueError) as error:
-        raise ProtocolError(f"{name}: the hidden states cannot be read ({error}); is that an SGLang server?") from error
-    steps = [row if row.ndim == 2 else row[None] for row in rows]
-    first_ND = steps[0]
-    start = num_prompt - first_ND.shape[0]
-    step = pools.plan_prompt(start, num_prompt) if start >= 0 else None
-    if step is not None:
-        # Earlier positions are not read: the step begins behind them.
-        missing_ND = first_ND.new_full((1, 1), torch.nan).expand(start, first_ND.shape[1])
-        pools.add_rows(step, torch.cat([missing_ND, first_ND])[:, None])
-    for index, step_ND in enumerate(steps):
-        pools.add_produced(step_ND[-1][None], index)
-    found = pools.results(response_ids)
-    if start > 0 and wanted.pools_prefix:
-        # Rows are missing before the first one that came. The number of rows is for the error that follows.
-        missing = {Segment.PROMPT: first_ND.shape[0], Segment.FULL: first_ND.shape[0] + len(steps) - 1}
-        segments = {s: (None, missing[Segment(s)]) if s in missing else value for s, value in found.segments.items()}
-        return Pools(segments, found.spans, found.faults, found.rows)
-    return found

@@ -122,6 +122,9 @@ def read_info(
             raw_log_probs=any(status.raw_log_probs for status in statuses),
             max_sampling_mask=server_info.get("sampling_mask_max_tokens") or 0,
             returns_routed_experts=bool(server_info.get("enable_return_routed_experts")),
+            takes_images=bool(model_info.get("has_image_understanding")) and not server_info.get("language_model_only"),
+            max_images=(server_info.get("limit_mm_data_per_request") or {}).get("image"),
+            image_token_id=statuses[0].image_token_id if statuses else None,
         )
     except KeyError as error:
         raise ProtocolError(

@@ -10,6 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NoReturn
 
+import torch
+
+# Qwen3.5's model file reads them of torch's operators when it is imported, and SGLang's processors of images for the
+# whole Qwen-VL family import that file. No more of them: SGLang takes `convert_weight_packed` for a sign of AMX.
+_OPERATORS = (
+    "fused_sigmoid_mul_cpu",
+    "fused_qk_gemma_rmsnorm_cpu",
+    "fused_qk_gemma_rmsnorm_with_gate_cpu",
+    "fused_qkvzba_split_reshape_cat_contiguous_cpu",
+)
+
 
 def __getattr__(name: str) -> Callable[..., NoReturn]:
     # The import system looks for names such as __path__ and __all__: they must be absent, not functions.
@@ -24,3 +35,7 @@ def __getattr__(name: str) -> Callable[..., NoReturn]:
 
     refuse.__name__ = refuse.__qualname__ = name
     return refuse
+
+
+for _operator in _OPERATORS:
+    setattr(torch.ops.sgl_kernel, _operator, __getattr__(_operator))

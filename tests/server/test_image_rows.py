@@ -1,0 +1,118 @@
+"""Rows of images in the server half: no token stands there, whatever number SGLang keeps."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers.fake_scheduler import Req
+from helpers.user_constraints import FAR, Tell
+
+from torchrl_sglang_hidden import ActionMask, LogitsSpec
+from torchrl_sglang_hidden.reduce.token_logits import RequestLogits
+from torchrl_sglang_hidden.reduce.wanted_logits import WantedLogits
+from torchrl_sglang_hidden.server.capture import Capture
+from torchrl_sglang_hidden.server.images import image_token_of, tokens_of_prompt
+from torchrl_sglang_hidden.server.prompt_logits import prompt_logits_of
+from torchrl_sglang_hidden.server.taken_logits import PromptPiece
+from torchrl_sglang_hidden.server.token_rows import PromptPart
+
+VOCAB, IMAGE = 96, 95
+# What SGLang keeps at the rows of an image.
+PAD = 3_170_495_106_366_524_576
+PADDED = [7, PAD, PAD, 8, 9]
+WRITTEN = [7, IMAGE, IMAGE, 8, 9]
+
+
+def image_request(written: list[int] = WRITTEN, **wanted: Any) -> Any:
+    req = Req(list(PADDED), logits=WantedLogits(**wanted) if wanted else None)
+    req.origin_input_ids_unpadded = written
+    req.multimodal_inputs = SimpleNamespace(mrope_positions=None)
+    req.vocab_size = VOCAB
+    return req
+
+
+def test_what_a_prompt_says() -> None:
+    assert tokens_of_prompt(Req([7, 8])) == ([7, 8], frozenset())
+    assert tokens_of_prompt(image_request()) == (WRITTEN, {1, 2})
+    # Where SGLang expands an image by itself.
+    assert tokens_of_prompt(image_request([7, IMAGE, 8, 9])) == ([7, 0, 0, 8, 9], {1, 2})
+
+
+@pytest.mark.parametrize(
+    ("config", "reads", "found"),
+    [
+        ({"image_token_id": 95}, True, 95),
+        ({"image_token_index": 94}, True, 94),
+        ({"image_token_id": None, "image_token_index": 94}, True, 94),
+        ({}, True, None),
+        ({"image_token_id": 95}, False, None),
+    ],
+)
+def test_the_placeholder_of_a_model(config: dict[str, Any], reads: bool, found: int | None) -> None:
+    model = SimpleNamespace(is_image_understandable_model=reads, hf_config=SimpleNamespace(**config))
+    assert image_token_of(model) == found
+
+
+def scored(first: int, count: int, **wanted: Any) -> tuple[RequestLogits, PromptPiece]:
+    """Return the logits of a scored prompt as the capture tracks them, and some of its tokens."""
+    capture = Capture()
+    req = image_request(prompt_from=1, scored=True, **wanted)
+    one = capture.open(req)
+    assert one is not None
+    part = PromptPart(row=0, offset=0, first=1, stop=5, logits=one.logits)
+    return one.logits, PromptPiece(part, first, count)
+
+
+@pytest.mark.parametrize(("first", "count"), [(1, 4), (1, 1), (2, 2), (3, 2)])
+def test_a_log_prob_is_nan_where_no_token_is(first: int, count: int) -> None:
+    """A gather at what SGLang keeps there would end the scheduler."""
+    constraints = (ActionMask([8, 9]),)
+    _, piece = scored(first, count, constraints=constraints, response_ranges=((1, 4),))
+    logits_NV = torch.randn(count, VOCAB, generator=torch.Generator().manual_seed(first))
+    found = prompt_logits_of((piece,), logits_NV)
+    assert found.log_probs_S is not None
+    for row, place in enumerate(range(first, first + count)):
+        if place in (1, 2):
+            assert found.log_probs_S[row].isnan()
+            continue
+        # The constraints act on token 3 alone, the last of the response.
+        row_V = logits_NV[row]
+        expected = (row_V[[8, 9]] if place == 3 else row_V).log_softmax(-1)[0 if place == 3 else 9]
+        torch.testing.assert_close(found.log_probs_S[row], expected)
+
+
+def test_two_prompts_in_one_call_of_the_head() -> None:
+    _, piece = scored(1, 4, constraints=(ActionMask([8, 9]),), response_ranges=((3, 5),))
+    found = prompt_logits_of((piece, piece), torch.randn(8, VOCAB))
+    assert found.log_probs_S is not None
+    assert found.log_probs_S.isnan().tolist() == [True, True, False, False] * 2
+
+
+def test_nothing_is_constrained_where_no_token_is() -> None:
+    _, piece = scored(1, 4, constraints=(ActionMask([8]),), response_ranges=((1, 4),))
+    found = prompt_logits_of((piece,), torch.zeros(4, VOCAB))
+    assert found.choosable_N is not None
+    assert found.choosable_N.all()
+    assert found.log_probs_S is not None
+    assert found.log_probs_S[2] == 0
+
+
+def test_logits_are_of_every_row() -> None:
+    _, piece = scored(1, 4, spec=LogitsSpec(top_k=1, segments=("prompt",)))
+    logits_NV = torch.randn(4, VOCAB)
+    [(_, columns)] = prompt_logits_of((piece,), logits_NV).columns
+    torch.testing.assert_close(columns.values_NC[:, 0], logits_NV.amax(-1))
+
+
+def test_constraints_see_placeholders() -> None:
+    logits, piece = scored(3, 2, constraints=(Tell(),), response_ranges=((3, 5),))
+    assert logits.prompt_ids == WRITTEN
+    found = prompt_logits_of((piece,), torch.zeros(2, VOCAB))
+    assert found.log_probs_S is not None
+    # The prompt before the response ends with a row of an image.
+    told = (torch.tensor([0, 128, 3, IMAGE, 0, -1, -1, 0]) - FAR).float()
+    row_V = torch.cat([told, torch.zeros(VOCAB - 8)])
+    torch.testing.assert_close(found.log_probs_S[0], row_V.log_softmax(-1)[8])
