@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torchrl_sglang_hidden
-from torchrl_sglang_hidden.server import plugin
+from torchrl_sglang_hidden.server import forking, plugin
 from torchrl_sglang_hidden.server.cpu import CPU_DEFAULTS
 from torchrl_sglang_hidden.service import plugin as service_plugin
 from torchrl_sglang_hidden.sglang_api.sampling import SGLANG_NAMES
@@ -114,7 +114,7 @@ def _hooks() -> Iterator[Need]:
 
 def hooks() -> dict[str, Callable[..., Any]]:
     """Return the hooks by what they hook."""
-    return {**plugin._BEFORE, **plugin._AFTER, **plugin._AROUND, **service_plugin.HOOKS}
+    return {**plugin._BEFORE, **plugin._AFTER, **plugin._AROUND, **service_plugin.HOOKS, **forking.HOOKS}
 
 
 def _plain(hook: Callable[..., Any]) -> Callable[..., Any]:

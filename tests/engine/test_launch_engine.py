@@ -27,6 +27,7 @@ from torchrl_sglang_hidden import (
 )
 from torchrl_sglang_hidden.engines import endpoint
 from torchrl_sglang_hidden.records import Request
+from torchrl_sglang_hidden.server.cpu import has_accelerator
 from torchrl_sglang_hidden.sglang_api.server_info import warm_up
 
 pytestmark = pytest.mark.engine
@@ -43,6 +44,10 @@ server = launch(model, api_key=sys.stdin.readline().strip(), log_file=log_file)
 print(json.dumps([server.url, server.pid]), flush=True)
 signal.pause()
 """
+
+
+def libraries_of(pid: int) -> list[str]:
+    return [line for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if "r-xp" in line and "torch" in line]
 
 
 def group_of(leader: int) -> list[int]:
@@ -74,6 +79,9 @@ def test_a_server_generates_is_copied_as_a_client_and_ends_with_close(
 
         handles = group_of(server.pid)
         assert len(handles) > 2
+        # A fork has its libraries where its parent has them, and a process that starts Python anew has not.
+        forked = [pid for pid in handles[1:] if libraries_of(pid) == libraries_of(server.pid)]
+        assert len(forked) == (0 if has_accelerator() else 2), "on the CPU: a scheduler and a detokenizer"
         with watched(handles) as group:
             server.close()
             assert still_running(group, timeout_s=5) == []

@@ -21,9 +21,8 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torchrl_sglang_hidden.protocol import PLUGIN_ENV
-from torchrl_sglang_hidden.protocol.shared_memory import remove_leftovers
-from torchrl_sglang_hidden.server.cpu import cpu_server_args, has_accelerator, use_cpu_engine
+# Nothing that imports torch: libraries that come with it read the environment that `main` sets, when they are loaded.
+from torchrl_sglang_hidden.server.cpu import cpu_server_args, has_accelerator, library_environment, use_cpu_engine
 
 __all__ = ["API_KEY_ENV", "PARENT_PID_ENV", "command_line", "main", "watch_parent"]
 
@@ -40,14 +39,11 @@ def main(arguments: Sequence[str]) -> None:
     Args:
         arguments: SGLang server arguments, as on the command line. They override every default set here.
     """
-    _end_with_parent()
+    watch = _end_with_parent()
     api_key = os.environ.pop(API_KEY_ENV, None)
-    os.environ.setdefault(PLUGIN_ENV, "1")  # an explicit "0" serves stock SGLang
-    on_cpu = _serves_on_cpu(arguments)
-    if on_cpu:
-        chosen = _peek(arguments)
-        use_cpu_engine(chosen.data_parallel_size * chosen.tensor_parallel_size)
-    _run_server(list(arguments), api_key, on_cpu=on_cpu)
+    on_cpu = _choose_device(_peek(arguments))
+    harmless = frozenset() if watch is None or watch.native_id is None else frozenset({watch.native_id})
+    _run_server(list(arguments), api_key, on_cpu=on_cpu, harmless=harmless)
 
 
 def command_line(server_args: Mapping[str, Any]) -> list[str]:
@@ -86,28 +82,39 @@ def watch_parent(parent_pid: int, pipe_fd: int, on_end: Callable[[], None]) -> N
     on_end()
 
 
-def _end_with_parent() -> None:
+def _end_with_parent() -> threading.Thread | None:
     parent_pid = os.environ.pop(PARENT_PID_ENV, None)
     # A server started by hand must go on when its shell closes stdin.
     if parent_pid is None:
-        return
+        return None
     if os.getpgrp() != os.getpid():
         raise SystemExit(
             f"{PARENT_PID_ENV}={parent_pid}: this process (pid {os.getpid()}) shares the process group {os.getpgrp()}, "
             "and ending with the parent ends the group; unset the variable, or start it in a session of its own"
         )
     # SIGKILL, as nobody is left to wait for a slow end. The whole group, as SGLang's own processes are in it.
-    threading.Thread(
+    watch = threading.Thread(
         target=watch_parent,
         args=(int(parent_pid), sys.stdin.fileno(), lambda: os.killpg(os.getpgrp(), signal.SIGKILL)),
         name="watch-parent",
         daemon=True,
-    ).start()
+    )
+    watch.start()
+    return watch
 
 
-def _serves_on_cpu(arguments: Sequence[str]) -> bool:
-    device = _peek(arguments).device
-    return device == "cpu" if device is not None else not has_accelerator()
+def _choose_device(chosen: argparse.Namespace) -> bool:
+    """Set the CPU engine up where it is to serve, and return whether it is."""
+    num_ranks = chosen.data_parallel_size * chosen.tensor_parallel_size
+    if chosen.device is None:
+        # Only torch knows, and it brings libraries that read their variables now or never.
+        with library_environment(num_ranks):
+            on_cpu = not has_accelerator()
+    else:
+        on_cpu = chosen.device == "cpu"
+    if on_cpu:
+        use_cpu_engine(num_ranks)
+    return on_cpu
 
 
 def _peek(arguments: Sequence[str]) -> argparse.Namespace:
@@ -121,13 +128,20 @@ def _peek(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_known_args(arguments)[0]
 
 
-def _run_server(arguments: list[str], api_key: str | None, *, on_cpu: bool) -> None:
+def _run_server(arguments: list[str], api_key: str | None, *, on_cpu: bool, harmless: frozenset[int]) -> None:
+    from torchrl_sglang_hidden.protocol import PLUGIN_ENV
+    from torchrl_sglang_hidden.protocol.shared_memory import remove_leftovers
+    from torchrl_sglang_hidden.server.forking import fork_children
+
+    os.environ.setdefault(PLUGIN_ENV, "1")  # an explicit "0" serves stock SGLang
     from sglang.launch_server import run_server
     from sglang.srt.plugins import load_plugins
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree
 
     load_plugins()
+    if on_cpu:
+        fork_children(harmless)
     arguments = _merge_config_file(arguments)
     chosen = _peek(arguments)
     defaults: dict[str, Any] = {"enable_return_hidden_states": True}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +24,7 @@ __all__ = [
     "cpu_server_args",
     "has_accelerator",
     "ignore_pinning",
+    "library_environment",
     "text_config",
     "use_cpu_engine",
 ]
@@ -32,6 +33,9 @@ CPU_ENGINE_ENV = "SGLANG_USE_CPU_ENGINE"
 BIND_ENV = "SGLANG_CPU_OMP_THREADS_BIND"
 NCCL_ENV = "SGLANG_NCCL_SO_PATH"
 THREADS_ENV = "OMP_NUM_THREADS"
+# NumPy's and SciPy's BLAS starts a pool of threads when it is loaded. SGLang has no use for it, and a process with
+# threads is not forked.
+BLAS_ENV = "OPENBLAS_NUM_THREADS"
 STANDIN_DIR = Path(__file__).parent / "standin"
 # A file that is not there. SGLang then does without NCCL.
 NO_NCCL = str(STANDIN_DIR / "no-nccl.so")
@@ -40,7 +44,7 @@ NO_NCCL = str(STANDIN_DIR / "no-nccl.so")
 # with D = 4096 took 0.6 of the time on two cores (with a whole GiB).
 MALLOC_ENV = {"MALLOC_MMAP_THRESHOLD_": 2**30, "MALLOC_TRIM_THRESHOLD_": 2**29}
 # What `use_cpu_engine` sets for the processes of SGLang. This process does not need them once those are started.
-_FOR_CHILDREN = ("PYTHONPATH", "OMP_WAIT_POLICY", THREADS_ENV, BIND_ENV, NCCL_ENV, *MALLOC_ENV)
+_FOR_CHILDREN = ("PYTHONPATH", "OMP_WAIT_POLICY", THREADS_ENV, BIND_ENV, BLAS_ENV, NCCL_ENV, *MALLOC_ENV)
 
 CPU_DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
@@ -109,15 +113,12 @@ def use_cpu_engine(num_ranks: int = 1) -> None:
             "first import of sglang, or use a server in a process of its own: launch(model, device='cpu')"
         )
     os.environ[CPU_ENGINE_ENV] = "1"
-    # OpenMP's threads spin while they wait for each other. When another process wants the same cores, each step waits
-    # for a scheduling slice: 3 × 16 tokens took 25 s instead of 2 s beside one busy process, on two cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # torch's CUDA build brings NCCL, which SGLang takes wherever the library loads, on the CPU too: with several ranks
     # the start ends in "Expected a cuda device". Without the library SGLang leaves collectives to torch, that is gloo.
     os.environ.setdefault(NCCL_ENV, NO_NCCL)
     for name, num_bytes in MALLOC_ENV.items():
         os.environ.setdefault(name, str(num_bytes))
-    bind_threads(num_ranks)
+    _limit_threads(num_ranks)
     if _has_cpu_kernels():
         return
     standin = str(STANDIN_DIR)
@@ -125,6 +126,14 @@ def use_cpu_engine(num_ranks: int = 1) -> None:
         sys.path.insert(0, standin)
     inherited = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part and part != standin]
     os.environ["PYTHONPATH"] = os.pathsep.join([standin, *inherited])
+
+
+def _limit_threads(num_ranks: int) -> None:
+    # OpenMP's threads spin while they wait for each other. When another process wants the same cores, each step waits
+    # for a scheduling slice: 3 × 16 tokens took 25 s instead of 2 s beside one busy process, on two cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault(BLAS_ENV, "1")
+    bind_threads(num_ranks)
 
 
 def bind_threads(num_ranks: int) -> None:
@@ -168,6 +177,20 @@ def ignore_pinning() -> None:
 
 
 @contextmanager
+def library_environment(num_ranks: int = 1) -> Iterator[None]:
+    """Import torch inside the block as `use_cpu_engine` wants it, before it is known whether the CPU engine runs.
+
+    OpenMP and BLAS read their environment when torch and NumPy load them. It is restored after the block.
+
+    Args:
+        num_ranks: the number of schedulers, ``dp_size * tp_size``.
+    """
+    with _restored(_FOR_CHILDREN):
+        _limit_threads(num_ranks)
+        yield
+
+
+@contextmanager
 def cpu_engine_environment(enabled: bool = True, num_ranks: int = 1) -> Iterator[None]:
     """Run `use_cpu_engine` while an in-process ``sglang.Engine`` starts its processes, then restore the environment.
 
@@ -184,9 +207,15 @@ def cpu_engine_environment(enabled: bool = True, num_ranks: int = 1) -> Iterator
     if not enabled:
         yield
         return
-    before = {name: os.environ.get(name) for name in _FOR_CHILDREN}
-    try:
+    with _restored(_FOR_CHILDREN):
         use_cpu_engine(num_ranks)
+        yield
+
+
+@contextmanager
+def _restored(names: Sequence[str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in names}
+    try:
         yield
     finally:
         for name, value in before.items():
