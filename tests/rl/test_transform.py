@@ -19,6 +19,7 @@ from torchrl.envs import ParallelEnv, PendulumEnv, SerialEnv, TransformedEnv, ch
 from torchrl.envs.transforms import Compose, StepCounter, VecNormV2
 
 from torchrl_sglang_hidden import HiddenSpec, HiddenStateTransform, InputError, SGLangHiddenWrapper, connect
+from torchrl_sglang_hidden.rl import transform as transform_module
 
 READS = {"hidden": HiddenSpec(("prompt",)), "generate_kwargs": {"max_new_tokens": 0}}
 
@@ -136,6 +137,16 @@ def test_every_third_asks_for_a_third() -> None:
     out = rollout(env, 9)
     assert asked(engine) == [[0, 20], [3, 23], [6, 26], [9, 29]]
     assert out["hidden_state_age"][0, :, 0].tolist() == [0, 1, 2] * 3
+
+
+def test_a_step_that_keeps_its_vectors_looks_at_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unbinding 128 environments takes longer than all else of such a step."""
+    looked: list[int] = []
+    unbind_rows = transform_module.unbind_rows
+    monkeypatch.setattr(transform_module, "unbind_rows", lambda td: [looked.append(td.numel()), *unbind_rows(td)][1:])
+    env, _ = env_with(WordEnv([100, 100]), every=3)
+    rollout(env, 6)
+    assert looked == [2, 2, 2], "the reset, and the steps 3 and 6"
 
 
 def test_only_the_environments_that_are_due_are_asked() -> None:

@@ -328,6 +328,8 @@ class HiddenStateTransform(Transform):  # type: ignore[misc]
     # --- both --------------------------------------------------------------------------------------------------------
 
     def _prompts(self, tensordict: TensorDictBase, due: torch.Tensor) -> list[LabelledPrompt]:
+        if not due.any():  # unbinding a large batch would take most of a step that keeps its vectors
+            return []
         rows = enumerate(unbind_rows(tensordict))
         return self._encoder.write((f"environment {index}", row) for index, row in rows if due[index])
 
