@@ -238,6 +238,15 @@ def test_a_page_that_is_there_is_replaced(tmp_path: Path) -> None:
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
+def test_nothing_half_written_stays(tmp_path: Path) -> None:
+    recording = record(tmp_path / "walks")
+    # The page is written beside its place first, and a directory cannot be replaced with it.
+    (tmp_path / "page.html").mkdir()
+    with pytest.raises(InputError, match=r"page\.html: .*; choose a file in a directory that can be written"):
+        write_report(recording, tmp_path / "page.html")
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["page.html", "walks"]
+
+
 def test_refuses(tmp_path: Path) -> None:
     recording = record(tmp_path / "walks")
     with pytest.raises(

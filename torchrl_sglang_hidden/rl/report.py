@@ -9,6 +9,7 @@ import base64
 import io
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -121,6 +122,8 @@ def write_report(
         part.write_text(html, encoding="utf-8")
         part.replace(target)
     except OSError as error:
+        with suppress(OSError):  # on a full disk what was written so far would stay
+            part.unlink(missing_ok=True)
         raise InputError(f"{target}: {error}; choose a file in a directory that can be written") from error
     return target
 
