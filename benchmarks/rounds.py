@@ -33,6 +33,10 @@ HELP = {
     "prompt_tokens": "tokens of each prompt",
     "new_tokens": "tokens generated from each prompt",
     "columns": "k: columns of top_k and token_ids",
+    "envs": "environments side by side",
+    "system_tokens": "tokens of the system prompt",
+    "observation_tokens": "tokens of each observation",
+    "steps": "steps of all environments while memory is watched, or 0",
     "rounds": "rounds that count",
     "dtype": "of weights and states",
 }

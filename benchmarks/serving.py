@@ -15,6 +15,7 @@ from rounds import Call
 from wide_model import save_random_wide
 
 from torchrl_sglang_hidden import SGLangServer, demo_model, launch
+from torchrl_sglang_hidden.engines.launch import LaunchedServer
 from torchrl_sglang_hidden.protocol import CHANNEL
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
 from torchrl_sglang_hidden.sglang_api.checks import check_requests
@@ -28,7 +29,7 @@ TIMEOUT_S = 1800.0
 @contextmanager
 def served(
     model: str, *, dtype: str, context_length: int, total_tokens: int, sleep_on_idle: bool = False, wide_layers: int = 1
-) -> Iterator[SGLangServer]:
+) -> Iterator[LaunchedServer]:
     """Start a server for one model, and end it afterwards.
 
     Args:

@@ -99,3 +99,20 @@ def test_the_speed_table(run: Run) -> None:
     # Bytes do not depend on how busy the machine is.
     assert lines["bytes of the answer, 2 prompts of 40 tokens"] > 20
     assert list(found["scaling"]) == ["rows", "prompt_tokens", "new_tokens", "hidden_size"]
+
+
+def test_state_encoder(run: Run) -> None:
+    sizes = ("--envs", "4", "--system-tokens", "48", "--observation-tokens", "4", "--new-tokens", "4")
+    found = run("state_encoder", "--model", "wide", *sizes, "--rounds", "1", "--steps", "60")
+    wide = found["models"]["wide"]
+    assert wide["worst_relative_difference"] < 1e-4
+    assert set(wide["sides"]) == {"prompt only", "generating"}
+    for side in wide["sides"].values():
+        assert side["encodings_per_s"] > 0
+        # The system prompt is read once, and its sums stand for it in the prompt of each environment.
+        assert side["fewest_cached_tokens"] == 48
+    points = wide["memory"]["points"]
+    # The reset and the steps 25 and 50, of four environments.
+    assert wide["memory"]["encoded"] == 12
+    assert (points[0]["step"], points[-1]["step"], len(points)) == (0, 60, 21)
+    assert all(point[name] > 10 for point in points for name in ("client_pss_mib", "server_pss_mib", "server_rss_mib"))
