@@ -32,7 +32,7 @@ from helpers.documents import PAGES, ROOT, Block, agrees, commands_of, expected_
 
 import torchrl_sglang_hidden
 from torchrl_sglang_hidden import SGLangServer, connect, launch
-from torchrl_sglang_hidden.cli import parse_server_arguments
+from torchrl_sglang_hidden.cli.serve import parse_server_arguments
 from torchrl_sglang_hidden.server.__main__ import command_line
 from torchrl_sglang_hidden.server.cpu import cpu_engine_environment, cpu_server_args, has_accelerator
 
