@@ -97,11 +97,17 @@ def test_an_own_conv_and_other_sizes() -> None:
     assert both(rows(pixels=(1, 9, 9)))["features"].shape == (5, 24)
 
 
-def test_half_precision() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_what_is_read_may_have_any_dtype(dtype: torch.dtype) -> None:
+    """MuJoCo's observations are float64, and hidden vectors float32."""
     both = build(observation_spec=seen(pixels=IMAGE, sight=(2,)), observation_keys=["pixels", "sight"])
     td = rows(pixels=IMAGE, sight=(2,))
     expected = both(td.clone())["features"]
-    torch.testing.assert_close(both(td.bfloat16())["features"], expected, rtol=0.1, atol=0.1)
+    torch.testing.assert_close(both(td.to(dtype))["features"], expected, rtol=0.1, atol=0.1)
+    for name in ("sight", "pixels"):
+        torch.testing.assert_close(
+            both(td.clone().set(name, td[name].to(dtype)))["features"], expected, rtol=0.1, atol=0.1
+        )
 
 
 @pytest.mark.parametrize("batch", [(), (2, 3)])

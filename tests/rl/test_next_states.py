@@ -149,6 +149,7 @@ def test_trajectories_that_a_collector_puts_behind_each_other() -> None:
         ),
         (lambda td: td.exclude(("next", "done")), MissingKeyError, r"no \('next', 'done'\)"),
         (lambda td: td.transpose(0, 1), InputError, r"\['time', None\]: expected time to be the last one"),
+        (lambda td: td[:, :0], InputError, r"size \(2, 0\) has no steps; expected at least 1"),
         (lambda td: td[0, 0], InputError, r"size \(\) with the dimensions \[\]: expected time to be the last"),
         (lambda td: td.set(("next", STATE), td[STATE]), InputError, "is there already; leave this call out"),
         (lambda td: td, InputError, r"2 of 6 steps end .*the first at \(0, 2\): .*pass encoder="),

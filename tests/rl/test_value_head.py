@@ -69,6 +69,17 @@ def test_without_norm_and_with_layers() -> None:
     torch.testing.assert_close(out["a", "v"], critic.module[1](states))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int64])
+def test_vectors_of_every_dtype_are_read_in_that_of_the_head(dtype: torch.dtype) -> None:
+    critic = make_value_head(5, state_key="x")
+    states = (10 * torch.randn(4, 5)).to(dtype)
+    value = critic(TensorDict(x=states, batch_size=4))["state_value"]
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, critic(TensorDict(x=states.float(), batch_size=4))["state_value"])
+    assert critic.double()(TensorDict(x=states, batch_size=4))["state_value"].dtype == torch.float64
+    assert list(critic.state_dict()) == list(make_value_head(5, state_key="x").double().state_dict())
+
+
 def test_gae_on_a_transforms_vectors() -> None:
     made = transform()
     batch = TransformedEnv(WordEnv([2, 100]), made).rollout(5, break_when_any_done=False)
@@ -141,6 +152,7 @@ def test_refuses_a_policy_that_scores() -> None:
         (0, {"state_key": "x"}, InputError, "states=0: expected a size of at least 1"),
         ("x", {}, InputTypeError, "states='x' is a str; expected the SGLangHiddenWrapper"),
         (True, {"state_key": "x"}, InputTypeError, "states=True is a bool; expected"),
+        (5, {"state_key": "x", "norm": "no"}, InputTypeError, "norm='no': expected True or False"),
         (5, {"state_key": "x", "num_cells": 64}, InputTypeError, "num_cells=64: expected a sequence of integers"),
         (5, {"state_key": "x", "num_cells": (6.0,)}, InputTypeError, r"num_cells=\(6.0,\): expected a sequence"),
     ],

@@ -104,6 +104,8 @@ def _read_states(batch: TensorDictBase, key: NestedKey, next_key: NestedKey) -> 
             f"a batch of size {tuple(batch.batch_size)} with the dimensions {names}: expected time to be the last one, "
             "as in a rollout; change their order"
         )
+    if not batch.batch_size.numel():
+        raise InputError(f"a batch of size {tuple(batch.batch_size)} has no steps; expected at least 1")
     states = batch.get(key)
     if states is None:
         raise MissingKeyError(f"no {key!r} in the batch: name the states with state_key, or pool the prompts")

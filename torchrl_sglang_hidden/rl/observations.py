@@ -95,11 +95,15 @@ class ObservationInput(nn.Module):
         InputError: convolutions that do not read such an image.
     """
 
+    _like: torch.Tensor
+
     def __init__(
         self, observation: Observation, image_features: int, conv: ConvNet | None, device: torch.device | str | None
     ) -> None:
         super().__init__()
         self.observation = observation
+        # Follows `.double()` and the like, as the parameters of the layers behind this one do.
+        self.register_buffer("_like", torch.empty(0), persistent=False)
         self.num_features = observation.shape[0]
         self.net: nn.Module = nn.Identity()
         if observation.is_image:
@@ -118,7 +122,7 @@ class ObservationInput(nn.Module):
             )
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the features; integers and half precision become float32.
+        """Return the features, in the dtype that the module was given: float32, or what ``.to(dtype)`` says.
 
         Raises:
             InputError: an observation of another shape.
@@ -129,9 +133,7 @@ class ObservationInput(nn.Module):
                 f"{key!r} has shape {tuple(values.shape)}; expected {('*batch', *shape)}: make the actor with the "
                 "observation_spec of this environment"
             )
-        if values.dtype not in (torch.float32, torch.float64):
-            values = values.float()
-        features: torch.Tensor = self.net(values)
+        features: torch.Tensor = self.net(values.to(self._like.dtype))
         return features
 
 

@@ -84,13 +84,19 @@ class StateInput(nn.Module):
             states of a trained model are long, and a head that reads them as they are begins with large outputs.
     """
 
+    _like: torch.Tensor
+
     def __init__(self, source: StateSource, norm: bool) -> None:
         super().__init__()
+        if not isinstance(norm, bool):
+            raise InputTypeError(f"norm={norm!r:.80}: expected True or False")
         self.source = source
+        # Follows `.double()` and the like, as the parameters of the layers behind this one do.
+        self.register_buffer("_like", torch.empty(0), persistent=False)
         self.norm = nn.LayerNorm(source.shape[-1], elementwise_affine=False) if norm else nn.Identity()
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """Return the features; half precision becomes float32.
+        """Return the features, in the dtype that the module was given: float32, or what ``.to(dtype)`` says.
 
         Raises:
             InputError: vectors of another shape.
@@ -101,9 +107,7 @@ class StateInput(nn.Module):
                 f"{key!r} has shape {tuple(states.shape)}; expected {('*batch', *shape)}: make the head for the policy "
                 "or transform that wrote them"
             )
-        if states.dtype in (torch.float16, torch.bfloat16):
-            states = states.float()
-        features: torch.Tensor = self.norm(states).flatten(-len(shape))
+        features: torch.Tensor = self.norm(states.to(self._like.dtype)).flatten(-len(shape))
         return features
 
 
