@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.policy_batches import make
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 from torchrl_sglang_hidden import (
     HiddenSpec,
     InputError,
+    InputTypeError,
     MissingKeyError,
     Recording,
     RecordingError,
@@ -154,6 +156,29 @@ def test_what_cannot_be_probed_says_why(tmp_path: Path) -> None:
     assert page.row("same")[0].startswith("not probed: targets: all are 3; give at least 2 classes")
 
 
+def test_fields_of_every_kind_are_probed_or_say_why(tmp_path: Path) -> None:
+    more = [
+        {
+            "one_hot": np.eye(2, dtype=np.int64)[row["number"] % 2],
+            "picture": np.full((2, 2, 3), row["number"], np.uint8),
+            "ragged": [1.0] * (1 + row["number"]),
+            "text": f"w{row['number']}",
+            "none": None,
+            "done": [row["done"]] * (1 + row["number"]),
+        }
+        for row in rows()
+    ]
+    data = [{**row, **others} for row, others in zip(rows(), more, strict=True)]
+    recording = record(tmp_path / "walks", data)
+    targets = ["one_hot", "picture", "ragged", "text", "none"]
+    page = page_of(recording, tmp_path / "report.html", targets=targets)
+    assert page.row("one_hot")[0] == page.row("text")[0] == "accuracy 1.000"
+    for name in ("picture", "ragged", "none"):
+        assert page.row(name)[0].startswith("not probed: ")
+    data = [{**row, "done": "no"} for row in rows()]
+    assert page_of(record(tmp_path / "other", data), tmp_path / "other.html").headings
+
+
 def test_without_targets_and_episodes(tmp_path: Path) -> None:
     data = [{"number": index % 4, "words": "w5"} for index in range(20)]
     page = page_of(record(tmp_path / "a", data), tmp_path / "report.html")
@@ -235,6 +260,13 @@ def test_a_page_that_is_there_is_replaced(tmp_path: Path) -> None:
     assert sorted(found.name for found in tmp_path.iterdir()) == ["report.html", "walks"]
 
 
+def test_a_recording_from_inside_its_own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record(tmp_path / "walks")
+    monkeypatch.chdir(tmp_path / "walks")
+    assert write_report(".") == tmp_path / "walks.html"
+    assert Page(tmp_path / "walks.html").headings[0] == "Hidden states of walks"
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
@@ -253,8 +285,14 @@ def test_refuses(tmp_path: Path) -> None:
         MissingKeyError, match=r"targets \['wins'\]: the recording has \[.*'reward'.*; name one of these"
     ):
         write_report(recording, tmp_path / "x.html", targets=["wins"])
+    with pytest.raises(InputTypeError, match=r"targets='reward' is a str; expected a list of keys"):
+        write_report(recording, tmp_path / "x.html", targets="reward")
     with pytest.raises(InputError, match=r"x\.html: .*; choose a file in a directory that can be written"):
         write_report(recording, tmp_path / "no" / "x.html")
+    (tmp_path / "directory").mkdir()
+    with pytest.raises(InputError, match=r"directory: .*; choose a file"):
+        write_report(recording, tmp_path / "directory")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["directory", "walks"]
     one = record(tmp_path / "one", rows(1))
     with pytest.raises(InputError, match="has 1 rows with states of their own; expected at least 2: record more"):
         write_report(one, tmp_path / "x.html")

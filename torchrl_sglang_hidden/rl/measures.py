@@ -20,6 +20,7 @@ __all__ = [
     "check_rows",
     "effective_rank",
     "pairwise_cosine",
+    "rank_of",
     "singular_values",
     "state_variance",
     "take_rows",
@@ -129,7 +130,11 @@ def effective_rank(states_ND: torch.Tensor, *, centre: bool = True) -> float:
     Raises:
         InputError, InputTypeError: see `state_variance`.
     """
-    values = singular_values(states_ND, centre=centre)
+    return rank_of(singular_values(states_ND, centre=centre))
+
+
+def rank_of(values: torch.Tensor) -> float:
+    """Return the effective rank of vectors from what `singular_values` returned of them."""
     total = values.sum()
     if not total > 0:
         return 0.0

@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jinja2 import Environment, StrictUndefined
-from tensordict import TensorDictBase, is_leaf_nontensor
+from tensordict import LazyStackedTensorDict, TensorDictBase, is_leaf_nontensor
 from tensordict.utils import NestedKey, unravel_key
 
 from torchrl_sglang_hidden._version import __version__
-from torchrl_sglang_hidden.errors import InputError, MissingKeyError
+from torchrl_sglang_hidden.errors import InputError, InputTypeError, MissingKeyError
 from torchrl_sglang_hidden.rl.drift import state_drift
 from torchrl_sglang_hidden.rl.layer_sweep import LayerMeasures, layer_sweep
 from torchrl_sglang_hidden.rl.measures import (
-    effective_rank,
     pairwise_cosine,
+    rank_of,
     singular_values,
     state_variance,
     take_rows,
@@ -40,6 +40,7 @@ from torchrl_sglang_hidden.rl.plots import (
     plot_variance,
 )
 from torchrl_sglang_hidden.rl.probe import ProbeResult, linear_probe
+from torchrl_sglang_hidden.rl.prompts import value_of
 from torchrl_sglang_hidden.rl.recording import LABEL_ROW, Recording, load_recording
 
 if TYPE_CHECKING:
@@ -95,12 +96,15 @@ def write_report(
 
     Raises:
         InputError: fewer than 2 rows with states, ``against`` without such states, or a file that cannot be written.
+        InputTypeError: ``targets`` that is one text.
         MissingKeyError: the recording has no such target.
         RecordingError: no recording, or a shard that is damaged.
         CapabilityError: matplotlib is not installed.
     """
     recording = _load(recording)
-    target = recording.path.with_name(f"{recording.path.name}.html") if path is None else Path(path)
+    # "." and ".." have no name of their own.
+    directory = recording.path if recording.path.name.strip(".") else recording.path.resolve()
+    target = directory.with_name(f"{directory.name}.html") if path is None else Path(path)
     data = recording.tensordict
     chosen = _choose_targets(data, targets)
     sections = []
@@ -112,14 +116,15 @@ def write_report(
         text
     )
     html = page.render(
-        title=f"Hidden states of {recording.path.name}",
+        title=f"Hidden states of {directory.name}",
         about=_about(recording),
         sections=sections,
         footer=f"Written by torchrl-sglang-hidden {__version__}.",
     )
     part = target.with_name(f".{target.name}.part")
     try:
-        part.write_text(html, encoding="utf-8")
+        # A field's text may have half of a surrogate pair, for which HTML has no bytes.
+        part.write_text(html, encoding="utf-8", errors="replace")
         part.replace(target)
     except OSError as error:
         with suppress(OSError):  # on a full disk what was written so far would stay
@@ -158,11 +163,16 @@ def _read_states(data: TensorDictBase, key: NestedKey) -> tuple[torch.Tensor, to
         kept &= sources == torch.arange(len(states))
     rows = kept.nonzero().flatten()
     if len(rows) < 2:
-        raise InputError(f"{key!r} has {len(rows)} rows with states of their own; expected at least 2: record more")
+        raise InputError(
+            f"{key!r} has {len(rows)} rows with states of their own; expected at least 2: record more, or look at "
+            "Recording.failures"
+        )
     return states[rows], rows
 
 
 def _choose_targets(data: TensorDictBase, targets: Sequence[NestedKey]) -> list[NestedKey]:
+    if isinstance(targets, str):
+        raise InputTypeError(f"targets={targets!r} is a str; expected a list of keys, such as ['reward']")
     there = _keys(data)
     named = [unravel_key(target) for target in targets]
     if missing := [target for target in named if target not in there]:
@@ -170,11 +180,22 @@ def _choose_targets(data: TensorDictBase, targets: Sequence[NestedKey]) -> list[
     return named or [target for target in _USUAL_TARGETS if target in there]
 
 
+def _column(data: TensorDictBase, key: NestedKey) -> torch.Tensor | list[Any]:
+    """Return a field of every row: a tensor, or a list where it is no tensor or its rows have several shapes."""
+    if not isinstance(data, LazyStackedTensorDict):
+        values = data.get(key)
+        return values if isinstance(values, torch.Tensor) else values.tolist()
+    found = [value_of(row.get(key)) for row in data.tensordicts]
+    is_dense = all(isinstance(value, torch.Tensor) for value in found) and len({value.shape for value in found}) == 1
+    return torch.stack(found) if is_dense else found
+
+
 def _groups(data: TensorDictBase) -> tuple[torch.Tensor, str]:
     """Return for each row its episode, or else its block of neighbours, and what that is."""
-    done = data.get(("next", "done"), data.get("done", None))
-    if done is not None:
-        ends = done.reshape(len(data), -1).any(-1).long()
+    there = [key for key in (("next", "done"), "done") if key in _keys(data)]
+    done = _column(data, there[0]) if there else []
+    if isinstance(done, torch.Tensor):
+        ends = done.flatten(1).any(-1).long() if done.ndim > 1 else done.bool().long()
         episodes = ends.cumsum(0) - ends
         if int(episodes[-1]) >= 3:
             return episodes, "episode"
@@ -229,7 +250,8 @@ def _sections(
 
 
 def _measures_section(name: str, states: torch.Tensor, num_rows: int) -> _Section:
-    variance, rank, values = state_variance(states), effective_rank(states), singular_values(states)
+    variance, values = state_variance(states), singular_values(states)
+    rank = rank_of(values)
     section = _Section(
         f"What the states hold: {name}",
         note=f"Of {len(states)} rows with states of their own, among {num_rows}. "
@@ -278,13 +300,15 @@ def _layers_section(name: str, states: torch.Tensor, layers: Sequence[int]) -> _
 
 
 def _read_target(data: TensorDictBase, target: NestedKey, rows: torch.Tensor) -> Any:
-    """Return a field of rows: numbers ``[N]`` or ``[N, M]``, or a list."""
-    values = data.get(target)
-    if not isinstance(values, torch.Tensor):
-        listed = values.tolist()
-        return [listed[row] for row in rows.tolist()]
-    values = values[rows].flatten(1) if values.ndim > 1 else values[rows]
-    return values[:, 0] if values.ndim > 1 and values.shape[1] == 1 else values
+    """Return a field of rows: numbers ``[N]`` or ``[N, M]``, or a list. One-hot vectors are the numbers of classes."""
+    column = _column(data, target)
+    if not isinstance(column, torch.Tensor):
+        return [column[row] for row in rows.tolist()]
+    values = column[rows].flatten(1) if column.ndim > 1 else column[rows]
+    if values.ndim > 1 and values.shape[1] == 1:
+        return values[:, 0]
+    is_one_hot = values.ndim > 1 and not values.is_floating_point() and bool(((values != 0).sum(1) == 1).all())
+    return (values != 0).long().argmax(1) if is_one_hot else values
 
 
 def _probe(states: torch.Tensor, values: Any, groups: torch.Tensor) -> ProbeResult | str:
@@ -331,7 +355,7 @@ def _drift_section(name: str, states: torch.Tensor, key: NestedKey, against: Rec
     drift = state_drift(states, live)
     dimension, shift = drift.most_shifted
     return _Section(
-        f"Drift of {against.path.name}: {name}",
+        f"Drift of {against.path.resolve().name}: {name}",
         note="Shift of the mean in standard deviations; Fréchet distance of the two Gaussians; squared maximum mean "
         "discrepancy with a Gaussian kernel (Gretton et al. 2012), and how often a random exchange gave as much.",
         rows=[
