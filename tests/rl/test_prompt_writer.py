@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.policy_batches import TOKENIZER, chat, make
@@ -57,6 +58,7 @@ CHAT = chat("w1")
         ("w1", "text"),
         ([7, 8], "tokens"),
         (torch.tensor([7, 8]), "tokens"),
+        (np.array([7, 8]), "tokens"),
         (CHAT, "history"),
         (History.from_chats([CHAT])[0], "history"),
     ],

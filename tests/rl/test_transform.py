@@ -445,6 +445,9 @@ def test_the_projection_is_one_fixed_matrix(layers: Any) -> None:
     torch.testing.assert_close(projected, full @ made.projection)
     assert torch.equal(made.projection, transform(project=5)[0].projection)
     assert "projection" in made.state_dict()
+    projected = made.to(torch.float16)(data.clone())["hidden_state"]
+    assert projected.dtype == torch.float32
+    torch.testing.assert_close(projected, full @ made.projection.float())
 
 
 def test_the_projection_of_other_dtypes() -> None:
@@ -535,6 +538,11 @@ def test_labels_of_no_rows() -> None:
     empty = made(TensorDict(observation=torch.zeros(0, 1), batch_size=0))
     assert empty["hidden_state"].shape == (0, HIDDEN_SIZE)
     assert engine.payloads == []
+    policy = {"hidden": HiddenSpec(("response",)), "generate_kwargs": {"max_new_tokens": 1}}
+    talking, _ = transform(policy=policy, text_key="said")
+    for shape in ((0,), (0, 3), (2, 0)):
+        said = talking(TensorDict(observation=torch.zeros(*shape, 1), batch_size=shape))
+        assert said.get("said").batch_size == shape
 
 
 def test_a_replay_buffer_labels_its_samples() -> None:

@@ -129,7 +129,6 @@ def test_a_prompt_function_that_fails_for_one_environment() -> None:
     ("found", "words"),
     [
         (None, "None, a NoneType; expected a text"),
-        ([], "none of them empty"),
         (b"w1", "a bytes; expected"),
         ([[1, 2]], "expected a text"),
         ([1.5], "expected a text"),
@@ -138,6 +137,11 @@ def test_a_prompt_function_that_fails_for_one_environment() -> None:
 def test_a_prompt_function_that_returns_no_prompt(found: Any, words: str) -> None:
     with pytest.raises(InputTypeError, match=f"row 0: the prompt function returned .*{words}"):
         transform(prompt=lambda row: found)(data(1))
+
+
+def test_a_prompt_function_that_returns_an_empty_list() -> None:
+    with pytest.raises(PromptLengthError, match="row 1: an empty list, 0 messages or token ids; expected at least 1"):
+        transform(prompt=lambda row: [7] if row["observation"] == 1 else [])(data(1, 2))
 
 
 def test_prompts_of_several_kinds() -> None:
@@ -156,6 +160,13 @@ def test_a_row_that_the_policy_refuses_is_named_as_the_environments_are() -> Non
     td = env.step(env.rand_action(env.reset()))["next"]
     with pytest.raises(PromptLengthError, match=r"text, row 0: an empty string.*\(row 0 is environment 1\)"):
         env.reset(td.set("_reset", td["done"]))
+
+
+def test_of_many_rows_the_one_that_failed_is_named() -> None:
+    made = transform(prompt=lambda row: "w1 " * (100 if row["observation"] == 2000 else 1))
+    env = TransformedEnv(WordEnv([9] * 128), made)
+    with pytest.raises(PromptLengthError, match=r"\(row 100 is environment 100\)$"):
+        env.reset()
 
 
 def test_a_prompt_that_is_too_long() -> None:

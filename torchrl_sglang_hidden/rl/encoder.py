@@ -5,6 +5,7 @@ Knows nothing of environments: a row is a TensorDict without batch dimensions, w
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -257,7 +258,9 @@ def _read_finite(row: TensorDictBase, key: NestedKey, asked: LabelledPrompt) -> 
 
 def with_labels(error: SGLangHiddenError, labels: list[str]) -> SGLangHiddenError:
     """Return an error of a policy, whose rows are counted as they were sent, with the names of these rows."""
-    names = "; ".join(f"row {row} is {label}" for row, label in enumerate(labels))
+    # Of 128 rows the one that failed is said, and not the first few.
+    said = sorted({int(row) for row in re.findall(r"\brow (\d+)", str(error))} & set(range(len(labels))))
+    names = "; ".join(f"row {row} is {labels[row]}" for row in said or range(len(labels)))
     told = type(error)(f"{error} ({names:.400})")
     told.completions = error.completions
     return told

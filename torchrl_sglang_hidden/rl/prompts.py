@@ -6,17 +6,25 @@ Knows nothing of policies: whether a prompt fits the model is checked when it is
 from __future__ import annotations
 
 import json
+import re
 import string
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from tensordict import TensorDictBase, is_leaf_nontensor, is_non_tensor, is_tensor_collection
 from tensordict.utils import NestedKey
 from torchrl.data.llm import History
 
-from torchrl_sglang_hidden.errors import InputError, InputTypeError, MissingKeyError, SGLangHiddenError
+from torchrl_sglang_hidden.errors import (
+    InputError,
+    InputTypeError,
+    MissingKeyError,
+    PromptLengthError,
+    SGLangHiddenError,
+)
 from torchrl_sglang_hidden.policy.prompts import InputMode
 
 __all__ = ["Field", "Prompt", "PromptSource", "PromptWriter", "leaf_keys", "name_of", "value_of"]
@@ -48,26 +56,47 @@ class Prompt:
                 messages = self.value.to_dict() if isinstance(self.value, History) else self.value
                 return self.mode, json.dumps(messages, sort_keys=True, default=_plain_message)
 
+    def check_unicode(self) -> None:
+        """Refuse a text with half of a surrogate pair, which no tokenizer reads.
+
+        Raises:
+            InputError: there is one. The policy would say so too, and for the whole call.
+        """
+        messages = self.value if isinstance(self.value, list) and self.mode == "history" else []
+        texts = [message.get("content") for message in messages] if self.mode == "history" else [self.value]
+        for text in texts:
+            found = re.search("[\ud800-\udfff]", text) if isinstance(text, str) else None
+            if found:
+                raise InputError(
+                    f"{text!r:.80} has {found[0]!r} at character {found.start()}, half of a surrogate pair and no "
+                    "character; remove it"
+                )
+
 
 @dataclass(frozen=True, slots=True)
 class Field:
     """Reads the prompt of a row from one of its fields: a text, a chat or token ids.
 
     Args:
-        name: the field's key.
+        name: the field's key, a nested one with dots between its parts, as in a format string.
 
     Raises:
         MissingKeyError: a row lacks it.
+        InputError: it is None, as ``null`` in JSON lines.
     """
 
     name: str
 
     def __call__(self, row: TensorDictBase) -> Any:
         """Return the prompt of a row."""
-        value = row.get(self.name)
+        names = {name_of(key): key for key in leaf_keys(row)}
+        value = row.get(names.get(self.name, self.name))
         if value is None:
-            raise MissingKeyError(f"no {self.name!r}; it has {sorted(map(str, leaf_keys(row)))}: name one of them")
-        return value_of(value)
+            raise MissingKeyError(f"no {self.name!r}; it has {sorted(names)}: name one of them")
+        found = value_of(value)
+        if found is None:
+            raise InputError(f"{self.name!r} is None; expected a text, a chat or token ids")
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +164,7 @@ class PromptWriter:
         Raises:
             MissingKeyError: the row lacks a key.
             InputTypeError: the function returned something that is no prompt.
+        PromptLengthError: it returned no messages or token ids.
             InputError: the function raised, or a value cannot be written into the format string.
         """
         values = {}
@@ -148,8 +178,11 @@ class PromptWriter:
         try:
             if isinstance(self.source, str):
                 text = _Formatter().vformat(self.source, (), {name_of(key): v for key, v in values.items()})
-                return Prompt("text", text)
-            return _prompt_of(self.source(row.select(*self.in_keys)))
+                prompt = Prompt("text", text)
+            else:
+                prompt = _prompt_of(self.source(row.select(*self.in_keys)))
+            prompt.check_unicode()
+            return prompt
         except SGLangHiddenError as error:
             raise type(error)(f"{label}: {error}") from error
         except Exception as error:  # a prompt function, and what a format string calls, is anybody's code
@@ -189,17 +222,19 @@ def _prompt_of(found: Any) -> Prompt:
         return Prompt("text", found)
     if isinstance(found, History):
         return Prompt("history", found)
-    if isinstance(found, torch.Tensor):
+    if isinstance(found, (torch.Tensor, np.ndarray)):
         found = found.tolist()
     if isinstance(found, Iterable) and not isinstance(found, (bytes, Mapping)):
         parts = list(found)
-        if parts and all(isinstance(part, Mapping) for part in parts):
+        if not parts:
+            raise PromptLengthError("an empty list, 0 messages or token ids; expected at least 1")
+        if all(isinstance(part, Mapping) for part in parts):
             return Prompt("history", parts)
-        if parts and all(isinstance(part, int) and not isinstance(part, bool) for part in parts):
+        if all(isinstance(part, int) and not isinstance(part, bool) for part in parts):
             return Prompt("tokens", parts)
     raise InputTypeError(
         f"the prompt function returned {found!r:.80}, a {type(found).__name__}; expected a text, a chat (messages or a "
-        "History) or a list of token ids, and none of them empty"
+        "History) or a list of token ids"
     )
 
 

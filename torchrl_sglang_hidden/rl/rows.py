@@ -61,6 +61,8 @@ def text_leaf(texts: list[str], batch: torch.Size) -> NonTensorData | NonTensorS
     """Return texts as a leaf of a batch of any shape."""
     if not batch:
         return NonTensorData(texts[0])
+    if not batch.numel():  # a stack of nothing is no leaf
+        return NonTensorData("", batch_size=batch)
     nested: list[Any] = texts
     for size in reversed(batch[1:]):
         nested = [nested[start : start + size] for start in range(0, len(nested), size)]

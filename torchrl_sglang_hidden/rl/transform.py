@@ -343,7 +343,7 @@ class HiddenStateTransform(Transform):  # type: ignore[misc]
         encodings = self._encoder.encode(prompts, once=once)
         vectors = torch.stack([encoding.vector for encoding in encodings])
         if self.projection is not None:
-            vectors = vectors @ self.projection.to(vectors.device)
+            vectors = vectors @ self.projection.to(vectors)
         if self._ablate == "shuffle":
             vectors = self._shuffler.shuffle(vectors)
         return _Rows(vectors, [encoding.text for encoding in encodings])
