@@ -31,13 +31,14 @@ from tensordict import NonTensorStack, TensorDict, TensorDictBase, lazy_stack
 from torchrl_sglang_hidden import (
     HiddenSpec,
     LastTokens,
+    MissingKeyError,
     Recording,
     SGLangHiddenWrapper,
     load_recording,
     record_hidden_states,
 )
 from torchrl_sglang_hidden.rl import record
-from torchrl_sglang_hidden.rl.prompts import leaf_keys
+from torchrl_sglang_hidden.rl.prompts import Field, leaf_keys
 
 READS: dict[str, Any] = {"hidden": HiddenSpec(("prompt",)), "generate_kwargs": {"max_new_tokens": 0}}
 
@@ -254,6 +255,30 @@ def test_nested_fields_lists_chats_and_rows_of_other_lengths(tmp_path: Path) -> 
     )
 
 
+def test_texts_with_half_of_a_surrogate_pair(tmp_path: Path) -> None:
+    """JSON lines may have one, and Python's JSON reads it; a text with it is no prompt."""
+    row = {"number": 1, "text": "a\ud83d", "list": ["\ud83d"]}
+    with pytest.warns(UserWarning, match="1 of 2 rows"):
+        recording = labelled([row, {**row, "text": "w1"}], tmp_path / "r", prompt="{text}")
+    assert [failure.row for failure in recording.failures] == [0]
+    found = recording.tensordict[0]
+    assert (found["text"], found["list"]) == (row["text"], row["list"])
+    assert len(labelled([row, {**row, "text": "w1"}], tmp_path / "r", prompt="{text}")) == 2
+
+
+def test_fields_that_have_no_prompt(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "w1"}]
+    rows = [{"ask": {"chat": asked}} for asked in (chat, [], None, chat)]
+    with pytest.warns(UserWarning, match="2 of 4 rows"):
+        recording = labelled(rows, tmp_path / "r", prompt=Field("ask.chat"))
+    assert [(failure.row, failure.reason.partition(";")[0]) for failure in recording.failures] == [
+        (1, "PromptLengthError: row 1: an empty list, 0 messages or token ids"),
+        (2, "InputError: row 2: 'ask.chat' is None"),
+    ]
+    with pytest.raises(MissingKeyError, match=r"row 0: no 'chat'; it has \['ask.chat'\]: name one of them"):
+        labelled(rows, tmp_path / "other", prompt=Field("chat"))
+
+
 def chat_ids(chat: list[dict[str, str]]) -> list[int]:
     return list(TOKENIZER.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
 
@@ -385,6 +410,13 @@ def test_memory_holds_one_call_and_one_shard(tmp_path: Path, monkeypatch: pytest
     sizes = [shard.rows for shard in recording._manifest.shards]
     assert sum(sizes) == 40
     assert max(sizes) < 20
+
+
+def test_texts_count_for_the_bytes_of_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "SHARD_BYTES", 10_000)
+    rows = [{"number": 1, "words": "w1", "note": ["a" * 1000]} for _ in range(40)]
+    recording = labelled(rows, tmp_path / "r", batch_size=4)
+    assert len(recording._manifest.shards) == 4
 
 
 def test_a_policy_over_any_engine_and_with_keys_of_its_own(tmp_path: Path) -> None:

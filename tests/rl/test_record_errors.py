@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 from collections.abc import Callable
@@ -65,13 +66,26 @@ def recorded(path: Path, data: Any = None, **options: Any) -> Any:
         ({"data": {"a": [1, 2]}}, InputTypeError, "make a TensorDict of a mapping of arrays"),
         ({"data": TensorDict(a=torch.zeros(2))}, InputError, r"batch size \(\); expected at least one dimension"),
         ({"data": []}, InputError, "data with 0 rows.*expected"),
-        ({"data": iter(())}, InputError, "data with 0 rows"),
+        ({"data": iter(())}, InputError, "data with fewer than 1 rows, and 0 are recorded"),
         ({"data": [1]}, InputTypeError, "row 0: 1 is a int; expected a mapping"),
         ({"data": [{"words": object(), "number": 1}]}, InputTypeError, "'words': <object .*cannot be recorded"),
         ({"data": [{"words": b"w1", "number": 1}]}, InputTypeError, "'words': b'w1' cannot be recorded"),
         ({"data": [{**ROWS[0], "hidden_states": 1}]}, InputError, r"the data has \['hidden_states'\].*; rename"),
         ({"data": [{**ROWS[0], "text_generated": "a"}]}, InputError, r"the data has \['text_generated'\]"),
+        ({"data": [{**ROWS[0], "hidden_states/full": 1}]}, InputError, r"the data has \['hidden_states'\]"),
         ({"data": [{**ROWS[0], "a": {"b": 1}, "a/b": 1}]}, InputError, "one name twice with '/' between.*; use others"),
+        (
+            {"data": [{**ROWS[0], "a\ud83d": 1}]},
+            InputError,
+            r"row 0: the name 'a\\ud83d' cannot be that of a file; exp",
+        ),
+        ({"data": [{**ROWS[0], "a": {"b\0": 1}}]}, InputError, r"the name 'b\\x00' cannot be that of a file"),
+        ({"data": [{**ROWS[0], "ä" * 121: 1}]}, InputError, "at most 240 bytes: rename it"),
+        (
+            {"data": [{**ROWS[0], "a": torch.zeros(1).to(torch.float8_e5m2)}]},
+            InputTypeError,
+            r"row 0, 'a': float8_e5m2; expected one of \['bfloat16', .*: convert it",
+        ),
         ({"data": "nowhere.npz"}, InputError, "nowhere.npz is no data set that can be read; expected an .npz or"),
     ],
 )
@@ -162,6 +176,27 @@ def test_files_that_are_something_else(tmp_path: Path) -> None:
         recorded(tmp_path / "r", tmp_path / "data.jsonl")
 
 
+@pytest.mark.parametrize("line", [b'{"number": 1, "words": "\xff"}', b"[" * 100_000])
+def test_a_line_that_cannot_be_read_is_named(tmp_path: Path, line: bytes) -> None:
+    (tmp_path / "data.jsonl").write_bytes(b'{"number": 1, "words": "w"}\n' + line)
+    with pytest.raises(InputError, match=r"data.jsonl, line 2: .*; expected one JSON object on each line"):
+        recorded(tmp_path / "r", tmp_path / "data.jsonl")
+
+
+def test_json_lines_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text('{"number": 1, "words": "w1"}\n', encoding="utf-8-sig")
+    assert recorded(tmp_path / "r", tmp_path / "data.jsonl").tensordict["words"] == ["w1"]
+
+
+def test_an_npz_that_was_damaged(tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", number=np.arange(4), obs=np.zeros((4, 4096)))
+    data = bytearray((tmp_path / "data.npz").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "data.npz").write_bytes(data)
+    with pytest.raises(InputError, match=r"data.npz: Bad CRC-32 .*; copy it again"):
+        recorded(tmp_path / "r", tmp_path / "data.npz", prompt="w{number}")
+
+
 # --- a recording of something else ------------------------------------------------------------------------------------
 
 
@@ -191,7 +226,7 @@ def other_weights() -> dict[str, Any]:
 )
 def test_going_on_with_something_else(tmp_path: Path, change: Callable[[], dict[str, Any]], words: str) -> None:
     before = recorded(tmp_path / "r").tensordict
-    with pytest.raises(RecordingError, match=rf"was recorded with {words}.*go on with what it was recorded with, or"):
+    with pytest.raises(RecordingError, match=rf"was recorded with {words}.*it was recorded with, or use another path$"):
         recorded(tmp_path / "r", **change())
     assert_same(load_recording(tmp_path / "r").tensordict, before)
 
@@ -209,13 +244,65 @@ def test_going_on_with_another_prompt_function(tmp_path: Path) -> None:
         recorded(tmp_path / "r", prompt=lambda row: "w2")
 
 
+def say(word: str, row: Any, *, end: str = "w3") -> str:
+    return f"{word} {end}"
+
+
+def around(word: str) -> Callable[[Any], str]:
+    def prompt(row: Any, before: str = "w4") -> str:
+        return f"{before} {word}"
+
+    return prompt
+
+
+def with_default(word: str) -> Callable[[Any], str]:
+    def prompt(row: Any, word: str = word) -> str:
+        return word
+
+    return prompt
+
+
+@pytest.mark.parametrize(
+    ("make_prompt", "named"),
+    [
+        (lambda word: functools.partial(say, word), "argument 0"),
+        (lambda word: functools.partial(say, "w3", end=word), "end"),
+        (around, "word"),
+        (with_default, "default 0"),
+    ],
+)
+def test_going_on_with_a_prompt_function_that_holds_other_values(
+    tmp_path: Path, make_prompt: Callable[[str], Callable[[Any], str]], named: str
+) -> None:
+    recorded(tmp_path / "r", prompt=make_prompt("w1"))
+    with pytest.raises(RecordingError, match=rf"another prompt\.values\.{named} \(.*w1.*w2"):
+        recorded(tmp_path / "r", prompt=make_prompt("w2"))
+    assert len(recorded(tmp_path / "r", data_rows(6), prompt=make_prompt("w1"))) == 6
+
+
+def test_a_prompt_function_may_keep_a_list_of_its_own(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def prompt(row: Any) -> str:
+        seen.append(row)
+        return "w1"
+
+    recorded(tmp_path / "r", prompt=prompt)
+    assert len(recorded(tmp_path / "r", data_rows(6), prompt=prompt)) == 6
+    assert len(seen) == 6
+
+
 def test_going_on_with_other_data(tmp_path: Path) -> None:
     recorded(tmp_path / "r")
     other = [*ROWS[:3], {**ROWS[3], "number": 50}, *ROWS]
-    with pytest.raises(RecordingError, match="row 3 of the data is not the one that was recorded; go on with the same"):
+    with pytest.raises(
+        RecordingError, match=r"row 3 of the data is not the one that was recorded; go on with the same .*path$"
+    ):
         recorded(tmp_path / "r", other)
     with pytest.raises(InputError, match="data with 2 rows, and 4 are recorded; expected all of those"):
         recorded(tmp_path / "r", ROWS[:2])
+    with pytest.raises(InputError, match="data with fewer than 4 rows, and 4 are recorded"):
+        recorded(tmp_path / "r", iter(ROWS[:2]))
     grown = recorded(tmp_path / "r", data_rows(6))
     assert_same(grown.tensordict, recorded(tmp_path / "expected", data_rows(6)).tensordict)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -25,6 +26,7 @@ __all__ = [
     "Leaves",
     "as_texts",
     "check_row",
+    "count_bytes",
     "is_ragged",
     "join_rows",
     "leaves_of",
@@ -42,6 +44,13 @@ Leaves: TypeAlias = dict[Key, Any]
 Column: TypeAlias = torch.Tensor | list[Any]
 
 DENSE, RAGGED, JSON = "dense", "ragged", "json"
+# Those that TensorDict maps from a file: it writes others, and does not read them.
+DTYPES = {
+    "bool", "uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64",
+    "float16", "bfloat16", "float32", "float64", "complex64", "complex128",
+}  # fmt: skip
+# A leaf is a file of its name.
+MAX_NAME_BYTES = 240
 
 
 def leaves_of(row: TensorDictBase) -> Leaves:
@@ -52,6 +61,14 @@ def leaves_of(row: TensorDictBase) -> Leaves:
         path = key if isinstance(key, tuple) else (key,)
         found[path] = value.tolist() if is_non_tensor(value) else value.detach().cpu().clone()
     return found
+
+
+def count_bytes(row: Leaves) -> int:
+    """Return how many bytes the leaves of a row take, as JSON where they are no tensors."""
+    return sum(
+        value.nbytes if isinstance(value, torch.Tensor) else len(_to_json("a row", key, value))
+        for key, value in row.items()
+    )
 
 
 # --- what all rows must have in common --------------------------------------------------------------------------------
@@ -66,8 +83,14 @@ def schema_of(label: str, row: Leaves) -> dict[str, str]:
 
     Raises:
         InputTypeError: a value that JSON does not hold.
-        InputError: two keys that differ in how they are nested alone.
+        InputError: two keys that differ in how they are nested alone; a key that no file can have.
     """
+    for part in itertools.chain(*row):
+        if re.search("[\x00\ud800-\udfff]", part) or len(part.encode()) > MAX_NAME_BYTES:
+            raise InputError(
+                f"{label}: the name {part!r:.100} cannot be that of a file; expected Unicode without NUL, at most "
+                f"{MAX_NAME_BYTES} bytes: rename it"
+            )
     found = {"/".join(key): _kind(label, key, value) for key, value in row.items()}
     if len(found) < len(row):
         raise InputError(f"{label}: the keys {sorted(row)} are one name twice with '/' between their parts; use others")
@@ -77,7 +100,10 @@ def schema_of(label: str, row: Leaves) -> dict[str, str]:
 def _kind(label: str, key: Key, value: Any) -> str:
     if isinstance(value, torch.Tensor):
         shape = ["*", *map(str, value.shape[1:])] if value.ndim else []
-        return f"{str(value.dtype).removeprefix('torch.')} [{', '.join(shape)}]"
+        dtype = str(value.dtype).removeprefix("torch.")
+        if dtype not in DTYPES:
+            raise InputTypeError(f"{label}, {'/'.join(key)!r}: {dtype}; expected one of {sorted(DTYPES)}: convert it")
+        return f"{dtype} [{', '.join(shape)}]"
     _to_json(label, key, value)
     return JSON
 
@@ -128,7 +154,8 @@ def pack(rows: Sequence[Leaves], ragged: Collection[Key] = ()) -> TensorDict:
     for key, first in rows[0].items():
         values = [row[key] for row in rows]
         if not isinstance(first, torch.Tensor):
-            texts = [bytearray(_to_json("a row", key, value).encode()) for value in values]
+            # Texts of JSON lines may have half of a surrogate pair, and json.loads takes it back.
+            texts = [bytearray(_to_json("a row", key, value).encode("utf-8", "surrogatepass")) for value in values]
             _set_flat(packed, (JSON, *key), [torch.frombuffer(text, dtype=torch.uint8) for text in texts])
         elif key in ragged or len({value.shape for value in values}) > 1:
             _set_flat(packed, (RAGGED, *key), values)

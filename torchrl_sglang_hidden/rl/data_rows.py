@@ -10,8 +10,9 @@ import itertools
 import json
 import math
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,13 +161,14 @@ def _first(value: Any) -> Any:
 
 
 def _lines(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8") as file:
+    # Bytes, so that one that is no UTF-8 has the number of its line.
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
                 yield json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{path}, line {number}: {error}; expected one JSON object on each line") from error
 
 
@@ -190,16 +192,27 @@ def _of_npz(path: Path) -> DataRows:
         with ExitStack() as stack:
             archive = stack.enter_context(zipfile.ZipFile(path))
             columns = {}
-            for name in shapes:
-                columns[name] = _NpzArray(path, name, stack.enter_context(archive.open(f"{name}.npy")))
-                columns[name].skip(start)
+            with _damage(path):
+                for name in shapes:
+                    columns[name] = _NpzArray(path, name, stack.enter_context(archive.open(f"{name}.npy")))
+                    columns[name].skip(start)
             for first in range(start, int(total or 0), NPZ_ROWS):
                 count = min(NPZ_ROWS, int(total or 0) - first)
-                blocks = {name: column.take(count) for name, column in columns.items()}
+                with _damage(path):
+                    blocks = {name: column.take(count) for name, column in columns.items()}
                 for row in range(count):
                     yield _to_row({name: block[row] for name, block in blocks.items()})
 
     return DataRows(read, total)
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Turn what is found of a damaged file while it is read into an error of this package."""
+    try:
+        yield
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise InputError(f"{path}: {error}: the file is damaged; copy it again") from error
 
 
 def _read_header(path: Path, name: str, file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:

@@ -43,7 +43,8 @@ def write_hdf5(parts: Parts, path: Path) -> None:
     h5py = _import("h5py")
     with _new(path) as new, h5py.File(new, "w") as file:
         for name, array in _numpy_arrays(parts):
-            file.create_dataset(name, data=array, dtype=h5py.string_dtype() if isinstance(array, list) else None)
+            with _held_by("HDF5", name):
+                file.create_dataset(name, data=array, dtype=h5py.string_dtype() if isinstance(array, list) else None)
 
 
 def write_zarr(parts: Parts, path: Path) -> None:
@@ -52,10 +53,11 @@ def write_zarr(parts: Parts, path: Path) -> None:
     with _new(path) as new:
         group = zarr.open_group(new, mode="w-")
         for name, array in _numpy_arrays(parts):
-            if isinstance(array, list):
-                group.create_array(name, shape=(len(array),), dtype=str)[:] = np.array(array, dtype=object)
-            else:
-                group.create_array(name, data=array)
+            with _held_by("Zarr", name):
+                if isinstance(array, list):
+                    group.create_array(name, shape=(len(array),), dtype=str)[:] = np.array(array, dtype=object)
+                else:
+                    group.create_array(name, data=array)
 
 
 def write_safetensors(parts: Parts, path: Path) -> None:
@@ -63,7 +65,8 @@ def write_safetensors(parts: Parts, path: Path) -> None:
     tensors = {}
     for name, array in _arrays(parts):
         if isinstance(array, list):
-            texts = [torch.tensor(list(text.encode()), dtype=torch.uint8) for text in array]
+            with _held_by("safetensors", name):
+                texts = [torch.tensor(list(text.encode()), dtype=torch.uint8) for text in array]
             tensors[name], tensors[f"{name}_lengths"] = torch.cat(texts), _lengths(texts)
         else:
             tensors[name] = array.contiguous()
@@ -109,6 +112,17 @@ def _import(name: str) -> Any:
         raise InputError(
             f"{name} is not installed, which writes this format; install it with pip install "
             "'torchrl-sglang-hidden[export]'"
+        ) from error
+
+
+@contextmanager
+def _held_by(form: str, name: str) -> Iterator[None]:
+    """Turn what a library says of a name, or of values, that its files cannot hold into an error of this package."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise InputError(
+            f"{form} cannot hold {name!r} ({error}); use another format, or record the data without it"
         ) from error
 
 

@@ -6,6 +6,7 @@ listed. Knows nothing of what is inside a shard.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import inspect
@@ -26,6 +27,8 @@ __all__ = ["Failure", "Manifest", "Shard", "describe", "read_manifest"]
 
 FORMAT = 1
 NAME = "manifest.json"
+MAX_REPR = 200
+_CONSTANTS = (str, bytes, int, float, type(None))
 PACKAGES = ("torchrl-sglang-hidden", "torch", "torchrl", "tensordict", "transformers")
 
 
@@ -85,11 +88,12 @@ class Manifest:
         """What two recordings have in common that are of the same policy, prompt and kind of data."""
         return hashlib.sha256(json.dumps(self.about, sort_keys=True).encode()).hexdigest()
 
-    def to_json(self) -> str:
-        """Return the text of the file."""
+    def to_json(self) -> bytes:
+        """Return the bytes of the file."""
         shards = [asdict(shard) for shard in self.shards]
         content = {"about": self.about, "hash": self.hash, "complete": self.complete, "shards": shards}
-        return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        # A field of JSON lines may have half of a surrogate pair in its name, and json.loads takes it back.
+        return f"{json.dumps(content, indent=1, ensure_ascii=False)}\n".encode("utf-8", "surrogatepass")
 
     def check_same(self, path: Path, about: Mapping[str, Any]) -> None:
         """Refuse to go on with a recording of something else.
@@ -103,7 +107,7 @@ class Manifest:
             differing = "; ".join(f"{name} {before.get(name)!r:.60}, now {now.get(name)!r:.60}" for name in other)
             raise RecordingError(
                 f"{path} was recorded with another {', '.join(other)} ({differing:.400}); go on with what it was "
-                "recorded with, or record into another directory: use another path"
+                "recorded with, or use another path"
             )
 
 
@@ -114,27 +118,27 @@ def read_manifest(path: Path) -> Manifest | None:
         RecordingError: it cannot be read, or was changed by hand.
     """
     try:
-        text = (path / NAME).read_text(encoding="utf-8")
+        data = (path / NAME).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise RecordingError(f"{path / NAME}: {error}; allow reading it") from error
     try:
-        content = json.loads(text)
+        content = json.loads(data)
         shards = tuple(
             Shard(**{**shard, "failures": tuple(Failure(**one) for one in shard["failures"])})
             for shard in content["shards"]
         )
         manifest = Manifest(content["about"], shards, content["complete"])
-        found = content["hash"]
-    except (ValueError, KeyError, TypeError) as error:
+        found, written_as = content["hash"], manifest.about["format"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RecordingError(
             f"{path / NAME} is no manifest of this version ({type(error).__name__}: {error}); load the directory that "
             "record_hidden_states wrote"
         ) from error
-    if manifest.about.get("format") != FORMAT:
+    if written_as != FORMAT:
         raise RecordingError(
-            f"{path} has format {manifest.about.get('format')!r}, and this version reads {FORMAT}; install the version "
+            f"{path} has format {written_as!r}, and this version reads {FORMAT}; install the version "
             f"of torchrl-sglang-hidden that wrote it: {manifest.about.get('versions')}"
         )
     if manifest.hash != found:
@@ -169,7 +173,7 @@ def describe(
 
     Args:
         policy: its model, weights, chat template, tokenizing and generating options.
-        prompt: a format string, or a function, which is known by its name and its source.
+        prompt: a format string, or a function, which is known by its name, its source and the values it holds.
         spec: the states that are recorded.
         dtype: of the states of tokens.
         every: see `record_hidden_states`.
@@ -209,16 +213,36 @@ def describe(
 
 
 def _describe_function(prompt: Any) -> dict[str, Any]:
-    """Return the name and the source of a prompt function; what it calls in turn is not looked at."""
+    """Return what is known of a prompt function: its name, its source, and the values that it was made with.
+
+    What it calls in turn is not looked at.
+    """
+    values: dict[str, Any] = {}
+    if isinstance(prompt, functools.partial):
+        args = {f"argument {place}": value for place, value in enumerate(prompt.args)}
+        values, prompt = {**args, **prompt.keywords}, prompt.func
+    if inspect.isfunction(prompt):
+        defaults = {f"default {place}": value for place, value in enumerate(prompt.__defaults__ or ())}
+        held = {**defaults, **(prompt.__kwdefaults__ or {}), **inspect.getclosurevars(prompt).nonlocals}
+        # Not a list or a dict: one that the function writes to would be another one each time.
+        values = {name: value for name, value in held.items() if _is_constant(value)} | values
     code = prompt if inspect.isroutine(prompt) else type(prompt)
-    text = repr(prompt)
     try:
         source = hashlib.sha256(inspect.getsource(code).encode()).hexdigest()
     except (OSError, TypeError):  # typed into an interpreter, or written in C
         source = None
-    # The repr of an object may say what it was made with; an address says nothing.
-    return {
-        "name": f"{code.__module__}.{code.__qualname__}",
-        "repr": None if " at 0x" in text else text,
-        "source": source,
-    }
+    found = {"name": f"{code.__module__}.{code.__qualname__}", "repr": _plain_repr(prompt), "source": source}
+    return found | ({"values": {name: _plain_repr(value) for name, value in values.items()}} if values else {})
+
+
+def _is_constant(value: Any) -> bool:
+    """Return whether a value stays what it is: a text, a number, None, or a tuple of such."""
+    return all(map(_is_constant, value)) if isinstance(value, tuple) else isinstance(value, _CONSTANTS)
+
+
+def _plain_repr(value: Any) -> str | None:
+    """Return the repr of an object, which may say what it was made with; None for an address, which says nothing."""
+    text = repr(value)
+    if " at 0x" in text:
+        return None
+    return text if len(text) <= MAX_REPR else hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -23,7 +23,7 @@ from tensordict import TensorDict, TensorDictBase
 
 from torchrl_sglang_hidden.errors import InputError, InputTypeError, RecordingError
 from torchrl_sglang_hidden.policy.wrapper import SGLangHiddenWrapper
-from torchrl_sglang_hidden.rl.columns import Key, Leaves, check_row, leaves_of, pack, same_row, schema_of
+from torchrl_sglang_hidden.rl.columns import Key, Leaves, check_row, count_bytes, leaves_of, pack, same_row, schema_of
 from torchrl_sglang_hidden.rl.data_rows import DataRows, open_rows
 from torchrl_sglang_hidden.rl.labels import IndexedRow, Label, Labeller, recorded_spec
 from torchrl_sglang_hidden.rl.manifest import Failure, Manifest, describe
@@ -54,7 +54,8 @@ def record_hidden_states(
 
     Stopped at any moment, by a kill, a power cut or a full disk, and called again with the same arguments, it goes on
     after the last whole shard. With a greedy policy it ends with what an uninterrupted call gives, in the order of the
-    data, no row lost or doubled.
+    data, no row lost or doubled. Data that has grown since is gone on with: with ``every``, its first new row has a
+    label of its own.
 
     Args:
         policy: says what is recorded: segments, spans, pooling and layers of its ``hidden``, and what is generated.
@@ -110,9 +111,8 @@ def record_hidden_states(
         rows = _read_rows(source, max(start - 1, 0))
         first = next(rows, None)
         if first is None:
-            raise InputError(
-                f"data with {source.total or 0} rows, and {start} are recorded; expected all of those, and at least 1"
-            )
+            there = f"fewer than {max(start, 1)}" if source.total is None else str(source.total)
+            raise InputError(f"data with {there} rows, and {start} are recorded; expected all of those, and at least 1")
         schema = schema_of(f"row {first.place}", first.leaves)
         labeller = Labeller(policy, PromptWriter.for_row(prompt, first.row), spec, dtype=dtype)
         _check_names(first.leaves, labeller.blank)
@@ -164,7 +164,8 @@ def _read_rows(source: DataRows, start: int) -> Iterator[_Row]:
 
 
 def _check_names(row: Leaves, label: Leaves) -> None:
-    clashing = sorted({key[0] for key in row} & {LABEL_ROW, *(key[0] for key in label)})
+    # In files of other libraries nested keys have '/' between their parts: a NPZ of a recording has such names.
+    clashing = sorted({key[0].split("/")[0] for key in row} & {LABEL_ROW, *(key[0] for key in label)})
     if clashing:
         raise InputError(f"the data has {clashing}, where labels are recorded; rename these fields, or leave them out")
 
@@ -174,7 +175,7 @@ def _check_goes_on(path: Path, manifest: Manifest, row: _Row) -> None:
     if not same_row(row.leaves, read_last_row(path, manifest)):
         raise RecordingError(
             f"{path}: row {row.place} of the data is not the one that was recorded; go on with the same data, in the "
-            "same order, or record into another directory: use another path"
+            "same order, or use another path"
         )
 
 
@@ -235,8 +236,7 @@ class _Pending:
             self.label_rows += [group[0].place] * len(group)
             if label.failure is not None:
                 self.failures.append(Failure(group[0].place, label.failure))
-            for row in (label.leaves, *leaves):
-                self.nbytes += sum(value.nbytes for value in row.values() if isinstance(value, torch.Tensor))
+            self.nbytes += sum(map(count_bytes, (label.leaves, *leaves)))
 
     @property
     def is_due(self) -> bool:

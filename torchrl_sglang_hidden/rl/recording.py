@@ -89,7 +89,7 @@ class Recording:
             path: a file that is not there yet.
 
         Raises:
-            InputError: it is there.
+            InputError: it is there; or it cannot hold a field, such as NUL in a text of HDF5.
             RecordingError: it cannot be written.
         """
         write_npz(self._parts, Path(path))

@@ -131,7 +131,7 @@ class ShardWriter:
 
     def _write(self, manifest: Manifest) -> None:
         new = self._path / NEW
-        with new.open("w", encoding="utf-8") as file:
+        with new.open("wb") as file:
             file.write(manifest.to_json())
             file.flush()
             os.fsync(file.fileno())
@@ -183,6 +183,12 @@ def open_shard(path: Path, shard: Shard) -> TensorDictBase:
     """
     file = path / shard.file
     try:
+        nbytes = file.stat().st_size
+        if nbytes != shard.nbytes:
+            raise RecordingError(
+                f"{file} has {nbytes} bytes, and {path / NAME} expected {shard.nbytes}: a part is missing, or it was "
+                "changed; copy it again, or record again"
+            )
         with file.open("rb") as opened:
             found = hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as error:
