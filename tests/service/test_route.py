@@ -138,7 +138,7 @@ def test_bytes_are_the_numbers_of_the_json(service: Service, way: str, layers: A
     body = {"input": ["w1 w2", "w3"], "segments": ["prompt", "full"], "layers": layers, "max_new_tokens": 2}
     rows = service.data(**body)
     if way == "header":
-        response = service.send(json=body, headers={"Accept": "application/octet-stream"})
+        response = service.send(json=body, headers={"Accept": "Application/Octet-Stream"})
     else:
         response = service.ask(**body, encoding_format="bytes")
     assert response.headers["content-type"] == "application/octet-stream"

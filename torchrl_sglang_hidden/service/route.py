@@ -66,7 +66,7 @@ class VectorService:
         media_type = http.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media_type != JSON:
             return _refusal(InputError(f"content-type {media_type!r:.80}: expected {JSON}; send this header"), 415)
-        encoding: Encoding = "bytes" if BYTES in http.headers.get("accept", "") else "float"
+        encoding: Encoding = "bytes" if BYTES in http.headers.get("accept", "").lower() else "float"
         try:
             asked = read_body(await http.body(), encoding)
             completions = await self._generate(asked, http)
