@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from torchrl_sglang_hidden.errors import EngineError as EngineError
     from torchrl_sglang_hidden.errors import EngineTimeoutError as EngineTimeoutError
     from torchrl_sglang_hidden.errors import EngineUnreachableError as EngineUnreachableError
+    from torchrl_sglang_hidden.errors import ImageError as ImageError
     from torchrl_sglang_hidden.errors import InputError as InputError
     from torchrl_sglang_hidden.errors import InputTypeError as InputTypeError
     from torchrl_sglang_hidden.errors import LaunchError as LaunchError
@@ -81,6 +82,7 @@ if TYPE_CHECKING:
     from torchrl_sglang_hidden.spec.hidden import HiddenSpec as HiddenSpec
     from torchrl_sglang_hidden.spec.logits import LogitsSpec as LogitsSpec
     from torchrl_sglang_hidden.spec.spans import Between as Between
+    from torchrl_sglang_hidden.spec.spans import Image as Image
     from torchrl_sglang_hidden.spec.spans import LastTokens as LastTokens
     from torchrl_sglang_hidden.spec.spans import Role as Role
     from torchrl_sglang_hidden.spec.spans import TokenMask as TokenMask
@@ -104,7 +106,7 @@ _MODULES = {
         "records",
     ),
     "Session": "engines.sessions",
-    **dict.fromkeys(("Between", "LastTokens", "Role", "TokenMask", "Turn"), "spec.spans"),
+    **dict.fromkeys(("Between", "Image", "LastTokens", "Role", "TokenMask", "Turn"), "spec.spans"),
     **dict.fromkeys(("ConstraintStep", "LogitConstraint", "known_constraints"), "spec.constraints.base"),
     **dict.fromkeys(("ActionMask", "DisallowedTokens", "TokenConstraint"), "spec.constraints.masks"),
     **dict.fromkeys(("ExponentialSchedule", "LinearSchedule", "TemperatureScale"), "spec.constraints.temperature"),
@@ -128,9 +130,9 @@ _MODULES = {
         (
             "AlignmentError", "AuthenticationError", "BatchCancelledError", "CapabilityError", "ChatTemplateError",
             "ConstraintError", "DemoModelError", "EngineError", "EngineTimeoutError", "EngineUnreachableError",
-            "InputError", "InputTypeError", "LaunchError", "MissingKeyError", "PromptLengthError", "ProtocolError",
-            "RecordingError", "RequestAbortedError", "RequestRejectedError", "SGLangHiddenError", "SpanError",
-            "TokenIdError", "UnknownOptionError", "WeightsError",
+            "ImageError", "InputError", "InputTypeError", "LaunchError", "MissingKeyError", "PromptLengthError",
+            "ProtocolError", "RecordingError", "RequestAbortedError", "RequestRejectedError", "SGLangHiddenError",
+            "SpanError", "TokenIdError", "UnknownOptionError", "WeightsError",
         ),
         "errors",
     ),

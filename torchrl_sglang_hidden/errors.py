@@ -4,6 +4,7 @@
     ├── InputError (ValueError)                 what the user passed; nothing was sent
     │   ├── TokenIdError                        an id the model does not have
     │   ├── ChatTemplateError                   a chat that its template does not write
+    │   ├── ImageError                          an image that cannot be read, or has no place in its prompt
     │   ├── PromptLengthError                   an empty prompt or batch, or one over the context length
     │   ├── WeightsError                        weights that do not fit the served model, or are not finite
     │   ├── MissingKeyError (KeyError)          the TensorDict lacks a key
@@ -48,6 +49,7 @@ __all__ = [
     "EngineError",
     "EngineTimeoutError",
     "EngineUnreachableError",
+    "ImageError",
     "InputError",
     "InputTypeError",
     "LaunchError",
@@ -91,6 +93,10 @@ class TokenIdError(InputError):
 
 class ChatTemplateError(InputError):
     """A chat template that is not there, raises, or would leave a part of the chat out without a word."""
+
+
+class ImageError(InputError):
+    """An image that cannot be read, or an image and its place in the prompt without each other."""
 
 
 class PromptLengthError(InputError):

@@ -23,7 +23,7 @@ from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from helpers.fake_images import images_in, joined, seen_ids
+from helpers.fake_images import FIRST_IMAGE_ROW, images_in, joined, seen_ids
 from helpers.reference_pooling import pool
 from torchrl_sglang_hidden.engines import Engine
 from torchrl_sglang_hidden.engines.sessions import Session, SessionHost
@@ -312,7 +312,7 @@ class RecordingEngine(Engine):
             meta["output_token_logprobs"] = [[v, i, None] for v, i in zip(values, response_ids, strict=True)]
         if return_logprob and start >= 0:
             # At the rows of an image SGLang gives id 0.
-            given = [0 if i >= len(WORDS) else i for i in prompt_ids[start:]]
+            given = [0 if i >= FIRST_IMAGE_ROW else i for i in prompt_ids[start:]]
             entries = [[log_prob_of(i), i, None] for i in given[1:]]
             meta["input_token_logprobs"] = [[None, given[0], None], *entries]
         hidden_ND = states_ND(prompt_ids, response_ids)

@@ -80,7 +80,8 @@ FULL_CONFIG: dict[str, Any] = {
     "max_batch_size": 8, "batching_timeout": 2.5,
     "text_key": None, "tokens_key": ("a", "b"), "masks_key": "m", "log_probs_key": None, "hidden": ALL,
     "hidden_states_key": "s", "token_hidden_states_key": ("t", "s"), "logits": LogitsSpec(top_k=3, stage="processed"),
-    "logits_key": ("l", "g"), "sampling_key": ("d", "r"), "routed_experts_key": "r",
+    "logits_key": ("l", "g"), "images_key": ("my", "images"), "prompt_images_key": "i", "pixel_values_key": ("p", "v"),
+    "sampling_key": ("d", "r"), "routed_experts_key": "r",
     "constraints": (DisallowedTokens([7]),), "action_mask_key": ("my", "actions"),
     "action_token_ids": (9, 8, 1), "on_error": "nan", "extra_samples": 1,
 }  # fmt: skip

@@ -20,7 +20,7 @@ from torchrl_sglang_hidden import LastTokens
 from torchrl_sglang_hidden.errors import InputError, RequestAbortedError
 from torchrl_sglang_hidden.policy.assemble import assemble, assemble_scores
 from torchrl_sglang_hidden.policy.outputs import HiddenStates, OutputKeys, TokenHiddenStates
-from torchrl_sglang_hidden.policy.prompts import Row
+from torchrl_sglang_hidden.policy.rows import Row
 from torchrl_sglang_hidden.records import Completion, Pooled, TokenRows
 from torchrl_sglang_hidden.spec.hidden import SEGMENTS, HiddenSpec, Segment
 

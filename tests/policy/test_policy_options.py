@@ -137,7 +137,7 @@ def test_inputs_that_are_not_sent(mode: str, batch: Any, error: type[SGLangHidde
 
 
 def test_a_new_version_loses_nothing() -> None:
-    policy, engine = make(**FULL_CONFIG)
+    policy, engine = make(engine=RecordingEngine(tokenizer=TOKENIZER, takes_images=True), **FULL_CONFIG)
     assert set(FULL_CONFIG) == set(inspect.signature(SGLangHiddenWrapper.__init__).parameters) - {"self", "model"}
     assert policy.config.arguments() == FULL_CONFIG
     again = policy.get_new_version()
@@ -161,7 +161,7 @@ def test_a_new_version_loses_nothing() -> None:
     ],
 )
 def test_a_new_version_changes_only_what_is_said(changes: dict[str, Any]) -> None:
-    policy, _ = make(**FULL_CONFIG)
+    policy, _ = make(engine=RecordingEngine(tokenizer=TOKENIZER, takes_images=True), **FULL_CONFIG)
     assert policy.get_new_version(**changes).config.arguments() == {**FULL_CONFIG, **changes}
     assert policy.config.arguments() == FULL_CONFIG
 
@@ -209,7 +209,8 @@ def test_concurrent_callers_share_a_request() -> None:
 def test_a_copy_and_a_pickle_lose_nothing() -> None:
     server = RecordingServer()
     options = {**FULL_CONFIG, "min_batch_size": 2, "input_mode": "text", "input_key": None}
-    options |= {"action_mask_key": None, "action_token_ids": None}
+    # The server says of itself that its model takes text alone.
+    options |= {"action_mask_key": None, "action_token_ids": None, "pixel_values_key": None}
     try:
         policy = SGLangHiddenWrapper(SGLangServer(server.url), **options)
         policy.register_collector(server)

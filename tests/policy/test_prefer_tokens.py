@@ -31,6 +31,7 @@ from transformers import PreTrainedTokenizerFast
 
 from torchrl_sglang_hidden import SGLangHiddenWrapper
 from torchrl_sglang_hidden.errors import InputError, InputTypeError
+from torchrl_sglang_hidden.policy.reading import make_reader
 
 TOKENIZER = letters_tokenizer()
 # What is sampled: "ab" and "cd" cut otherwise than the tokenizer would.
@@ -304,7 +305,7 @@ def test_the_option_is_kept() -> None:
     assert policy.prefer_tokens is policy.config.prefer_tokens is policy.get_new_version().prefer_tokens is True
     assert policy.get_new_version(prefer_tokens=False).config.prefer_tokens is False
     assert SGLangHiddenWrapper(RecordingEngine(), tokenizer=TOKENIZER).prefer_tokens is False
-    reader = pickle.loads(pickle.dumps(policy.config.make_reader()))
+    reader = pickle.loads(pickle.dumps(make_reader(policy.config)))
     assert (reader.prefer_tokens, reader.tokens_key) == (True, "tokens")
 
 

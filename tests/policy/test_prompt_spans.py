@@ -322,13 +322,19 @@ def test_an_answer_whose_thoughts_the_template_looks_at() -> None:
     assert places(engine) == [[6, 7, 16]]
 
 
-def test_a_message_of_parts() -> None:
-    policy, _ = make("history", spans={"it": Turn(0)}, chat_template="{{ messages[0].content[0].text }} w1")
+@pytest.mark.parametrize("template", ["{{ messages[0].content[0].text }} w1", "{{ messages[0].content[0].text[1:] }}"])
+def test_a_message_of_parts(template: str) -> None:
+    policy, engine = make("history", spans={"it": Turn(0)}, chat_template=template)
     chat = History(role="user", content="w2", batch_size=())
     row = lazy_stack([chat])
     row.set("content", [[{"type": "text", "text": "w3"}]])
-    with pytest.raises(InputError, match=r"row 0, span 'it': message 0 is a (list|LinkedList)"):
-        policy(TensorDict(history=ChatHistory(prompt=row, batch_size=()), batch_size=()))
+    given = TensorDict(history=ChatHistory(prompt=row, batch_size=()), batch_size=())
+    if "w1" in template:
+        policy(given)
+        assert engine.requests[0].spans["it"].intervals == ((0, 1),)
+        return
+    with pytest.raises(InputError, match=r"row 0, span 'it': the chat template rewrites the user's message 0, part 0"):
+        policy(given)
 
 
 # --- messages in ids that were cut otherwise --------------------------------------------------------------------------

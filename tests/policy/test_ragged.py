@@ -240,9 +240,9 @@ BAD: dict[str, tuple[type[InputError], str, dict[str, Any]]] = {
     "a message of another type": (InputTypeError, r"row 0, message 0: \['x'\] is a list", {"history": [[["x"]]]}),
     "no role": (InputTypeError, "row 0, message 0: role None; expected a string", {"history": [[{"content": "x"}]]}),
     "no content": (InputTypeError, "message 0: content None; expected a string", {"history": [[{"role": "user"}]]}),
-    "a part as a dict": (
-        InputTypeError, "message 0: content .* ContentBase",
-        {"history": [[{"role": "user", "content": [{"type": "text", "text": "x"}]}]]},
+    "a part as a string": (
+        InputTypeError, "message 0: content .* ContentBase, or all dicts",
+        {"history": [[{"role": "user", "content": [{"type": "text", "text": "x"}, "y"]}]]},
     ),
     "an unknown field of a message": (
         InputError, r"row 0, message 0: unknown fields \['name'\]; a History has role, content",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ from torchrl_sglang_hidden import (
     ragged,
 )
 from torchrl_sglang_hidden.protocol import CHANNEL
+from torchrl_sglang_hidden.records import Request
 from torchrl_sglang_hidden.spec.hidden import POOLINGS, SEGMENTS, Pooling
 
 WHOLE = [40, 41, 42, 43, 44, 1]
@@ -52,13 +54,13 @@ class Parts(RecordingEngine):
         done = next((count for count in range(5, 0, -1) if ids[-count:] == WHOLE[:count]), 0)
         return WHOLE[done:]
 
-    def answer(self, payload: dict[str, Any]) -> Answer:
+    def answer(self, payload: dict[str, Any], requests: Sequence[Request] | None = None) -> Answer:
         limits = next(self.aborts, [None] * len(payload["input_ids"]))
         sampling = [
             {**params, "max_new_tokens": limit or params["max_new_tokens"]}
             for params, limit in zip(payload["sampling_params"], limits, strict=True)
         ]
-        version, rows = next(self.versions), super().answer({**payload, "sampling_params": sampling})
+        version, rows = next(self.versions), super().answer({**payload, "sampling_params": sampling}, requests)
         for row, limit in zip(rows, limits, strict=True):
             meta = row["meta_info"]
             meta["weight_version"] = version
@@ -320,12 +322,12 @@ class Conversation(RecordingEngine):
         done = next((count for count in range(len(self.whole) - 1, 0, -1) if ids[-count:] == self.whole[:count]), 0)
         return self.whole[done:]
 
-    def answer(self, payload: dict[str, Any]) -> Answer:
+    def answer(self, payload: dict[str, Any], requests: Sequence[Request] | None = None) -> Answer:
         self.calls += 1
         if self.calls != self.aborted_call:
-            return super().answer(payload)
+            return super().answer(payload, requests)
         sampling = [{**params, "max_new_tokens": 2} for params in payload["sampling_params"]]
-        rows = super().answer({**payload, "sampling_params": sampling})
+        rows = super().answer({**payload, "sampling_params": sampling}, requests)
         for row in rows:
             row["meta_info"]["finish_reason"] = {"type": "abort", "message": "paused"}
         return rows

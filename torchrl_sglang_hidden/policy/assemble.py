@@ -14,15 +14,14 @@ from typing import Any, cast
 import torch
 from tensordict import NonTensorData, TensorDict, TensorDictBase, lazy_stack
 from tensordict.utils import NestedKey
-from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, LogProbs, Masks, Text, Tokens
 
 from torchrl_sglang_hidden.errors import InputError
+from torchrl_sglang_hidden.policy.assemble_chat import chat_of_row
 from torchrl_sglang_hidden.policy.assemble_logits import logits_of_row
-from torchrl_sglang_hidden.policy.chat_template import Message, goes_on, with_more_text
+from torchrl_sglang_hidden.policy.image_rows import NO_IMAGE_ROWS, ImageRows
 from torchrl_sglang_hidden.policy.outputs import HiddenStates, Logits, OutputKeys, TokenHiddenStates
-from torchrl_sglang_hidden.policy.prompts import Row
-from torchrl_sglang_hidden.policy.sampled_turns import digest_with_response
+from torchrl_sglang_hidden.policy.rows import Row
 from torchrl_sglang_hidden.policy.sampling_rows import SampledRows
 from torchrl_sglang_hidden.records import NO_RECORDS, Completion, Pooled, SamplingRecords, TokenRows
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec, Segment
@@ -45,6 +44,7 @@ def assemble(
     logits: LogitsSpec | None,
     num_columns: int = 0,
     records: SamplingRecords = NO_RECORDS,
+    images: ImageRows = NO_IMAGE_ROWS,
     pad_id: int | None,
     device: torch.device | None,
 ) -> TensorDictBase:
@@ -59,6 +59,7 @@ def assemble(
         hidden_size: D.
         logits: the logits that the completions have.
         num_columns: C of these logits, for the rows that have none.
+        images: makes what is written of the rows' images.
         records: what the completions recorded of the sampling.
         pad_id: pads every ragged leaf with this id (log-probs with NaN, masks with False); None leaves them ragged.
         device: where the tensors go.
@@ -71,7 +72,7 @@ def assemble(
     response_width = max(len(completion.response_ids) for completion in completions)
     widths = (prompt_width, response_width) if pad_id is not None else None
     asked: dict[str, Any] = {"keys": keys, "hidden": hidden, "hidden_size": hidden_size, "logits": logits}
-    asked["num_columns"] = num_columns
+    asked |= {"num_columns": num_columns, "images": images}
     asked["sampled"] = SampledRows.of(records, completions)
     out = [
         _row(row, completion, widths=widths, pad_id=pad_id or 0, **asked)
@@ -91,6 +92,7 @@ def assemble_scores(
     logits: LogitsSpec | None,
     num_columns: int = 0,
     logits_only: bool = False,
+    images: ImageRows = NO_IMAGE_ROWS,
     pad_id: int | None,
     device: torch.device | None,
 ) -> TensorDictBase:
@@ -107,7 +109,7 @@ def assemble_scores(
             lengths = [len(row.prompt_ids) for row in rows]
             placements = [(False,) * (width - length) + (True,) * length for length in lengths]
     asked: dict[str, Any] = {"keys": keys, "hidden": hidden, "hidden_size": hidden_size, "logits": logits}
-    asked["num_columns"] = num_columns
+    asked |= {"num_columns": num_columns, "images": images}
     out = [
         _scored_row(row, completion, placement=placement, pad_id=pad_id or 0, logits_only=logits_only, **asked)
         for row, completion, placement in zip(rows, completions, placements, strict=True)
@@ -133,14 +135,13 @@ def _row(
     hidden_size: int,
     logits: LogitsSpec | None,
     num_columns: int,
+    images: ImageRows,
     sampled: SampledRows,
     widths: tuple[int, int] | None,
     pad_id: int,
 ) -> TensorDictBase:
-    padded = widths is not None
-    left, right = 0, 0
-    if widths is not None:
-        left, right = widths[0] - len(row.prompt_ids), widths[1] - len(completion.response_ids)
+    padded, num_prompt, num_response = widths is not None, len(row.prompt_ids), len(completion.response_ids)
+    left, right = (0, 0) if widths is None else (widths[0] - num_prompt, widths[1] - num_response)
     pads = {"prompt": (left, 0), "response": (0, right), "full": (left, right)}
     prompt_P = _pad(_ids_tensor(row.prompt_ids), left, 0, pad_id)
     response_T = _pad(_ids_tensor(completion.response_ids), 0, right, pad_id)
@@ -166,7 +167,6 @@ def _row(
         own: dict[str, str] = {str(segment): segment for segment in hidden.segments}
         values[keys.hidden_states] = _hidden_states(row, completion, hidden, hidden_size, own)
     if hidden is not None and hidden.tokens:
-        num_prompt, num_response = len(row.prompt_ids), len(completion.response_ids)
         positions = {str(name): Segment(name).positions(num_prompt, num_response) for name in hidden.segments}
         values[keys.token_hidden_states] = _token_states(
             row,
@@ -181,8 +181,9 @@ def _row(
             completion, logits, num_columns, logits.segments, pad=lambda field, rows_NC: _pad(rows_NC, *pads[field], 0)
         )
     values |= sampled.values(completion, pads, keys)
+    values |= images.values(row, num_response, lambda types_N: _pad(types_N, left, right, 0))
     if row.history is not None:
-        values |= _chat(row, row.history, completion, keys)
+        values |= chat_of_row(row, row.history, completion, keys)
     return _tensordict(values)
 
 
@@ -190,18 +191,6 @@ def _known_log_probs(row: Row) -> torch.Tensor:
     """Return the log-probs of a prompt's tokens, [P], which are known where they were sampled in an earlier turn."""
     known_P = None if row.turns is None else row.turns.log_probs_P
     return torch.full((len(row.prompt_ids),), NOT_MEASURED) if known_P is None else known_P
-
-
-def _chat(row: Row, prompt: History, completion: Completion, keys: OutputKeys) -> dict[NestedKey | None, Any]:
-    """Return a chat with its response, and which messages the tokens then stand for."""
-    messages, text = () if row.chat is None else row.chat.messages, completion.text
-    values: dict[NestedKey | None, Any] = {keys.history: _chat_history(prompt, messages, text)}
-    if row.turns is not None:
-        ids = (*row.prompt_ids, *completion.response_ids)
-        values[keys.chat_digest] = digest_with_response(row.turns.digest, messages, text, ids)
-    elif row.error is not None:
-        values[keys.chat_digest] = ""  # of no chat
-    return values
 
 
 def _error(completion: Completion) -> str:
@@ -230,6 +219,7 @@ def _scored_row(
     hidden_size: int,
     logits: LogitsSpec | None,
     num_columns: int,
+    images: ImageRows,
     logits_only: bool,
     placement: tuple[bool, ...] | None,
     pad_id: int,
@@ -273,6 +263,7 @@ def _scored_row(
         ids = {} if as_prompt.prompt_token_ids is None else {"full_token_ids": as_prompt.prompt_token_ids}
         scored = _make(Logits, full=as_prompt.prompt, **ids)
         values[keys.logits] = scored.full if logits_only else scored
+    values |= images.values(row, 0, lambda types_N: placed(types_N, 0))
     if row.history is not None:
         values[keys.history] = ChatHistory(full=row.history, batch_size=())
     return _tensordict(values)
@@ -382,17 +373,3 @@ def _token_states(
             rows_ND = rows.rows_ND[of_field.start - rows.first : of_field.stop - rows.first].to(spec.dtype, copy=True)
             fields[field] = rows_ND if pad is None else pad(field, rows_ND)
     return cast("TokenHiddenStates", _make(TokenHiddenStates, **fields))
-
-
-def _chat_history(prompt: History, messages: Sequence[Message], text: str) -> ChatHistory:
-    response = History(role="assistant", content=text, batch_size=())
-    if goes_on(messages):
-        turns = list(prompt.unbind(-1))
-        # Behind it may stand what fills a chat up to the length of others.
-        last = max(turn for turn, message in enumerate(turns) if message.role == "assistant")
-        whole = turns[last].clone()
-        whole.content, whole.is_complete = with_more_text(messages[-1], text)["content"], True
-        full = lazy_stack([*turns[:last], whole, *turns[last + 1 :]])
-    else:
-        full = prompt.append(response, inplace=False, dim=-1)
-    return ChatHistory(prompt=prompt, response=lazy_stack([response]), full=full, batch_size=())

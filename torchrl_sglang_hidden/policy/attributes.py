@@ -11,6 +11,7 @@ import torch
 from tensordict.utils import NestedKey
 
 from torchrl_sglang_hidden.policy.config import ARGUMENTS, PolicyConfig
+from torchrl_sglang_hidden.policy.images import tokenizer_of
 from torchrl_sglang_hidden.policy.outputs import OutputKeys
 
 if TYPE_CHECKING:
@@ -48,8 +49,8 @@ class Attributes:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that the argument names, or the engine's own."""
-        return cast("PreTrainedTokenizerBase", self.config.tokenizer)
+        """The tokenizer that the argument names, that of a processor, or the engine's own."""
+        return cast("PreTrainedTokenizerBase", tokenizer_of(self.config.tokenizer))
 
     @property
     def input_key(self) -> NestedKey:

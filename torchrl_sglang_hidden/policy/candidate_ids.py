@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 
 from torchrl_sglang_hidden.errors import InputError, InputTypeError
-from torchrl_sglang_hidden.policy.prompts import Row
+from torchrl_sglang_hidden.policy.rows import Row
 from torchrl_sglang_hidden.policy.tokenizer import OwnTokenizer
 from torchrl_sglang_hidden.sglang_api.prompt_text import check_unicode
 
@@ -176,7 +176,7 @@ class _After:
         ids = _by_itself(self.prompt, text, self.own)
         self.apart.append(
             f"row {self.row}, candidate {text!r:.60}: the tokenizer does not write it behind the prompt's own tokens, "
-            f"which end in {_decode(self.prompt.prompt_ids[-4:], self.own)!r}, so it is scored as the tokens "
+            f"which end in {_decode(self.prompt.sent_ids[-4:], self.own)!r}, so it is scored as the tokens "
             f"{list(ids)!r:.60} that it has by itself; let the prompt end before a blank and begin the candidate with "
             "it, or give ids."
         )
@@ -189,7 +189,7 @@ def _end_of(prompt: Row, own: OwnTokenizer) -> tuple[Ids, str]:
     In tokens mode, and after a sampled turn, a prompt may have ids that the tokenizer does not give for any text; its
     last few may be such that it does.
     """
-    ids, text = prompt.prompt_ids, prompt.prompt_text
+    ids, text = prompt.sent_ids, prompt.prompt_text
     if not _known(ids, own):
         return (), ""
     if len(ids) <= WHOLE and text:
@@ -215,7 +215,7 @@ def _by_itself(prompt: Row, text: str, own: OwnTokenizer) -> Ids:
     Of both forms the one is taken that reads as the text does behind the prompt.
     """
     line, alone, after_line = _encode(own, [LINE, text, LINE + text])
-    end = prompt.prompt_ids[-ENDS[0] :]
+    end = prompt.sent_ids[-ENDS[0] :]
     if after_line[: len(line)] == line and _known(end, own):
         expected = own.decode(end) + text
         bare = after_line[len(line) :]

@@ -33,8 +33,8 @@ from torchrl_sglang_hidden.policy.candidate_ids import (
     read_candidates,
     warn_of_equal_beginnings,
 )
-from torchrl_sglang_hidden.policy.prompts import Row
 from torchrl_sglang_hidden.policy.requests import CallOptions
+from torchrl_sglang_hidden.policy.rows import Row
 from torchrl_sglang_hidden.policy.tokenizer import OwnTokenizer
 from torchrl_sglang_hidden.records import READING, EngineInfo, Request
 from torchrl_sglang_hidden.spec.constraints import check_constraints
@@ -180,6 +180,7 @@ def _prompt_request(prompt: Row, call: CallOptions) -> Request:
     """
     return Request(
         prompt.prompt_ids,
+        images=prompt.placed,
         sampling=READING,
         return_log_probs=False,
         lora=call.lora,
@@ -195,6 +196,7 @@ def _candidate_request(request: Request, ids: Ids) -> Request:
     return replace(
         request,
         prompt_ids=request.prompt_ids + ids,
+        images=None if request.images is None else request.images.followed_by(ids),
         score_prompt=True,
         score_from=start,
         response_ranges=((start, stop),) if request.constraints else (),

@@ -153,17 +153,11 @@ class ChatTemplate:
         return re.search(rf"(?<![\w.]){re.escape(name)}\b", COMMENT.sub("", self.source)) is not None
 
     def _check_message(self, turn: int, message: Message) -> None:
-        """Refuse what the template would leave out: pictures and other media, and tool calls that it never reads."""
+        """Refuse texts that stand for a medium, and what the template would leave out: tool calls it never reads."""
         content = message.get("content")
         if isinstance(content, str):
             check_no_placeholder(_name(turn, message), content, self.tokenizer)
         for part in content if isinstance(content, list) else ():
-            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-            if kind != "text":
-                raise InputError(
-                    f"{_name(turn, message)} has a part of type {kind!r}; only text can be sent to the engine: leave "
-                    "the part out, or describe it in words"
-                )
             check_no_placeholder(_name(turn, message), str(part.get("text") or ""), self.tokenizer)
         for name in BESIDE_TEXT:
             value = message.get(name)

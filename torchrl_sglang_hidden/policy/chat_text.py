@@ -76,6 +76,35 @@ class Chat:
             "chat_template that writes its words as they are"
         )
 
+    def ranges_of(self, turn: int) -> list[tuple[int, int]]:
+        """Return where the words of a message stand in the text: of one with parts, those of each part of text.
+
+        Raises:
+            InputError: the template changes the words.
+        """
+        message = self.messages[turn]
+        content = message.get("content")
+        if not isinstance(content, list):
+            return [self.words_of(turn)]
+        ranges = []
+        for index, part in enumerate(content):
+            words = part.get("text")
+            if not words:
+                continue
+            mark = unused_number(self.text)
+            parts = [*content[:index], {**part, "text": mark}, *content[index + 1 :]]
+            marked = self._render([*self.messages[:turn], {**message, "content": parts}, *self.messages[turn + 1 :]])
+            before, found, after = marked.partition(mark)
+            start, stop = len(before), len(self.text) - len(after)
+            same = found and self.text.startswith(before) and self.text.endswith(after)
+            if not same or self.text[start:stop].strip() != words.strip():
+                raise InputError(
+                    f"the chat template rewrites the {message.get('role')}'s message {turn}, part {index}, so its "
+                    "tokens are not known; give a chat_template that writes its words as they are"
+                )
+            ranges.append((start, stop))
+        return ranges
+
     def check_generated(self) -> None:
         """Refuse ranges of ``{% generation %}`` that stand elsewhere than the assistant's words.
 
@@ -220,7 +249,10 @@ def assistant_tokens(
         turns = [turn for turn, message in enumerate(chat.messages) if message.get("role") == "assistant"]
         turns = [turn for turn in turns if chat.messages[turn].get("content")]
         try:
-            generated = [chat.words_of(turn) for turn in turns]
+            if ends:
+                generated = [chat.words_of(turn) for turn in turns]
+            else:
+                generated = [words for turn in turns for words in chat.ranges_of(turn)]
         except InputError as error:
             raise InputError(f"{error}; or give one that says {{% generation %}}") from error
         if ends:
@@ -267,7 +299,7 @@ def spoken_tokens(span: Turn | Role, chat: Chat, ids: Sequence[int], tokenizer: 
         turns = [turn for turn, role in enumerate(roles) if role == span.name]
         if not turns:
             raise SpanError(f"{span}: the chat has no message of this role; name one of {roles}")
-    found = [chat.words_of(turn) for turn in turns if messages[turn].get("content")]
+    found = [words for turn in turns if messages[turn].get("content") for words in chat.ranges_of(turn)]
     ranges = [(since, until) for since, until in found if since < until]
     if not ranges:
         raise SpanError(f"{span}: the chat's messages {turns} are empty, and an empty span has no state; name others")

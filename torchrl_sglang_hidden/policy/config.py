@@ -15,7 +15,6 @@ from tensordict.utils import NestedKey
 from torchrl_sglang_hidden.errors import InputError
 from torchrl_sglang_hidden.policy import argument_checks
 from torchrl_sglang_hidden.policy.action_masks import (
-    ActionMaskReader,
     option_constraints,
     read_action_ids,
     read_constraints,
@@ -24,9 +23,10 @@ from torchrl_sglang_hidden.policy.action_masks import (
 from torchrl_sglang_hidden.policy.argument_checks import field_names, take_fields
 from torchrl_sglang_hidden.policy.batching import BatchingConfig
 from torchrl_sglang_hidden.policy.chat_template import read_variables, select_template
+from torchrl_sglang_hidden.policy.images import NO_IMAGES, ImageProcessor, is_processor, tokenizer_of
 from torchrl_sglang_hidden.policy.outcomes import OutcomeConfig
 from torchrl_sglang_hidden.policy.outputs import KeyConfig, OutputKeys, list_out_keys
-from torchrl_sglang_hidden.policy.prompts import INPUT_MODES, InputMode, PromptReader
+from torchrl_sglang_hidden.policy.prompts import INPUT_MODES, InputMode
 from torchrl_sglang_hidden.policy.returned import resolve_hidden, resolve_records, returned_keys, scored_hidden
 from torchrl_sglang_hidden.policy.sampled_turns import DIGEST_KEY, ChatMode
 from torchrl_sglang_hidden.policy.tokenizer import OwnTokenizer, read_tokenizer
@@ -56,7 +56,8 @@ class PolicyConfig:
 
     Args:
         tokenizer: a Hugging Face tokenizer, the name or path of one, or None for the engine's own. The policy uses a
-            copy, which a trainer's truncation does not reach; a chat template or tokens that are set later do.
+            copy, which a trainer's truncation does not reach; a chat template or tokens that are set later do. Of a
+            vision-language model it may be the processor; else the engine's is loaded when the first image comes.
         input_mode: what a prompt is. ``"history"``: a ``torchrl.data.llm.History`` of shape ``[*batch, turns]``.
             ``"text"``: one string per row. ``"tokens"``: int64 token ids, ragged, or padded on the left.
         input_key: where the prompt is read; by default ``(input_mode, "prompt")``, and ``(input_mode, "full")`` with
@@ -64,6 +65,10 @@ class PolicyConfig:
         attention_mask_key: in tokens mode, where a bool mask ``[*batch, P]`` is read if it is there. Ids where it is
             False are pads, which are never sent. Without a mask, the pad ids at the left of a row of a ``Tokens`` that
             says ``padded`` are its padding, and every other id is sent as it is.
+        images_key: where each row's images are read, if they are there: one image or a list, in any form that
+            `torchrl_sglang_hidden.policy.image_data.read_image` takes. In text and tokens mode the prompt has one
+            placeholder for each, such as ``<|image_pad|>`` (ids that are expanded already are taken too); in history
+            mode they are those of parts ``{"type": "image"}`` that bring none of their own.
         generate: True generates; False scores given sequences, and samples nothing. Arguments that concern generation
             alone (sampling options, ``num_samples``, ``prefer_tokens``, the segments of ``hidden`` and its spans of a
             response) are then kept for the next version and have no effect: a chat is scored as the tokenizer writes
@@ -139,6 +144,7 @@ class PolicyConfig:
             Like ``writes_inplace`` it is fixed here: a change inside ``generate_kwargs`` does not change the output.
         writes_inplace: the value of ``inplace``, or its default.
         own_tokenizer: the copies of the tokenizer that the policy tokenizes with; None before `resolve_for`.
+        processor: says which ids an image becomes; refuses images before `resolve_for`.
         said: what was warned of once.
 
     Raises:
@@ -152,6 +158,7 @@ class PolicyConfig:
     input_mode: InputMode = "history"
     input_key: NestedKey | None = None
     attention_mask_key: NestedKey | None = "attention_mask"
+    images_key: NestedKey | None = "images"
     generate: bool = True
     generate_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)
     tokenizer_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)
@@ -180,6 +187,7 @@ class PolicyConfig:
     num_responses: int | None = field(init=False, repr=False, compare=False)
     writes_inplace: Literal[True, False, "empty"] = field(init=False, repr=False, compare=False)
     own_tokenizer: OwnTokenizer = field(init=False, repr=False, compare=False, default=cast("OwnTokenizer", None))
+    processor: ImageProcessor = field(init=False, repr=False, compare=False, default=NO_IMAGES)
     said: set[str] = field(init=False, repr=False, compare=False, default_factory=set)
 
     @classmethod
@@ -259,16 +267,26 @@ class PolicyConfig:
         argument_checks.check_logits(self.logits, info.vocab_size)
         for constraint in (*self.constraints, *option_constraints(options)):
             constraint.check(info.vocab_size)
-        tokenizer = read_tokenizer(self.tokenizer, info.tokenizer_path, info.vocab_size)
+        given = self.tokenizer if is_processor(self.tokenizer) else None
+        tokenizer = read_tokenizer(tokenizer_of(self.tokenizer), info.tokenizer_path, info.vocab_size)
+        processor = ImageProcessor(
+            given, info.tokenizer_path, takes_images=info.takes_images, max_images=info.max_images
+        )
+        if self.keys.pixel_values_key is not None and not info.takes_images:
+            raise InputError(
+                f"pixel_values_key={self.keys.pixel_values_key!r}: the model {info.model_path!r} takes text alone, and "
+                "has no pixel values; leave it out, or serve a vision-language model"
+            )
         if self.chat_template_name is not None:
             select_template(tokenizer, None, self.chat_template_name, tools=False)
         resolved = replace(
             self,
-            tokenizer=tokenizer,
+            tokenizer=tokenizer if given is None else given,
             generate_kwargs=options,
             action_token_ids=read_action_ids(self.action_token_ids, self.action_mask_key, info.vocab_size),
         )
         object.__setattr__(resolved, "own_tokenizer", OwnTokenizer(tokenizer, self.tokenizer_kwargs))
+        object.__setattr__(resolved, "processor", processor)
         return resolved
 
     @property
@@ -285,49 +303,7 @@ class PolicyConfig:
 
     @property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
-        return cast("PreTrainedTokenizerBase", self.tokenizer)
-
-    def make_reader(self, chat_template_kwargs: Any = None) -> PromptReader:
-        """Return the reader of the prompts of one call. Needs the tokenizer that `resolve_for` reads.
-
-        Args:
-            chat_template_kwargs: the call's variables of the chat template, over these.
-
-        Raises:
-            InputError: variables of a chat template in another mode than history, or that cannot be given.
-        """
-        of_call = read_variables("chat_template_kwargs", chat_template_kwargs)
-        if of_call and self.input_mode != "history":
-            raise InputError(
-                f"chat_template_kwargs={of_call!r:.80} with input_mode={self.input_mode!r}: only history mode has a "
-                "chat template; leave it out"
-            )
-        return PromptReader(
-            own=self.own_tokenizer,
-            input_mode=self.input_mode,
-            input_key=self.prompt_key,
-            attention_mask_key=self.attention_mask_key,
-            tokens_key=self.keys.tokens_key,
-            masks_key=self.keys.masks_key,
-            generate=self.generate,
-            tokenizer_kwargs=self.tokenizer_kwargs,
-            chat_template=self.chat_template,
-            chat_template_name=self.chat_template_name,
-            chat_template_kwargs={**self.chat_template_kwargs, **of_call},
-            padding_value=self.padding_value,
-            log_probs_key=self.keys.log_probs_key,
-            prefer_tokens=self.prefer_tokens,
-            chat=self.chat,
-            literal_content=self.literal_content,
-            mark_end_of_turn=self.mark_end_of_turn,
-            said=self.said,
-        )
-
-    def make_mask_reader(self, vocab_size: int) -> ActionMaskReader | None:
-        """Return the reader of the rows' action masks of one call, or None where there are none."""
-        if self.action_mask_key is None:
-            return None
-        return ActionMaskReader(self.action_mask_key, vocab_size, self.action_token_ids)
+        return cast("PreTrainedTokenizerBase", tokenizer_of(self.tokenizer))
 
     # --- what follows from several arguments -------------------------------------------------------------------------
 
@@ -371,6 +347,8 @@ class PolicyConfig:
             log_probs=keys.log_probs if self.return_log_probs and not logits_only else None,
             history=keys.history if self.input_mode == "history" else None,
             chat_digest=DIGEST_KEY if self._follows_turns else None,
+            images=self.keys.prompt_images_key if self.processor.takes_images else None,
+            pixel_values=self.keys.pixel_values_key,
         )
 
     @property

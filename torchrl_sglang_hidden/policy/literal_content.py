@@ -45,7 +45,7 @@ def encode_chat(chat: Chat, own: OwnTokenizer) -> tuple[int, ...] | None:
     ]
     if not turns:
         return None
-    ranges = [chat.words_of(turn) for turn in turns]
+    ranges = [words for turn in turns for words in chat.ranges_of(turn)]
     pieces = list(_pieces(chat.text, ranges, added))
     # The same chat without the texts in question has ids that are known, and says how this tokenizer is to be called.
     harmless = _harmless(chat.text, ranges, added)

@@ -16,15 +16,20 @@ from torchrl.modules.llm.policies import LogProbs
 from torchrl_sglang_hidden.engines import Engine, join_completions, rest_of
 from torchrl_sglang_hidden.errors import InputError, InputTypeError, MissingKeyError
 from torchrl_sglang_hidden.policy.assemble import assemble
+from torchrl_sglang_hidden.policy.chat_images import hide_images
 from torchrl_sglang_hidden.policy.chat_template import goes_on, messages_of
 from torchrl_sglang_hidden.policy.chat_text import Chat, decode_all
 from torchrl_sglang_hidden.policy.config import PolicyConfig
-from torchrl_sglang_hidden.policy.outputs import OutputKeys, write
-from torchrl_sglang_hidden.policy.prompts import PromptReader, Row
+from torchrl_sglang_hidden.policy.images import read_images
+from torchrl_sglang_hidden.policy.outputs import OutputKeys
+from torchrl_sglang_hidden.policy.prompts import PromptReader
+from torchrl_sglang_hidden.policy.reading import make_mask_reader, make_reader
 from torchrl_sglang_hidden.policy.requests import CallOptions, to_requests
 from torchrl_sglang_hidden.policy.row_fields import keys_of, read_template_variables
+from torchrl_sglang_hidden.policy.rows import Row, expand_row
 from torchrl_sglang_hidden.policy.sampled_turns import TurnsPrompt
 from torchrl_sglang_hidden.policy.sending import layout_of, send
+from torchrl_sglang_hidden.policy.writing import write
 from torchrl_sglang_hidden.records import (
     DEFAULT_NEW_TOKENS,
     NO_RECORDS,
@@ -64,9 +69,9 @@ def resume_rows(
     if not aborted:
         return tensordict
     reader = replace(
-        config.make_reader(),
+        make_reader(config),
         spans={} if call.hidden is None else call.hidden.spans,
-        action_masks=config.make_mask_reader(info.vocab_size) if call.reads_masks else None,
+        action_masks=make_mask_reader(config, info.vocab_size) if call.reads_masks else None,
     )
     # What is joined comes from the engine, and is on the CPU.
     outputs = [td_rows[index].cpu() for index in aborted]
@@ -111,7 +116,7 @@ def _within(request: Request, info: EngineInfo) -> Request:
 
 def _text(config: PolicyConfig, call: CallOptions, first: Completion, rest: Completion) -> str:
     """Return the text of both parts, decoded together: the border may be inside a character, or eat a blank."""
-    tokenizer: Any = config.tokenizer
+    tokenizer = config.own_tokenizer.plain
     skip = call.sampling.get("skip_special_tokens", True)
 
     def decode(ids: tuple[int, ...]) -> str:
@@ -211,7 +216,11 @@ def _response_log_probs(name: str, row: TensorDictBase, keys: OutputKeys) -> tor
 def _read_row(index: int, row: TensorDictBase, first: Completion, reader: PromptReader, keys: OutputKeys) -> Row:
     """Read a prompt back from an output as it was sent, whatever its chat or text would become now."""
     text = None if keys.text is None else _get(row, keys.text, "text")
-    found = Row(first.prompt_ids, decode_all(reader.tokenizer, first.prompt_ids) if text is None else text.prompt)
+    name = f"row {index}, {keys.images!r}:"
+    images = reader.processor.row_images(name, read_images(f"row {index},", row, keys.images))
+    short = images.short_of(name, first.prompt_ids) if images is not None else first.prompt_ids
+    found = Row(short, decode_all(reader.tokenizer, short) if text is None else text.prompt, images=images)
+    found = expand_row(name, found)
     if reader.input_mode == "history":
         found = _with_chat(row, found, reader, keys)
     spans, known = dict(reader.spans), {}
@@ -233,7 +242,8 @@ def _with_chat(row: TensorDictBase, found: Row, reader: PromptReader, keys: Outp
     # What was sent, and else what is there to be sent.
     known = None if keys.history is None else _get(row, keys.history, "history").prompt
     history = _get(row, reader.input_key, "chat") if known is None else known
-    messages, chats = messages_of(history), reader.make_chats()
+    given = () if found.images is None else found.images.images
+    messages, chats = hide_images(messages_of(history), given), reader.make_chats()
     # Renders only where a span is searched for, and says so where it does not write what was sent.
     template = chats.make_template({**chats.variables, **read_template_variables(row)})
     turns = None

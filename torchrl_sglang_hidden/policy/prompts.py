@@ -7,89 +7,46 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from tensordict import LazyStackedTensorDict, TensorDictBase, is_non_tensor, is_tensor_collection
+from tensordict import TensorDictBase, is_non_tensor, is_tensor_collection
 from tensordict.utils import NestedKey
-from torchrl.data.llm import History
 
 from torchrl_sglang_hidden.errors import (
     ChatTemplateError,
     ConstraintError,
-    InputError,
+    ImageError,
     InputTypeError,
     MissingKeyError,
     PromptLengthError,
-    SGLangHiddenError,
     SpanError,
 )
 from torchrl_sglang_hidden.policy.action_masks import ActionMaskReader
 from torchrl_sglang_hidden.policy.chat_template import ChatTemplate, select_template
-from torchrl_sglang_hidden.policy.chat_text import Chat, decode_all, last_tokens, opened_by, spoken_tokens
 from torchrl_sglang_hidden.policy.chats import ChatReader
+from torchrl_sglang_hidden.policy.images import NO_IMAGES, ImageProcessor, RowImages, read_images
 from torchrl_sglang_hidden.policy.literal_content import encode_chat
-from torchrl_sglang_hidden.policy.row_fields import keys_of, read_action_mask, read_token_mask, read_wants_states
-from torchrl_sglang_hidden.policy.sampled_turns import ChatMode, SampledTurns, TurnsPrompt
+from torchrl_sglang_hidden.policy.prompt_spans import resolve_span
+from torchrl_sglang_hidden.policy.row_fields import keys_of, read_action_mask, read_wants_states
+from torchrl_sglang_hidden.policy.rows import Row, expand_row, unbind_rows
+from torchrl_sglang_hidden.policy.sampled_turns import ChatMode, SampledTurns
 from torchrl_sglang_hidden.policy.text_rows import TextReader
 from torchrl_sglang_hidden.policy.token_rows import TokenReader, warn_of_pads
 from torchrl_sglang_hidden.policy.tokenizer import OwnTokenizer
 from torchrl_sglang_hidden.sglang_api.prompt_text import check_no_placeholder
-from torchrl_sglang_hidden.spec.constraints import ActionMask
-from torchrl_sglang_hidden.spec.spans import (
-    Between,
-    LastTokens,
-    PromptSpan,
-    ResolvedSpan,
-    Role,
-    Span,
-    TokenMask,
-    Turn,
-    find_between,
-)
+from torchrl_sglang_hidden.spec.spans import Span
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["INPUT_MODES", "InputMode", "PromptReader", "Row", "unbind_rows"]
+__all__ = ["INPUT_MODES", "InputMode", "PromptReader"]
 
 InputMode = Literal["history", "text", "tokens"]
 INPUT_MODES: tuple[InputMode, ...] = get_args(InputMode)
 CONTAINERS = {"history": "ChatHistory", "text": "Text", "tokens": "Tokens"}
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One prompt row: a prompt, or with ``generate=False`` a sequence to score, as token ids.
-
-    Args:
-        prompt_ids: P ids.
-        prompt_text: the text that the ids stand for.
-        history: the chat that was rendered to the text, ``[turns]``, in history mode.
-        chat: its messages, and the template that rendered them.
-        turns: what is known of the chat's earlier turns, where the policy follows them.
-        assistant_mask: for scoring, which of the ids the assistant wrote; None where nothing says so.
-        placement: in tokens mode, the places of the ids tensor: True at an id, False at a pad; None where nothing says
-            so, or in another mode.
-        wants_states: what the row says at ``"return_hidden_states"``; None where it says nothing.
-        spans: the spans by name, spans of the prompt as positions; empty where the row wants no states.
-        action_mask: the tokens that the row allows, or None.
-        error: what is wrong with this row alone, so that it is not sent; None of every other row.
-    """
-
-    prompt_ids: tuple[int, ...]
-    prompt_text: str
-    history: History | None = None
-    chat: Chat | None = None
-    turns: TurnsPrompt | None = None
-    assistant_mask: tuple[bool, ...] | None = None
-    placement: tuple[bool, ...] | None = None
-    wants_states: bool | None = None
-    spans: Mapping[str, ResolvedSpan] = field(default_factory=dict)
-    action_mask: ActionMask | None = None
-    error: SGLangHiddenError | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +60,7 @@ class PromptReader:
         said: what the policy has warned of.
         spans: the spans to find in each prompt. Spans of a response stay as they are.
         action_masks: reads each row's action mask; None reads none.
+        processor: says which ids an image becomes.
         keeps_errors: whether an error of one row is kept in `Row.error`, and not raised.
     """
 
@@ -126,6 +84,8 @@ class PromptReader:
     said: set[str] = field(default_factory=set)
     spans: Mapping[str, Span] = field(default_factory=dict)
     action_masks: ActionMaskReader | None = None
+    images_key: NestedKey | None = None
+    processor: ImageProcessor = NO_IMAGES
     keeps_errors: bool = False
 
     @property
@@ -141,6 +101,8 @@ class PromptReader:
             MissingKeyError: the input key is not there.
             InputTypeError: the input key holds something that the input mode does not read.
             SpanError: a span has no tokens in a row's prompt, or wants more tokens than there are.
+            ImageError: an image that cannot be read, or an image and its placeholder without each other.
+            CapabilityError: an image, and the engine's model takes none.
             InputError: a mask of another length, or a span whose tokens cannot be known.
             ConstraintError: an action mask that allows nothing.
         """
@@ -168,7 +130,7 @@ class PromptReader:
         """Read one row; what is wrong with it alone goes into `Row.error`, and what is with all rows is raised."""
         try:
             found = self.read_prompt(index, row, chats)
-        except (ChatTemplateError, PromptLengthError) as error:
+        except (ChatTemplateError, ImageError, PromptLengthError) as error:
             if chats is not None:
                 chats.check_template(row)
             return Row((), "", row.get(self.input_key) if chats is not None else None, error=error)
@@ -195,8 +157,9 @@ class PromptReader:
         if is_non_tensor(value):
             value = value.data
         name = f"row {index}, {self.input_key!r}:"
+        given = read_images(f"row {index},", row, self.images_key)
         if chats is not None:
-            read = chats.read(name, row, value)
+            read = chats.read(name, row, value, given)
             if read.turns is not None and read.turns.parted:
                 self._say_where_parted(index, read.turns.parted)
             if read.turns is not None and read.turns.outdated and "outdated" not in self.said:
@@ -207,12 +170,20 @@ class PromptReader:
                     "tools, need a new chat, or chat='render'; this is said once",
                     stacklevel=5,
                 )
-            found = Row(read.ids, read.chat.text, value, read.chat, read.turns, assistant_mask=read.assistant_mask)
+            found = Row(
+                read.ids,
+                read.chat.text,
+                value,
+                read.chat,
+                read.turns,
+                assistant_mask=read.assistant_mask,
+                images=read.images,
+            )
         elif self.input_mode == "text":
-            found = self._read_text(name, row, value)
+            found = self._read_text(name, row, value, self.processor.row_images(name, given))
         else:
-            found = self._read_tokens(name, row, value)
-        return found
+            found = self._read_tokens(name, row, value, self.processor.row_images(name, given))
+        return expand_row(name, found)
 
     def read_fields(self, index: int, row: TensorDictBase, found: Row) -> Row:
         """Add what a row says beside its prompt, and the spans of the prompt."""
@@ -224,7 +195,8 @@ class PromptReader:
         if wants_states is False or not readable:
             return replace(found, wants_states=wants_states)
         spans = {
-            key: self._resolve(f"row {index}, span {key!r}:", row, found, span) for key, span in self.spans.items()
+            key: resolve_span(f"row {index}, span {key!r}:", row, found, span, self.tokenizer)
+            for key, span in self.spans.items()
         }
         return replace(found, wants_states=wants_states, spans=spans)
 
@@ -245,7 +217,10 @@ class PromptReader:
 
     def make_chats(self) -> ChatReader:
         """Return the reader of the chats of one call, whose templates have one clock."""
-        choice = functools.partial(select_template, self.tokenizer, self.chat_template, self.chat_template_name)
+        chat_template = self.chat_template
+        if chat_template is None and self.chat_template_name is None:
+            chat_template = self.processor.own_template(self.tokenizer)
+        choice = functools.partial(select_template, self.tokenizer, chat_template, self.chat_template_name)
         # The template wrote the special tokens already.
         encode = functools.partial(self._encode, add_special_tokens=False)
         now = datetime.now()
@@ -255,6 +230,7 @@ class PromptReader:
 
         return ChatReader(
             tokenizer=self.tokenizer,
+            processor=self.processor,
             make_template=make_template,
             variables=self.chat_template_kwargs,
             generate=self.generate,
@@ -278,55 +254,33 @@ class PromptReader:
             padding_value=self.padding_value,
         )
 
-    def _resolve(self, name: str, row: TensorDictBase, found: Row, span: Span) -> ResolvedSpan:
-        """Return a span as positions in a prompt, or as it is if it is of the response."""
-        ids = found.prompt_ids
-        try:
-            match span:
-                case LastTokens(segment="response"):
-                    return span
-                case Between(segment="response"):
-                    return span if found.chat is None else opened_by(span, found.chat)
-                case LastTokens():
-                    return last_tokens(span, len(ids))
-                case Between():
-                    decode = functools.partial(decode_all, self.tokenizer)
-                    return PromptSpan((find_between(span, ids, decode),))
-                case TokenMask():
-                    return read_token_mask(row, span, found.placement or (True,) * len(ids))
-                case Turn() | Role():
-                    return spoken_tokens(span, cast("Chat", found.chat), ids, self.tokenizer)
-        except (SpanError, InputError) as error:
-            raise type(error)(f"{name} {error}") from error
-
-    def _read_text(self, name: str, row: TensorDictBase, text: Any) -> Row:
+    def _read_text(self, name: str, row: TensorDictBase, text: Any, images: RowImages | None) -> Row:
         reader = TextReader(self.own, self.input_key, self.tokens_key, self.masks_key, self.generate)
         found = reader.read(name, row, text)
         if self.generate:
-            check_no_placeholder(name, found.text, self.tokenizer)
-        return Row(found.ids, found.text)
+            # Placeholders of images are counted when they are expanded.
+            others = found.text if images is None else found.text.replace(self.processor.placeholder, "")
+            check_no_placeholder(name, others, self.tokenizer)
+        return Row(found.ids, found.text, images=images)
 
     def _encode(self, text: str, **defaults: Any) -> tuple[int, ...]:
         return self.own.encode(text, **defaults).ids
 
-    def _read_tokens(self, name: str, row: TensorDictBase, ids: Any) -> Row:
+    def _read_tokens(self, name: str, row: TensorDictBase, ids: Any, images: RowImages | None) -> Row:
         reader = TokenReader(self.input_key, self.attention_mask_key, self.masks_key, self.generate, self.padding_value)
         found = reader.read(name, row, ids)
-        return Row(found.ids, self._decode(found.ids), assistant_mask=found.assistant_mask, placement=found.placement)
+        placement, mask = found.placement, found.assistant_mask
+        short = found.ids
+        if images is not None and short.count(images.placeholder_id) == len(images.images):
+            # The ids have other places once they are expanded.
+            placement = placement if all(len(rows) == 1 for rows in images.expansions) else None
+        elif images is not None:
+            short = images.short_of(name, found.ids)
+            mask = None if mask is None else tuple(mask[i] for i in images.fold(found.ids) or ())
+        return Row(short, self._decode(short), assistant_mask=mask, placement=placement, images=images)
 
     def _decode(self, prompt_ids: tuple[int, ...]) -> str:
         """Return the text of the ids; an empty one for unknown ids, which the engine's check reports by row."""
         if not prompt_ids or min(prompt_ids) < 0 or max(prompt_ids) >= len(self.tokenizer):
             return ""
         return str(self.tokenizer.decode(prompt_ids))
-
-
-def unbind_rows(tensordict: TensorDictBase) -> Iterator[TensorDictBase]:
-    """Yield the rows in row-major order, without a reshape, which ragged and lazy leaves do not have."""
-    if tensordict.ndim == 0:
-        yield tensordict
-    elif isinstance(tensordict, LazyStackedTensorDict) and not tensordict.tensordicts:
-        return
-    else:
-        for part in tensordict.unbind(0):
-            yield from unbind_rows(part)

@@ -46,7 +46,9 @@ def ragged(
         tokens: for ``input_mode="tokens"``: one row of token ids per prompt, a list of ints or an integer tensor [P].
         text: for ``input_mode="text"``: one string per prompt.
         history: for ``input_mode="history"``: one chat per prompt, a list of messages such as ``{"role": "user",
-            "content": "Hi"}``, or a ``torchrl.data.llm.History`` of shape [turns]. Exactly one of these three is given.
+            "content": "Hi"}``, or a ``torchrl.data.llm.History`` of shape [turns]. A content may be a list of parts, as
+            ``[{"type": "image", "image": image}, {"type": "text", "text": "What is it?"}]``. Exactly one of these three
+            is given.
         full: write whole sequences, as a policy with ``generate=False`` reads them to score, in place of prompts.
         batch_size: the shape of the batch, filled in row-major order; by default ``[B]`` for B rows.
         device: of the tensors; by default each keeps its own, and lists are put on the CPU.
@@ -185,16 +187,21 @@ def _check_message(name: str, message: Any) -> None:
         raise InputTypeError(f"{name} role {role!r:.80}; expected a string, such as 'user'")
     parts = content if isinstance(content, (list, tuple)) and content else [content]
     is_call = content is None and message.get("tool_calls")
-    if not is_call and not isinstance(content, str) and not all(isinstance(part, ContentBase) for part in parts):
+    if not is_call and not isinstance(content, str) and not _are_parts(parts):
         raise InputTypeError(
-            f"{name} content {content!r:.80}; expected a string, or torchrl's ContentBase parts of one message"
+            f"{name} content {content!r:.80}; expected a string, or the parts of one message, all of them torchrl's "
+            'ContentBase, or all dicts such as {"type": "image", "image": image}'
         )
+
+
+def _are_parts(parts: Sequence[Any]) -> bool:
+    return any(all(isinstance(part, kind) for part in parts) for kind in (ContentBase, dict))
 
 
 def _with_stacked_parts(message: Mapping[str, Any]) -> dict[str, Any]:
     """Return a message whose list of parts is a lazy stack: a `History` itself stacks only parts of the same fields."""
     content = message.get("content")
-    if isinstance(content, (list, tuple)) and content:
+    if isinstance(content, (list, tuple)) and content and isinstance(content[0], ContentBase):
         return {**message, "content": lazy_stack(list(content))}
     return dict(message)
 

@@ -17,8 +17,8 @@ from torchrl_sglang_hidden.policy.action_masks import native_processor, option_c
 from torchrl_sglang_hidden.policy.argument_checks import resolve_num_samples
 from torchrl_sglang_hidden.policy.chat_text import decode_all
 from torchrl_sglang_hidden.policy.config import PolicyConfig
-from torchrl_sglang_hidden.policy.prompts import Row
 from torchrl_sglang_hidden.policy.returned import resolve_hidden, resolve_records, scored_hidden, scored_logits
+from torchrl_sglang_hidden.policy.rows import Row
 from torchrl_sglang_hidden.records import DEFAULT_NEW_TOKENS, NO_RECORDS, READING, Completion, Request, SamplingRecords
 from torchrl_sglang_hidden.sglang_api.sampling import NOT_OF_SAMPLING, RECORDS, override, standardize, to_sglang
 from torchrl_sglang_hidden.spec.constraints import LogitConstraint
@@ -252,6 +252,7 @@ def to_requests(
                 hidden=None if row.wants_states is False else call.hidden,
                 score_prompt=return_log_probs and not call.generate and not call.logits_only,
                 spans=row.spans,
+                images=row.placed,
                 lora=call.lora,
                 priority=call.priority,
                 logits=call.logits,

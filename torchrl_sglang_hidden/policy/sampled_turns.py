@@ -21,6 +21,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torchrl_sglang_hidden.errors import InputError, InputTypeError
 from torchrl_sglang_hidden.policy.chat_template import Message, goes_on, with_more_text
 from torchrl_sglang_hidden.policy.chat_text import Chat, decode_all
+from torchrl_sglang_hidden.policy.images import RowImages
 from torchrl_sglang_hidden.policy.token_rows import check_ids, strip_pads
 
 if TYPE_CHECKING:
@@ -119,13 +120,16 @@ class SampledTurns:
     log_probs_key: NestedKey | None
     padding_value: int
 
-    def follow(self, row: TensorDictBase, chat: Chat, ids: tuple[int, ...]) -> TurnsPrompt:
+    def follow(
+        self, row: TensorDictBase, chat: Chat, ids: tuple[int, ...], images: RowImages | None = None
+    ) -> TurnsPrompt:
         """Return a chat's prompt with the ids of its earlier turns as they were sampled, as far as that can be.
 
         Args:
             row: what the last turn left is read from it.
             chat: the chat, as the template writes it.
-            ids: the ids that the tokenizer makes of that.
+            ids: the ids that the tokenizer makes of that, with one placeholder for each image.
+            images: the chat's.
 
         Raises:
             InputTypeError: something that is no ids in the place of tokens.
@@ -142,19 +146,21 @@ class SampledTurns:
         parted = _lost(known, chat.messages, same)
         at_hand = None
         if known and same == len(known):
-            at_hand, parted = self._at_hand(row, ids_word)
+            at_hand, parted = self._at_hand(row, ids_word, images)
         if at_hand is None:
             if self.chat == "append":
                 unknown = torch.full((len(ids),), math.nan)
                 return TurnsPrompt(ids, chat.text, " ".join(now), (False,) * len(ids), unknown, parted=parted)
-            return self._prefer(row, chat, ids, " ".join(now), at_hand=None, known=bool(known), parted=parted)
+            return self._prefer(
+                row, chat, ids, " ".join(now), images=images, at_hand=None, known=bool(known), parted=parted
+            )
         digest = " ".join([*known, *now[same:]])
         if self.chat == "append":
             num_asked = next(index for index, word in enumerate(known) if word.startswith(SAMPLED))
             return replace(
                 self._append(at_hand, chat, same, digest), outdated=self._outdated(at_hand, chat.before(num_asked))
             )
-        return self._prefer(row, chat, ids, digest, at_hand=at_hand, known=True, parted="")
+        return self._prefer(row, chat, ids, digest, images=images, at_hand=at_hand, known=True, parted="")
 
     def _prefer(
         self,
@@ -163,12 +169,15 @@ class SampledTurns:
         ids: tuple[int, ...],
         digest: str,
         *,
+        images: RowImages | None,
         at_hand: _AtHand | None,
         known: bool,
         parted: str,
     ) -> TurnsPrompt:
         """Return the first ids at hand that stand for the chat or its beginning, and those of the rest; or ``ids``."""
         text, found = self._decode(ids), self._read(row, "prompt")
+        kept = None if images is None or found is None else images.fold(found)
+        found = found if kept is None or found is None else tuple(found[i] for i in kept)
         # torchrl's IncrementalTokenizer leaves the turn before at "prompt"; without it, what stands there is older.
         candidates: list[tuple[tuple[int, ...], ...]] = [] if at_hand is None else [(at_hand.ids,)]
         if found is not None:
@@ -249,7 +258,7 @@ class SampledTurns:
         found = ids + both[len(before) :]
         return found if both[: len(before)] == before and decode_all(self.tokenizer, found) == expected else None
 
-    def _at_hand(self, row: TensorDictBase, ids_word: str) -> tuple[_AtHand | None, str]:
+    def _at_hand(self, row: TensorDictBase, ids_word: str, images: RowImages | None) -> tuple[_AtHand | None, str]:
         """Read what the last turn left in a row; None where its tokens are not there, and why they are not."""
         ids = self._read(row, "full")
         if ids is None:
@@ -264,14 +273,14 @@ class SampledTurns:
         log_probs = None if scored else self._beside(row, self.log_probs_key, "full", len(ids))
         if masks[0] is None:
             unpadded = self._unpadded(ids, ids_word)
-            return (None, others) if unpadded is None else (_AtHand(unpadded, None, None), "")
+            return (None, others) if unpadded is None else _short(_AtHand(unpadded, None, None), images)
         real, sampled = masks[0].bool(), masks[1]
         found = _AtHand(
             tuple(torch.tensor(ids)[real].tolist()),
             None if sampled is None else tuple(sampled.bool()[real].tolist()),
             None if log_probs is None else log_probs.float()[real],
         )
-        return (found, "") if _word_of_ids(found.ids) == ids_word else (None, others)
+        return _short(found, images) if _word_of_ids(found.ids) == ids_word else (None, others)
 
     def _unpadded(self, ids: tuple[int, ...], ids_word: str) -> tuple[int, ...] | None:
         """Return the ids of a word out of those with pads around them, the last of which may be the response's own."""
@@ -298,6 +307,23 @@ class SampledTurns:
         if not ids or min(ids) < 0 or max(ids) >= len(self.tokenizer):
             return ""
         return decode_all(self.tokenizer, ids)
+
+
+def _short(found: _AtHand, images: RowImages | None) -> tuple[_AtHand | None, str]:
+    """Return what is at hand with one placeholder for each image; None where it cannot be, and why."""
+    if images is None:
+        return found, ""
+    kept = images.fold(found.ids)
+    if kept is None:
+        return None, (
+            f"a response has the id {images.placeholder_id}, which stands for an image and was sampled without one; "
+            "keep it from being sampled, with constraints=DisallowedTokens(…)"
+        )
+    return _AtHand(
+        tuple(found.ids[i] for i in kept),
+        None if found.sampled is None else tuple(found.sampled[i] for i in kept),
+        None if found.log_probs_N is None else found.log_probs_N[kept],
+    ), ""
 
 
 def _get(row: TensorDictBase, container: NestedKey, name: str, kind: str) -> Any:

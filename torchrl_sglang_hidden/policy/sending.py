@@ -12,10 +12,11 @@ import torch
 
 from torchrl_sglang_hidden.engines import Engine, generate_rows, generate_samples, refused_rows
 from torchrl_sglang_hidden.policy.config import PolicyConfig
+from torchrl_sglang_hidden.policy.image_rows import ImageRows
 from torchrl_sglang_hidden.policy.outcomes import OutcomeConfig
 from torchrl_sglang_hidden.policy.outputs import OutputKeys
-from torchrl_sglang_hidden.policy.prompts import Row
 from torchrl_sglang_hidden.policy.requests import CallOptions
+from torchrl_sglang_hidden.policy.rows import Row
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
 
 __all__ = ["layout_of", "send"]
@@ -88,5 +89,6 @@ def layout_of(
         "logits": call.logits,
         "num_columns": 0 if call.logits is None else call.logits.num_columns(info.vocab_size),
         "pad_id": config.padding_value if config.pad_output else None,
+        "images": ImageRows(config.processor, keys.images, keys.pixel_values),
         "device": config.device or device,
     }

@@ -21,12 +21,14 @@ from torchrl_sglang_hidden.policy.candidates import Candidates, Normalization, R
 from torchrl_sglang_hidden.policy.config import ARGUMENTS, PolicyConfig
 from torchrl_sglang_hidden.policy.distributions import Distributions
 from torchrl_sglang_hidden.policy.outcomes import OnError
-from torchrl_sglang_hidden.policy.outputs import list_out_keys, resolve_target, write
+from torchrl_sglang_hidden.policy.outputs import list_out_keys
 from torchrl_sglang_hidden.policy.partial import resume_rows
 from torchrl_sglang_hidden.policy.prompts import InputMode
+from torchrl_sglang_hidden.policy.reading import make_mask_reader, make_reader
 from torchrl_sglang_hidden.policy.requests import check_responses, read_call, read_scoring, to_requests
 from torchrl_sglang_hidden.policy.sampled_turns import ChatMode
 from torchrl_sglang_hidden.policy.sending import layout_of, send
+from torchrl_sglang_hidden.policy.writing import resolve_target, write
 from torchrl_sglang_hidden.spec.constraints import LogitConstraint
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
@@ -61,6 +63,7 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         - token_hidden_states, logits, sampling and routed_experts, if asked for: see `TokenHiddenStates`, `Logits`,
           `Sampling`, `RoutedExperts`.
         - weight_version and finish_reason (one string per row), mixed_weights (bool); with ``on_error="nan"`` error.
+        - prompt_images of a vision-language model; pixel_values on request. P then counts the rows of the images.
 
     `forward` says what each of them holds, what scoring (``generate=False``) writes, and which errors are raised.
     `score` returns the log-probs of candidates, `log_prob` and `get_dist` serve TorchRL's losses, `get_new_version`
@@ -85,6 +88,7 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         input_mode: InputMode = "history",
         input_key: NestedKey | None = None,
         attention_mask_key: NestedKey | None = "attention_mask",
+        images_key: NestedKey | None = "images",
         generate: bool = True,
         generate_kwargs: Mapping[str, Any] | None = None,
         tokenizer_kwargs: Mapping[str, Any] | None = None,
@@ -118,6 +122,8 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         logits_key: NestedKey | None = "logits",
         sampling_key: NestedKey | None = "sampling",
         routed_experts_key: NestedKey | None = "routed_experts",
+        prompt_images_key: NestedKey | None = "prompt_images",
+        pixel_values_key: NestedKey | None = None,
         constraints: LogitConstraint | Sequence[LogitConstraint] = (),
         action_mask_key: NestedKey | None = None,
         action_token_ids: Sequence[int] | None = None,
@@ -125,13 +131,11 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         extra_samples: int = 0,
     ) -> None:
         # Every argument but the model is a field of the configuration by the same name: a test holds the two together.
-        arguments = locals()
-        config = PolicyConfig.from_arguments(**{name: arguments[name] for name in ARGUMENTS})
+        config = PolicyConfig.from_arguments(**{name: value for name, value in locals().items() if name in ARGUMENTS})
         super().__init__()
         self.model: Engine = as_engine(model)
         self._config = config.resolve_for(self.model.info)
-        self._keys = self.config.default_keys
-        self.in_keys, self.out_keys = self.config.in_keys, self.config.out_keys
+        self.in_keys, self.out_keys, self._keys = self.config.in_keys, self.config.out_keys, self.config.default_keys
         self._batcher = self.config.queue.make_queue(self.model)
         # What the base class reads.
         self._min_batch_size = None if self._batcher is None else self._batcher.min_batch_size
@@ -257,9 +261,9 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         if logits_only or (call.hidden, call.records) != (config.returned_hidden, config.records):
             list_out_keys(keys, call.hidden, call.logits, config.generate)  # refuses keys that clash
         rows = replace(
-            config.make_reader(chat_template_kwargs),
+            make_reader(config, chat_template_kwargs),
             spans={} if call.hidden is None else call.hidden.spans,
-            action_masks=config.make_mask_reader(info.vocab_size) if call.reads_masks else None,
+            action_masks=make_mask_reader(config, info.vocab_size) if call.reads_masks else None,
             keeps_errors=errors,
         ).read(tensordict)
         requests = to_requests(rows, call, return_log_probs=config.return_log_probs, return_errors=errors)
@@ -374,9 +378,9 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
             )
         vocab_size = self.model.info.vocab_size
         call = read_scoring(self.config, {}, vocab_size=vocab_size)
-        reader = self.config.make_reader(chat_template_kwargs)
+        reader = make_reader(self.config, chat_template_kwargs)
         scores = score_candidates(
-            replace(reader, action_masks=self.config.make_mask_reader(vocab_size)).read(tensordict),
+            replace(reader, action_masks=make_mask_reader(self.config, vocab_size)).read(tensordict),
             candidates,
             call=call,
             reduction=reduction,

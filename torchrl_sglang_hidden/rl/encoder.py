@@ -15,8 +15,9 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey, unravel_key
 
 from torchrl_sglang_hidden.errors import EngineError, InputError, InputTypeError, SGLangHiddenError
-from torchrl_sglang_hidden.policy.prompts import InputMode, unbind_rows
+from torchrl_sglang_hidden.policy.prompts import InputMode
 from torchrl_sglang_hidden.policy.ragged import ragged
+from torchrl_sglang_hidden.policy.rows import unbind_rows
 from torchrl_sglang_hidden.policy.wrapper import SGLangHiddenWrapper
 from torchrl_sglang_hidden.rl.prompt_cache import CacheInfo, PromptCache
 from torchrl_sglang_hidden.rl.prompts import Prompt, PromptWriter, value_of

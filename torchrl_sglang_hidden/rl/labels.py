@@ -22,8 +22,9 @@ from torchrl_sglang_hidden.errors import (
     RecordingError,
     SGLangHiddenError,
 )
-from torchrl_sglang_hidden.policy.prompts import InputMode, unbind_rows
+from torchrl_sglang_hidden.policy.prompts import InputMode
 from torchrl_sglang_hidden.policy.ragged import ragged
+from torchrl_sglang_hidden.policy.rows import unbind_rows
 from torchrl_sglang_hidden.policy.wrapper import SGLangHiddenWrapper
 from torchrl_sglang_hidden.rl.columns import Key, Leaves, leaves_of
 from torchrl_sglang_hidden.rl.encoder import LabelledPrompt, check_answers_once, mode_of, with_labels

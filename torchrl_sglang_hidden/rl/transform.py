@@ -17,7 +17,7 @@ from torchrl.data import Composite, NonTensor, TensorSpec, Unbounded
 from torchrl.envs.transforms import Compose, Transform
 
 from torchrl_sglang_hidden.errors import InputError, MissingKeyError
-from torchrl_sglang_hidden.policy.prompts import unbind_rows
+from torchrl_sglang_hidden.policy.rows import unbind_rows
 from torchrl_sglang_hidden.policy.wrapper import SGLangHiddenWrapper
 from torchrl_sglang_hidden.rl.ablations import Ablation, Shuffler, check_ablation
 from torchrl_sglang_hidden.rl.background import Background

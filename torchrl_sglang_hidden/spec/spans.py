@@ -17,6 +17,7 @@ from torchrl_sglang_hidden.errors import InputError, InputTypeError, SpanError
 
 __all__ = [
     "Between",
+    "Image",
     "LastTokens",
     "PromptSpan",
     "ResolvedSpan",
@@ -122,6 +123,24 @@ class Role:
 
 
 @dataclass(frozen=True, slots=True)
+class Image:
+    """Selects the rows of one image of the prompt: every position that its placeholder is expanded to.
+
+    Args:
+        index: the image, from 0, in the order of the prompt's placeholders; a negative index counts from the end.
+
+    Raises:
+        InputTypeError: an index that is no int.
+    """
+
+    index: int
+
+    def __post_init__(self) -> None:
+        if type(self.index) is not int:
+            raise InputTypeError(f"Image(index={self.index!r}): expected an integer")
+
+
+@dataclass(frozen=True, slots=True)
 class Between:
     """Selects the tokens between two marker strings: the first ``start``, and the first ``end`` after it.
 
@@ -164,7 +183,7 @@ class Between:
         _check_segment(self)
 
 
-Span: TypeAlias = LastTokens | TokenMask | Turn | Role | Between
+Span: TypeAlias = LastTokens | TokenMask | Turn | Role | Image | Between
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,127 @@
+"""An image in any form becomes the same pixels; what is no image is refused by name."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from torchrl_sglang_hidden import ImageError, InputTypeError
+from torchrl_sglang_hidden.policy.image_data import MAX_PIXELS, ImageData, read_image
+
+# Not as wide as high, and no channel like another.
+PIXELS_HWC = torch.arange(5 * 7 * 3, dtype=torch.int64).reshape(5, 7, 3).mul(37).remainder(256).to(torch.uint8)
+
+
+def file_bytes(kind: str = "PNG", image: Image.Image | None = None, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    (image or Image.fromarray(PIXELS_HWC.numpy())).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def pixels_of(data: ImageData) -> torch.Tensor:
+    return torch.from_numpy(np.array(data.open()))
+
+
+FORMS: dict[str, Callable[[], Any]] = {
+    "PIL": lambda: Image.fromarray(PIXELS_HWC.numpy()),
+    "tensor [H, W, C]": lambda: PIXELS_HWC,
+    "tensor [C, H, W]": lambda: PIXELS_HWC.permute(2, 0, 1),
+    "array": lambda: PIXELS_HWC.numpy(),
+    "floats": lambda: PIXELS_HWC.float() / 255,
+    "doubles": lambda: PIXELS_HWC.numpy() / 255,
+    "bytes": file_bytes,
+    "bytearray": lambda: bytearray(file_bytes()),
+    "data URI": lambda: "data:image/png;base64," + base64.b64encode(file_bytes()).decode(),
+    "mapping": lambda: {"bytes": file_bytes(), "path": "nowhere.png"},
+    "with alpha": lambda: Image.fromarray(PIXELS_HWC.numpy()).convert("RGBA"),
+    "palette of its own": lambda: file_bytes(image=Image.fromarray(PIXELS_HWC.numpy()).quantize(64)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_the_same_pixels(form: str) -> None:
+    found = read_image("row 0:", FORMS[form]())
+    assert (found.width, found.height) == (7, 5)
+    assert found.uri.startswith("data:image/png;base64,")
+    if form != "palette of its own":
+        assert torch.equal(pixels_of(found), PIXELS_HWC)
+    assert read_image("again:", found) is found
+
+
+def test_paths(tmp_path: Path) -> None:
+    path = tmp_path / "a picture.png"
+    path.write_bytes(file_bytes())
+    for form in (path, str(path), f"file://{path}", {"path": str(path), "bytes": None}):
+        assert torch.equal(pixels_of(read_image("row 0:", form)), PIXELS_HWC)
+
+
+def test_a_file_of_plain_colours_travels_as_it_is() -> None:
+    data = file_bytes("JPEG", quality=50)
+    found = read_image("row 0:", data)
+    assert found.uri == "data:image/jpeg;base64," + base64.b64encode(data).decode()
+
+
+def test_what_depends_on_the_reader_is_settled_before_it_travels() -> None:
+    """A turned photograph and a grey one: two readers that treat them differently would compute different states."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = read_image("row 0:", file_bytes("JPEG", exif=exif))
+    assert (turned.width, turned.height) == (5, 7)
+    assert turned.uri.startswith("data:image/png")
+    grey = read_image("row 0:", torch.arange(12, dtype=torch.uint8).reshape(3, 4))
+    assert torch.equal(pixels_of(grey), torch.arange(12, dtype=torch.uint8).reshape(3, 4, 1).expand(3, 4, 3))
+    one = read_image("row 0:", torch.arange(15, dtype=torch.uint8).reshape(1, 3, 5))
+    assert one.digest == read_image("row 0:", torch.arange(15, dtype=torch.uint8).reshape(3, 5)).digest
+
+
+def test_the_digest_tells_images_apart() -> None:
+    other = PIXELS_HWC.clone()
+    other[0, 0, 0] += 1
+    first, again, second = (read_image("row 0:", pixels) for pixels in (PIXELS_HWC, PIXELS_HWC.clone(), other))
+    assert first == again
+    assert first.digest != second.digest
+
+
+BAD = {
+    "a truncated file": (lambda: file_bytes()[:60], "cannot be decoded"),
+    "no image": (lambda: b"hello", "5 bytes that are no image"),
+    "no bytes": (lambda: b"", "0 bytes that are no image"),
+    "a text": (lambda: "a description of a cat", "the path 'a description of a cat', which cannot be read"),
+    "a missing file": (lambda: Path("/nowhere/at/all.png"), "which cannot be read"),
+    "a URL": (lambda: "https://example.com/cat.png", "fetches from the network"),
+    "another URI": (
+        lambda: "data:text/plain;base64,aGVsbG8=",
+        "expected one that begins with 'data:image/png;base64,'",
+    ),
+    "no base64": (lambda: "data:image/png;base64,!!!", "a data URI that is no base64"),
+    "floats over 1": (lambda: torch.full((4, 4, 3), 255.0), r"float pixels from 255 to 255; expected 0 to 1"),
+    "floats under 0": (lambda: torch.linspace(-1, 1, 48).reshape(4, 4, 3), "float pixels from -1 to 1"),
+    "no numbers": (lambda: torch.full((4, 4, 3), torch.nan), "float pixels from nan to nan"),
+    "no channels": (lambda: torch.zeros(5, 6, 7, dtype=torch.uint8), r"pixels of shape \(5, 6, 7\): no axis of"),
+    "channels twice": (lambda: torch.zeros(3, 8, 3, dtype=torch.uint8), "either axis may be the channels"),
+    "four axes": (lambda: torch.zeros(2, 8, 8, 3, dtype=torch.uint8), r"pixels of shape \(2, 8, 8, 3\)"),
+    "no pixels": (lambda: torch.zeros(0, 8, 3, dtype=torch.uint8), "an image of 8 × 0 pixels"),
+    "16 bits": (lambda: Image.fromarray(np.zeros((4, 4), dtype=np.uint16)), "more than 8 bits a channel"),
+    "too large": (lambda: Image.new("L", (10_000, 10_000)), rf"10000 × 10000 pixels; the limit is 1 to {MAX_PIXELS}"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_no_image_is_refused(case: str) -> None:
+    make, match = BAD[case]
+    with pytest.raises(ImageError, match=rf"^row 3, image 1: .*{match}"):
+        read_image("row 3, image 1:", make())
+
+
+@pytest.mark.parametrize("value", [None, 3, [PIXELS_HWC], PIXELS_HWC.long(), PIXELS_HWC.to(torch.int32).numpy()])
+def test_another_type_is_refused(value: Any) -> None:
+    with pytest.raises(InputTypeError, match=r"^row 3: .*; expected"):
+        read_image("row 3:", value)

@@ -1,0 +1,97 @@
+"""Resolves the spans of one prompt row: from what the user named to positions of the prompt.
+
+Knows nothing of how the row was read.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
+
+from tensordict import TensorDictBase
+
+from torchrl_sglang_hidden.errors import InputError, SpanError
+from torchrl_sglang_hidden.policy.chat_text import Chat, decode_all, last_tokens, opened_by, spoken_tokens
+from torchrl_sglang_hidden.policy.images import RowImages
+from torchrl_sglang_hidden.policy.row_fields import read_token_mask
+from torchrl_sglang_hidden.policy.rows import Row
+from torchrl_sglang_hidden.records import Images
+from torchrl_sglang_hidden.spec.spans import (
+    Between,
+    Image,
+    LastTokens,
+    PromptSpan,
+    ResolvedSpan,
+    Role,
+    Span,
+    TokenMask,
+    Turn,
+    find_between,
+    intervals_of,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["resolve_span"]
+
+
+def resolve_span(
+    name: str, row: TensorDictBase, found: Row, span: Span, tokenizer: PreTrainedTokenizerBase
+) -> ResolvedSpan:
+    """Return a span as positions in a prompt, or as it is if it is of the response.
+
+    Args:
+        name: of the row and the span, for errors.
+        row: where a mask is read.
+        found: the prompt row.
+        span: the span.
+        tokenizer: the policy's.
+
+    Raises:
+        SpanError: a span without tokens, or with more than there are.
+        InputError: a span whose tokens cannot be known.
+    """
+    # Text is searched with one placeholder for each image, and what is found moves to where it is expanded.
+    ids = found.sent_ids
+    moved = (lambda inside: inside) if found.images is None else functools.partial(_moved, found.images, ids)
+    try:
+        match span:
+            case LastTokens(segment="response"):
+                return span
+            case Between(segment="response"):
+                return span if found.chat is None else opened_by(span, found.chat)
+            case LastTokens():
+                return last_tokens(span, len(found.prompt_ids))
+            case Between():
+                decode = functools.partial(decode_all, tokenizer)
+                return moved(PromptSpan((find_between(span, ids, decode),)))
+            case TokenMask():
+                return read_token_mask(row, span, found.placement or (True,) * len(found.prompt_ids))
+            case Turn() | Role():
+                return moved(spoken_tokens(span, cast("Chat", found.chat), ids, tokenizer))
+            case Image():
+                return _image_rows(span, found.placed)
+    except (SpanError, InputError) as error:
+        raise type(error)(f"{name} {error}") from error
+
+
+def _moved(images: RowImages, ids: Sequence[int], span: PromptSpan) -> PromptSpan:
+    """Return a span of the ids with one placeholder for each image as a span of the expanded ids."""
+    inside = [False] * len(ids)
+    for start, stop in span.intervals:
+        inside[start:stop] = [True] * (stop - start)
+    widths = iter(images.expansions)
+    spread: list[bool] = []
+    for is_inside, token_id in zip(inside, ids, strict=True):
+        spread += [is_inside] * (len(next(widths)) if token_id == images.placeholder_id else 1)
+    return intervals_of(spread)
+
+
+def _image_rows(span: Image, placed: Images | None) -> PromptSpan:
+    """Return the rows of one image."""
+    ranges = () if placed is None else placed.ranges
+    if not -len(ranges) <= span.index < len(ranges):
+        raise SpanError(f"{span}: the prompt has {len(ranges)} images; name one of those")
+    return PromptSpan((ranges[span.index],))
