@@ -24,7 +24,7 @@ FLOORS: list[list[set[str]]] = [
     [{"errors", "_version"}],
     [{"spec"}, {"spec.spans", "spec.constraints"}, {"spec.hidden"}, {"spec.logits"}],
     [{"records"}],
-    [{"reduce"}],
+    [{"reduce", "images"}, {"images.expansion", "images.messages"}],
     [{"protocol.shared_memory", "protocol.served_weights"}, {"protocol.tensors"}, {"protocol"}],
     [
         {"server", "sglang_api", "weights"},
@@ -48,8 +48,8 @@ FLOORS: list[list[set[str]]] = [
     [{"engines", "service"}, {"service.body"}, {"service.route"}, {"service.plugin"}],
     [
         {"policy"},
-        {"policy.outputs", "policy.action_masks", "policy.chat_template", "policy.logits_from_hidden", "policy.images"},
-        {"policy.row_fields", "policy.token_rows", "policy.chat_text", "policy.chat_images", "policy.tokenizer"},
+        {"policy.outputs", "policy.action_masks", "policy.chat_template", "policy.logits_from_hidden"},
+        {"policy.row_fields", "policy.token_rows", "policy.chat_text", "policy.tokenizer"},
         {"policy.sampled_turns", "policy.text_rows", "policy.literal_content"},
         {"policy.chats", "policy.rows"},
         {"policy.prompt_spans", "policy.image_rows"},
@@ -102,6 +102,7 @@ FORBIDDEN: dict[str, set[str]] = {
     "spec.spans": {"torch"},
     "records": FOREIGN,
     "reduce": FOREIGN,
+    "images": FOREIGN - {"transformers"},
     "protocol": FOREIGN - {"transformers"},
     **{part: {"transformers"} for part in ("protocol.status", "protocol.request_options", "protocol.answer")},
     "sglang_api": FOREIGN,

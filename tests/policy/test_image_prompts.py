@@ -32,7 +32,7 @@ from torchrl_sglang_hidden import (
     Turn,
     ragged,
 )
-from torchrl_sglang_hidden.policy.image_data import read_image
+from torchrl_sglang_hidden.images.image_data import read_image
 from torchrl_sglang_hidden.spec.hidden import SEGMENTS
 
 PLACE = WORDS[IMAGE_ID]

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from tensordict.utils import NestedKey
 
+from torchrl_sglang_hidden.images.expansion import tokenizer_of
 from torchrl_sglang_hidden.policy.config import ARGUMENTS, PolicyConfig
-from torchrl_sglang_hidden.policy.images import tokenizer_of
 from torchrl_sglang_hidden.policy.outputs import OutputKeys
 
 if TYPE_CHECKING:

@@ -13,11 +13,11 @@ from tensordict import TensorDictBase
 from torchrl.data.llm import History
 
 from torchrl_sglang_hidden.errors import InputError, InputTypeError, PromptLengthError
-from torchrl_sglang_hidden.policy.chat_images import take_images
+from torchrl_sglang_hidden.images.expansion import ImageProcessor, RowImages
+from torchrl_sglang_hidden.images.image_data import ImageData
+from torchrl_sglang_hidden.images.messages import take_images
 from torchrl_sglang_hidden.policy.chat_template import ChatTemplate, messages_of
 from torchrl_sglang_hidden.policy.chat_text import Chat, assistant_tokens
-from torchrl_sglang_hidden.policy.image_data import ImageData
-from torchrl_sglang_hidden.policy.images import ImageProcessor, RowImages
 from torchrl_sglang_hidden.policy.row_fields import read_template_variables
 from torchrl_sglang_hidden.policy.sampled_turns import SampledTurns, TurnsPrompt
 

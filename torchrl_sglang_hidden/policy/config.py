@@ -13,6 +13,7 @@ import torch
 from tensordict.utils import NestedKey
 
 from torchrl_sglang_hidden.errors import InputError
+from torchrl_sglang_hidden.images.expansion import NO_IMAGES, ImageProcessor, is_processor, tokenizer_of
 from torchrl_sglang_hidden.policy import argument_checks
 from torchrl_sglang_hidden.policy.action_masks import (
     option_constraints,
@@ -23,7 +24,6 @@ from torchrl_sglang_hidden.policy.action_masks import (
 from torchrl_sglang_hidden.policy.argument_checks import field_names, take_fields
 from torchrl_sglang_hidden.policy.batching import BatchingConfig
 from torchrl_sglang_hidden.policy.chat_template import read_variables, select_template
-from torchrl_sglang_hidden.policy.images import NO_IMAGES, ImageProcessor, is_processor, tokenizer_of
 from torchrl_sglang_hidden.policy.outcomes import OutcomeConfig
 from torchrl_sglang_hidden.policy.outputs import KeyConfig, OutputKeys, list_out_keys
 from torchrl_sglang_hidden.policy.prompts import INPUT_MODES, InputMode
@@ -66,7 +66,7 @@ class PolicyConfig:
             False are pads, which are never sent. Without a mask, the pad ids at the left of a row of a ``Tokens`` that
             says ``padded`` are its padding, and every other id is sent as it is.
         images_key: where each row's images are read, if they are there: one image or a list, in any form that
-            `torchrl_sglang_hidden.policy.image_data.read_image` takes. In text and tokens mode the prompt has one
+            `torchrl_sglang_hidden.images.image_data.read_image` takes. In text and tokens mode the prompt has one
             placeholder for each, such as ``<|image_pad|>`` (ids that are expanded already are taken too); in history
             mode they are those of parts ``{"type": "image"}`` that bring none of their own.
         generate: True generates; False scores given sequences, and samples nothing. Arguments that concern generation

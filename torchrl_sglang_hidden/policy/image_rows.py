@@ -13,7 +13,7 @@ import torch
 from tensordict import NonTensorData, TensorDict
 from tensordict.utils import NestedKey
 
-from torchrl_sglang_hidden.policy.images import NO_IMAGES, ImageProcessor
+from torchrl_sglang_hidden.images.expansion import NO_IMAGES, ImageProcessor
 from torchrl_sglang_hidden.policy.rows import Row
 
 __all__ = ["NO_IMAGE_ROWS", "ImageRows"]

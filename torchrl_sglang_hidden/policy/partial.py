@@ -15,8 +15,8 @@ from torchrl.modules.llm.policies import LogProbs
 
 from torchrl_sglang_hidden.engines import Engine, join_completions, rest_of
 from torchrl_sglang_hidden.errors import InputError, InputTypeError, MissingKeyError
+from torchrl_sglang_hidden.images.messages import hide_images
 from torchrl_sglang_hidden.policy.assemble import assemble
-from torchrl_sglang_hidden.policy.chat_images import hide_images
 from torchrl_sglang_hidden.policy.chat_template import goes_on, messages_of
 from torchrl_sglang_hidden.policy.chat_text import Chat, decode_all
 from torchrl_sglang_hidden.policy.config import PolicyConfig

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, cast
 from tensordict import TensorDictBase
 
 from torchrl_sglang_hidden.errors import InputError, SpanError
+from torchrl_sglang_hidden.images.expansion import RowImages
 from torchrl_sglang_hidden.policy.chat_text import Chat, decode_all, last_tokens, opened_by, spoken_tokens
-from torchrl_sglang_hidden.policy.images import RowImages
 from torchrl_sglang_hidden.policy.row_fields import read_token_mask
 from torchrl_sglang_hidden.policy.rows import Row
 from torchrl_sglang_hidden.records import Images

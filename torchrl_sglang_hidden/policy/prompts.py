@@ -24,10 +24,11 @@ from torchrl_sglang_hidden.errors import (
     PromptLengthError,
     SpanError,
 )
+from torchrl_sglang_hidden.images.expansion import NO_IMAGES, ImageProcessor, RowImages
 from torchrl_sglang_hidden.policy.action_masks import ActionMaskReader
 from torchrl_sglang_hidden.policy.chat_template import ChatTemplate, select_template
 from torchrl_sglang_hidden.policy.chats import ChatReader
-from torchrl_sglang_hidden.policy.images import NO_IMAGES, ImageProcessor, RowImages, read_images
+from torchrl_sglang_hidden.policy.images import read_images
 from torchrl_sglang_hidden.policy.literal_content import encode_chat
 from torchrl_sglang_hidden.policy.prompt_spans import resolve_span
 from torchrl_sglang_hidden.policy.row_fields import keys_of, read_action_mask, read_wants_states

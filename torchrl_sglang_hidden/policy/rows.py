@@ -14,8 +14,8 @@ from tensordict import LazyStackedTensorDict, TensorDictBase
 from torchrl.data.llm import History
 
 from torchrl_sglang_hidden.errors import ImageError, SGLangHiddenError
+from torchrl_sglang_hidden.images.expansion import RowImages
 from torchrl_sglang_hidden.policy.chat_text import Chat
-from torchrl_sglang_hidden.policy.images import RowImages
 from torchrl_sglang_hidden.policy.sampled_turns import TurnsPrompt
 from torchrl_sglang_hidden.records import Images
 from torchrl_sglang_hidden.spec.constraints import ActionMask

@@ -19,9 +19,9 @@ from tensordict import TensorDictBase, is_non_tensor
 from tensordict.utils import NestedKey, unravel_key
 
 from torchrl_sglang_hidden.errors import InputError, InputTypeError
+from torchrl_sglang_hidden.images.expansion import RowImages
 from torchrl_sglang_hidden.policy.chat_template import Message, goes_on, with_more_text
 from torchrl_sglang_hidden.policy.chat_text import Chat, decode_all
-from torchrl_sglang_hidden.policy.images import RowImages
 from torchrl_sglang_hidden.policy.token_rows import check_ids, strip_pads
 
 if TYPE_CHECKING:

@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torchrl_sglang_hidden.errors import ImageError, InputTypeError
-from torchrl_sglang_hidden.policy.chat_template import Message
-from torchrl_sglang_hidden.policy.image_data import ImageData, read_image
+from torchrl_sglang_hidden.images.image_data import ImageData, read_image
 
 __all__ = ["hide_images", "take_images"]
 
@@ -23,7 +22,7 @@ OTHER_MEDIA = ("video", "video_url", "audio", "audio_url", "input_audio")
 
 
 def take_images(
-    name: str, messages: Sequence[Message], given: Sequence[ImageData]
+    name: str, messages: Sequence[Mapping[str, Any]], given: Sequence[ImageData]
 ) -> tuple[list[dict[str, Any]], list[ImageData]]:
     """Return messages whose parts of images are bare, as chat templates read them, and the images in their order.
 
@@ -68,7 +67,7 @@ def take_images(
     return taken, images
 
 
-def hide_images(messages: Sequence[Message], images: Sequence[ImageData]) -> list[dict[str, Any]]:
+def hide_images(messages: Sequence[Mapping[str, Any]], images: Sequence[ImageData]) -> list[dict[str, Any]]:
     """Return the messages as `take_images` does, of a chat whose images, in their order, are known already."""
     rest = iter(images)
 

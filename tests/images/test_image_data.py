@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from torchrl_sglang_hidden import ImageError, InputTypeError
-from torchrl_sglang_hidden.policy.image_data import MAX_PIXELS, ImageData, read_image
+from torchrl_sglang_hidden.images.image_data import MAX_PIXELS, ImageData, read_image
 
 # Not as wide as high, and no channel like another.
 PIXELS_HWC = torch.arange(5 * 7 * 3, dtype=torch.int64).reshape(5, 7, 3).mul(37).remainder(256).to(torch.uint8)
