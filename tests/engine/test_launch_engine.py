@@ -88,7 +88,10 @@ def test_a_server_generates_is_copied_as_a_client_and_ends_with_close(
         server.close()
     with pytest.raises(EngineUnreachableError):
         unpickled.generate([REQUEST])
-    assert "crashed" not in (tmp_path / "server.log").read_text()
+    log = (tmp_path / "server.log").read_text()
+    assert "crashed" not in log
+    # Some of SGLang's models cannot be imported on a CPU, and it says so of each that it tries.
+    assert "Ignore import error" not in log, "SGLang imports models that it does not serve"
 
 
 def test_a_server_keeps_its_key_and_ends_when_its_parent_is_killed(smol_dir: str, tmp_path: Path) -> None:

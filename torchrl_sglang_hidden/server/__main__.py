@@ -132,6 +132,7 @@ def _run_server(arguments: list[str], api_key: str | None, *, on_cpu: bool, harm
     from torchrl_sglang_hidden.protocol import PLUGIN_ENV
     from torchrl_sglang_hidden.protocol.shared_memory import remove_leftovers
     from torchrl_sglang_hidden.server.forking import fork_children
+    from torchrl_sglang_hidden.server.model_files import offer_model
 
     os.environ.setdefault(PLUGIN_ENV, "1")  # an explicit "0" serves stock SGLang
     from sglang.launch_server import run_server
@@ -146,6 +147,7 @@ def _run_server(arguments: list[str], api_key: str | None, *, on_cpu: bool, harm
     chosen = _peek(arguments)
     defaults: dict[str, Any] = {"enable_return_hidden_states": True}
     if on_cpu and chosen.model_path is not None:
+        offer_model(chosen.model_path)
         defaults |= cpu_server_args(chosen.model_path, context_length=chosen.context_length)
     # Defaults first: argparse keeps the last value of an argument, which is then the user's.
     server_args = prepare_server_args(command_line(defaults) + arguments)
