@@ -45,7 +45,7 @@ if hasattr(ctypes.CDLL(None), "mallopt"):
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Order the engine tests, and group them for runs in several processes (``--dist loadgroup``).
 
-    So that no more servers stand side by side than 24 GiB hold: each takes 3 to 4.
+    So that no more servers stand side by side than 24 GiB hold: each takes 2.5 and more.
     """
     users: dict[str, set[str]] = {}
     for item in items:
