@@ -212,17 +212,6 @@ def test_without_overlap_radix_cache_and_chunks(qwen3_dir: str, tmp_path: Path) 
         check_choices(server, choices, qwen3_dir, overlap=False)
 
 
-def test_pages_of_the_kv_cache(qwen3_dir: str, tmp_path: Path) -> None:
-    """The prefix cache then hits whole pages only, where no sum may be kept."""
-    with serving(qwen3_dir, tmp_path, page_size=16, chunked_prefill_size=64) as server:
-        for _ in range(3):
-            check(server, [request_of(ids) for ids in ragged(3)], qwen3_dir)
-        shared = prompt_of(90, 1100)
-        check(server, [request_of(shared[: 50 + 7 * index] + prompt_of(9, index)) for index in range(5)], qwen3_dir)
-        for _ in range(2):
-            check_choices(server, choices_of(3), qwen3_dir)
-
-
 def test_data_parallel(qwen3_dir: str, tmp_path: Path) -> None:
     """Two schedulers, each with pools and sums of its own."""
     with serving(qwen3_dir, tmp_path, dp_size=2, chunked_prefill_size=64) as server:
@@ -232,30 +221,6 @@ def test_data_parallel(qwen3_dir: str, tmp_path: Path) -> None:
             check_at_once(server, calls, qwen3_dir)
         assert min(status(server, part)["prefix_bytes"] for part in range(2)) > 0, "one of them did nothing"
         check_choices(server, choices_of(4), qwen3_dir)
-
-
-def test_lora(qwen3_dir: str, tmp_path: Path) -> None:
-    """Rows of one batch under different adapters: each has the states of its own model."""
-    adapter_dir = str(random_models.save_random_lora(tmp_path / "adapter", qwen3_dir))
-    merged_dir = str(random_models.save_merged(tmp_path / "merged", qwen3_dir, adapter_dir))
-    with serving(
-        qwen3_dir,
-        tmp_path,
-        enable_lora=True,
-        lora_paths=[f"mine={adapter_dir}"],
-        max_lora_rank=random_models.LORA_RANK,
-        lora_backend="torch_native",
-    ) as server:
-        ids = prompt_of(70, 1200)
-        requests = [request_of(ids), request_of(ids, lora="mine"), request_of(prompt_of(9, 1201), lora="mine")]
-        for _ in range(2):
-            plain, adapted, short = server.generate(requests)
-            assert_completion(requests[0], plain, qwen3_dir, NUM_LAYERS)
-            assert_completion(requests[1], adapted, merged_dir, NUM_LAYERS)
-            assert_completion(requests[2], short, merged_dir, NUM_LAYERS)
-        apart = relative_error(adapted.hidden["prompt"].vector, plain.hidden["prompt"].vector)
-        assert apart > 0.01, "the adapter changes nothing, so nothing was shown"
-        check_choices(server, choices_of(6, lora="mine"), merged_dir)
 
 
 def test_bfloat16(smol_dir: str, tmp_path: Path) -> None:
@@ -274,3 +239,51 @@ def test_bfloat16(smol_dir: str, tmp_path: Path) -> None:
             log_probs_TC = completion.logits.values_NC.log_softmax(-1)
             places_TC = completion.logits.token_ids_NC == torch.tensor(completion.response_ids)[:, None]
             torch.testing.assert_close(log_probs_TC[places_TC], completion.log_probs_T, atol=SUM_ATOL, rtol=0)
+
+
+# --- one server with pages and adapters ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapter_dir(qwen3_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(random_models.save_random_lora(tmp_path_factory.mktemp("lora") / "adapter", qwen3_dir))
+
+
+@pytest.fixture(scope="module")
+def paged(qwen3_dir: str, adapter_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedServer]:
+    with serving(
+        qwen3_dir,
+        tmp_path_factory.mktemp("paged"),
+        page_size=16,
+        chunked_prefill_size=64,
+        enable_lora=True,
+        lora_paths=[f"mine={adapter_dir}"],
+        max_lora_rank=random_models.LORA_RANK,
+        lora_backend="torch_native",
+    ) as server:
+        yield server
+
+
+def test_pages_of_the_kv_cache(paged: LaunchedServer, qwen3_dir: str) -> None:
+    """The prefix cache then hits whole pages only, where no sum may be kept."""
+    for _ in range(3):
+        check(paged, [request_of(ids) for ids in ragged(3)], qwen3_dir)
+    shared = prompt_of(90, 1100)
+    check(paged, [request_of(shared[: 50 + 7 * index] + prompt_of(9, index)) for index in range(5)], qwen3_dir)
+    for _ in range(2):
+        check_choices(paged, choices_of(3), qwen3_dir)
+
+
+def test_lora(paged: LaunchedServer, qwen3_dir: str, adapter_dir: str, tmp_path: Path) -> None:
+    """Rows of one batch under different adapters: each has the states of its own model."""
+    merged_dir = str(random_models.save_merged(tmp_path / "merged", qwen3_dir, adapter_dir))
+    ids = prompt_of(70, 1200)
+    requests = [request_of(ids), request_of(ids, lora="mine"), request_of(prompt_of(9, 1201), lora="mine")]
+    for _ in range(2):
+        plain, adapted, short = paged.generate(requests)
+        assert_completion(requests[0], plain, qwen3_dir, NUM_LAYERS)
+        assert_completion(requests[1], adapted, merged_dir, NUM_LAYERS)
+        assert_completion(requests[2], short, merged_dir, NUM_LAYERS)
+    apart = relative_error(adapted.hidden["prompt"].vector, plain.hidden["prompt"].vector)
+    assert apart > 0.01, "the adapter changes nothing, so nothing was shown"
+    check_choices(paged, choices_of(6, lora="mine"), merged_dir)

@@ -11,6 +11,8 @@ import pytest
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
+from torchrl_sglang_hidden import SGLangServer
+
 TUTORIALS = Path(__file__).parents[2] / "tutorials"
 
 # What a reader of each lesson must see.
@@ -60,6 +62,8 @@ LESSONS: dict[str, tuple[str, ...]] = {
 }
 # Fewer seeds and steps where a lesson trains for minutes; what is committed has all of them.
 SHORTER = {"104_language_model_as_state_encoder": ("range(5), 32_768", "range(2), 8_192")}
+# What the session's server serves. The lessons that launch another start it themselves, in their notebook.
+SHARED_LAUNCH = 'launch(demo_model(), dtype="float32")'
 every_lesson = pytest.mark.parametrize("name", LESSONS)
 
 
@@ -96,8 +100,13 @@ def test_there_is_no_lesson_that_no_test_runs() -> None:
     assert {path.stem for path in TUTORIALS.glob("*.ipynb")} == set(LESSONS)
 
 
+def test_some_lessons_share_a_server_and_some_launch_their_own() -> None:
+    shares = [SHARED_LAUNCH in "".join(cell.source for cell in read(name).cells) for name in LESSONS]
+    assert shares == [True, True, True, False, False]
+
+
 @every_lesson
-def test_it_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_runs(name: str, smol: SGLangServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notebook = read(name)
     long, short = SHORTER.get(name, ("", ""))
     assert any(long in cell.source for cell in notebook.cells)
@@ -105,6 +114,8 @@ def test_it_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         if cell.cell_type == "code":
             cell.outputs = []
             cell.source = cell.source.replace(long, short) if long else cell.source
+            running = f"__import__('torchrl_sglang_hidden').connect({smol.url!r})"
+            cell.source = cell.source.replace(SHARED_LAUNCH, running)
     # Lessons import what stands beside them.
     monkeypatch.setenv("PYTHONPATH", str(TUTORIALS), prepend=os.pathsep)
     # Raises with the cell and its traceback where one fails.
