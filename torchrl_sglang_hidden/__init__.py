@@ -13,6 +13,7 @@ from torchrl_sglang_hidden._version import __version__
 
 if TYPE_CHECKING:
     from torchrl_sglang_hidden.demo.model import demo_model as demo_model
+    from torchrl_sglang_hidden.demo.vision_model import demo_vision_model as demo_vision_model
     from torchrl_sglang_hidden.engines.base import Engine as Engine
     from torchrl_sglang_hidden.engines.http import SGLangServer as SGLangServer
     from torchrl_sglang_hidden.engines.http import connect as connect
@@ -120,6 +121,7 @@ _MODULES = {
     "SGLangServer": "engines.http",
     "connect": "engines.http",
     "demo_model": "demo.model",
+    "demo_vision_model": "demo.vision_model",
     "launch": "engines.launch",
     "logits_from_hidden": "policy.logits_from_hidden",
     "PolicyConfig": "policy.config",

@@ -2,8 +2,8 @@
 
 The blocks of a page run in one namespace, in order; a block with ``if __name__ == "__main__":`` in one of its own. A
 line prints what its comment ``# prints …`` says. To start few servers, `launch` gives a client of the session's server
-where a program asks for no arguments that this one does not have (it serves float32, also where none is asked for), and
-the addresses that the pages name lead to it.
+where a program asks for the demo model and no arguments that this one does not have (it serves float32, also where none
+is asked for), and the addresses that the pages name lead to it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import pytest
 from helpers.documents import PAGES, ROOT, Block, agrees, commands_of, expected_prints, programs_of, shell_lines
 
 import torchrl_sglang_hidden
-from torchrl_sglang_hidden import SGLangServer, connect, launch
+from torchrl_sglang_hidden import SGLangServer, connect, demo_model, launch
 from torchrl_sglang_hidden.cli.serve import parse_server_arguments
 from torchrl_sglang_hidden.server.__main__ import command_line
 from torchrl_sglang_hidden.server.cpu import cpu_engine_environment, cpu_server_args, has_accelerator
@@ -129,7 +129,7 @@ def run_page(page: Path, server: SGLangServer, directory: Path, monkeypatch: pyt
     with ExitStack() as own:
 
         def stand_in(model: Any, **arguments: Any) -> SGLangServer:
-            if arguments.items() <= SHARED_ARGUMENTS.items():
+            if model == demo_model() and arguments.items() <= SHARED_ARGUMENTS.items():
                 return connect(server.url)
             return own.enter_context(contextlib.closing(launch(model, **arguments)))
 

@@ -17,81 +17,44 @@ import torch
 from PIL import Image as PILImage
 from transformers import (
     AutoProcessor,
-    AutoTokenizer,
     LlavaConfig,
     LlavaForConditionalGeneration,
     PixtralImageProcessor,
     PixtralProcessor,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
     ProcessorMixin,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5_VLProcessor,
     Qwen2VLImageProcessor,
-    Qwen2VLVideoProcessor,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
 )
-from transformers.tokenization_utils_base import AddedToken
 
+from torchrl_sglang_hidden.demo.vision_model import (
+    QWEN_TOKENS,
+    TEXT_SHAPE,
+    TOWER_SHAPE,
+    add_special_tokens,
+    chatml_with_images,
+    qwen_image_ids,
+    save_random,
+    save_random_qwen2_5_vl,
+    text_ids,
+)
 from torchrl_sglang_hidden.records import Images, Request
 
-NUM_LAYERS = 4
-# So wide that the two best tokens lie far apart, and what an image says reaches every later row.
-WEIGHT_SPREAD, EMBEDDING_SPREAD, NORM_SPREAD = 0.6, 0.6, 0.1
-QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+NUM_LAYERS: int = TEXT_SHAPE["num_hidden_layers"]
 PIXTRAL_TOKENS = ("[IMG]", "[IMG_BREAK]", "[IMG_END]")
 # Of each model: how many pixels a row of an image is wide and high.
 PIXELS = {"qwen2_5_vl": 28, "qwen3_vl": 32, "pixtral": 16}
 
-TEXT_SHAPE: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": NUM_LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 1024,
-    "tie_word_embeddings": False,
-}
-TOWER_SHAPE: dict[str, Any] = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2}
-
-
-def save_random_qwen2_5_vl(directory: Path, tokenizer_dir: str) -> Path:
-    """Save a Qwen2.5-VL of four layers and D=64, whose positions are those of M-RoPE."""
-    tokenizer = _tokenizer(tokenizer_dir, QWEN_TOKENS)
-    patch = PIXELS["qwen2_5_vl"] // 2
-    rope = {"rope_type": "default", "rope_theta": 1e4, "type": "default", "mrope_section": [2, 3, 3]}
-    config = Qwen2_5_VLConfig(
-        text_config={**TEXT_SHAPE, **_token_ids(tokenizer), "rope_parameters": rope},
-        vision_config={
-            **TOWER_SHAPE,
-            "out_hidden_size": 64,
-            "patch_size": patch,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "window_size": 4 * patch,
-            "fullatt_block_indexes": [1],
-        },
-        tie_word_embeddings=False,
-        **_qwen_ids(tokenizer),
-    )
-    images = Qwen2VLImageProcessor(min_pixels=(2 * patch) ** 2, max_pixels=64 * (2 * patch) ** 2)
-    template = _chatml("<|vision_start|><|image_pad|><|vision_end|>")
-    processor = Qwen2_5_VLProcessor(images, tokenizer, Qwen2VLVideoProcessor(), chat_template=template)
-    return _save(Qwen2_5_VLForConditionalGeneration(config), processor, directory)
-
 
 def save_random_qwen3_vl(directory: Path, tokenizer_dir: str) -> Path:
     """Save a Qwen3-VL of four layers and D=64; its tower adds to what layers 0 and 1 give (DeepStack)."""
-    tokenizer = _tokenizer(tokenizer_dir, QWEN_TOKENS)
+    tokenizer = add_special_tokens(tokenizer_dir, QWEN_TOKENS)
     patch = PIXELS["qwen3_vl"] // 2
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
     config = Qwen3VLConfig(
-        text_config={**TEXT_SHAPE, **_token_ids(tokenizer), "rope_parameters": rope},
+        text_config={**TEXT_SHAPE, **text_ids(tokenizer), "rope_parameters": rope},
         vision_config={
             **TOWER_SHAPE,
             "depth": 3,
@@ -103,7 +66,7 @@ def save_random_qwen3_vl(directory: Path, tokenizer_dir: str) -> Path:
             "deepstack_visual_indexes": [0, 1],
         },
         tie_word_embeddings=False,
-        **_qwen_ids(tokenizer),
+        **qwen_image_ids(tokenizer),
     )
     images = Qwen2VLImageProcessor(
         min_pixels=(2 * patch) ** 2,
@@ -112,17 +75,17 @@ def save_random_qwen3_vl(directory: Path, tokenizer_dir: str) -> Path:
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     )
-    template = _chatml("<|vision_start|><|image_pad|><|vision_end|>")
+    template = chatml_with_images("<|vision_start|><|image_pad|><|vision_end|>")
     processor = Qwen3VLProcessor(images, tokenizer, Qwen3VLVideoProcessor(patch_size=patch), chat_template=template)
-    return _save(Qwen3VLForConditionalGeneration(config), processor, directory)
+    return save_random(Qwen3VLForConditionalGeneration(config), processor, directory)
 
 
 def save_random_pixtral(directory: Path, tokenizer_dir: str) -> Path:
     """Save a Pixtral, in Hugging Face's layout, of four layers and D=64: its images have breaks between lines."""
-    tokenizer = _tokenizer(tokenizer_dir, PIXTRAL_TOKENS)
+    tokenizer = add_special_tokens(tokenizer_dir, PIXTRAL_TOKENS)
     patch = PIXELS["pixtral"]
     config = LlavaConfig(
-        text_config={**TEXT_SHAPE, **_token_ids(tokenizer), "model_type": "mistral", "sliding_window": None},
+        text_config={**TEXT_SHAPE, **text_ids(tokenizer), "model_type": "mistral", "sliding_window": None},
         vision_config={
             "model_type": "pixtral",
             "hidden_size": 32,
@@ -149,9 +112,9 @@ def save_random_pixtral(directory: Path, tokenizer_dir: str) -> Path:
         image_token="[IMG]",
         image_break_token="[IMG_BREAK]",
         image_end_token="[IMG_END]",
-        chat_template=_chatml("[IMG]"),
+        chat_template=chatml_with_images("[IMG]"),
     )
-    return _save(LlavaForConditionalGeneration(config), processor, directory)
+    return save_random(LlavaForConditionalGeneration(config), processor, directory)
 
 
 SAVERS: dict[str, Callable[[Path, str], Path]] = {
@@ -159,52 +122,6 @@ SAVERS: dict[str, Callable[[Path, str], Path]] = {
     "qwen3_vl": save_random_qwen3_vl,
     "pixtral": save_random_pixtral,
 }
-
-
-def _tokenizer(tokenizer_dir: str, names: Sequence[str]) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    tokenizer.add_tokens([AddedToken(name, special=True) for name in names], special_tokens=True)
-    return tokenizer
-
-
-def _token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    return {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-
-
-def _qwen_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    names = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
-    return {f"{key}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}|>") for key, name in names.items()}
-
-
-def _chatml(image: str) -> str:
-    return (
-        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-        "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-        "{% if part['type'] == 'image' or part['type'] == 'image_url' or 'image' in part %}" + image + "{% elif 'text' "
-        "in part %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-
-
-def _save(model: PreTrainedModel, processor: ProcessorMixin, directory: Path) -> Path:
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() < 2:
-                around = 1.0 if name.endswith("weight") else 0.0
-                parameter.copy_(around + NORM_SPREAD * noise)
-            else:
-                spread = EMBEDDING_SPREAD if "embed" in name else WEIGHT_SPREAD / parameter.shape[-1] ** 0.5
-                parameter.copy_(spread * noise)
-    model.float().save_pretrained(directory)
-    processor.save_pretrained(directory)
-    return directory
 
 
 # --- requests with images ---------------------------------------------------------------------------------------------

