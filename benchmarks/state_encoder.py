@@ -42,7 +42,8 @@ SPEC = HiddenSpec(segments=("prompt",))
 READING: Mapping[str, Any] = {"max_new_tokens": 0}
 STATE_RTOL = 1e-4
 EVERY = 25
-# Of the system prompt while memory is watched: it is the number of calls that would make memory grow.
+# Of the system prompt while memory is watched. The number of prompts would make memory grow, not their length; below 64
+# tokens none of it comes from the prefix cache.
 WATCHED_SYSTEM_TOKENS = 32
 MEMORY_POINTS = 20
 MEBIBYTE = 2**20
