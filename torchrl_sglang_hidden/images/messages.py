@@ -11,7 +11,7 @@ from typing import Any
 from torchrl_sglang_hidden.errors import ImageError, InputTypeError
 from torchrl_sglang_hidden.images.image_data import ImageData, read_image
 
-__all__ = ["hide_images", "take_images"]
+__all__ = ["IMAGE_TYPES", "hide_images", "take_images"]
 
 IMAGE_TYPES = ("image", "image_url")
 # Where a part may hold its image, and what forms: torchrl's ContentBase has "data" and "url", Hugging Face's parts have

@@ -11,10 +11,10 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import NonTensorData, TensorDictBase
 from tensordict.utils import NestedKey, unravel_key
 
-from torchrl_sglang_hidden.errors import EngineError, InputError, InputTypeError, SGLangHiddenError
+from torchrl_sglang_hidden.errors import CapabilityError, EngineError, InputError, InputTypeError, SGLangHiddenError
 from torchrl_sglang_hidden.policy.prompts import InputMode
 from torchrl_sglang_hidden.policy.ragged import ragged
 from torchrl_sglang_hidden.policy.rows import unbind_rows
@@ -27,8 +27,11 @@ __all__ = [
     "LabelledPrompt",
     "PromptEncoder",
     "check_answers_once",
+    "check_takes_images",
+    "images_key_of",
     "mode_of",
     "pooled_keys",
+    "to_input",
     "vector_shape",
     "with_labels",
 ]
@@ -73,6 +76,7 @@ class PromptEncoder:
             raise InputError(f"cache_size={cache_size}: expected an integer of at least 0; 0 keeps nothing")
         self.policy, self.writer, self.keep_text, self.cache_size = policy, writer, keep_text, cache_size
         self._hidden_key = _hidden_key(policy)
+        check_takes_images(policy, writer.images_keys)
         if keep_text and policy.config.keys.text_key is None:
             raise InputError("text_key, and a policy with text_key=None, which returns no text; give the policy one")
         self._start()
@@ -154,8 +158,8 @@ class PromptEncoder:
             return [], None
         mode = mode_of(prompts)
         try:
-            values: dict[str, Any] = {mode: [one.prompt.value for one in prompts]}
-            out = self._asker(mode)(ragged(**values))
+            asker = self._asker(mode)
+            out = asker(to_input([one.prompt for one in prompts], asker))
         except SGLangHiddenError as error:
             told = with_labels(error, [one.label for one in prompts])
             raise told from error
@@ -168,7 +172,7 @@ class PromptEncoder:
     def _asker(self, mode: InputMode) -> SGLangHiddenWrapper:
         """Return the policy that reads a kind of prompt."""
         if mode not in self._askers:
-            changes: dict[str, Any] = {"inplace": False}
+            changes: dict[str, Any] = {"inplace": False, "images_key": images_key_of(self.policy)}
             if mode != self.policy.config.input_mode or self.policy.config.input_key is not None:
                 changes |= {"input_mode": mode, "input_key": None}
             self._askers[mode] = self.policy.get_new_version(**changes)
@@ -177,6 +181,40 @@ class PromptEncoder:
     def _text(self, row: TensorDictBase) -> str:
         text = row.get(unravel_key((self.policy.config.keys.text_key, "response")))
         return "" if text is None else str(value_of(text))
+
+
+def to_input(prompts: Sequence[Prompt], policy: SGLangHiddenWrapper) -> TensorDictBase:
+    """Return prompts of one kind as the batch that a policy reads, with the images of each row."""
+    values: dict[str, Any] = {prompts[0].mode: [prompt.value for prompt in prompts]}
+    batch = ragged(**values)
+    if any(prompt.images for prompt in prompts):
+        for row, prompt in zip(unbind_rows(batch), prompts, strict=True):
+            row.set(images_key_of(policy), NonTensorData(list(prompt.images)))
+    return batch
+
+
+def images_key_of(policy: SGLangHiddenWrapper) -> NestedKey:
+    """Return where a version of a policy that is asked here reads images: where the policy does, if it does."""
+    return "images" if policy.config.images_key is None else policy.config.images_key
+
+
+def check_takes_images(policy: SGLangHiddenWrapper, keys: Sequence[NestedKey]) -> None:
+    """Refuse keys of images where the policy sends none.
+
+    Raises:
+        CapabilityError: the engine's model takes text alone.
+        InputError: a key is there twice.
+    """
+    if not keys:
+        return
+    names = ", ".join(map(repr, keys))
+    if not policy.model.info.takes_images:
+        raise CapabilityError(
+            f"images at {names}, and the model {policy.model.info.model_path!r} takes text alone; serve a "
+            "vision-language model, or leave the keys out"
+        )
+    if len(set(keys)) < len(keys):
+        raise InputError(f"images at {names}: a key is there twice; name each once")
 
 
 def vector_shape(policy: SGLangHiddenWrapper) -> torch.Size:

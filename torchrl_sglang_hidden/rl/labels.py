@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from tensordict import TensorDictBase, lazy_stack
@@ -23,12 +23,18 @@ from torchrl_sglang_hidden.errors import (
     SGLangHiddenError,
 )
 from torchrl_sglang_hidden.policy.prompts import InputMode
-from torchrl_sglang_hidden.policy.ragged import ragged
 from torchrl_sglang_hidden.policy.rows import unbind_rows
 from torchrl_sglang_hidden.policy.wrapper import SGLangHiddenWrapper
 from torchrl_sglang_hidden.rl.columns import Key, Leaves, leaves_of
-from torchrl_sglang_hidden.rl.encoder import LabelledPrompt, check_answers_once, mode_of, with_labels
-from torchrl_sglang_hidden.rl.prompts import Prompt, PromptWriter, value_of
+from torchrl_sglang_hidden.rl.encoder import (
+    LabelledPrompt,
+    check_answers_once,
+    images_key_of,
+    mode_of,
+    to_input,
+    with_labels,
+)
+from torchrl_sglang_hidden.rl.prompts import PromptWriter, value_of
 from torchrl_sglang_hidden.spec.hidden import FLOAT_DTYPES, HiddenSpec
 
 __all__ = ["IndexedRow", "Label", "Labeller", "recorded_spec"]
@@ -129,7 +135,7 @@ class Labeller:
             name = f"row {one.place}"
             try:
                 prompt = self._writer.write(name, one.row)
-                asked.append((one, LabelledPrompt(name, prompt), _to_input(prompt)))
+                asked.append((one, LabelledPrompt(name, prompt), to_input([prompt], self._policy)[0]))
             except (MissingKeyError, InputTypeError):
                 raise  # of the data or the prompt as such, and so of the rows after it
             except InputError as error:
@@ -155,6 +161,7 @@ class Labeller:
             self._askers[mode] = self._policy.get_new_version(
                 input_mode=mode,
                 input_key=None,
+                images_key=images_key_of(self._policy),
                 hidden=self._spec,
                 logits=None,
                 return_log_probs=False,
@@ -197,12 +204,6 @@ class Labeller:
             leaves[TEXT,] = value_of(out.get(("text", "response")))
             leaves["finish_reason",] = value_of(out.get("finish_reason"))
         return Label({key: leaves[key] for key in self.blank}, None)
-
-
-def _to_input(prompt: Prompt) -> TensorDictBase:
-    """Return a prompt as the row that a policy reads."""
-    values: dict[str, Any] = {prompt.mode: [prompt.value]}
-    return ragged(**values)[0]
 
 
 def _renamed(text: str, index: int) -> str:

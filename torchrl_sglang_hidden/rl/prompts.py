@@ -9,7 +9,7 @@ import json
 import re
 import string
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -25,6 +25,10 @@ from torchrl_sglang_hidden.errors import (
     PromptLengthError,
     SGLangHiddenError,
 )
+from torchrl_sglang_hidden.images.image_data import ImageData
+from torchrl_sglang_hidden.images.messages import IMAGE_TYPES, take_images
+from torchrl_sglang_hidden.policy.chat_template import messages_of
+from torchrl_sglang_hidden.policy.images import read_images
 from torchrl_sglang_hidden.policy.prompts import InputMode
 
 __all__ = ["Field", "Prompt", "PromptSource", "PromptWriter", "leaf_keys", "name_of", "value_of"]
@@ -39,22 +43,25 @@ class Prompt:
     Args:
         mode: how a policy reads it.
         value: a text, a chat or token ids, as `ragged` takes them.
+        images: those of the row, for placeholders and for parts of a chat that bring none of their own.
     """
 
     mode: InputMode
     value: Any
+    images: tuple[ImageData, ...] = ()
 
     @property
     def key(self) -> Hashable:
         """What two equal prompts have in common, and no others."""
+        digests = tuple(image.digest for image in self.images)
         match self.mode:
             case "text":
-                return self.mode, self.value
+                return self.mode, self.value, digests
             case "tokens":
-                return self.mode, tuple(self.value)
+                return self.mode, tuple(self.value), digests
             case "history":
                 messages = self.value.to_dict() if isinstance(self.value, History) else self.value
-                return self.mode, json.dumps(messages, sort_keys=True, default=_plain_message)
+                return self.mode, json.dumps(messages, sort_keys=True, default=_plain_message), digests
 
     def check_unicode(self) -> None:
         """Refuse a text with half of a surrogate pair, which no tokenizer reads.
@@ -107,6 +114,7 @@ class PromptWriter:
         source: a format string whose fields are the keys, such as ``"You see {observation}."``; or a function of one
             row, a TensorDict of the keys without batch dimensions, that returns a text, a chat or token ids.
         in_keys: the keys that are read. The field of a nested key is its parts with dots between them.
+        images_keys: the keys of the images that go with the prompt, in their order.
 
     Raises:
         InputError: a format string that cannot be read, or whose fields are not exactly the keys; no keys.
@@ -115,9 +123,10 @@ class PromptWriter:
 
     source: PromptSource
     in_keys: Sequence[NestedKey]
+    images_keys: Sequence[NestedKey] = ()
 
     def __post_init__(self) -> None:
-        if not self.in_keys:
+        if not (self.in_keys or self.images_keys):
             raise InputError("in_keys=[]: expected at least 1 key, such as in_keys=['observation']")
         if callable(self.source):
             return
@@ -135,7 +144,7 @@ class PromptWriter:
             )
 
     @classmethod
-    def for_row(cls, source: PromptSource, row: TensorDictBase) -> PromptWriter:
+    def for_row(cls, source: PromptSource, row: TensorDictBase, images_keys: Sequence[NestedKey] = ()) -> PromptWriter:
         """Return the writer of rows like this one, whose keys are those that a format string names, or all of them.
 
         Raises:
@@ -144,15 +153,15 @@ class PromptWriter:
         """
         keys = {name_of(key): key for key in leaf_keys(row)}
         if not isinstance(source, str):
-            return cls(source, list(keys.values()))
+            return cls(source, list(keys.values()), images_keys)
         fields = _fields_of(source)
         found = [_name_in(field, keys) for field in fields]
-        if None in found or not found:
+        if None in found or not (found or images_keys):
             raise MissingKeyError(
                 f"prompt={source!r:.80} has the fields {fields}; expected one or more of the rows' keys: name some of "
                 f"{sorted(keys)}"
             )
-        return cls(source, [keys[name] for name in dict.fromkeys(found) if name is not None])
+        return cls(source, [keys[name] for name in dict.fromkeys(found) if name is not None], images_keys)
 
     def write(self, label: str, row: TensorDictBase) -> Prompt:
         """Write the prompt of one row.
@@ -163,24 +172,23 @@ class PromptWriter:
 
         Raises:
             MissingKeyError: the row lacks a key.
-            InputTypeError: the function returned something that is no prompt.
-        PromptLengthError: it returned no messages or token ids.
+            InputTypeError: the function returned something that is no prompt, or an image's key has no image.
+            ImageError: an image that cannot be read.
+            PromptLengthError: it returned no messages or token ids.
             InputError: the function raised, or a value cannot be written into the format string.
         """
-        values = {}
-        for key in self.in_keys:
-            value = row.get(key)
-            if value is None:
-                raise MissingKeyError(
-                    f"{label}: no {key!r}; it has {sorted(map(str, leaf_keys(row)))}: add it, or change in_keys"
-                )
-            values[key] = value_of(value)
+        values = {key: value_of(_value_at(label, row, key, "in_keys")) for key in self.in_keys}
+        images: list[ImageData] = []
+        for key in self.images_keys:
+            _value_at(label, row, key, "the keys of images")
+            images += read_images(f"{label},", row, key)
         try:
             if isinstance(self.source, str):
                 text = _Formatter().vformat(self.source, (), {name_of(key): v for key, v in values.items()})
-                prompt = Prompt("text", text)
+                prompt = Prompt("text", text, tuple(images))
             else:
-                prompt = _prompt_of(self.source(row.select(*self.in_keys)))
+                found = replace(_prompt_of(self.source(row.select(*self.in_keys))), images=tuple(images))
+                prompt = _with_bare_parts(found)
             prompt.check_unicode()
             return prompt
         except SGLangHiddenError as error:
@@ -199,6 +207,45 @@ def _plain_message(part: Any) -> Any:
     raise InputTypeError(
         f"a message has {part!r:.80}, a {type(part).__name__}; expected strings and torchrl's ContentBase parts"
     )
+
+
+def _with_bare_parts(prompt: Prompt) -> Prompt:
+    """Return a chat whose parts of images say which they are, and have them in `Prompt.images`.
+
+    Two chats that name one file are the same only while the file is.
+    """
+    if prompt.mode != "history":
+        return prompt
+    messages = messages_of(prompt.value) if isinstance(prompt.value, History) else prompt.value
+    if not (prompt.images or any(map(_has_image, messages))):
+        return prompt
+    # torchrl's parts are TensorClasses.
+    plain = [
+        {**message, "content": [part.to_dict() if is_tensor_collection(part) else part for part in message["content"]]}
+        if isinstance(message.get("content"), list)
+        else message
+        for message in messages
+    ]
+    bare, images = take_images("the chat's", plain, prompt.images)
+    return Prompt("history", bare, tuple(images))
+
+
+def _has_image(message: Mapping[str, Any]) -> bool:
+    content = message.get("content")
+    if not isinstance(content, list):
+        return False
+    kinds = [part.get("type") if isinstance(part, Mapping) else getattr(part, "type", None) for part in content]
+    return not {*IMAGE_TYPES}.isdisjoint(kinds)
+
+
+def _value_at(label: str, row: TensorDictBase, key: NestedKey, argument: str) -> Any:
+    """Return what a row has at a key; ``argument`` says where the key was given."""
+    value = row.get(key)
+    if value is None:
+        raise MissingKeyError(
+            f"{label}: no {key!r}; it has {sorted(map(str, leaf_keys(row)))}: add it, or change {argument}"
+        )
+    return value
 
 
 def leaf_keys(row: TensorDictBase) -> list[NestedKey]:

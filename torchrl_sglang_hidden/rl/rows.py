@@ -5,16 +5,18 @@ Knows nothing of prompts. N rows are those of a batch of any shape, in row-major
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import torch
 from tensordict import NonTensorData, NonTensorStack, TensorDictBase
 from tensordict.utils import NestedKey
+from torchrl.envs.transforms import Compose, Transform
 
 from torchrl_sglang_hidden.errors import InputError, MissingKeyError
 from torchrl_sglang_hidden.rl.schedule import Schedule, steps_since_reset
 
-__all__ = ["refuse_lost", "reset_rows", "stepped_rows", "text_leaf", "trajectory_sources"]
+__all__ = ["refuse_lost", "reset_rows", "stepped_rows", "text_leaf", "trajectory_sources", "transforms_behind"]
 
 
 def trajectory_sources(tensordict: TensorDictBase, schedule: Schedule) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,3 +76,18 @@ def refuse_lost(key: NestedKey | None) -> NoReturn:
     raise MissingKeyError(
         f"no {key!r}, which the step before wrote: pass the TensorDict that reset or step_mdp returned, whole"
     )
+
+
+def transforms_behind(transform: Transform) -> list[Transform]:
+    """Return the transforms that run after one of an environment's, in their order."""
+    transforms = list(_flat(transform.container.transform))
+    return transforms[transforms.index(transform) + 1 :]
+
+
+def _flat(transform: Transform) -> Iterator[Transform]:
+    """Yield the transforms of a `Compose` in their order, those of one inside it too."""
+    if not isinstance(transform, Compose):
+        yield transform
+        return
+    for part in transform:
+        yield from _flat(part)

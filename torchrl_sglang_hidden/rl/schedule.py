@@ -12,7 +12,7 @@ import torch
 
 from torchrl_sglang_hidden.errors import InputError, InputTypeError
 
-__all__ = ["Schedule", "steps_since_reset"]
+__all__ = ["Schedule", "make_schedule", "steps_since_reset"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,22 @@ class Schedule:
             return torch.zeros_like(step)
         seen = (step - int(self.late)).clamp(min=0)
         return seen - seen % self.every
+
+
+def make_schedule(every: int, late: bool, *, frozen: bool) -> Schedule:
+    """Return a schedule; with ``frozen`` that of the reset alone.
+
+    Raises:
+        InputTypeError, InputError: arguments that `Schedule` refuses, or that ``frozen`` leaves nothing to do.
+    """
+    schedule = Schedule(every, late)
+    if not frozen:
+        return schedule
+    if schedule.reuses:
+        raise InputError(
+            f"ablate='frozen' with every={every} and late={late}: only the reset is encoded; leave both out"
+        )
+    return Schedule(None)
 
 
 def steps_since_reset(done: torch.Tensor) -> torch.Tensor:

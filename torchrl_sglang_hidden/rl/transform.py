@@ -14,7 +14,7 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey, unravel_key
 from torchrl.data import Composite, NonTensor, TensorSpec, Unbounded
-from torchrl.envs.transforms import Compose, Transform
+from torchrl.envs.transforms import Transform
 
 from torchrl_sglang_hidden.errors import InputError, MissingKeyError
 from torchrl_sglang_hidden.policy.rows import unbind_rows
@@ -25,8 +25,15 @@ from torchrl_sglang_hidden.rl.encoder import LabelledPrompt, PromptEncoder
 from torchrl_sglang_hidden.rl.projection import make_projection
 from torchrl_sglang_hidden.rl.prompt_cache import CacheInfo
 from torchrl_sglang_hidden.rl.prompts import PromptSource, PromptWriter, value_of
-from torchrl_sglang_hidden.rl.rows import refuse_lost, reset_rows, stepped_rows, text_leaf, trajectory_sources
-from torchrl_sglang_hidden.rl.schedule import Schedule
+from torchrl_sglang_hidden.rl.rows import (
+    refuse_lost,
+    reset_rows,
+    stepped_rows,
+    text_leaf,
+    trajectory_sources,
+    transforms_behind,
+)
+from torchrl_sglang_hidden.rl.schedule import make_schedule
 
 __all__ = ["HiddenStateTransform"]
 
@@ -53,6 +60,10 @@ class HiddenStateTransform(Transform):  # type: ignore[misc]
             ``("agent", "position")`` is ``{agent.position}``. Or a function of one row, a TensorDict of ``in_keys``
             without batch dimensions, that returns a text, a chat (messages or a ``History``) or a list of token ids.
         in_keys: the observations that the prompt reads.
+        images_in_keys: the observations that are images, such as ``["pixels"]``: uint8 ``[*batch, H, W, C]`` or
+            ``[*batch, C, H, W]``, for a vision-language model. A row's images are, in the order of these keys, those of
+            the placeholders in a text (``"<|image_pad|> You see {x}."``) or in token ids, or of a chat's parts
+            ``{"type": "image"}`` that bring none of their own. The cache tells images apart by their content.
         out_key: where the vectors go.
         text_key: where the generated texts go; by default they are dropped.
         every: encode the observation of the reset and each ``every``-th after it; steps in between keep the vector.
@@ -84,6 +95,7 @@ class HiddenStateTransform(Transform):  # type: ignore[misc]
     Raises:
         InputError: arguments, prompts or environments that cannot be served.
         InputTypeError: an argument or prompt of the wrong type.
+        CapabilityError: ``images_in_keys``, and a model that takes text alone.
         MissingKeyError: a TensorDict without ``in_keys``, or without what the step before wrote.
         EngineError: the engine failed, or a state is not finite. After an error nothing of the step was written.
 
@@ -106,7 +118,8 @@ class HiddenStateTransform(Transform):  # type: ignore[misc]
         policy: SGLangHiddenWrapper,
         prompt: PromptSource,
         *,
-        in_keys: Sequence[NestedKey],
+        in_keys: Sequence[NestedKey] = (),
+        images_in_keys: Sequence[NestedKey] | None = None,
         out_key: NestedKey = "hidden_state",
         text_key: NestedKey | None = None,
         every: int = 1,
@@ -117,21 +130,17 @@ class HiddenStateTransform(Transform):  # type: ignore[misc]
         ablate: Ablation | None = None,
     ) -> None:
         check_ablation(ablate)
-        schedule = Schedule(every, late)
-        if ablate == "frozen":
-            if schedule.reuses:
-                raise InputError(
-                    f"ablate='frozen' with every={every} and late={late}: only the reset is encoded; leave both out"
-                )
-            schedule = Schedule(None)
+        schedule = make_schedule(every, late, frozen=ablate == "frozen")
         if schedule.reuses and age_key is None:
             age_key = f"{out_key}_age" if isinstance(out_key, str) else (*out_key[:-1], f"{out_key[-1]}_age")
-        super().__init__(in_keys=in_keys, out_keys=[key for key in (out_key, text_key, age_key) if key is not None])
+        image_keys = () if images_in_keys is None else tuple(map(unravel_key, images_in_keys))
+        read = list(dict.fromkeys((*map(unravel_key, in_keys), *image_keys)))
+        super().__init__(in_keys=read, out_keys=[key for key in (out_key, text_key, age_key) if key is not None])
         if len(set(self.out_keys)) < len(self.out_keys):
             raise InputError(f"out_key, text_key and age_key are {self.out_keys}; give each a key of its own")
         self._out_key, self._text_key, self._age_key = unravel_key(out_key), text_key, age_key
         self._schedule, self._ablate = schedule, ablate
-        writer = PromptWriter(prompt, tuple(self.in_keys))
+        writer = PromptWriter(prompt, tuple(map(unravel_key, in_keys)), image_keys)
         self._encoder = PromptEncoder(policy, writer, keep_text=text_key is not None, cache_size=cache_size)
         self.register_buffer("projection", make_projection(self._encoder.shape[-1], project))
         self._start()
@@ -180,7 +189,7 @@ class HiddenStateTransform(Transform):  # type: ignore[misc]
         if missing := [key for key in self.in_keys if key not in there]:
             raise MissingKeyError(
                 f"in_keys {missing}: the environment has no such observations; it has {sorted(map(str, there))}: "
-                "change in_keys"
+                "change in_keys or images_in_keys"
             )
         if taken := [key for key in self.out_keys if key in there]:
             raise InputError(f"{taken}: the environment has observations there; give out_key, text_key or age_key")
@@ -205,9 +214,8 @@ class HiddenStateTransform(Transform):  # type: ignore[misc]
 
     def _check_kept(self) -> None:
         """Refuse a transform behind this one that would change what the next step reads."""
-        transforms = list(_flat(self.container.transform))
         read = {*self.out_keys, *(self.in_keys if self._schedule.late else ())}
-        for transform in transforms[transforms.index(self) + 1 :]:
+        for transform in transforms_behind(self):
             if written := read.intersection(transform.out_keys):
                 raise InputError(
                     f"{type(transform).__name__} writes {sorted(map(str, written))}, which the next step reads again; "
@@ -388,12 +396,3 @@ class HiddenStateTransform(Transform):  # type: ignore[misc]
             target.set(self._text_key, text_leaf(texts, batch))
         if self._age_key is not None:
             target.set(self._age_key, age.reshape(*batch, 1).to(device))
-
-
-def _flat(transform: Transform) -> Iterator[Transform]:
-    """Yield the transforms of a `Compose` in their order, those of one inside it too."""
-    if not isinstance(transform, Compose):
-        yield transform
-        return
-    for part in transform:
-        yield from _flat(part)
