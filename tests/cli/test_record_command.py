@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers.command_line import invoke
 from helpers.fake_engine import RecordingServer
+from helpers.picture_env import PLACE, picture_server, vector_of
 from helpers.recordings import TOKENIZER
+from helpers.word_processor import WordProcessor, picture
 
 from torchrl_sglang_hidden import SGLangServer, connect, load_recording
 from torchrl_sglang_hidden.demo import model as model_module
 from torchrl_sglang_hidden.engines import launch as launch_module
+from torchrl_sglang_hidden.images import expansion
 
 URL = "http://127.0.0.1:4321"
 
@@ -71,6 +75,28 @@ def test_says_what_failed(server: RecordingServer, data: str, tmp_path: Path) ->
     assert result.exit_code == 0
     assert "1 of them have no label" in result.stdout
     assert "    PromptLengthError: text, row 1: an empty string" in result.stdout
+
+
+def test_records_a_folder_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fields of images are named, or those of the folder."""
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    (tmp_path / "images").mkdir()
+    for seed in range(3):
+        picture(seed).save(tmp_path / "images" / f"{seed}.png")
+    monkeypatch.setattr(expansion, "_load", lambda path: WordProcessor(TOKENIZER))
+    server = picture_server(str(tmp_path / "model"))
+    try:
+        for options in ([], ["--image-key", "image"], ["--image-key", "image", "--image-key", "again"]):
+            arguments = [str(tmp_path / "images"), str(tmp_path / f"r{len(options)}"), "--url", server.url, *options]
+            result = invoke("record", *arguments, "--prompt", f"{PLACE} w1")
+            assert (result.exit_code == 0) is (len(options) < 4), result.output
+    finally:
+        server.stop()
+    assert "no 'again'" in str(result.exception) + result.output
+    out = load_recording(tmp_path / "r2").tensordict
+    for row in out.unbind(0):
+        expected = vector_of(f"{PLACE} w1", tmp_path / "images" / row["path"])
+        torch.testing.assert_close(row["hidden_states", "prompt"], expected)
 
 
 def test_serves_a_model_meanwhile(

@@ -19,8 +19,8 @@ _Data = Annotated[
     str,
     typer.Argument(
         metavar="DATA",
-        help="The data set: an .npz with one row per step in each array, a .jsonl, or a directory that TensorDict.save "
-        "or a Hugging Face data set's save_to_disk wrote.",
+        help="The data set: an .npz with one row per step in each array, a .jsonl, a directory that TensorDict.save "
+        "or a Hugging Face data set's save_to_disk wrote, or a folder of image files.",
     ),
 ]
 _Out = Annotated[
@@ -29,6 +29,14 @@ _Out = Annotated[
 _PromptKey = Annotated[
     str | None,
     typer.Option(help="The field with the prompts: texts, chats (lists of messages) or token ids.", show_default=False),
+]
+_ImageKeys = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--image-key",
+        help="A field with images, for a vision-language model; repeat it for several, in the prompt's order.",
+        show_default=False,
+    ),
 ]
 _Segments = Annotated[
     str | None,
@@ -46,6 +54,7 @@ def record(
     model: ModelOption = None,
     prompt_key: _PromptKey = None,
     prompt: Annotated[str | None, typer.Option(help='A template: "You see {obs}."', show_default=False)] = None,
+    image_key: _ImageKeys = None,
     segments: _Segments = None,
     layers: Annotated[str, typer.Option(help="Layer ids, such as 7,15,-1; -1 is the last.")] = "-1",
     pooling: Annotated[str, typer.Option(help="mean, last, max or sum.")] = "mean",
@@ -75,7 +84,14 @@ def record(
             generate_kwargs={"max_new_tokens": max_new_tokens, "temperature": 0.0},
         )
         recording = record_hidden_states(
-            policy, data, out, prompt=source, batch_size=batch_size, tokens=tokens, every=every
+            policy,
+            data,
+            out,
+            prompt=source,
+            batch_size=batch_size,
+            tokens=tokens,
+            every=every,
+            images_keys=image_key or None,
         )
     typer.echo(f"Recorded {len(recording)} rows in {out}; {len(recording.failures)} of them have no label.")
     for failure in recording.failures[:MAX_SHOWN_FAILURES]:

@@ -7,6 +7,7 @@ nothing in a shard is a pickle. Knows nothing of files, policies or what the lea
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import re
@@ -16,7 +17,8 @@ from typing import Any, TypeAlias
 import torch
 from tensordict import NonTensorData, NonTensorStack, TensorDict, TensorDictBase, is_non_tensor, lazy_stack
 
-from torchrl_sglang_hidden.errors import InputError, InputTypeError, MissingKeyError
+from torchrl_sglang_hidden.errors import ImageError, InputError, InputTypeError, MissingKeyError
+from torchrl_sglang_hidden.images.image_data import read_image
 from torchrl_sglang_hidden.rl.prompts import leaf_keys
 from torchrl_sglang_hidden.rl.rows import text_leaf
 
@@ -27,6 +29,7 @@ __all__ = [
     "as_texts",
     "check_row",
     "count_bytes",
+    "digest_images",
     "is_ragged",
     "join_rows",
     "leaves_of",
@@ -61,6 +64,34 @@ def leaves_of(row: TensorDictBase) -> Leaves:
         path = key if isinstance(key, tuple) else (key,)
         found[path] = value.tolist() if is_non_tensor(value) else value.detach().cpu().clone()
     return found
+
+
+def digest_images(label: str, row: Leaves, keys: Collection[Key]) -> Leaves:
+    """Return a row whose images are digests where JSON does not hold them: pixels and texts stay what they are.
+
+    Args:
+        label: names the row in errors.
+        row: its leaves, as `leaves_of` returns them.
+        keys: where images are; those that are not there are left out.
+
+    Raises:
+        InputTypeError: something that is no image.
+    """
+    found = {key: _digest(f"{label}, {'/'.join(key)!r}:", row[key]) for key in keys if key in row}
+    return {**row, **found}
+
+
+def _digest(name: str, value: Any) -> Any:
+    if value is None or isinstance(value, (torch.Tensor, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_digest(name, one) for one in value]
+    if isinstance(value, bytes):
+        return hashlib.sha256(value).hexdigest()[:16]
+    try:
+        return read_image(name, value).digest
+    except ImageError:  # the row has no label then, and says why
+        return ""
 
 
 def count_bytes(row: Leaves) -> int:
@@ -136,7 +167,7 @@ def _to_json(label: str, key: Key, value: Any) -> str:
     except (TypeError, ValueError) as error:
         raise InputTypeError(
             f"{label}, {'/'.join(key)!r}: {value!r:.80} cannot be recorded ({error}); expected numbers, arrays, "
-            "strings, or lists and dicts of them: leave it out"
+            "strings, or lists and dicts of them: leave it out, or name it in images_keys if it is an image"
         ) from error
 
 

@@ -1,7 +1,8 @@
 """`open_rows`: the rows of a data set, one at a time, from any row on.
 
-Reads a TensorDict, mappings (lists, generators, Hugging Face data sets), NPZ and JSON-lines files, and directories that
-TensorDict or Hugging Face saved. Knows nothing of prompts; of a file or a large TensorDict few rows are in memory.
+Reads a TensorDict, mappings (lists, generators, Hugging Face data sets), NPZ and JSON-lines files, directories that
+TensorDict or Hugging Face saved, and folders of image files. Knows nothing of prompts; of a file or a large TensorDict
+few rows are in memory.
 """
 
 from __future__ import annotations
@@ -27,9 +28,15 @@ __all__ = ["DataRows", "open_rows"]
 
 # Without types in numpy.
 NPY: Any = np.lib.format
-# Rows of an NPZ that are read at a time.
+# What of an NPZ is read at a time: so many rows, or fewer where rows are as large as images are.
 NPZ_ROWS = 256
-FILES = "an .npz or .jsonl file, or a directory that TensorDict.save or a Hugging Face data set's save_to_disk wrote"
+NPZ_BYTES = 2**25
+FILES = (
+    "an .npz or .jsonl file, a directory that TensorDict.save or a Hugging Face data set's save_to_disk wrote, or a "
+    "folder of image files"
+)
+# Of the files in a folder that are rows.
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +46,12 @@ class DataRows:
     Args:
         read: yields the rows from an index on, each a TensorDict without batch dimensions. Called once.
         total: how many rows there are; None where only the end will tell.
+        images_keys: the fields that are images, of data that consists of them.
     """
 
     read: Callable[[int], Iterator[TensorDictBase]]
     total: int | None
+    images_keys: tuple[str, ...] = ()
 
 
 def open_rows(data: Any) -> DataRows:
@@ -77,6 +86,9 @@ def _open_path(path: Path) -> DataRows:
         return _of_tensordict(TensorDict.load_memmap(path, allow_pickle=False))
     if (path / "state.json").is_file():
         return _of_iterable(_load_hugging_face(path))
+    images = _images_in(path) if path.is_dir() else []
+    if images:
+        return _of_images(path, images)
     raise InputError(f"{path} is no data set that can be read; expected {FILES}")
 
 
@@ -172,6 +184,26 @@ def _lines(path: Path) -> Iterator[Any]:
                 raise InputError(f"{path}, line {number}: {error}; expected one JSON object on each line") from error
 
 
+def _images_in(folder: Path) -> list[str]:
+    """Return the image files in a folder and in those inside it, by their names from there, sorted."""
+    files = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    return sorted(path.relative_to(folder).as_posix() for path in files)
+
+
+def _of_images(folder: Path, names: list[str]) -> DataRows:
+    """Return rows of a file's name and its bytes, which are read when their turn comes."""
+
+    def read(start: int) -> Iterator[TensorDictBase]:
+        for name in names[start:]:
+            try:
+                data = (folder / name).read_bytes()
+            except OSError as error:
+                raise InputError(f"{folder / name}: {error}; leave the folder as it is while it is recorded") from error
+            yield TensorDict({"path": NonTensorData(name), "image": NonTensorData(data)})
+
+    return DataRows(read, len(names), ("image",))
+
+
 def _of_npz(path: Path) -> DataRows:
     try:
         with zipfile.ZipFile(path) as archive:
@@ -196,8 +228,10 @@ def _of_npz(path: Path) -> DataRows:
                 for name in shapes:
                     columns[name] = _NpzArray(path, name, stack.enter_context(archive.open(f"{name}.npy")))
                     columns[name].skip(start)
-            for first in range(start, int(total or 0), NPZ_ROWS):
-                count = min(NPZ_ROWS, int(total or 0) - first)
+            row_bytes = sum(column.row_bytes for column in columns.values())
+            at_once = max(1, min(NPZ_ROWS, NPZ_BYTES // max(row_bytes, 1)))
+            for first in range(start, int(total or 0), at_once):
+                count = min(at_once, int(total or 0) - first)
                 with _damage(path):
                     blocks = {name: column.take(count) for name, column in columns.items()}
                 for row in range(count):
@@ -242,15 +276,19 @@ class _NpzArray:
             with np.load(path) as arrays:
                 self._whole = iter(arrays[name])
 
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self._shape) * int(self._dtype.itemsize)
+
     def skip(self, count: int) -> None:
         if self._whole is not None:
             next(itertools.islice(self._whole, count, count), None)
         else:
-            self._file.seek(count * math.prod(self._shape) * self._dtype.itemsize, 1)
+            self._file.seek(count * self.row_bytes, 1)
 
     def take(self, count: int) -> Any:
         """Return the next rows, an array or a list."""
         if self._whole is not None:
             return list(itertools.islice(self._whole, count))
-        data = self._file.read(count * math.prod(self._shape) * self._dtype.itemsize)
+        data = self._file.read(count * self.row_bytes)
         return np.frombuffer(data, self._dtype).reshape(count, *self._shape)

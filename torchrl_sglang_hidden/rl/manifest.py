@@ -11,7 +11,7 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -168,6 +168,7 @@ def describe(
     dtype: torch.dtype,
     every: int,
     schema: Mapping[str, str],
+    images: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return what the recorded numbers depend on, as JSON holds it.
 
@@ -178,6 +179,7 @@ def describe(
         dtype: of the states of tokens.
         every: see `record_hidden_states`.
         schema: the fields of the data, with their dtypes and shapes.
+        images: the names of those that are images.
     """
     info, config = policy.model.info, policy.config
     about = {
@@ -206,6 +208,8 @@ def describe(
         "generate_kwargs": config.generate_kwargs,
         "constraints": [repr(constraint) for constraint in config.constraints],
         "fields": dict(schema),
+        # Left out without images: recordings of before these are gone on with.
+        **({"images": list(images)} if images else {}),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
     found: dict[str, Any] = json.loads(json.dumps(about, default=repr))

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from tensordict import TensorDictBase, is_leaf_nontensor, is_non_tensor, is_tensor_collection
-from tensordict.utils import NestedKey
+from tensordict.utils import NestedKey, unravel_key
 from torchrl.data.llm import History
 
 from torchrl_sglang_hidden.errors import (
@@ -31,7 +31,17 @@ from torchrl_sglang_hidden.policy.chat_template import messages_of
 from torchrl_sglang_hidden.policy.images import read_images
 from torchrl_sglang_hidden.policy.prompts import InputMode
 
-__all__ = ["Field", "Prompt", "PromptSource", "PromptWriter", "leaf_keys", "name_of", "value_of"]
+__all__ = [
+    "Field",
+    "Prompt",
+    "PromptSource",
+    "PromptWriter",
+    "image_keys",
+    "keys_in",
+    "leaf_keys",
+    "name_of",
+    "value_of",
+]
 
 PromptSource: TypeAlias = str | Callable[[TensorDictBase], Any]
 
@@ -151,17 +161,17 @@ class PromptWriter:
             MissingKeyError: a field that is no key of the row.
             InputError, InputTypeError: a prompt that cannot be read.
         """
-        keys = {name_of(key): key for key in leaf_keys(row)}
+        keys, images = {name_of(key): key for key in leaf_keys(row)}, keys_in(row, images_keys)
         if not isinstance(source, str):
-            return cls(source, list(keys.values()), images_keys)
+            return cls(source, list(keys.values()), images)
         fields = _fields_of(source)
         found = [_name_in(field, keys) for field in fields]
-        if None in found or not (found or images_keys):
+        if None in found or not (found or images):
             raise MissingKeyError(
                 f"prompt={source!r:.80} has the fields {fields}; expected one or more of the rows' keys: name some of "
                 f"{sorted(keys)}"
             )
-        return cls(source, [keys[name] for name in dict.fromkeys(found) if name is not None], images_keys)
+        return cls(source, [keys[name] for name in dict.fromkeys(found) if name is not None], images)
 
     def write(self, label: str, row: TensorDictBase) -> Prompt:
         """Write the prompt of one row.
@@ -251,6 +261,23 @@ def _value_at(label: str, row: TensorDictBase, key: NestedKey, argument: str) ->
 def leaf_keys(row: TensorDictBase) -> list[NestedKey]:
     """Return the keys of a row's leaves, those that are no tensors included."""
     return list(row.keys(True, True, is_leaf=is_leaf_nontensor))
+
+
+def keys_in(row: TensorDictBase, keys: Sequence[NestedKey]) -> list[NestedKey]:
+    """Return keys, nested ones for names with dots where a row has them; see `name_of`."""
+    names = {name_of(key): key for key in leaf_keys(row)}
+    return [names.get(key, key) if isinstance(key, str) else key for key in keys]
+
+
+def image_keys(name: str, keys: Sequence[NestedKey] | None) -> tuple[NestedKey, ...]:
+    """Return keys of images as the argument of this name has them.
+
+    Raises:
+        InputTypeError: a single key, whose letters would be taken for keys.
+    """
+    if isinstance(keys, str):
+        raise InputTypeError(f"{name}={keys!r:.80} is a string; expected a list of keys: {name}=[{keys!r:.80}]")
+    return () if keys is None else tuple(map(unravel_key, keys))
 
 
 def name_of(key: NestedKey) -> str:

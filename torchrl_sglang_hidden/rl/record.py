@@ -20,14 +20,26 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 from tensordict import TensorDict, TensorDictBase
+from tensordict.utils import NestedKey
 
 from torchrl_sglang_hidden.errors import InputError, InputTypeError, RecordingError
 from torchrl_sglang_hidden.policy.wrapper import SGLangHiddenWrapper
-from torchrl_sglang_hidden.rl.columns import Key, Leaves, check_row, count_bytes, leaves_of, pack, same_row, schema_of
+from torchrl_sglang_hidden.rl.columns import (
+    Key,
+    Leaves,
+    check_row,
+    count_bytes,
+    digest_images,
+    leaves_of,
+    pack,
+    same_row,
+    schema_of,
+)
 from torchrl_sglang_hidden.rl.data_rows import DataRows, open_rows
+from torchrl_sglang_hidden.rl.encoder import check_takes_images
 from torchrl_sglang_hidden.rl.labels import IndexedRow, Label, Labeller, recorded_spec
 from torchrl_sglang_hidden.rl.manifest import Failure, Manifest, describe
-from torchrl_sglang_hidden.rl.prompts import PromptSource, PromptWriter
+from torchrl_sglang_hidden.rl.prompts import PromptSource, PromptWriter, image_keys, keys_in, name_of
 from torchrl_sglang_hidden.rl.recording import LABEL_ROW, LABELS, ROWS, Recording, load_recording, read_last_row
 from torchrl_sglang_hidden.rl.shards import ShardWriter
 
@@ -49,6 +61,7 @@ def record_hidden_states(
     dtype: torch.dtype = torch.float16,
     every: int = 1,
     progress: bool = True,
+    images_keys: Sequence[NestedKey] | None = None,
 ) -> Recording:
     """Label a data set with generated text and hidden states, in a directory that can be gone on with.
 
@@ -63,8 +76,9 @@ def record_hidden_states(
             servers shares the rows of each call among them; give it a larger ``batch_size``.
         data: a TensorDict, whose batch dimensions are gone through in row-major order; an iterable of mappings, such as
             a list, a generator, which must begin anew for each call, or a Hugging Face data set; or the path of an
-            ``.npz`` with one row per step in each array, of a ``.jsonl``, or of a directory that ``TensorDict.save`` or
-            a data set's ``save_to_disk`` wrote. All rows have the same keys and dtypes.
+            ``.npz`` with one row per step in each array, of a ``.jsonl``, of a directory that ``TensorDict.save`` or
+            a data set's ``save_to_disk`` wrote, or of a folder of image files, whose rows, sorted by name, have a
+            file's name at ``"path"`` and its image at ``"image"``. All rows have the same keys and dtypes.
         path: the recording's directory. It is made, must be empty, or have a recording of the same policy, prompt and
             data.
         prompt: a format string over the keys of a row, such as ``"You see {observation}."``; or a function of one row,
@@ -76,6 +90,9 @@ def record_hidden_states(
         every: one label for n rows, which the n-1 rows after it share. A row after the end of an episode
             (``("next", "done")``, or else ``"done"``) has a label of its own, from which n is counted anew.
         progress: show a bar on stderr, with rows per second and the time left.
+        images_keys: the fields that are images, such as ``["pixels"]``, in the order of the prompt's placeholders; for
+            a vision-language model, see ``images_in_keys`` of `HiddenStateTransform`. Of a folder ``["image"]``. Pixels
+            and texts (paths, data URIs) are recorded as they are; of other images (PIL, bytes) a digest is.
 
     Returns:
         The `Recording`. Rows that failed are in its ``failures``, with a warning.
@@ -83,6 +100,7 @@ def record_hidden_states(
     Raises:
         InputError: data, arguments or a policy that cannot be recorded.
         MissingKeyError: a row lacks a key.
+        CapabilityError: images, and a model that takes text alone.
         RecordingError: the directory has a recording of something else, is full, or cannot be written; or the weights
             were updated meanwhile.
         EngineError: the engine failed. After any error, what was recorded stays whole.
@@ -105,18 +123,22 @@ def record_hidden_states(
             raise InputError(f"{name}={number}: expected an integer of at least 1")
     spec = recorded_spec(policy, tokens=tokens, dtype=dtype)
     source, path = open_rows(data), Path(path)
+    given = image_keys("images_keys", source.images_keys if images_keys is None else images_keys)
+    check_takes_images(policy, given)
     with ShardWriter(path) as writer:
         start = 0 if writer.manifest is None else writer.manifest.num_rows
         # The last row that is recorded is read again, to see that the data is the same.
-        rows = _read_rows(source, max(start - 1, 0))
+        rows = _read_rows(source, max(start - 1, 0), given)
         first = next(rows, None)
         if first is None:
             there = f"fewer than {max(start, 1)}" if source.total is None else str(source.total)
             raise InputError(f"data with {there} rows, and {start} are recorded; expected all of those, and at least 1")
         schema = schema_of(f"row {first.place}", first.leaves)
-        labeller = Labeller(policy, PromptWriter.for_row(prompt, first.row), spec, dtype=dtype)
+        prompts = PromptWriter.for_row(prompt, first.row, given)
+        labeller = Labeller(policy, prompts, spec, dtype=dtype)
         _check_names(first.leaves, labeller.blank)
-        writer.begin(describe(policy, prompt, spec, dtype=dtype, every=every, schema=schema))
+        images = [name_of(key) for key in prompts.images_keys]
+        writer.begin(describe(policy, prompt, spec, dtype=dtype, every=every, schema=schema, images=images))
         if start:
             _check_goes_on(path, writer.known, first)
         else:
@@ -152,11 +174,14 @@ class _Shard(NamedTuple):
     failures: list[Failure]
 
 
-def _read_rows(source: DataRows, start: int) -> Iterator[_Row]:
+def _read_rows(source: DataRows, start: int, images_keys: Sequence[NestedKey]) -> Iterator[_Row]:
     """Yield the rows from an index on; all must be like the first of them."""
     schema = None
     for index, row in enumerate(source.read(start), start):
         leaves = leaves_of(row)
+        if images_keys:
+            keys = [(key,) if isinstance(key, str) else key for key in keys_in(row, images_keys)]
+            leaves = digest_images(f"row {index}", leaves, keys)
         if schema is None:
             schema = schema_of(f"row {index}", leaves)
         check_row(f"row {index}", leaves, schema)

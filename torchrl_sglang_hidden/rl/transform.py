@@ -24,7 +24,7 @@ from torchrl_sglang_hidden.rl.background import Background
 from torchrl_sglang_hidden.rl.encoder import LabelledPrompt, PromptEncoder
 from torchrl_sglang_hidden.rl.projection import make_projection
 from torchrl_sglang_hidden.rl.prompt_cache import CacheInfo
-from torchrl_sglang_hidden.rl.prompts import PromptSource, PromptWriter, value_of
+from torchrl_sglang_hidden.rl.prompts import PromptSource, PromptWriter, image_keys, value_of
 from torchrl_sglang_hidden.rl.rows import (
     refuse_lost,
     reset_rows,
@@ -133,14 +133,14 @@ class HiddenStateTransform(Transform):  # type: ignore[misc]
         schedule = make_schedule(every, late, frozen=ablate == "frozen")
         if schedule.reuses and age_key is None:
             age_key = f"{out_key}_age" if isinstance(out_key, str) else (*out_key[:-1], f"{out_key[-1]}_age")
-        image_keys = () if images_in_keys is None else tuple(map(unravel_key, images_in_keys))
-        read = list(dict.fromkeys((*map(unravel_key, in_keys), *image_keys)))
+        images = image_keys("images_in_keys", images_in_keys)
+        read = list(dict.fromkeys((*map(unravel_key, in_keys), *images)))
         super().__init__(in_keys=read, out_keys=[key for key in (out_key, text_key, age_key) if key is not None])
         if len(set(self.out_keys)) < len(self.out_keys):
             raise InputError(f"out_key, text_key and age_key are {self.out_keys}; give each a key of its own")
         self._out_key, self._text_key, self._age_key = unravel_key(out_key), text_key, age_key
         self._schedule, self._ablate = schedule, ablate
-        writer = PromptWriter(prompt, tuple(map(unravel_key, in_keys)), image_keys)
+        writer = PromptWriter(prompt, tuple(map(unravel_key, in_keys)), images)
         self._encoder = PromptEncoder(policy, writer, keep_text=text_key is not None, cache_size=cache_size)
         self.register_buffer("projection", make_projection(self._encoder.shape[-1], project))
         self._start()
