@@ -30,7 +30,7 @@ STAGES = ("trainee_server", "local_ray", "smol")
 STAGE = pytest.StashKey[int]()
 SMOL = pytest.StashKey[list[SGLangServer]]()
 # What is not worth doing twice where tests run in several processes.
-ONCE = ("trainee_server", "in_process_log")
+ONCE = ("trainee_server", "in_process_log", "image_site")
 
 
 # The server computes on the same cores: a second thread here would wait for them, spinning.

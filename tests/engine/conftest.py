@@ -9,9 +9,11 @@ from collections.abc import Iterator
 
 import pytest
 from helpers import user_constraints
+from helpers.image_site import ImageSite, serve_images
 from helpers.policy_checks import (
     CHUNKED_PREFILL_SIZE,
 )
+from helpers.vlm_models import SAVERS
 from helpers.weight_changes import load_trainer, perturb, restore
 from transformers import PreTrainedModel
 
@@ -64,6 +66,15 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
     server = getattr(item, "funcargs", {}).get("trainee_server")
     if server is not None and "trainee_server" not in getattr(nextitem, "fixturenames", ()):
         server.close()
+
+
+@pytest.fixture(scope="session", params=sorted(SAVERS))
+def image_site(
+    request: pytest.FixtureRequest, smol_dir: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ImageSite]:
+    """Yield a server of each small model that reads images; the tests of one model run one behind another."""
+    with serve_images(request.param, tmp_path_factory.mktemp("images"), smol_dir) as site:
+        yield site
 
 
 @pytest.fixture(scope="session")

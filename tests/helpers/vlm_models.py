@@ -170,7 +170,7 @@ class Writer:
 
     @functools.lru_cache(maxsize=256)  # noqa: B019  a writer lives as long as its server
     def rows(self, uri: str) -> tuple[int, ...]:
-        return tuple(self.processor(text=[self.token], images=[image_of(uri)])["input_ids"][0])
+        return tuple(map(int, self.processor(text=[self.token], images=[image_of(uri)])["input_ids"][0]))
 
     def request(self, *parts: str | PILImage.Image | Sequence[int], **fields: Any) -> Request:
         """Return a request of texts, ids and images, one behind another; ``fields`` are the request's."""

@@ -89,3 +89,18 @@ def test_who_asks_for_no_log_probs_may_have_any_temperature() -> None:
     raw = make_info(raw_log_probs=True)
     check_requests([replace(request(temperature=0.5), return_log_probs=False)], raw)
     check_requests([request(None, temperature=0.5, max_new_tokens=0)], raw)
+
+
+def test_rows_of_images_have_no_log_prob_and_other_ids_none_elsewhere() -> None:
+    """SGLang keeps rows at the placeholders, and in some models at a token between them: id 0 says so."""
+    ids = (5, 95, 95, 94, 95, 93, 7)
+    entries = [[-0.5, token_id, None] for token_id in (5, 0, 0, 94, 0, 0, 7)]
+    entries[0][0] = None
+    places = {"images": (1, 2, 4), "around": range(1, 6)}
+    found = read_log_probs("row 0", "input", entries, ids, **places)
+    assert found.isnan().tolist() == [True, True, True, False, True, True, False]
+    for place, wrong in ((1, 95), (3, 9), (6, 0), (0, 0)):
+        other = [list(entry) for entry in entries]
+        other[place][1] = wrong
+        with pytest.raises(AlignmentError, match="or of other ids"):
+            read_log_probs("row 0", "input", other, ids, **places)

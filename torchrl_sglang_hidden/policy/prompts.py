@@ -260,8 +260,7 @@ class PromptReader:
         found = reader.read(name, row, text)
         if self.generate:
             # Placeholders of images are counted when they are expanded.
-            others = found.text if images is None else found.text.replace(self.processor.placeholder, "")
-            check_no_placeholder(name, others, self.tokenizer)
+            check_no_placeholder(name, found.text, self.tokenizer, beside_images=images is not None)
         return Row(found.ids, found.text, images=images)
 
     def _encode(self, text: str, **defaults: Any) -> tuple[int, ...]:

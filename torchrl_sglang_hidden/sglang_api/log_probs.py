@@ -32,6 +32,7 @@ def read_log_probs(
     start: int = 0,
     first: int = 0,
     images: Sequence[int] = (),
+    around: Sequence[int] = (),
 ) -> torch.Tensor:
     """Return the log-probs of the tokens from ``start`` on.
 
@@ -44,10 +45,12 @@ def read_log_probs(
         first: the index of ``ids[0]`` in the prompt or the response, for errors.
         images: places among ``ids`` where a row of an image stands. SGLang gives id 0 and its log-prob there, which
             mean nothing.
+        around: places among ``ids`` inside of images, where SGLang may keep a row of the image too, and no token: at
+            Pixtral's ``[IMG_END]`` it does, at its ``[IMG_BREAK]`` it does not.
 
     Returns:
-        float32 ``[len(ids) - start]``: ``-inf`` for a token of probability 0. NaN at ``images``, and for the first of
-        the input, where SGLang gives null: nothing is before it.
+        float32 ``[len(ids) - start]``: ``-inf`` for a token of probability 0. NaN at rows of images, and for the first
+        of the input, where SGLang gives null: nothing is before it.
 
     Raises:
         AlignmentError: they are of other ids.
@@ -57,7 +60,8 @@ def read_log_probs(
     try:
         found_ids = tuple(map(int, map(itemgetter(1), entries)))
         values = list(map(itemgetter(0), entries[start:]))
-        blank = [place - start for place in images if start <= place < start + len(values)]
+        rows = {*images, *(place for place in around if found_ids[place] == _IMAGE_ROW_ID)}
+        blank = sorted(place - start for place in rows if start <= place < start + len(values))
         for place in blank:
             values[place] = None if place == start == 0 else 0.0
         unmeasured = int(side == "input" and start == 0 and bool(values) and values[0] is None)
@@ -72,7 +76,7 @@ def read_log_probs(
             "package supports?"
         ) from error
     expected = list(ids)
-    for place in images:
+    for place in rows:
         expected[place] = _IMAGE_ROW_ID
     if found_ids != tuple(expected):
         raise AlignmentError(

@@ -15,6 +15,8 @@ __all__ = ["check_no_placeholder", "check_unicode", "special_ends", "written_onc
 
 # A special token for the place of a medium, such as <|image_pad|>, <image>, [IMG] and <|AUDIO|>.
 PLACEHOLDER = re.compile(r"(?<![a-z])(image|img|video|vision|audio)(?![a-z])", re.IGNORECASE)
+# Of a text with images, whose placeholders and the tokens around them, such as <|vision_start|>, are counted elsewhere.
+OTHER_MEDIUM = re.compile(r"(?<![a-z])(video|audio)(?![a-z])", re.IGNORECASE)
 
 
 def check_unicode(name: str, text: str) -> None:
@@ -28,14 +30,20 @@ def check_unicode(name: str, text: str) -> None:
         ) from error
 
 
-def check_no_placeholder(name: str, text: str, tokenizer: Any) -> None:
+def check_no_placeholder(name: str, text: str, tokenizer: Any, *, beside_images: bool = False) -> None:
     """Check that a text has no special token that stands for a picture or another medium.
 
+    Args:
+        name: says whose text it is.
+        text: the text.
+        tokenizer: whose special tokens are looked for.
+        beside_images: whether images are sent with the text, so that it may have their tokens.
+
     Raises:
-        InputError: it has one; ``name`` says whose text it is.
+        InputError: it has one.
     """
     for token in tokenizer.get_added_vocab():
-        if token in text and PLACEHOLDER.search(token):
+        if token in text and (OTHER_MEDIUM if beside_images else PLACEHOLDER).search(token):
             raise InputError(
                 f"{name} has {token!r}, which the tokenizer takes for the place of a picture or another medium, and "
                 "none is sent with it; remove it from the text"

@@ -227,15 +227,16 @@ def _read_prompt_log_probs(
         # SGLang's start at the token before, without a log-prob.
         start = max(first - 1, 0)
         images = [row - start for row in request.image_rows if row >= start]
-        return _read_log_probs(name, meta, "input", request.prompt_ids[start:], first=start, images=images)[
-            first - start :
-        ]
+        around = [row - start for row in request.image_places if row >= start]
+        return _read_log_probs(
+            name, meta, "input", request.prompt_ids[start:], first=start, images=images, around=around
+        )[first - start :]
     num_wanted = len(request.prompt_ids) - max(first, 1)
     found_N = torch.empty(0) if logits.log_probs_N is None else logits.log_probs_N
     log_probs = found_N[len(found_N) - num_wanted :]
     blank = [row for row in request.image_rows if row >= max(first, 1)]
     found = (log_probs.isnan().nonzero()[:, 0] + max(first, 1)).tolist()
-    if request.images is not None and found != blank:
+    if request.images is not None and not set(blank) <= set(found) <= set(request.image_places):
         raise AlignmentError(
             f"{name}: {len(found)} prompt tokens without a log-prob, and {len(blank)} rows of images, or others; "
             "use the processor of the served model to expand the prompt"
@@ -305,12 +306,13 @@ def _read_log_probs(
     *,
     first: int = 0,
     images: Sequence[int] = (),
+    around: Sequence[int] = (),
 ) -> torch.Tensor:
     """Return the log-prob of each of ``ids``; see `read_log_probs`."""
     entries = meta.get(f"{side}_token_logprobs")
     if entries is None:
         raise ProtocolError(f"{name}: {side} log-probs were asked for and are not in the answer; send it again")
-    return read_log_probs(name, side, entries, ids, first=first, images=images)
+    return read_log_probs(name, side, entries, ids, first=first, images=images, around=around)
 
 
 class _States(NamedTuple):
