@@ -252,7 +252,9 @@ def main(
     seed: Annotated[int, typer.Option(help="Of the environments and the agent.")] = 0,
     url: Annotated[str | None, typer.Option(help="A running server; by default the demo model is started.")] = None,
     directory: Annotated[Path, typer.Option(help="For TensorBoard's logs and checkpoints.")] = Path("online_rl"),
-    resume: Annotated[Path | None, typer.Option(help="A checkpoint to go on from.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="A checkpoint to go on from.")
+    ] = None,
 ) -> None:
     """Train an agent on an instruction that it can only read in words."""
     options = Options(

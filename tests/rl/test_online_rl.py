@@ -17,6 +17,7 @@ from instructions import HELD_OUT_WORDINGS, SENTENCES, THINGS, InstructionEnv
 from online_rl import Options, Trainer, run
 from tensordict import TensorDict
 from torchrl.envs import check_env_specs
+from typer.testing import CliRunner
 
 from torchrl_sglang_hidden import SGLangHiddenWrapper
 
@@ -102,6 +103,15 @@ def test_it_goes_on_from_a_checkpoint(engine: RecordingEngine, tmp_path: Path) -
     assert [len(batch.reshape(-1)) for batch in trainer.collect()] == [256]
     run(engine, longer, tmp_path, resume=checkpoint)
     assert torch.load(checkpoint, weights_only=True)["frames"] == 768
+
+
+def test_a_checkpoint_that_is_not_there_is_said_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(online_rl, "launch", lambda *args, **options: pytest.fail("a server was started"))
+    app = typer.Typer()
+    app.command()(online_rl.main)
+    result = CliRunner().invoke(app, ["--resume", "nowhere.pt"], env={"COLUMNS": "200", "TERM": "dumb"})
+    assert result.exit_code == 2
+    assert "'nowhere.pt' does not exist" in result.stderr
 
 
 @pytest.mark.parametrize("other", [{"ablate": "zero"}, {"envs": 32}, {"layer": 0}])

@@ -25,7 +25,7 @@ from torchrl_sglang_hidden import (
     record_hidden_states,
 )
 from torchrl_sglang_hidden.cli import app
-from torchrl_sglang_hidden.rl import effective_rank, linear_probe, state_drift, state_variance, write_report
+from torchrl_sglang_hidden.rl import effective_rank, linear_probe, report, state_drift, state_variance, write_report
 
 PROMPT = "w{number} w1 {words}"
 
@@ -207,6 +207,19 @@ def test_of_rows_that_share_a_label_one_is_taken(tmp_path: Path) -> None:
     states = recording.tensordict["hidden_states", "prompt"]
     assert page.row("rows, dimensions") == ["16, 8"]
     assert page.row("total variance") == [f"{state_variance(states[::5]).total:.4g}"]
+
+
+def test_the_map_has_the_rows_places_in_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[list[int]] = []
+    plot_map = report.plot_map
+
+    def plot(states: torch.Tensor, values: torch.Tensor, **options: Any) -> Any:
+        drawn.append(values.tolist())
+        return plot_map(states, values, **options)
+
+    monkeypatch.setattr(report, "plot_map", plot)
+    write_report(record(tmp_path / "walks", rows(12), every=5), tmp_path / "report.html")
+    assert drawn == [[0, 5, 10]]
 
 
 def test_layers_and_segments(tmp_path: Path) -> None:

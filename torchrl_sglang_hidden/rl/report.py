@@ -235,7 +235,7 @@ def _sections(
     if states.ndim == 3:
         sections.append(_layers_section(name, states, layers))
         states, name = states[:, -1], f"{name}, layer {layers[-1]}"
-    sections.append(_measures_section(name, states, len(data)))
+    sections.append(_measures_section(name, states, rows, len(data)))
     if probed:
         results = [(target, _probe(states[some], values, groups[rows[some]])) for target, values in probed]
         sections.append(_probes_section(name, results, split))
@@ -249,7 +249,8 @@ def _sections(
     return sections
 
 
-def _measures_section(name: str, states: torch.Tensor, num_rows: int) -> _Section:
+def _measures_section(name: str, states: torch.Tensor, rows: torch.Tensor, num_rows: int) -> _Section:
+    """Return the section about states ``[N, D]``, whose places in the data are rows, int64 ``[N]``."""
     variance, values = state_variance(states), singular_values(states)
     rank = rank_of(values)
     section = _Section(
@@ -275,7 +276,7 @@ def _measures_section(name: str, states: torch.Tensor, num_rows: int) -> _Sectio
         section.pictures.append(_picture(plot_cosines(cosines), "Cosines of pairs of rows"))
     if states.shape[1] >= 2:
         drawn = take_rows(torch.arange(len(states)), _DRAWN_ROWS)
-        figure = plot_map(states[drawn], drawn, label="row")
+        figure = plot_map(states[drawn], rows[drawn], label="row")
         section.pictures.append(_picture(figure, "The states in the plane of their first two principal components"))
     return section
 
