@@ -121,7 +121,7 @@ def take_turns(
     rounds: int,
     compare: Callable[[Mapping[str, Call]], float],
 ) -> Rounds:
-    """Let the sides take turns.
+    """Let the sides take turns, each of them in each place as often as the others.
 
     Args:
         title: stands at the progress bar.
@@ -137,7 +137,8 @@ def take_turns(
         for number in range(rounds + 1):
             value = make_input(number)
             calls: dict[str, Call] = {}
-            for name in list(sides) if number % 2 else list(sides)[::-1]:
+            first = number % len(sides)
+            for name in [*list(sides)[first:], *list(sides)[:first]]:
                 progress.update(task, description=f"{title}: round {number} of {rounds}, {name}")
                 calls[name] = sides[name](value)
                 progress.advance(task)
