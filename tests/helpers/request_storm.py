@@ -97,6 +97,7 @@ def storm(
     calls: int = 100,
     most_rows: int = 5,
     callers: int = 12,
+    aborts: int = ABORTS,
     draw: Callable[[random.Random], Request] = draw_request,
 ) -> int:
     """Send all requests, check every answer, and return how many there were.
@@ -109,11 +110,12 @@ def storm(
         calls: of the engine, each with ``1 … most_rows`` requests.
         most_rows: see ``calls``.
         callers: calls at the same time.
+        aborts: requests that are aborted meanwhile.
         draw: draws a request.
     """
     chance = random.Random(seed)
     batches = [[draw(chance) for _ in range(chance.randint(1, most_rows))] for _ in range(calls)]
-    doomed = [(f"doomed-{seed}-{index}", draw(chance)) for index in range(ABORTS)]
+    doomed = [(f"doomed-{seed}-{index}", draw(chance)) for index in range(aborts)]
     done = threading.Event()
 
     def abort_some() -> None:

@@ -46,6 +46,20 @@ def test_the_standin_gives_names_that_refuse_when_called() -> None:
     assert found[2] is False
 
 
+def test_the_standin_has_the_operators_that_image_processors_import() -> None:
+    """And not the one that SGLang takes for a sign of AMX kernels."""
+    found = run(
+        "import json, torch; from torchrl_sglang_hidden.server.cpu import use_cpu_engine; use_cpu_engine()\n"
+        "import sgl_kernel\nops = torch.ops.sgl_kernel\n"
+        "try:\n    ops.fused_sigmoid_mul_cpu(1)\nexcept NotImplementedError as error:\n    message = str(error)\n"
+        "names = ['fused_qk_gemma_rmsnorm_cpu', 'fused_qk_gemma_rmsnorm_with_gate_cpu',\n"
+        "         'fused_qkvzba_split_reshape_cat_contiguous_cpu', 'convert_weight_packed']\n"
+        "print(json.dumps([message, *(hasattr(ops, name) for name in names)]))"
+    )
+    assert found[0].startswith("sgl_kernel.fused_sigmoid_mul_cpu: this is a stand-in")
+    assert found[1:] == [True, True, True, False]
+
+
 def test_spawned_children_find_the_standin_and_the_users_path_behind_it() -> None:
     child = "import json, os, sgl_kernel; print(json.dumps([sgl_kernel.__file__, os.environ['PYTHONPATH']]))"
     found = run(

@@ -93,7 +93,9 @@ def test_two_prompts_in_one_call_of_the_head() -> None:
 
 def test_nothing_is_constrained_where_no_token_is() -> None:
     _, piece = scored(1, 4, constraints=(ActionMask([8]),), response_ranges=((1, 4),))
-    found = prompt_logits_of((piece,), torch.zeros(4, VOCAB))
+    logits_NV = torch.zeros(4, VOCAB)
+    logits_NV[:2, 8] = -torch.inf  # else the mask would leave nothing there
+    found = prompt_logits_of((piece,), logits_NV)
     assert found.choosable_N is not None
     assert found.choosable_N.all()
     assert found.log_probs_S is not None

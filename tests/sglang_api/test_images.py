@@ -210,6 +210,19 @@ def test_ids_that_came_back_are_those_that_were_sent() -> None:
     assert found.prompt_log_probs_P.isnan().sum() == 7
 
 
+def test_scores_under_constraints_lack_the_rows_of_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine whose images stand elsewhere, in a prompt of the same length."""
+    engine = RecordingEngine(**READS)
+    score = {"score_prompt": True, "constraints": (ActionMask([8, 9]),), "response_ranges": ((4, 6),)}
+    moved = replace(images_in((7, 8, IMAGE_ID, 9, IMAGE_ID, 3), (CAT, DOG)), **score)
+    answer = engine.answer
+    monkeypatch.setattr(engine, "answer", lambda payload, requests: answer(payload, [moved]))
+    with pytest.raises(
+        AlignmentError, match="6 prompt tokens without a log-prob, and 6 rows of images, or others; use"
+    ):
+        engine.generate([replace(TWO, **score)])
+
+
 def test_an_engine_that_expands_otherwise() -> None:
     """As where the processor at hand has other sizes than the served model's."""
     engine = RecordingEngine(**READS)
