@@ -45,7 +45,7 @@ FLOORS: list[list[set[str]]] = [
         {"weights.transports", "weights.sharding"},
         {"weights.adapters"},
     ],
-    [{"engines", "service"}, {"service.body"}, {"service.route"}, {"service.plugin"}],
+    [{"engines", "service"}, {"service.image_prompts"}, {"service.body"}, {"service.route"}, {"service.plugin"}],
     [
         {"policy"},
         {"policy.outputs", "policy.action_masks", "policy.chat_template", "policy.logits_from_hidden"},

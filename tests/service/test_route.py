@@ -215,7 +215,7 @@ def test_layers_that_are_not_checked_yet_are_warmed_up(service: Service) -> None
         ({"input": "w1", "segments": ["response"]}, "InputError", ["row 0", "max_new_tokens=0", "'response'"]),
         ({"input": "w1", "model": "gpt"}, "InputError", ["'gpt'", "'tiny'"]),
         ({"input": "w1", "priority": 1}, "CapabilityError", ["priority=1", "--enable-priority-scheduling"]),
-        ({"input": "w1", "image": "a"}, "InputError", ["image", "no pictures"]),
+        ({"input": "w1", "image": "a"}, "InputError", ["image", "parts of messages"]),
         ({"input": "w1", "layer": 1}, "UnknownOptionError", ["'layer'", "'layers'?"]),
         (
             {"input": "w1", "max_new_tokens": 2, "sampling_params": {"seed": 1}},

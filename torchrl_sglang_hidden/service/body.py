@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from torchrl_sglang_hidden.errors import InputError, InputTypeError, UnknownOptionError
+from torchrl_sglang_hidden.service.image_prompts import split_images
 from torchrl_sglang_hidden.service.prompts import split_rows
 from torchrl_sglang_hidden.sglang_api.sampling import SGLANG_NAMES, standardize, to_sglang
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec
@@ -22,11 +23,11 @@ Encoding = Literal["float", "bytes"]
 ENCODINGS: tuple[Encoding, ...] = get_args(Encoding)
 
 _FIELDS = (
-    "input", "model", "segments", "pooling", "layers", "max_new_tokens", "sampling_params", "lora_path", "priority",
-    "encoding_format",
+    "input", "images", "model", "segments", "pooling", "layers", "max_new_tokens", "sampling_params", "lora_path",
+    "priority", "encoding_format",
 )  # fmt: skip
 # What other routes take for pictures and the like.
-_MEDIA = ("image", "images", "image_data", "image_url", "video", "video_data", "audio", "audio_data")
+_MEDIA = ("image", "image_data", "image_url", "video", "video_data", "audio", "audio_data")
 # Options of sampling, by the names that `standardize` gives them. The others have fields of their own, or none.
 _SAMPLING = (SGLANG_NAMES | {"do_sample", "stop_sequences"}) - {"max_new_tokens", "custom_params"}
 
@@ -43,6 +44,7 @@ class VectorRequest:
         priority: the place in the server's queue, or None.
         encoding: how the vectors come back: ``"float"`` as numbers in JSON, ``"bytes"`` as raw float32.
         model: the name of the model that is asked, or None for the one that is served.
+        images: the data URIs that go with each row, as they were sent; empty where none go with any.
     """
 
     rows: tuple[Any, ...]
@@ -52,6 +54,7 @@ class VectorRequest:
     priority: int | None = None
     encoding: Encoding = "float"
     model: str | None = None
+    images: tuple[tuple[Any, ...], ...] = ()
 
 
 def read_body(data: bytes, encoding: Encoding = "float") -> VectorRequest:
@@ -84,7 +87,8 @@ def _read_fields(data: bytes) -> dict[str, Any]:
     for name, value in fields.items():
         if name in _MEDIA:
             raise InputError(
-                f"{name}: this route takes no pictures or other media; leave them out, or describe them in words"
+                f"{name}: images go into the parts of messages, or into images, a list of data URIs for each row; "
+                "leave other media out"
             )
         if name not in _FIELDS:
             close = difflib.get_close_matches(name, _FIELDS, n=1)
@@ -106,8 +110,9 @@ def _read(fields: Mapping[str, Any], encoding: Encoding) -> VectorRequest:
     if not isinstance(model, str | None):
         raise InputTypeError(f"model={model!r:.80}: expected the name of the served model, or leave it out")
     options = standardize({name: fields[name] for name in ("lora_path", "priority") if name in fields})
+    rows = split_rows(fields["input"])
     return VectorRequest(
-        rows=split_rows(fields["input"]),
+        rows=rows,
         hidden=HiddenSpec(
             segments=fields.get("segments", ("prompt",)),
             pooling=fields.get("pooling", "mean"),
@@ -118,6 +123,7 @@ def _read(fields: Mapping[str, Any], encoding: Encoding) -> VectorRequest:
         priority=options.get("priority"),
         encoding=encoding,
         model=model,
+        images=split_images(fields["images"], rows) if "images" in fields else (),
     )
 
 

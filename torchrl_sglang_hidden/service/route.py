@@ -7,6 +7,7 @@ here, and what comes back is counted, as for every other client of this package.
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, NoReturn, assert_never
@@ -21,9 +22,11 @@ from torchrl_sglang_hidden.errors import (
     RequestRejectedError,
     SGLangHiddenError,
 )
-from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
+from torchrl_sglang_hidden.images.expansion import ImageProcessor
+from torchrl_sglang_hidden.records import Completion, EngineInfo, Images, Request
 from torchrl_sglang_hidden.service.answer import as_bytes, as_json
 from torchrl_sglang_hidden.service.body import Encoding, VectorRequest, read_body
+from torchrl_sglang_hidden.service.image_prompts import has_images, image_prompt
 from torchrl_sglang_hidden.service.prompts import prompt_ids
 from torchrl_sglang_hidden.sglang_api.checks import check_requests
 from torchrl_sglang_hidden.sglang_api.in_process import translated
@@ -59,6 +62,7 @@ class VectorService:
         self.tokenizer_manager, self._make_input = tokenizer_manager, make_input
         self._model_info, self._server_info = model_info, server_info
         self._info: EngineInfo | None = None
+        self._processor: ImageProcessor | None = None
         self._reading = asyncio.Lock()
 
     async def respond(self, http: HTTPRequest) -> Response:
@@ -85,18 +89,48 @@ class VectorService:
         _check_size(asked, info)
         requests = [
             Request(
-                prompt_ids(number, row, manager.tokenizer),
+                ids,
                 sampling=asked.sampling,
                 return_log_probs=False,
                 hidden=asked.hidden,
                 lora=asked.lora,
                 priority=asked.priority,
+                images=images,
             )
-            for number, row in enumerate(asked.rows)
+            for ids, images in await self._prompts(asked, info)
         ]
         check_requests(requests, info)
         answer = await self._send(to_payload(requests, info, binary=True), http)
         return read_responses(requests, answer, info)
+
+    async def _prompts(self, asked: VectorRequest, info: EngineInfo) -> list[tuple[tuple[int, ...], Images | None]]:
+        """Return the ids of each prompt, and its images."""
+        rows = list(zip(asked.rows, asked.images or [()] * len(asked.rows), strict=True))
+        tokenizer = self.tokenizer_manager.tokenizer
+        # Some models' chat template is their processor's alone.
+        if info.takes_images and (not tokenizer.chat_template or any(has_images(*row) for row in rows)):
+            processor = await self._read_processor(info)
+            # In a thread: an image takes long to decode, and all of SGLang's HTTP waits for this event loop.
+            return await asyncio.to_thread(
+                lambda: [image_prompt(number, *row, processor) for number, row in enumerate(rows)]
+            )
+        for number, (_, images) in enumerate(rows):
+            if images:
+                raise CapabilityError(
+                    f"row {number}: {len(images)} images, and the model {info.model_path!r} takes text alone; leave "
+                    "images out"
+                )
+        return [
+            (prompt_ids(number, row, self.tokenizer_manager.tokenizer), None) for number, (row, _) in enumerate(rows)
+        ]
+
+    async def _read_processor(self, info: EngineInfo) -> ImageProcessor:
+        """Return the model's processor, a copy: the tokenizer of SGLang's takes one caller at a time."""
+        async with self._reading:
+            if self._processor is None:
+                own = await asyncio.to_thread(copy.deepcopy, self.tokenizer_manager.processor)
+                self._processor = ImageProcessor(own, info.model_path, takes_images=True, max_images=info.max_images)
+            return self._processor
 
     async def _read_info(self) -> EngineInfo:
         """Return the engine's description, read at the first request as a client reads it at connect."""
