@@ -131,12 +131,6 @@ class Request:
         return () if self.images is None else self.images.rows(self.prompt_ids)
 
     @property
-    def image_places(self) -> tuple[int, ...]:
-        """All positions of the prompt inside of images, with the tokens that some models have between their rows."""
-        ranges = () if self.images is None else self.images.ranges
-        return tuple(place for start, stop in ranges for place in range(start, stop))
-
-    @property
     def reads_only(self) -> bool:
         """Whether the prompt is read and nothing is generated."""
         return self.sampling.get("max_new_tokens") == 0

@@ -14,6 +14,7 @@ from helpers.fake_images import IMAGE_ID
 from helpers.policy_batches import TOKENIZER, flat
 from helpers.word_processor import WordProcessor, picture, rows_of
 from tensordict import TensorDict, TensorDictBase, lazy_stack
+from tokenizers import decoders
 from torchrl.data import LazyStackStorage, ReplayBuffer
 from torchrl.data.llm import History
 from torchrl.data.llm.history import ContentBase
@@ -463,3 +464,21 @@ def test_a_paused_row_with_an_image_goes_on() -> None:
     assert engine.payloads[-1]["image_data"] == [[uri(CAT)]]
     first, again = engine.requests[0], engine.requests[-1]
     assert again.prompt_ids[: len(first.prompt_ids)] == first.prompt_ids
+
+
+def test_ids_that_the_engine_would_change_are_refused() -> None:
+    """SGLang encodes the prompts of most models again: these words' ids stay, and one without a word does not."""
+
+    class Unsplit(WordProcessor):
+        """Its tokenizer writes no blank between words, as sampled pieces of a word have none."""
+
+    policy, engine = make("tokens", processor=Unsplit(TOKENIZER))
+    policy(ragged(tokens=[[9, IMAGE_ID, 8]], images=[[CAT]]))
+    # Id 0 is the unknown word, which is no word that the tokenizer would write again: it is several.
+    joined = copy.deepcopy(TOKENIZER)
+    joined.backend_tokenizer.decoder = decoders.Fuse()
+    other, other_engine = make("tokens", processor=Unsplit(joined))
+    with pytest.raises(ImageError, match=r"row 0, .*encodes prompts with images of a Unsplit again, and token 0"):
+        other(ragged(tokens=[[9, IMAGE_ID, 8]], images=[[CAT]]))
+    other(ragged(tokens=[[9, 8]]))
+    assert len(engine.payloads) == len(other_engine.payloads) == 1

@@ -14,7 +14,7 @@ from torchrl_sglang_hidden import ActionMask, LogitsSpec
 from torchrl_sglang_hidden.reduce.token_logits import RequestLogits
 from torchrl_sglang_hidden.reduce.wanted_logits import WantedLogits
 from torchrl_sglang_hidden.server.capture import Capture
-from torchrl_sglang_hidden.server.images import image_token_of, tokens_of_prompt
+from torchrl_sglang_hidden.server.images import around_pad_value, image_token_of, tokens_of_prompt
 from torchrl_sglang_hidden.server.prompt_logits import prompt_logits_of
 from torchrl_sglang_hidden.server.taken_logits import PromptPiece
 from torchrl_sglang_hidden.server.token_rows import PromptPart
@@ -118,3 +118,40 @@ def test_constraints_see_placeholders() -> None:
     told = (torch.tensor([0, 128, 3, IMAGE, 0, -1, -1, 0]) - FAR).float()
     row_V = torch.cat([told, torch.zeros(VOCAB - 8)])
     torch.testing.assert_close(found.log_probs_S[0], row_V.log_softmax(-1)[8])
+
+
+class Item:
+    """SGLang's image, as far as its hash goes: one of the pixels without their shape."""
+
+    def __init__(self, pixels: torch.Tensor, **specific: Any) -> None:
+        self.feature, self.model_specific_data = pixels, specific
+        self.hash: int | None = None
+        self.pad_value: int | None = None
+
+    def set_hash(self, value: int) -> None:
+        self.hash, self.pad_value = value, 10**6 + value % 2**62
+
+    def set_pad_value(self) -> None:
+        if self.pad_value is None:
+            self.set_hash(int(self.feature.sum()))
+
+
+def padded(pixels: torch.Tensor, **specific: Any) -> Item:
+    item = Item(pixels, **specific)
+    for _ in range(2):  # SGLang sets it at several places
+        around_pad_value(Item.set_pad_value, item)
+    return item
+
+
+def test_images_of_other_shapes_are_other_images() -> None:
+    one = torch.ones(8, 3)
+    grids = [torch.tensor([[1, 2, 4]]), torch.tensor([[1, 4, 2]])]
+    lying, standing, again = (padded(one, image_grid_thw=grid) for grid in (*grids, grids[0]))
+    assert lying.pad_value == again.pad_value != standing.pad_value
+    assert padded(one.reshape(3, 8)).pad_value != padded(one).pad_value
+    assert 0 <= (lying.hash or -1) < 2**64
+    # A hash that the caller gave is the caller's to answer for.
+    given = Item(one, image_grid_thw=grids[0])
+    given.set_hash(5)
+    around_pad_value(Item.set_pad_value, given)
+    assert given.hash == 5

@@ -183,7 +183,7 @@ def test_an_image_at_the_very_beginning() -> None:
 
 def give_a_token(rows: Answer) -> None:
     """Answer with a token where an image was sent."""
-    rows[0]["meta_info"]["input_token_logprobs"][2][1] = IMAGE_ID
+    rows[0]["meta_info"]["input_token_logprobs"][2][1] = 9
 
 
 def take_a_token(rows: Answer) -> None:

@@ -92,15 +92,17 @@ def test_who_asks_for_no_log_probs_may_have_any_temperature() -> None:
 
 
 def test_rows_of_images_have_no_log_prob_and_other_ids_none_elsewhere() -> None:
-    """SGLang keeps rows at the placeholders, and in some models at a token between them: id 0 says so."""
+    """SGLang gives id 0 at rows of images, and for the last id of the vocabulary, whose log-prob is its own."""
     ids = (5, 95, 95, 94, 95, 93, 7)
-    entries = [[-0.5, token_id, None] for token_id in (5, 0, 0, 94, 0, 0, 7)]
+    entries = [[-0.5, token_id, None] for token_id in (5, 0, 0, 94, 0, 93, 7)]
     entries[0][0] = None
-    places = {"images": (1, 2, 4), "around": range(1, 6)}
+    places = {"images": (1, 2, 4), "vocab_size": 97}
     found = read_log_probs("row 0", "input", entries, ids, **places)
-    assert found.isnan().tolist() == [True, True, True, False, True, True, False]
+    assert found.isnan().tolist() == [True, True, True, False, True, False, False]
     for place, wrong in ((1, 95), (3, 9), (6, 0), (0, 0)):
         other = [list(entry) for entry in entries]
         other[place][1] = wrong
         with pytest.raises(AlignmentError, match="or of other ids"):
             read_log_probs("row 0", "input", other, ids, **places)
+    last = read_log_probs("row 0", "input", [[None, 5, None], [-0.25, 0, None]], (5, 96), vocab_size=97)
+    assert last.tolist()[1] == -0.25

@@ -22,6 +22,8 @@ __all__ = ["NO_IMAGES", "ImageProcessor", "RowImages", "is_processor", "tokenize
 
 T = TypeVar("T")
 
+# The processors of models whose ids SGLang keeps as they are sent (its SGLANG_MM_AVOID_RETOKENIZE).
+KEEPS_IDS = ("Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor")
 # What a processor returns of a text.
 OF_TEXT = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 
@@ -140,6 +142,30 @@ class ImageProcessor:
             )
         expansions = tuple(self.expansion(f"{name} image {i}:", image) for i, image in enumerate(images))
         return RowImages(tuple(images), expansions, self.placeholder_id)
+
+    def check_kept(self, name: str, ids: Sequence[int]) -> None:
+        """Refuse a short prompt that SGLang would turn into other ids, as it does for some models, without a word.
+
+        It keeps the ids of Qwen's models. Those of others it decodes, and lets the processor encode the text again:
+        ids that were sampled may become others then, and states and log-probs would be theirs.
+
+        Raises:
+            ImageError: these ids would not stay; ``name`` says whose they are.
+        """
+        processor = self.processor
+        if type(processor).__name__ in KEEPS_IDS:
+            return
+        tokenizer = processor.tokenizer
+        text = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        again = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if list(again) != list(ids):
+            pairs = zip(again, ids, strict=False)
+            at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(again), len(ids)))
+            raise ImageError(
+                f"{name} SGLang encodes prompts with images of a {type(processor).__name__} again, and token {at}, "
+                f"{tokenizer.decode(list(ids[at : at + 1]))!r}, would become another; give the text instead of ids, in "
+                "history mode with chat='render' and prefer_tokens=False"
+            )
 
     def tensors(self, images: Sequence[ImageData]) -> dict[str, torch.Tensor]:
         """Return what the model's forward pass reads of images, by Hugging Face's names, such as ``pixel_values``."""

@@ -219,6 +219,8 @@ def _read_row(index: int, row: TensorDictBase, first: Completion, reader: Prompt
     name = f"row {index}, {keys.images!r}:"
     images = reader.processor.row_images(name, read_images(f"row {index},", row, keys.images))
     short = images.short_of(name, first.prompt_ids) if images is not None else first.prompt_ids
+    if images is not None:
+        reader.processor.check_kept(name, (*short, *first.response_ids))
     found = Row(short, decode_all(reader.tokenizer, short) if text is None else text.prompt, images=images)
     found = expand_row(name, found)
     if reader.input_mode == "history":

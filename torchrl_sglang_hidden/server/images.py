@@ -7,9 +7,15 @@ Knows SGLang's requests and configurations by attribute name, and imports nothin
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
 from typing import Any
 
-__all__ = ["image_token_of", "tokens_of_prompt"]
+__all__ = ["around_pad_value", "image_token_of", "tokens_of_prompt"]
+
+HASH_BYTES = 8  # of the number that SGLang keeps for an image
+# Most numbers of a tensor that describes an image, such as its grid of patches; pixels are more.
+MAX_SHAPE_NUMBERS = 64
 
 
 def image_token_of(config: Any) -> int | None:
@@ -46,3 +52,21 @@ def tokens_of_prompt(req: Any) -> tuple[list[int], frozenset[int]]:
         return list(written), rows
     # A model whose images SGLang expands by itself, so that no placeholder stands there.
     return [0 if position in rows else token_id for position, token_id in enumerate(ids)], rows
+
+
+def around_pad_value(original: Callable[[Any], None], item: Any) -> None:
+    """Have images of the same bytes and other shapes keep apart in SGLang's prefix cache, and in that of its tower.
+
+    SGLang hashes an image's pixels without their shape: a lying and a standing image of one colour had one hash, and
+    the second was given the states of the first.
+    """
+    is_known = item.pad_value is not None
+    original(item)
+    if is_known or item.hash is None:
+        return
+    shapes = [list(getattr(item.feature, "shape", ()))]
+    for name, value in sorted(item.model_specific_data.items()):
+        if hasattr(value, "tolist") and value.numel() <= MAX_SHAPE_NUMBERS:
+            shapes.append([name, value.tolist()])
+    digest = hashlib.sha256(f"{item.hash} {shapes}".encode()).digest()
+    item.set_hash(int.from_bytes(digest[:HASH_BYTES], "big"))

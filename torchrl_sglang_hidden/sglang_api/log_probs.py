@@ -32,7 +32,7 @@ def read_log_probs(
     start: int = 0,
     first: int = 0,
     images: Sequence[int] = (),
-    around: Sequence[int] = (),
+    vocab_size: int | None = None,
 ) -> torch.Tensor:
     """Return the log-probs of the tokens from ``start`` on.
 
@@ -45,12 +45,11 @@ def read_log_probs(
         first: the index of ``ids[0]`` in the prompt or the response, for errors.
         images: places among ``ids`` where a row of an image stands. SGLang gives id 0 and its log-prob there, which
             mean nothing.
-        around: places among ``ids`` inside of images, where SGLang may keep a row of the image too, and no token: at
-            Pixtral's ``[IMG_END]`` it does, at its ``[IMG_BREAK]`` it does not.
+        vocab_size: the engine's. SGLang gives id 0 for the last id of the vocabulary too, beside its own log-prob.
 
     Returns:
-        float32 ``[len(ids) - start]``: ``-inf`` for a token of probability 0. NaN at rows of images, and for the first
-        of the input, where SGLang gives null: nothing is before it.
+        float32 ``[len(ids) - start]``: ``-inf`` for a token of probability 0. NaN at ``images``, and for the first of
+        the input, where SGLang gives null: nothing is before it.
 
     Raises:
         AlignmentError: they are of other ids.
@@ -60,8 +59,7 @@ def read_log_probs(
     try:
         found_ids = tuple(map(int, map(itemgetter(1), entries)))
         values = list(map(itemgetter(0), entries[start:]))
-        rows = {*images, *(place for place in around if found_ids[place] == _IMAGE_ROW_ID)}
-        blank = sorted(place - start for place in rows if start <= place < start + len(values))
+        blank = [place - start for place in images if start <= place < start + len(values)]
         for place in blank:
             values[place] = None if place == start == 0 else 0.0
         unmeasured = int(side == "input" and start == 0 and bool(values) and values[0] is None)
@@ -75,10 +73,7 @@ def read_log_probs(
             f"{name}: the {side} log-probs cannot be read ({error}); is that an SGLang server of a version that this "
             "package supports?"
         ) from error
-    expected = list(ids)
-    for place in rows:
-        expected[place] = _IMAGE_ROW_ID
-    if found_ids != tuple(expected):
+    if _written(found_ids, vocab_size) != _written(ids, vocab_size, images):
         raise AlignmentError(
             f"{name}: {len(entries)} log-probs for {len(ids)} {side} tokens, or of other ids; this is a fault of the "
             "engine, please report it"
@@ -93,6 +88,15 @@ def read_log_probs(
     if blank:
         log_probs_N[torch.tensor(blank)] = math.nan
     return log_probs_N
+
+
+def _written(ids: Sequence[int], vocab_size: int | None, images: Sequence[int] = ()) -> list[int]:
+    """Return ids as SGLang writes them beside input log-probs: 0 at rows of images, and for the vocabulary's last."""
+    last = None if vocab_size is None else vocab_size - 1
+    written = [_IMAGE_ROW_ID if token_id == last else token_id for token_id in ids]
+    for place in images:
+        written[place] = _IMAGE_ROW_ID
+    return written
 
 
 def _refuse(name: str, side: str, index: int, token_id: int, value: str) -> NoReturn:

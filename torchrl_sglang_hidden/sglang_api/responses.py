@@ -191,7 +191,9 @@ def _read_row(number: int, request: Request, row: Any, info: EngineInfo) -> Comp
         finish_reason=finish_type,
         weight_version=weight_version,
         mixed_weights=len(dict(versions)) > 1,
-        prompt_log_probs_P=_read_prompt_log_probs(name, request, meta, logits) if request.score_prompt else None,
+        prompt_log_probs_P=_read_prompt_log_probs(name, request, meta, logits, info.vocab_size)
+        if request.score_prompt
+        else None,
         spans={} if states is None else states.spans,
         token_rows=None if states is None else states.token_rows,
         logits=None if logits is None else logits.response,
@@ -219,7 +221,7 @@ def _check_length(name: str, request: Request, num_prompt: int | None) -> None:
 
 
 def _read_prompt_log_probs(
-    name: str, request: Request, meta: Mapping[str, Any], logits: FoundLogits | None
+    name: str, request: Request, meta: Mapping[str, Any], logits: FoundLogits | None, vocab_size: int
 ) -> torch.Tensor:
     """Return the log-probs of the prompt's tokens from ``score_from`` on; NaN where an image stands."""
     first = request.score_from
@@ -227,16 +229,15 @@ def _read_prompt_log_probs(
         # SGLang's start at the token before, without a log-prob.
         start = max(first - 1, 0)
         images = [row - start for row in request.image_rows if row >= start]
-        around = [row - start for row in request.image_places if row >= start]
-        return _read_log_probs(
-            name, meta, "input", request.prompt_ids[start:], first=start, images=images, around=around
-        )[first - start :]
+        ids = request.prompt_ids[start:]
+        found = _read_log_probs(name, meta, "input", ids, first=start, images=images, vocab_size=vocab_size)
+        return found[first - start :]
     num_wanted = len(request.prompt_ids) - max(first, 1)
     found_N = torch.empty(0) if logits.log_probs_N is None else logits.log_probs_N
     log_probs = found_N[len(found_N) - num_wanted :]
     blank = [row for row in request.image_rows if row >= max(first, 1)]
     found = (log_probs.isnan().nonzero()[:, 0] + max(first, 1)).tolist()
-    if request.images is not None and not set(blank) <= set(found) <= set(request.image_places):
+    if request.images is not None and found != blank:
         raise AlignmentError(
             f"{name}: {len(found)} prompt tokens without a log-prob, and {len(blank)} rows of images, or others; "
             "use the processor of the served model to expand the prompt"
@@ -306,13 +307,13 @@ def _read_log_probs(
     *,
     first: int = 0,
     images: Sequence[int] = (),
-    around: Sequence[int] = (),
+    vocab_size: int | None = None,
 ) -> torch.Tensor:
     """Return the log-prob of each of ``ids``; see `read_log_probs`."""
     entries = meta.get(f"{side}_token_logprobs")
     if entries is None:
         raise ProtocolError(f"{name}: {side} log-probs were asked for and are not in the answer; send it again")
-    return read_log_probs(name, side, entries, ids, first=first, images=images, around=around)
+    return read_log_probs(name, side, entries, ids, first=first, images=images, vocab_size=vocab_size)
 
 
 class _States(NamedTuple):
