@@ -230,8 +230,8 @@ def _read_prompt_log_probs(
         start = max(first - 1, 0)
         images = [row - start for row in request.image_rows if row >= start]
         ids = request.prompt_ids[start:]
-        found = _read_log_probs(name, meta, "input", ids, first=start, images=images, vocab_size=vocab_size)
-        return found[first - start :]
+        from_start = _read_log_probs(name, meta, "input", ids, first=start, images=images, vocab_size=vocab_size)
+        return from_start[first - start :]
     num_wanted = len(request.prompt_ids) - max(first, 1)
     found_N = torch.empty(0) if logits.log_probs_N is None else logits.log_probs_N
     log_probs = found_N[len(found_N) - num_wanted :]
