@@ -68,11 +68,15 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
         server.close()
 
 
-@pytest.fixture(scope="session", params=sorted(SAVERS))
+@pytest.fixture(scope="session", params=list(SAVERS))
 def image_site(
     request: pytest.FixtureRequest, smol_dir: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ImageSite]:
-    """Yield a server of each small model that reads images; the tests of one model run one behind another."""
+    """Yield a server of each small model that reads images; the tests of one model run one behind another.
+
+    pytest brings them together by the place in the list of models, not by the name: a test for some models alone names
+    the first ones of `SAVERS`, in their order. Others would start servers again.
+    """
     with serve_images(request.param, tmp_path_factory.mktemp("images"), smol_dir) as site:
         yield site
 

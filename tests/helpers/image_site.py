@@ -21,7 +21,7 @@ from torchrl_sglang_hidden.sglang_api.payload import to_payload
 from torchrl_sglang_hidden.sglang_api.responses import read_responses
 
 # Chunks of fewer rows than an image has, and a KV cache so small that the storm's requests do not fit.
-CHUNK, CACHE_TOKENS, MOST_IMAGES = 32, 640, 4
+CHUNK, CACHE_TOKENS, MOST_IMAGES = 32, 480, 4
 GREEDY = {"max_new_tokens": 5, "min_new_tokens": 0, "temperature": 0.0}
 EVERYTHING = HiddenSpec(("prompt", "response", "full"), layers=(0, 1, 2, 3, -1), tokens=True)
 START, END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
@@ -29,21 +29,27 @@ START, END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
 
 @dataclass(frozen=True)
 class ImageSite:
-    """A server of one model, and what makes prompts for it."""
+    """A server of one model, and what makes prompts for it.
+
+    Its tests share the server and its prefix cache: what needs a cold one begins its prompts with ``first_ids`` that no
+    other test has.
+    """
 
     server: LaunchedServer
     model_dir: str
     http: httpx.Client
+    first_ids: tuple[int, ...] = ()
 
     @functools.cached_property
     def writer(self) -> Writer:
         return Writer(self.model_dir)
 
     def request(self, *parts: Any, **fields: Any) -> Request:
-        return self.writer.request(START, *parts, END, **{"sampling": GREEDY, "hidden": EVERYTHING, **fields})
+        fields = {"sampling": GREEDY, "hidden": EVERYTHING, **fields}
+        return self.writer.request(self.first_ids, START, *parts, END, **fields)
 
     def text(self, *parts: Any) -> str:
-        """Return the text of the same prompt, with one placeholder for each image."""
+        """Return the text of the same prompt without `first_ids`, with one placeholder for each image."""
         return self.writer.text(START, *parts, END)
 
     def send(self, requests: Sequence[Request]) -> tuple[list[Completion], list[int]]:
@@ -60,9 +66,6 @@ class ImageSite:
             truth = assert_completion(request, found, self.model_dir, NUM_LAYERS)
             if request.sampling.get("temperature") == 0 and found.response_ids:
                 assert list(found.response_ids) == truth.argmax_T
-
-    def flush(self) -> None:
-        self.http.post("/flush_cache").raise_for_status()
 
 
 @contextmanager
