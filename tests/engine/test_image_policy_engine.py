@@ -236,7 +236,7 @@ def test_constraints_and_bad_rows(image_site: ImageSite, policy: Callable[..., S
     allowed = image_site.writer.ids_of(" yes")[:1]
     make = policy("history", on_error="nan", constraints=ActionMask(allowed))
     good = chat_of(parts_of(image_site, PROMPTS[1]))
-    long = chat_of([image_site.writer.picture(1, 8, 8)] * 4 + ["word " * 600])
+    long = chat_of([image_site.writer.picture(1, 8, 8)] * 4 + ["word " * 1100])
     out = flat(make(ragged(history=[good, chat_of([b"no image", "What?"]), long])))
     assert [row["error"].partition(":")[0] for row in out] == ["", "ImageError", "PromptLengthError"]
     assert set(out[0]["tokens"].response.tolist()) == set(allowed)

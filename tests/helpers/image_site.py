@@ -20,8 +20,8 @@ from torchrl_sglang_hidden.records import Completion, Request
 from torchrl_sglang_hidden.sglang_api.payload import to_payload
 from torchrl_sglang_hidden.sglang_api.responses import read_responses
 
-# Chunks of fewer rows than an image has, and a KV cache so small that the storm's requests do not fit.
-CHUNK, CACHE_TOKENS, MOST_IMAGES = 32, 480, 4
+# Chunks of fewer rows than an image has, and a KV cache so small that two dozen requests do not fit.
+CHUNK, CACHE_TOKENS, MOST_IMAGES = 32, 1000, 4
 GREEDY = {"max_new_tokens": 5, "min_new_tokens": 0, "temperature": 0.0}
 EVERYTHING = HiddenSpec(("prompt", "response", "full"), layers=(0, 1, 2, 3, -1), tokens=True)
 START, END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
