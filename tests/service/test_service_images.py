@@ -17,6 +17,7 @@ from helpers.word_env import TOKENIZER
 from helpers.word_processor import WordProcessor, picture
 from starlette.applications import Starlette
 from starlette.routing import Route
+from tokenizers import decoders
 
 from torchrl_sglang_hidden import ragged
 from torchrl_sglang_hidden.images.image_data import read_image
@@ -209,3 +210,13 @@ def test_a_model_that_takes_text_alone() -> None:
     assert error["type"] == "CapabilityError"
     assert "row 1: 1 images, and the model 'models/tiny' takes text alone; leave" in error["message"]
     assert "'image_url'" in service.refusal(input=message(OPENAI))["message"]
+
+
+def test_ids_that_sglang_would_change_are_refused(service: Service) -> None:
+    """It encodes the prompts of most models with images again; a tokenizer that joins words gives others then."""
+    assert service.ask(input=[[9, IMAGE_ID, 8]], images=[[CAT]]).status_code == 200
+    joins = Service()
+    joins.manager.tokenizer.backend_tokenizer.decoder = decoders.Fuse()  # before its processor is copied
+    refused = joins.refusal(input=[[9, IMAGE_ID, 8]], images=[[CAT]])
+    assert "row 0: SGLang encodes prompts with images of a WordProcessor again" in str(refused)
+    assert joins.manager.payloads == []
