@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,17 @@ def pixels_of(data: ImageData) -> torch.Tensor:
     return torch.from_numpy(np.array(data.open()))
 
 
+def turned_by(kind: int, value: bytes) -> bytes:
+    """Return EXIF data whose orientation is of another type than a number."""
+    return b"Exif\0\0II*\0\x08\0\0\0\x01\0" + struct.pack("<HHI", 0x0112, kind, len(value)) + value + b"\0\0\0\0"
+
+
+def read_only() -> np.ndarray[Any, Any]:
+    pixels = PIXELS_HWC.numpy().copy()
+    pixels.flags.writeable = False
+    return pixels
+
+
 FORMS: dict[str, Callable[[], Any]] = {
     "PIL": lambda: Image.fromarray(PIXELS_HWC.numpy()),
     "tensor [H, W, C]": lambda: PIXELS_HWC,
@@ -37,6 +49,11 @@ FORMS: dict[str, Callable[[], Any]] = {
     "array": lambda: PIXELS_HWC.numpy(),
     "floats": lambda: PIXELS_HWC.float() / 255,
     "doubles": lambda: PIXELS_HWC.numpy() / 255,
+    "mirrored views": lambda: np.ascontiguousarray(PIXELS_HWC.numpy()[::-1, :, ::-1])[::-1, :, ::-1],
+    "a read-only array": read_only,
+    "columns first in memory": lambda: np.asfortranarray(PIXELS_HWC.numpy()),
+    "the other byte order": lambda: (PIXELS_HWC.numpy() / 255).astype(">f4"),
+    "long doubles": lambda: PIXELS_HWC.numpy().astype(np.longdouble) / 255,
     "bytes": file_bytes,
     "bytearray": lambda: bytearray(file_bytes()),
     "data URI": lambda: "data:image/png;base64," + base64.b64encode(file_bytes()).decode(),
@@ -46,6 +63,7 @@ FORMS: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_is_the_same_pixels(form: str) -> None:
     found = read_image("row 0:", FORMS[form]())
@@ -67,6 +85,38 @@ def test_a_file_of_plain_colours_travels_as_it_is() -> None:
     data = file_bytes("JPEG", quality=50)
     found = read_image("row 0:", data)
     assert found.uri == "data:image/jpeg;base64," + base64.b64encode(data).decode()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "TIFF", "WEBP"])
+def test_of_several_frames_the_first_travels(kind: str) -> None:
+    frames = [Image.new("RGB", (7, 5), colour) for colour in ("red", "blue", "lime")]
+    found = read_image("row 0:", file_bytes(kind, frames[0], save_all=True, append_images=frames[1:]))
+    assert found.uri.startswith("data:image/png")
+    assert (pixels_of(found) - torch.tensor([255, 0, 0], dtype=torch.uint8)).abs().max() <= 1
+
+
+@pytest.mark.parametrize("kind", [2, 7])
+def test_an_orientation_that_is_no_number_turns_nothing(kind: int) -> None:
+    found = read_image("row 0:", file_bytes("JPEG", exif=turned_by(kind, b"abc\0")))
+    assert (found.width, found.height) == (7, 5)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["BMP", "DDS", "GIF", "JPEG", "PNG", "TIFF", "WEBP"])
+def test_a_damaged_file_is_read_or_refused_by_name(kind: str) -> None:
+    """PIL's readers raise many errors, each its own."""
+    whole, generator = file_bytes(kind), np.random.default_rng(0)
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for place in generator.integers(len(damaged), size=3):
+            damaged[place] = int(generator.integers(256))
+        try:
+            found = read_image("row 0:", bytes(damaged))
+        except ImageError as error:
+            assert str(error).startswith("row 0: ")
+        else:
+            assert found.open().mode == "RGB"
 
 
 def test_what_depends_on_the_reader_is_settled_before_it_travels() -> None:
@@ -110,6 +160,7 @@ BAD = {
     "four axes": (lambda: torch.zeros(2, 8, 8, 3, dtype=torch.uint8), r"pixels of shape \(2, 8, 8, 3\)"),
     "no pixels": (lambda: torch.zeros(0, 8, 3, dtype=torch.uint8), "an image of 8 × 0 pixels"),
     "16 bits": (lambda: Image.fromarray(np.zeros((4, 4), dtype=np.uint16)), "more than 8 bits a channel"),
+    "a mode of PIL's own": (lambda: Image.new("La", (4, 4)), "conversion from La"),
     "too large": (lambda: Image.new("L", (10_000, 10_000)), rf"10000 × 10000 pixels; the limit is 1 to {MAX_PIXELS}"),
 }
 
@@ -121,7 +172,13 @@ def test_what_is_no_image_is_refused(case: str) -> None:
         read_image("row 3, image 1:", make())
 
 
-@pytest.mark.parametrize("value", [None, 3, [PIXELS_HWC], PIXELS_HWC.long(), PIXELS_HWC.to(torch.int32).numpy()])
+OTHER_TYPES = [
+    None, 3, [PIXELS_HWC], PIXELS_HWC.long(), PIXELS_HWC.to(torch.int32).numpy(), PIXELS_HWC.numpy() > 5,
+    np.array(["a.png"]), np.array([None, None]), PIXELS_HWC.numpy().astype(complex), PIXELS_HWC.numpy().astype("u2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", OTHER_TYPES)
 def test_another_type_is_refused(value: Any) -> None:
     with pytest.raises(InputTypeError, match=r"^row 3: .*; expected"):
         read_image("row 3:", value)

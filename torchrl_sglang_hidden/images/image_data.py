@@ -10,11 +10,13 @@ import binascii
 import hashlib
 import io
 import os
-from collections.abc import Mapping
+import struct
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+import numpy as np
 import torch
 
 from torchrl_sglang_hidden.errors import ImageError, InputTypeError
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["MAX_PIXELS", "ImageData", "read_image"]
 
+T = TypeVar("T")
+
 # Of one image, 8192 × 8192. A model's processor makes an image smaller than this; a larger one costs memory, and takes
 # longer to send than to compute.
 MAX_PIXELS = 2**26
@@ -32,6 +36,12 @@ CHANNELS = (1, 3, 4)
 DATA_URI = "data:image/"
 # Modes of more than 8 bits a channel, which PIL cuts off when it converts them.
 DEEP_MODES = ("I", "F")
+# An EXIF tag: how the image is turned. 0 is what some cameras write for 1, upright.
+ORIENTATION, UPRIGHT = 0x0112, (0, 1)
+# What PIL's readers raise of damaged files, each its own.
+FOREIGN_ERRORS = (
+    ArithmeticError, EOFError, LookupError, OSError, RuntimeError, SyntaxError, TypeError, ValueError, struct.error,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +90,10 @@ def read_image(name: str, value: Any) -> ImageData:
         return _of_bytes(name, _file(name, value))
     if isinstance(value, (bytes, bytearray, memoryview)):
         return _of_bytes(name, bytes(value))
-    if isinstance(value, torch.Tensor) or (hasattr(value, "__array__") and not hasattr(value, "convert")):
-        return _of_image(name, _of_pixels(name, torch.as_tensor(value)))
+    if isinstance(value, torch.Tensor):
+        return _of_image(name, _of_pixels(name, value))
+    if hasattr(value, "__array__") and not hasattr(value, "convert"):
+        return _of_image(name, _of_pixels(name, _tensor_of(name, np.asarray(value))))
     if hasattr(value, "convert") and hasattr(value, "load"):
         return _of_image(name, _loaded(name, cast("Image", value)))
     raise InputTypeError(f"{name} a {type(value).__name__}; expected {FORMS}")
@@ -112,19 +124,24 @@ def _file(name: str, path: str | os.PathLike[str]) -> bytes:
 
 def _of_bytes(name: str, data: bytes) -> ImageData:
     image = _open_bytes(name, data)
-    plain = image.mode == "RGB" and not image.getexif().get(0x0112, 1) > 1 and getattr(image, "n_frames", 1) == 1
-    if not plain:
+    if not _decode(name, lambda: _is_plain(image)):
         return _of_image(name, image)
     return _packed(data, f"image/{str(image.format).lower()}", image)
 
 
+def _is_plain(image: Image) -> bool:
+    """Whether every reader makes the same pixels of an image's file."""
+    upright = image.getexif().get(ORIENTATION, 1) in UPRIGHT
+    return image.mode == "RGB" and upright and getattr(image, "n_frames", 1) == 1
+
+
 def _open_bytes(name: str, data: bytes) -> Image:
     # Here and not above: importing the package is to load no library that a user may not need.
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         image = Image.open(io.BytesIO(data))
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError) as error:
+    except (Image.DecompressionBombError, *FOREIGN_ERRORS) as error:
         raise ImageError(f"{name} {len(data)} bytes that are no image ({error}); give {FORMS}") from error
     return _loaded(name, image)
 
@@ -132,11 +149,16 @@ def _open_bytes(name: str, data: bytes) -> Image:
 def _loaded(name: str, image: Image) -> Image:
     """Decode an image whole, so that a truncated file is found here."""
     _check_size(name, image.width, image.height)
-    try:
-        image.load()
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ImageError(f"{name} an image that cannot be decoded ({error}); give the whole file") from error
+    _decode(name, image.load)
     return image
+
+
+def _decode(name: str, read: Callable[[], T]) -> T:
+    """Return what PIL reads of an image."""
+    try:
+        return read()
+    except FOREIGN_ERRORS as error:
+        raise ImageError(f"{name} an image that cannot be decoded ({error}); give the whole file") from error
 
 
 def _check_size(name: str, width: int, height: int) -> None:
@@ -146,15 +168,24 @@ def _check_size(name: str, width: int, height: int) -> None:
         )
 
 
+def _tensor_of(name: str, array: np.ndarray[Any, Any]) -> torch.Tensor:
+    """Return an array's pixels, of any strides and byte order, as a tensor of its own memory."""
+    if array.dtype.kind not in "buif":
+        raise InputTypeError(f"{name} an array of {array.dtype}; expected {FORMS}")
+    dtype = np.float32 if array.dtype.kind == "f" else array.dtype.newbyteorder("=")
+    return torch.from_numpy(np.array(array, dtype=dtype, order="C"))
+
+
 def _of_pixels(name: str, pixels: torch.Tensor) -> Image:
     from PIL import Image
 
     pixels = pixels.detach().cpu()
     if pixels.is_floating_point():
+        pixels = pixels.float()
         low, high = (float(pixels.min()), float(pixels.max())) if pixels.numel() else (0.0, 0.0)
         if not (low >= 0 and high <= 1):
             raise ImageError(f"{name} float pixels from {low:g} to {high:g}; expected 0 to 1, or uint8 from 0 to 255")
-        pixels = (pixels.float() * 255).round().to(torch.uint8)
+        pixels = (pixels * 255).round().to(torch.uint8)
     if pixels.dtype != torch.uint8:
         raise InputTypeError(f"{name} pixels of {pixels.dtype}; expected torch.uint8, or floats from 0 to 1")
     shape = tuple(pixels.shape)
@@ -179,9 +210,8 @@ def _of_image(name: str, image: Image) -> ImageData:
 
     if image.mode.partition(";")[0] in DEEP_MODES:
         raise ImageError(f"{name} an image of mode {image.mode!r}, more than 8 bits a channel; give one in mode 'RGB'")
-    image = ImageOps.exif_transpose(image)
+    rgb = _decode(name, lambda: ImageOps.exif_transpose(image).convert("RGB"))
     buffer = io.BytesIO()
-    rgb = image.convert("RGB")
     # Level 1: of frames of a game a third of the time, for a tenth more bytes.
     rgb.save(buffer, "PNG", compress_level=1)
     return _packed(buffer.getvalue(), "image/png", rgb)
