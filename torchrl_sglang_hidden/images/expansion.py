@@ -260,20 +260,30 @@ class RowImages:
             at, image = at + len(rows), image + 1
         return kept
 
-    def short_of(self, name: str, ids: Sequence[int]) -> tuple[int, ...]:
-        """Return the short form of an expanded prompt.
+    def kept_in_short(self, name: str, ids: Sequence[int]) -> list[int]:
+        """Return which ids of a prompt in either form are left in its short form.
+
+        An image may be one placeholder and a break behind it. Ids that have the break are expanded already, although
+        they have one placeholder for each image.
 
         Raises:
             ImageError: the ids have something else in the place of these images; ``name`` says whose they are.
         """
         kept = self.fold(ids)
-        if kept is None or sum(ids[i] == self.placeholder_id for i in kept) != len(self.images):
-            raise ImageError(
-                f"{name} {list(ids).count(self.placeholder_id)} placeholders, of id {self.placeholder_id}, for "
-                f"{len(self.images)} images, and not what these are expanded to: {list(map(len, self.expansions))} "
-                "rows; give one placeholder for each image, or the ids of an output with its images"
-            )
-        return tuple(ids[i] for i in kept)
+        if kept is not None and sum(ids[i] == self.placeholder_id for i in kept) == len(self.images):
+            return kept
+        num_found = list(ids).count(self.placeholder_id)
+        if num_found == len(self.images):
+            return list(range(len(ids)))
+        raise ImageError(
+            f"{name} {num_found} placeholders, of id {self.placeholder_id}, for {len(self.images)} images, and not "
+            f"what these are expanded to: {list(map(len, self.expansions))} rows; give one placeholder for each image, "
+            "or the ids of an output with its images"
+        )
+
+    def short_of(self, name: str, ids: Sequence[int]) -> tuple[int, ...]:
+        """Return the short form of a prompt in either form; raises as `kept_in_short` does."""
+        return tuple(ids[i] for i in self.kept_in_short(name, ids))
 
     def spread(self, values: Sequence[T], ids: Sequence[int], fill: T) -> list[T]:
         """Return values of the ids of a short prompt as values of the expanded one; ``fill`` stands at images' rows."""

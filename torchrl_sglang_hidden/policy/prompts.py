@@ -271,14 +271,13 @@ class PromptReader:
     def _read_tokens(self, name: str, row: TensorDictBase, ids: Any, images: RowImages | None) -> Row:
         reader = TokenReader(self.input_key, self.attention_mask_key, self.masks_key, self.generate, self.padding_value)
         found = reader.read(name, row, ids)
-        placement, mask = found.placement, found.assistant_mask
-        short = found.ids
-        if images is not None and short.count(images.placeholder_id) == len(images.images):
-            # The ids have other places once they are expanded.
-            placement = placement if all(len(rows) == 1 for rows in images.expansions) else None
-        elif images is not None:
-            short = images.short_of(name, found.ids)
-            mask = None if mask is None else tuple(mask[i] for i in images.fold(found.ids) or ())
+        short, placement, mask = found.ids, found.placement, found.assistant_mask
+        if images is not None:
+            kept = images.kept_in_short(name, found.ids)
+            short = tuple(found.ids[i] for i in kept)
+            mask = None if mask is None else tuple(mask[i] for i in kept)
+            if len(images.expand(short)[0]) != len(found.ids):
+                placement = None  # the ids have other places once they are expanded
         return Row(short, self._decode(short), assistant_mask=mask, placement=placement, images=images)
 
     def _decode(self, prompt_ids: tuple[int, ...]) -> str:

@@ -86,7 +86,7 @@ def image_prompt(
         return prompt_ids(number, row, tokenizer), None
     else:
         short = prompt_ids(number, row, tokenizer, images=True)
-        if not isinstance(row, str) and short.count(found.placeholder_id) != len(found.images):
+        if not isinstance(row, str):
             short = found.short_of(name, short)
     if found is None:
         return short, None
