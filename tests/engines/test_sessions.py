@@ -17,6 +17,7 @@ from helpers.fake_engine import (
     abort_a_row,
     lose_a_state_row,
 )
+from helpers.fake_images import IMAGE_ID, images_in
 from helpers.session_contract import SessionContract, assert_turn, scored
 
 from torchrl_sglang_hidden.engines import BatchingEngine
@@ -87,6 +88,17 @@ def test_a_head_that_sglang_takes_for_a_bos_stays(recorder: RecordingEngine) -> 
         session.generate(request([BOS_ID, 5]))
         session.generate(request([BOS_ID, BOS_ID, 8]))
     assert sent(recorder) == [[BOS_ID, 5], [BOS_ID, BOS_ID, BOS_ID, 8]]
+
+
+def test_a_placeholder_at_the_head_is_not_sent_twice() -> None:
+    """Two placeholders for one image are what SGLang hangs on: rows that do not agree are an error at once."""
+    recorder = RecordingEngine(takes_images=True, image_token_id=IMAGE_ID)
+    with recorder.session() as session:
+        session.generate(request([5, 6]))
+        turn = images_in([IMAGE_ID, 7], ["data:image/png;base64,Y2F0"], rows=4)
+        with pytest.raises(AlignmentError, match="the prompt's images make it"):
+            session.generate(turn)
+    assert sent(recorder)[1:] == [[IMAGE_ID, 7]]
 
 
 def test_a_context_that_is_not_ours_is_an_alignment_error(recorder: RecordingEngine) -> None:

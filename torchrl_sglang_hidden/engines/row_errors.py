@@ -12,14 +12,14 @@ from dataclasses import replace
 from functools import partial
 from operator import add
 
-from torchrl_sglang_hidden.errors import ConstraintError, PromptLengthError, SGLangHiddenError, SpanError
+from torchrl_sglang_hidden.errors import ConstraintError, ImageError, PromptLengthError, SGLangHiddenError, SpanError
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Request, failed_completion
 from torchrl_sglang_hidden.sglang_api.checks import check_requests
 
 __all__ = ["ROW_ERRORS", "generate_rows", "numbered", "refused_rows", "renumber"]
 
 # What is wrong with one prompt, its spans or its constraints. A wrong id or option concerns the whole call.
-ROW_ERRORS = (PromptLengthError, SpanError, ConstraintError)
+ROW_ERRORS = (PromptLengthError, ImageError, SpanError, ConstraintError)
 
 
 def refused_rows(requests: Sequence[Request | None], info: EngineInfo) -> list[SGLangHiddenError | None]:

@@ -132,8 +132,9 @@ class Session:
             return self._send(request, new_ids, data)
         except AlignmentError as error:
             # SGLang takes a BOS off the head of an appended turn, for tokenizers that put one before every text, and
-            # says nowhere which id the BOS is. Sent twice, only the first of the two is taken off.
-            if not appended:
+            # says nowhere which id the BOS is. Sent twice, only the first of the two is taken off. A placeholder is no
+            # BOS, and SGLang hangs on two of them for one image.
+            if not appended or (request.images is not None and new_ids[0] == request.images.placeholder):
                 raise
             with suppress(AlignmentError):
                 sent = self._send(request, doubled, data)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from torchrl_sglang_hidden.errors import CapabilityError, InputError, InputTypeError
+from torchrl_sglang_hidden.errors import CapabilityError, ImageError, InputError, InputTypeError
 from torchrl_sglang_hidden.records import EngineInfo, Images, Request
 
 __all__ = ["check_images"]
@@ -26,8 +26,9 @@ def check_images(row: int, request: Request, info: EngineInfo) -> None:
 
     Raises:
         CapabilityError: images for a model that takes none.
-        InputError: placeholders and images that differ in number, more images than the server takes, an image that is
-            no data URI, a placeholder without an image, or an expanded prompt that is not the sent one, expanded.
+        ImageError: placeholders and images that differ in number, a placeholder without an image, or more images than
+            the server takes.
+        InputError: an image that is no data URI, or an expanded prompt that is not the sent one, expanded.
         InputTypeError: an image that is no string.
     """
     images = request.images
@@ -41,7 +42,7 @@ def check_images(row: int, request: Request, info: EngineInfo) -> None:
         )
     placeholders = images.sent_ids.count(images.placeholder)
     if not placeholders == len(images.data) == len(images.ranges) or not images.data:
-        raise InputError(
+        raise ImageError(
             f"row {row}: {placeholders} placeholders (id {images.placeholder}) in the ids that are sent, "
             f"{len(images.data)} images and {len(images.ranges)} ranges; expected the same number of each, at least 1, "
             "or images=None"
@@ -52,7 +53,7 @@ def check_images(row: int, request: Request, info: EngineInfo) -> None:
             "served model's own processor"
         )
     if info.max_images is not None and len(images.data) > info.max_images:
-        raise InputError(
+        raise ImageError(
             f"row {row}: {len(images.data)} images, over the server's limit of {info.max_images} for one prompt; send "
             "fewer, or start it with a larger --limit-mm-data-per-request"
         )
@@ -72,7 +73,7 @@ def _check_without_images(row: int, request: Request, info: EngineInfo) -> None:
     """Refuse a placeholder that no image is for: SGLang would compute its embedding, which no training has seen."""
     if not info.takes_images or info.image_token_id is None or info.image_token_id not in request.prompt_ids:
         return
-    raise InputError(
+    raise ImageError(
         f"row {row}: position {request.prompt_ids.index(info.image_token_id)} of the prompt is the placeholder of an "
         f"image (id {info.image_token_id}), and there are 0 images; pass the image, or take the placeholder out. A "
         "model may sample it by itself: DisallowedTokens keeps it from that"
