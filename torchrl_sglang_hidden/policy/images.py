@@ -5,6 +5,7 @@ Knows nothing of prompts or processors.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from tensordict import TensorDictBase, is_non_tensor, is_tensor_collection
 from tensordict.utils import NestedKey
@@ -30,10 +31,14 @@ def read_images(name: str, row: TensorDictBase, key: NestedKey | None) -> tuple[
         raise InputTypeError(f"{key!r} cannot be read: {error}; images_key reads a list of images there") from error
     if is_non_tensor(value):
         value = value.tolist()
+    elif is_tensor_collection(value) and {"bytes", "path"} & set(value.keys()):
+        value = value.to_dict()  # one image as Hugging Face's data sets have it: a TensorDict holds no dict
     elif is_tensor_collection(value):
         raise InputTypeError(
             f"{name} {key!r}: a {type(value).__name__}; expected a list of images, one per placeholder"
         )
+    if isinstance(value, np.ndarray) and value.dtype.kind in "OU":
+        value = value.tolist()  # an array of images, or of paths
     # An empty list becomes an empty tensor in a TensorDict.
     if value is None or (isinstance(value, torch.Tensor) and value.shape == (0,)):
         return ()

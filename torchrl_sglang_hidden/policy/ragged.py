@@ -229,7 +229,9 @@ def _field(name: str, values: Any, num_rows: int) -> list[Any]:
     if size != num_rows:
         found = f"{values!r:.80}, a {type(values).__name__}" if size is None else f"{size} values"
         raise InputError(f"{name}: {found}; expected one value for each of the {num_rows} rows")
-    return [values[row] for row in range(num_rows)]
+    # A TensorDict takes lists of anything, and tuples of numbers alone.
+    found = [values[row] for row in range(num_rows)]
+    return [list(value) if type(value) is tuple else value for value in found]
 
 
 def _shape(batch_size: Sequence[int] | None, num_rows: int) -> tuple[int, ...]:
