@@ -47,11 +47,13 @@ class WordProcessor:
         self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = PARTS_TEMPLATE, *, breaks: bool = False
     ) -> None:
         self.tokenizer, self.chat_template, self.breaks = tokenizer, chat_template, breaks
-        self.image_processor = SimpleNamespace()
-        self.num_calls = 0
+        # How many rows a pixel is.
+        self.image_processor = SimpleNamespace(rows=1)
+        # A list, which copies of a processor share.
+        self.calls: list[None] = []
 
     def __call__(self, text: Sequence[str], images: Any, **options: Any) -> dict[str, Any]:
-        self.num_calls += 1
+        self.calls.append(None)
         flat = [image for row in images for image in (row if isinstance(row, list) else [row])]
         if any(image.width * image.height > MOST_PIXELS for image in flat):
             raise ValueError("too many pixels for a vision tower of words")
@@ -60,7 +62,7 @@ class WordProcessor:
         for token_id in self.tokenizer(text[0], add_special_tokens=False)["input_ids"]:
             if token_id == IMAGE_ID and rest:
                 image = rest.pop(0)
-                ids += rows_of(image.width, image.height, breaks=self.breaks)
+                ids += rows_of(image.width * self.image_processor.rows, image.height, breaks=self.breaks)
             else:
                 ids.append(token_id)
         out = {"input_ids": [ids], "attention_mask": [[1] * len(ids)], "mm_token_type_ids": [[0] * len(ids)]}

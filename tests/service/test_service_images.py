@@ -153,7 +153,7 @@ def test_the_vectors_are_a_policys(service: Service) -> None:
 
 def test_sglangs_own_processor_is_left_alone(service: Service) -> None:
     service.vectors(input=f"{PLACE} w1", images=[CAT])
-    assert service.manager.processor.num_calls == 0
+    assert service.manager.processor.calls == []
 
 
 BAD: dict[str, tuple[dict[str, Any], str, list[str]]] = {

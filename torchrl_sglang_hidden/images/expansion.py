@@ -7,6 +7,7 @@ the image's rows: the form of ``tokens.prompt``, of masks, and of every count. K
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,8 +23,12 @@ __all__ = ["NO_IMAGES", "ImageProcessor", "RowImages", "is_processor", "tokenize
 
 T = TypeVar("T")
 
+# Every tokenizer decodes ids below it.
+MAX_ID = 2**31
 # The processors of models whose ids SGLang keeps as they are sent (its SGLANG_MM_AVOID_RETOKENIZE).
 KEEPS_IDS = ("Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor")
+# What to do about a prompt whose ids would not stay.
+GIVE_TEXT = "give the text instead of ids, in history mode with chat='render' and prefer_tokens=False"
 # What a processor returns of a text.
 OF_TEXT = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 
@@ -39,10 +44,11 @@ def tokenizer_of(value: Any) -> Any:
 
 
 class ImageProcessor:
-    """A model's Hugging Face processor, as far as images need it. It is loaded when the first image comes.
+    """A model's Hugging Face processor, as far as images need it. It is loaded, or copied, when the first image comes.
 
-    The ids that an image becomes depend on its size alone: those of a size are asked for once. Pickled, it is the
-    processor that was given, or the path of the engine's.
+    The ids that an image becomes depend on its size alone: those of a size are asked for once. So the processor is a
+    copy that nobody else sets, or calls in another thread with truncation, which is state of its tokenizer. Pickled, it
+    is the processor that was given, or the path of the engine's.
 
     Args:
         given: the user's processor, or None.
@@ -53,7 +59,8 @@ class ImageProcessor:
 
     def __init__(self, given: Any, path: str, *, takes_images: bool, max_images: int | None = None) -> None:
         self.given, self.path, self.takes_images, self.max_images = given, path, takes_images, max_images
-        self._loaded, self._lock = given, threading.Lock()
+        self._loaded: Any = None
+        self._lock = threading.Lock()
         self._expansions: dict[tuple[int, int], tuple[int, ...]] = {}
         # Whether the model's forward pass reads of each token whether it is an image's row.
         self.types_tokens = False
@@ -76,7 +83,7 @@ class ImageProcessor:
             )
         with self._lock:
             if self._loaded is None:
-                self._loaded = _load(self.path)
+                self._loaded = _load(self.path) if self.given is None else _own_copy(self.given)
         return self._loaded
 
     @property
@@ -96,7 +103,7 @@ class ImageProcessor:
         """
         if self.given is None and (not self.takes_images or tokenizer.chat_template):
             return None
-        found = self.processor.chat_template
+        found = (self.processor if self.given is None else self.given).chat_template
         return found if isinstance(found, str) else None
 
     def expansion(self, name: str, image: ImageData) -> tuple[int, ...]:
@@ -143,17 +150,23 @@ class ImageProcessor:
         expansions = tuple(self.expansion(f"{name} image {i}:", image) for i, image in enumerate(images))
         return RowImages(tuple(images), expansions, self.placeholder_id)
 
-    def check_kept(self, name: str, ids: Sequence[int]) -> None:
+    def check_kept(self, name: str, ids: Sequence[int], *, remedy: str = GIVE_TEXT) -> None:
         """Refuse a short prompt that SGLang would turn into other ids, as it does for some models, without a word.
 
         It keeps the ids of Qwen's models. Those of others it decodes, and lets the processor encode the text again:
         ids that were sampled may become others then, and states and log-probs would be theirs.
 
+        Args:
+            name: says whose ids they are, for errors.
+            ids: the short prompt, with what is sent behind it.
+            remedy: what to do instead, for errors.
+
         Raises:
-            ImageError: these ids would not stay; ``name`` says whose they are.
+            ImageError: these ids would not stay.
         """
         processor = self.processor
-        if type(processor).__name__ in KEEPS_IDS:
+        # The engine's check names ids that no tokenizer has.
+        if type(processor).__name__ in KEEPS_IDS or not 0 <= min(ids) <= max(ids) < MAX_ID:
             return
         tokenizer = processor.tokenizer
         text = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -163,8 +176,7 @@ class ImageProcessor:
             at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(again), len(ids)))
             raise ImageError(
                 f"{name} SGLang encodes prompts with images of a {type(processor).__name__} again, and token {at}, "
-                f"{tokenizer.decode(list(ids[at : at + 1]))!r}, would become another; give the text instead of ids, in "
-                "history mode with chat='render' and prefer_tokens=False"
+                f"{tokenizer.decode(list(ids[at : at + 1]))!r}, would become another; {remedy}"
             )
 
     def tensors(self, images: Sequence[ImageData]) -> dict[str, torch.Tensor]:
@@ -200,6 +212,17 @@ def _load(path: str) -> Any:
             "model's Hugging Face processor"
         )
     return found
+
+
+def _own_copy(processor: Any) -> Any:
+    if not hasattr(processor, "image_token_id"):
+        raise CapabilityError(
+            f"a {type(processor).__name__} has no image token, which stands for an image in a prompt; use a model that "
+            "docs/compatibility.md names for images"
+        )
+    own = copy.copy(processor)
+    own.tokenizer, own.image_processor = copy.deepcopy((processor.tokenizer, processor.image_processor))
+    return own
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from torchrl_sglang_hidden.errors import (
     PromptLengthError,
     TokenIdError,
 )
+from torchrl_sglang_hidden.images.expansion import ImageProcessor
 from torchrl_sglang_hidden.policy.candidate_ids import (
     CandidateIds,
     Candidates,
@@ -80,6 +81,7 @@ def score_candidates(
     mask: torch.Tensor | None,
     batch_size: torch.Size,
     own: OwnTokenizer,
+    processor: ImageProcessor,
     engine: Engine,
     ahead: Engine,
 ) -> TensorDict:
@@ -94,6 +96,7 @@ def score_candidates(
         mask: bool ``[*batch, A]``, True at the candidates to score; None for all.
         batch_size: of the prompts.
         own: the policy's copies of its tokenizer.
+        processor: says which ids the engine keeps behind images.
         engine: where the candidates are sent.
         ahead: the engine that computes each prompt first, so that its candidates find it in the prefix cache. Not a
             queue, which would wait for other callers twice.
@@ -120,7 +123,9 @@ def score_candidates(
         warn_of_equal_beginnings(read, _places(wanted_RA), own)
     words_RA = _num_words(read, wanted_RA, own) if normalize == "word" else 1
     requests = [_prompt_request(prompt, call) for prompt in prompts]
-    _check(rows, requests, ahead.info, 1 if reduction == "first" else None)
+    num_sent = 1 if reduction == "first" else None
+    _check(rows, requests, ahead.info, num_sent)
+    _check_kept(rows, prompts, wanted_RA, processor, num_sent)
     logits_RA = _log_probs(requests, rows, wanted_RA, "mean" if normalize == "token" else reduction, engine, ahead)
     logits_RA = logits_RA / words_RA
     # A NaN stays, for the distribution to refuse.
@@ -259,6 +264,20 @@ def _check(rows: Sequence[Sequence[Ids]], requests: Sequence[Request], info: Eng
                     f"over the engine's limit of {info.max_prompt_tokens} (context length {info.context_length}); "
                     "shorten one of them, or start the server with a larger context or KV cache"
                 )
+
+
+def _check_kept(
+    rows: Sequence[Sequence[Ids]],
+    prompts: Sequence[Row],
+    wanted_RA: torch.Tensor,
+    processor: ImageProcessor,
+    num_sent: int | None,
+) -> None:
+    """Refuse candidates behind images that the engine would score as other ids."""
+    for row, column in _places(wanted_RA):
+        if prompts[row].images is not None:
+            sent_ids = (*prompts[row].sent_ids, *rows[row][column][:num_sent])
+            processor.check_kept(f"row {row}, candidate {column}:", sent_ids, remedy="give another candidate")
 
 
 # --- choosing --------------------------------------------------------------------------------------------------------

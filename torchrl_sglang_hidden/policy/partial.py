@@ -14,7 +14,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torchrl.modules.llm.policies import LogProbs
 
 from torchrl_sglang_hidden.engines import Engine, join_completions, rest_of
-from torchrl_sglang_hidden.errors import InputError, InputTypeError, MissingKeyError
+from torchrl_sglang_hidden.errors import ImageError, InputError, InputTypeError, MissingKeyError
 from torchrl_sglang_hidden.images.messages import hide_images
 from torchrl_sglang_hidden.policy.assemble import assemble
 from torchrl_sglang_hidden.policy.chat_template import goes_on, messages_of
@@ -218,10 +218,16 @@ def _read_row(index: int, row: TensorDictBase, first: Completion, reader: Prompt
     text = None if keys.text is None else _get(row, keys.text, "text")
     name = f"row {index}, {keys.images!r}:"
     images = reader.processor.row_images(name, read_images(f"row {index},", row, keys.images))
-    short = images.short_of(name, first.prompt_ids) if images is not None else first.prompt_ids
+    short, error = first.prompt_ids, None
     if images is not None:
-        reader.processor.check_kept(name, (*short, *first.response_ids))
-    found = Row(short, decode_all(reader.tokenizer, short) if text is None else text.prompt, images=images)
+        short = images.short_of(name, first.prompt_ids)
+        try:
+            reader.processor.check_kept(name, (*short, *first.response_ids), remedy="send the prompt again")
+        except ImageError as refused:
+            error = refused
+    elif reader.processor.takes_images and (keys.images is None or row.get(keys.images) is None):
+        _check_without_images(name, first, reader)
+    found = Row(short, decode_all(reader.tokenizer, short) if text is None else text.prompt, images=images, error=error)
     found = expand_row(name, found)
     if reader.input_mode == "history":
         found = _with_chat(row, found, reader, keys)
@@ -237,6 +243,15 @@ def _read_row(index: int, row: TensorDictBase, first: Completion, reader: Prompt
         found = replace(found, placement=given.placement)
     found = replace(reader, spans=spans).read_fields(index, row, found)
     return found if found.wants_states is False else replace(found, spans={**found.spans, **known})
+
+
+def _check_without_images(name: str, first: Completion, reader: PromptReader) -> None:
+    """Refuse an output without its key of images if its prompt has images."""
+    if reader.processor.placeholder_id in first.prompt_ids:
+        raise MissingKeyError(
+            f"{name} no images, which resume sends again, and the prompt has the rows of some; give the output its "
+            "images, with prompt_images_key, and pass it as it was"
+        )
 
 
 def _with_chat(row: TensorDictBase, found: Row, reader: PromptReader, keys: OutputKeys) -> Row:

@@ -388,6 +388,7 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
             mask=mask,
             batch_size=tensordict.batch_size,
             own=self.config.own_tokenizer,
+            processor=self.config.processor,
             engine=self._engine,
             ahead=self.model,
         )
