@@ -186,7 +186,7 @@ BAD: dict[str, tuple[dict[str, Any], str, list[str]]] = {
         ["part 0", "detail", "own processor"],
     ),
     "no place": ({"input": ["w1", "w2"], "images": [[], [CAT]]}, "ImageError", ["row 1", "0 placeholders", "1 images"]),
-    "no image for a place": ({"input": [PLACE, PLACE], "images": [[CAT], []]}, "InputError", ["row 1"]),
+    "no image for a place": ({"input": [PLACE, PLACE], "images": [[CAT], []]}, "ImageError", ["row 1"]),
     "a bare part": ({"input": message({"type": "image"})}, "ImageError", ["row 0, message 0, part 0", "without an"]),
     "no part": ({"input": message(WORD), "images": [CAT]}, "ImageError", ["row 0, 1 images"]),
     "too many": ({"input": PLACE, "images": [CAT] * 4}, "ImageError", ["row 0", "4 images", "takes 3"]),
