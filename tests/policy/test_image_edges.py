@@ -24,6 +24,7 @@ from torchrl_sglang_hidden import (
     MissingKeyError,
     SGLangHiddenWrapper,
     TokenIdError,
+    TokenMask,
     ragged,
 )
 from torchrl_sglang_hidden.images.image_data import read_image
@@ -32,6 +33,8 @@ from torchrl_sglang_hidden.spec.hidden import SEGMENTS
 PLACE = WORDS[IMAGE_ID]
 
 CAT, DOT = picture(1, 3), picture(2, 1)
+PIXELS = torch.tensor(np.array(CAT))[None]
+OPTIONS: dict[str, Any] = {"on_error": "nan", "generate_kwargs": {"max_new_tokens": 8}}
 
 
 class Encodes(WordProcessor):
@@ -66,6 +69,25 @@ def test_an_image_of_one_row_and_a_break_is_expanded_once(images: list[Any]) -> 
     assert [payload["input_ids"] for payload in engine.payloads] == [[short]] * 2
     scorer = policy.get_new_version(generate=False, images_key="prompt_images", inplace=False, pad_output=True)
     assert torch.equal(flat(scorer(out[None]))[0]["tokens"].full, out["tokens"].full)
+
+
+@pytest.mark.parametrize("width", [3, 5, 6])
+@pytest.mark.parametrize("form", ["short", "expanded"])
+def test_a_mask_is_over_the_ids_as_they_are_given(form: str, width: int) -> None:
+    """Padded, short ids may be as wide as the expanded ones are long."""
+    policy, engine = make("tokens", hidden=HiddenSpec(("prompt",), spans={"mine": TokenMask("mine")}), **OPTIONS)
+    ids = [9, *[IMAGE_ID] * (1 if form == "short" else 3), 8]
+    pads = max(width - len(ids), 0)
+    for token_id, expected in ((9, (0, 1)), (IMAGE_ID, (1, 4)), (8, (4, 5))):
+        mask = [False] * pads + [one == token_id for one in ids]
+        real = [False] * pads + [True] * len(ids)
+        batch = tokens_batch(
+            [0] * pads + ids, attention_mask=torch.tensor([real]), mine=torch.tensor([mask]), images=PIXELS
+        )
+        out = policy(batch)
+        assert engine.requests[-1].spans["mine"].intervals == (expected,)
+        policy.resume(paused(out, 0))
+        assert engine.requests[-1].prompt_ids[:5] == engine.requests[-2].prompt_ids
 
 
 # --- forms of what stands at images_key ------------------------------------------------------------------------------
@@ -160,7 +182,7 @@ def test_candidates_that_the_engine_would_change_are_refused() -> None:
 def test_an_id_that_no_tokenizer_has_is_the_engines_to_name() -> None:
     policy, engine = make("tokens", Encodes())
     with pytest.raises(TokenIdError, match="row 0: token id -1 at position 0"):
-        policy(tokens_batch([-1, IMAGE_ID], images=torch.tensor(np.array(CAT))[None]))
+        policy(tokens_batch([-1, IMAGE_ID], images=PIXELS))
     assert not engine.payloads
 
 
@@ -180,9 +202,6 @@ def paused(out: TensorDictBase, *rows: int) -> TensorDictBase:
     for row in rows:
         found[row]["finish_reason"] = "abort"
     return lazy_stack(found)
-
-
-OPTIONS: dict[str, Any] = {"on_error": "nan", "generate_kwargs": {"max_new_tokens": 8}}
 
 
 @pytest.mark.parametrize("rows", [[0, 1], [0]])

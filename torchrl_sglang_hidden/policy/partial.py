@@ -240,7 +240,7 @@ def _read_row(index: int, row: TensorDictBase, first: Completion, reader: Prompt
         given = reader.read_prompt(index, row, None)  # may be padded, as the masks are
         if given.prompt_ids != first.prompt_ids:
             raise InputError(f"row {index}, {reader.input_key!r}: not the prompt that was sent; give back what it was")
-        found = replace(found, placement=given.placement)
+        found = replace(found, placement=given.placement, short_placement=given.short_placement)
     found = replace(reader, spans=spans).read_fields(index, row, found)
     return found if found.wants_states is False else replace(found, spans={**found.spans, **known})
 

@@ -67,6 +67,8 @@ def resolve_span(
             case Between():
                 decode = functools.partial(decode_all, tokenizer)
                 return moved(PromptSpan((find_between(span, ids, decode),)))
+            case TokenMask() if found.short_placement is not None:
+                return moved(read_token_mask(row, span, found.short_placement))
             case TokenMask():
                 return read_token_mask(row, span, found.placement or (True,) * len(found.prompt_ids))
             case Turn() | Role():

@@ -271,14 +271,21 @@ class PromptReader:
     def _read_tokens(self, name: str, row: TensorDictBase, ids: Any, images: RowImages | None) -> Row:
         reader = TokenReader(self.input_key, self.attention_mask_key, self.masks_key, self.generate, self.padding_value)
         found = reader.read(name, row, ids)
-        short, placement, mask = found.ids, found.placement, found.assistant_mask
+        ids, mask, placement, short_placement = found.ids, found.assistant_mask, found.placement, None
         if images is not None:
             kept = images.kept_in_short(name, found.ids)
-            short = tuple(found.ids[i] for i in kept)
+            ids = tuple(found.ids[i] for i in kept)
             mask = None if mask is None else tuple(mask[i] for i in kept)
-            if len(images.expand(short)[0]) != len(found.ids):
-                placement = None  # the ids have other places once they are expanded
-        return Row(short, self._decode(short), assistant_mask=mask, placement=placement, images=images)
+            if len(images.expand(ids)[0]) != len(found.ids):
+                placement, short_placement = None, placement or (True,) * len(ids)
+        return Row(
+            ids,
+            self._decode(ids),
+            assistant_mask=mask,
+            placement=placement,
+            short_placement=short_placement,
+            images=images,
+        )
 
     def _decode(self, prompt_ids: tuple[int, ...]) -> str:
         """Return the text of the ids; an empty one for unknown ids, which the engine's check reports by row."""

@@ -36,7 +36,8 @@ class Row:
         turns: what is known of the chat's earlier turns, where the policy follows them.
         assistant_mask: for scoring, which of the ids the assistant wrote; None where nothing says so.
         placement: in tokens mode, the places of the ids tensor: True at an id, False at a pad; None where nothing says
-            so, or in another mode.
+            so, in another mode, or of ids with one placeholder for each image, which have other places once expanded.
+        short_placement: the same of such ids alone: what a mask of the row's is over.
         wants_states: what the row says at ``"return_hidden_states"``; None where it says nothing.
         spans: the spans by name, spans of the prompt as positions; empty where the row wants no states.
         action_mask: the tokens that the row allows, or None.
@@ -52,6 +53,7 @@ class Row:
     turns: TurnsPrompt | None = None
     assistant_mask: tuple[bool, ...] | None = None
     placement: tuple[bool, ...] | None = None
+    short_placement: tuple[bool, ...] | None = None
     wants_states: bool | None = None
     spans: Mapping[str, ResolvedSpan] = field(default_factory=dict)
     action_mask: ActionMask | None = None

@@ -72,7 +72,8 @@ class TokenMask:
 
     Args:
         key: the key of a bool mask. In tokens mode the mask has the shape of the token ids, ragged or padded like
-            them. In the other modes it has one entry for each token of the prompt.
+            them; where they have one placeholder for each image, its entry stands for all rows of the image. In the
+            other modes it has one entry for each token of the prompt.
 
     Raises:
         InputTypeError: a key that is no string or tuple of strings.
