@@ -133,6 +133,24 @@ def test_a_mapping_is_one_image() -> None:
     assert [len(data) for data in engine.payloads[0]["image_data"]] == [1]
 
 
+MORE: dict[str, dict[str, Any]] = {
+    "a size": {"type": "image", "image": CAT, "max_pixels": 64},
+    "a caption": {"type": "image", "image": CAT, "text": "w2"},
+    "a detail": {"type": "image_url", "image_url": {"url": read_image("", CAT).uri, "detail": "low"}},
+}
+
+
+@pytest.mark.parametrize("case", MORE)
+def test_what_a_part_says_of_its_image_is_not_ignored(case: str) -> None:
+    policy, engine = make("history")
+    with pytest.raises(ImageError, match=r"message 0, part 0: (has \['(max_pixels|text)'\]|detail='low')"):
+        policy(ragged(history=[[{"role": "user", "content": [MORE[case]]}]]))
+    assert not engine.payloads
+    open_fields = {"type": "image", "image": CAT, "text": "", "max_pixels": None}
+    policy(ragged(history=[[{"role": "user", "content": [open_fields]}]]))
+    assert len(engine.payloads) == 1
+
+
 # --- the processor ---------------------------------------------------------------------------------------------------
 
 

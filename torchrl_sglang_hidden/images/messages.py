@@ -17,6 +17,8 @@ IMAGE_TYPES = ("image", "image_url")
 # Where a part may hold its image, and what forms: torchrl's ContentBase has "data" and "url", Hugging Face's parts have
 # "image", "url", "path" and "base64", OpenAI's "image_url".
 PLACES = ("image", "image_url", "data", "url", "path", "base64")
+# What an image's part may say beside it: names, and what `take_images` writes itself.
+BESIDE = ("type", "mime_type", "name", "size", "digest")
 # Kinds that the engine could serve for some models, and this package does not send.
 OTHER_MEDIA = ("video", "video_url", "audio", "audio_url", "input_audio")
 
@@ -34,7 +36,8 @@ def take_images(
         given: the row's images at ``images_key``, for parts that have none of their own.
 
     Raises:
-        ImageError: a part without an image, an image without a part, or a part of another medium.
+        ImageError: a part without an image, an image without a part, a part of another medium, or one that says more
+            of its image, such as a size to read it in.
         InputTypeError: a part that is no mapping, or holds something else than an image.
     """
     rest, images, taken = list(given), [], []
@@ -101,6 +104,12 @@ def _is_image(where: str, part: Any) -> bool:
 
 def _image_of(where: str, part: Mapping[str, Any]) -> ImageData | None:
     """Return the image that a part holds; None for one that is bare."""
+    more = [key for key, value in part.items() if key not in (*PLACES, *BESIDE) and not _is_nothing(value)]
+    if more:
+        raise ImageError(
+            f"{where} has {more} beside its image, which the model's processor does not read; leave it out, and give "
+            "the image in the size that it is to have, and a text in a part of its own"
+        )
     held = [(place, part[place]) for place in PLACES if part.get(place) is not None]
     if not held:
         return None
@@ -108,7 +117,17 @@ def _image_of(where: str, part: Mapping[str, Any]) -> ImageData | None:
         raise ImageError(f"{where} an image at each of {[place for place, _ in held]}; give it once")
     ((place, value),) = held
     if isinstance(value, Mapping) and "url" in value:  # OpenAI's {"image_url": {"url": …}}
+        if value.get("detail") not in (None, "auto"):
+            raise ImageError(
+                f"{where} detail={value['detail']!r}; the model's own processor says in what detail an image is read: "
+                "leave it out"
+            )
         value = value["url"]
     if place == "base64":
         value = f"data:image/unknown;base64,{value}"
     return read_image(where, value)
+
+
+def _is_nothing(value: Any) -> bool:
+    """Whether a part leaves a field open: data sets have all fields of all parts in each."""
+    return value is None or (isinstance(value, str) and not value)
