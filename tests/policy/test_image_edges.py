@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -88,6 +89,17 @@ def test_a_mask_is_over_the_ids_as_they_are_given(form: str, width: int) -> None
         assert engine.requests[-1].spans["mine"].intervals == (expected,)
         policy.resume(paused(out, 0))
         assert engine.requests[-1].prompt_ids[:5] == engine.requests[-2].prompt_ids
+
+
+def test_a_rollouts_text_with_an_image_is_scored_without_a_warning() -> None:
+    """Its ids are expanded, and the text has a placeholder: they are the same prompt."""
+    policy, _ = make("text", respond=lambda ids: [9, 8])
+    out = policy(ragged(text=[f"{PLACE} w1 "], images=[[CAT]]))
+    scorer = policy.get_new_version(generate=False, images_key="prompt_images", inplace=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (scored,) = flat(scorer(out))
+    assert torch.equal(scored["tokens"].full, flat(out)[0]["tokens"].full)
 
 
 # --- forms of what stands at images_key ------------------------------------------------------------------------------

@@ -259,7 +259,7 @@ class PromptReader:
 
     def _read_text(self, name: str, row: TensorDictBase, text: Any, images: RowImages | None) -> Row:
         reader = TextReader(self.own, self.input_key, self.tokens_key, self.masks_key, self.generate)
-        found = reader.read(name, row, text)
+        found = reader.read(name, row, text, images)
         if self.generate:
             # Placeholders of images are counted when they are expanded.
             check_no_placeholder(name, found.text, self.tokenizer, beside_images=images is not None)

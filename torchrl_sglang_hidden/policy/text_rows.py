@@ -14,6 +14,7 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey, unravel_key
 
 from torchrl_sglang_hidden.errors import InputError, InputTypeError, PromptLengthError
+from torchrl_sglang_hidden.images.expansion import RowImages
 from torchrl_sglang_hidden.policy.tokenizer import OwnTokenizer
 from torchrl_sglang_hidden.sglang_api.prompt_text import written_once
 
@@ -48,13 +49,14 @@ class TextReader:
     masks_key: NestedKey | None
     generate: bool
 
-    def read(self, name: str, row: TensorDictBase, text: Any) -> TextRow:
+    def read(self, name: str, row: TensorDictBase, text: Any, images: RowImages | None = None) -> TextRow:
         """Read one text.
 
         Args:
             name: of the row and its key, for errors.
             row: a TensorDict without batch dimensions.
             text: what stands at the input key.
+            images: those of its placeholders, or None.
 
         Raises:
             InputTypeError: something that is not a string.
@@ -86,16 +88,19 @@ class TextReader:
                 stacklevel=2,
             )
         if not self.generate:
-            self._compare(name, row, ids)
+            self._compare(name, row, ids, images)
         return TextRow(ids, encoded.text)
 
-    def _compare(self, name: str, row: TensorDictBase, ids: tuple[int, ...]) -> None:
+    def _compare(self, name: str, row: TensorDictBase, ids: tuple[int, ...], images: RowImages | None) -> None:
         """Warn if the ids of a text are not those of the rollout that it stands in.
 
         A rollout's text leaves out the token that ended the response, and the ids that a tokenizer writes for a text
         may be others than those that were sampled.
         """
         sampled = self._sampled(row)
+        kept = None if sampled is None or images is None else images.fold(sampled)
+        if sampled is not None and kept is not None:
+            sampled = tuple(sampled[i] for i in kept)  # a text has one placeholder for each image
         if sampled is not None and sampled != ids:
             warnings.warn(
                 f"{name} the tokenizer writes this text as {len(ids)} ids, and they are not the {len(sampled)} that "
