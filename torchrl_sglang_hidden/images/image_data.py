@@ -172,7 +172,7 @@ def _tensor_of(name: str, array: np.ndarray[Any, Any]) -> torch.Tensor:
     """Return an array's pixels, of any strides and byte order, as a tensor of its own memory."""
     if array.dtype.kind not in "buif":
         raise InputTypeError(f"{name} an array of {array.dtype}; expected {FORMS}")
-    dtype = np.float32 if array.dtype.kind == "f" else array.dtype.newbyteorder("=")
+    dtype: Any = np.float32 if array.dtype.kind == "f" else array.dtype.newbyteorder("=")
     return torch.from_numpy(np.array(array, dtype=dtype, order="C"))
 
 

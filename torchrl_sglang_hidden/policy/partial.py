@@ -218,7 +218,8 @@ def _read_row(index: int, row: TensorDictBase, first: Completion, reader: Prompt
     text = None if keys.text is None else _get(row, keys.text, "text")
     name = f"row {index}, {keys.images!r}:"
     images = reader.processor.row_images(name, read_images(f"row {index},", row, keys.images))
-    short, error = first.prompt_ids, None
+    short = first.prompt_ids
+    error: ImageError | None = None
     if images is not None:
         short = images.short_of(name, first.prompt_ids)
         try:

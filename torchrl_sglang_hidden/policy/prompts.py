@@ -271,7 +271,8 @@ class PromptReader:
     def _read_tokens(self, name: str, row: TensorDictBase, ids: Any, images: RowImages | None) -> Row:
         reader = TokenReader(self.input_key, self.attention_mask_key, self.masks_key, self.generate, self.padding_value)
         found = reader.read(name, row, ids)
-        ids, mask, placement, short_placement = found.ids, found.assistant_mask, found.placement, None
+        ids, mask, placement = found.ids, found.assistant_mask, found.placement
+        short_placement: tuple[bool, ...] | None = None
         if images is not None:
             kept = images.kept_in_short(name, found.ids)
             ids = tuple(found.ids[i] for i in kept)
