@@ -29,7 +29,7 @@ from torchrl_sglang_hidden.engines import Engine
 from torchrl_sglang_hidden.engines.sessions import Session, SessionHost
 from torchrl_sglang_hidden.engines.streams import AsyncStream, Stream, check_stream
 from torchrl_sglang_hidden.errors import RequestRejectedError
-from torchrl_sglang_hidden.protocol import CHANNEL, Status, pack_answer, unpack_options
+from torchrl_sglang_hidden.protocol import CHANNEL, Status, digest_prompt, pack_answer, unpack_options
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Request, TokenLogits
 from torchrl_sglang_hidden.reduce.columns import select_columns
 from torchrl_sglang_hidden.reduce.constraining import constrain
@@ -319,7 +319,9 @@ class RecordingEngine(Engine):
         if options is not None:
             pools = HostPools(options.wanted, len(prompt_ids))
             feed(pools, torch.stack([of_layer(hidden_ND, layer) for layer in options.wanted.layers], 1))
-            meta[CHANNEL] = [pack_answer(pools.results(response_ids, self._decode), options.way, logits=logits)]
+            digest = digest_prompt(request.prompt_ids, request.image_rows) if request.images is not None else None
+            found = pools.results(response_ids, self._decode)
+            meta[CHANNEL] = [pack_answer(found, options.way, logits=logits, prompt_digest=digest)]
         if stock:
             num_prompt = len(prompt_ids)
             meta["hidden_states"] = [hidden_ND[:num_prompt].tolist(), *hidden_ND[num_prompt:].tolist()]

@@ -108,6 +108,16 @@ def assert_same_logits(found: FoundLogits | None, expected: FoundLogits) -> None
         assert one is None or other is None or (torch.equal(one, other) and one.dtype == other.dtype)
 
 
+@pytest.mark.parametrize("digest", [None, 0, 2**32 - 1])
+def test_what_was_computed_of_a_prompt_with_images(digest: int | None) -> None:
+    answer = pack_answer(Pools({}, {}, {}, None), "text", prompt_digest=digest)
+    assert unpack_answer([answer], "row 0", D).prompt_digest == digest
+    assert ("prompt_digest" in answer) is (digest is not None)
+    answer["prompt_digest"] = "none"
+    with pytest.raises(ProtocolError, match="row 4: the states cannot be read"):
+        unpack_answer([answer], "row 4", D)
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("gone", [None, "response", "prompt", "log_probs_N", "entropy_T"])

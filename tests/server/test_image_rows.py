@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.fake_scheduler import Req
+from helpers.fake_scheduler import HIDDEN_SIZE, Req
 from helpers.user_constraints import FAR, Tell
+from stand_ins import answer_of
 
 from torchrl_sglang_hidden import ActionMask, LogitsSpec
+from torchrl_sglang_hidden.protocol import digest_prompt, unpack_answer
 from torchrl_sglang_hidden.reduce.token_logits import RequestLogits
 from torchrl_sglang_hidden.reduce.wanted_logits import WantedLogits
 from torchrl_sglang_hidden.server.capture import Capture
@@ -39,6 +41,21 @@ def test_what_a_prompt_says() -> None:
     assert tokens_of_prompt(image_request()) == (WRITTEN, {1, 2})
     # Where SGLang expands an image by itself.
     assert tokens_of_prompt(image_request([7, IMAGE, 8, 9])) == ([7, 0, 0, 8, 9], {1, 2})
+
+
+@pytest.mark.parametrize("written", [WRITTEN, [7, IMAGE, 8, 9]])
+def test_the_answer_says_which_prompt_was_computed(written: list[int]) -> None:
+    """Those of two ways to expand an image alike, and of no other tokens."""
+    capture = Capture()
+    req, plain = image_request(written, entropy=True), Req([7, 8], logits=WantedLogits(entropy=True))
+    for one in (req, plain):
+        capture.open(one)
+        one.is_finished = True
+    found, none = (unpack_answer(answer_of(capture, one), "row 0", HIDDEN_SIZE).prompt_digest for one in (req, plain))
+    assert none is None
+    assert found == digest_prompt(WRITTEN, {1, 2}) == digest_prompt([7, 0, 5, 8, 9], {1, 2})
+    others = [([7, IMAGE, IMAGE, 9, 8], {1, 2}), (WRITTEN, {2, 3}), (WRITTEN[:-1], {1, 2}), (WRITTEN, set())]
+    assert found not in [digest_prompt(*other) for other in others]
 
 
 @pytest.mark.parametrize(

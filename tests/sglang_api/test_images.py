@@ -24,6 +24,7 @@ from torchrl_sglang_hidden.engines.resuming import rest_of
 from torchrl_sglang_hidden.engines.samples import generate_samples
 from torchrl_sglang_hidden.engines.sharing import LoadSharing
 from torchrl_sglang_hidden.errors import InputError, InputTypeError, PromptLengthError, SGLangHiddenError
+from torchrl_sglang_hidden.protocol import CHANNEL
 from torchrl_sglang_hidden.records import Images, Request
 from torchrl_sglang_hidden.sglang_api.checks import check_requests
 from torchrl_sglang_hidden.sglang_api.payload import to_payload
@@ -210,19 +211,6 @@ def test_ids_that_came_back_are_those_that_were_sent() -> None:
     assert found.prompt_log_probs_P.isnan().sum() == 7
 
 
-def test_scores_under_constraints_lack_the_rows_of_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An engine whose images stand elsewhere, in a prompt of the same length."""
-    engine = RecordingEngine(**READS)
-    score = {"score_prompt": True, "constraints": (ActionMask([8, 9]),), "response_ranges": ((4, 6),)}
-    moved = replace(images_in((7, 8, IMAGE_ID, 9, IMAGE_ID, 3), (CAT, DOG)), **score)
-    answer = engine.answer
-    monkeypatch.setattr(engine, "answer", lambda payload, requests: answer(payload, [moved]))
-    with pytest.raises(
-        AlignmentError, match="6 prompt tokens without a log-prob, and 6 rows of images, or others; use"
-    ):
-        engine.generate([replace(TWO, **score)])
-
-
 def test_an_engine_that_expands_otherwise() -> None:
     """As where the processor at hand has other sizes than the served model's."""
     engine = RecordingEngine(**READS)
@@ -234,6 +222,37 @@ def test_an_engine_that_expands_otherwise() -> None:
     engine.fault = shrink
     with pytest.raises(AlignmentError, match="images make it 12 rows, and the engine took 10; use the processor"):
         engine.generate([other])
+
+
+OTHER_IDS = images_in((7, IMAGE_ID, 9, 8, IMAGE_ID, 3), (CAT, DOG))
+SCORES = {"score_prompt": True, "constraints": (ActionMask([8, 9]),), "response_ranges": ((4, 6),)}
+OTHER_PLACES = images_in((7, 8, IMAGE_ID, 9, IMAGE_ID, 3), (CAT, DOG))
+
+
+@pytest.mark.parametrize("computed", [OTHER_IDS, OTHER_PLACES], ids=["ids", "places"])
+@pytest.mark.parametrize("asks", [{}, {"hidden": ALL}, {"logits": LogitsSpec(top_k=2)}, {"score_prompt": True}, SCORES])
+def test_an_engine_that_computes_as_many_other_ids(
+    monkeypatch: pytest.MonkeyPatch, computed: Request, asks: dict[str, Any]
+) -> None:
+    """As where SGLang writes a prompt as text and encodes it again."""
+    engine = RecordingEngine(**READS)
+    request = replace(TWO, **asks)
+    engine.generate([request])
+    answer = engine.answer
+    monkeypatch.setattr(engine, "answer", lambda payload, requests: answer(payload, [replace(computed, **asks)]))
+    with pytest.raises(AlignmentError, match=r"row 0.*computed other ids around the images than the 10 of"):
+        engine.generate([request])
+
+
+def test_an_engine_that_does_not_say_what_it_computed() -> None:
+    engine = RecordingEngine(**READS)
+
+    def forget(rows: Answer) -> None:
+        del rows[0]["meta_info"][CHANNEL][0]["prompt_digest"]
+
+    engine.fault = forget
+    with pytest.raises(AlignmentError, match=r"checksums None and \d+"):
+        engine.generate([TWO])
 
 
 def test_logits_of_a_prompt_are_of_all_rows() -> None:

@@ -8,7 +8,14 @@ SGLang.
 
 from __future__ import annotations
 
-from torchrl_sglang_hidden.protocol.answer import Answer, answer_of, drop_shared, pack_answer, unpack_answer
+from torchrl_sglang_hidden.protocol.answer import (
+    Answer,
+    answer_of,
+    digest_prompt,
+    drop_shared,
+    pack_answer,
+    unpack_answer,
+)
 from torchrl_sglang_hidden.protocol.request_options import MAX_CONSTRAINTS, Options, pack_options, unpack_options
 from torchrl_sglang_hidden.protocol.status import (
     ALL_LAYERS,
@@ -36,6 +43,7 @@ __all__ = [
     "Status",
     "Way",
     "answer_of",
+    "digest_prompt",
     "drop_shared",
     "pack_answer",
     "pack_options",

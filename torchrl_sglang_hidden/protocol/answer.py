@@ -5,10 +5,11 @@ Knows pools, logits and bytes; nothing of SGLang's own fields, nor of tokens to 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
+from zlib import crc32
 
 import torch
 
@@ -29,10 +30,23 @@ from torchrl_sglang_hidden.records import TokenLogits
 from torchrl_sglang_hidden.reduce.pooling import Pools, WantedRows
 from torchrl_sglang_hidden.reduce.wanted_logits import FoundLogits
 
-__all__ = ["Answer", "answer_of", "drop_shared", "pack_answer", "unpack_answer"]
+__all__ = ["Answer", "answer_of", "digest_prompt", "drop_shared", "pack_answer", "unpack_answer"]
 
 
-def answer_of(pools: Pools, way: Way, share: Share, logits: FoundLogits | None) -> dict[str, Any]:
+def digest_prompt(ids: Sequence[int], image_rows: Collection[int]) -> int:
+    """Return a checksum of a prompt with images as a server computes it: its tokens, and where the images' rows are.
+
+    Args:
+        ids: the expanded prompt; what stands at the rows of images does not count.
+        image_rows: their positions.
+    """
+    rows = [-1 if position in image_rows else token_id for position, token_id in enumerate(ids)]
+    return crc32(torch.tensor(rows, dtype=torch.int64).numpy().tobytes())
+
+
+def answer_of(
+    pools: Pools, way: Way, share: Share, logits: FoundLogits | None, prompt_digest: int | None = None
+) -> dict[str, Any]:
     """Write an answer as `pack_answer` does; where shared memory is full, write one that says so."""
     shared: list[str] = []
 
@@ -42,7 +56,7 @@ def answer_of(pools: Pools, way: Way, share: Share, logits: FoundLogits | None) 
         return name
 
     try:
-        return pack_answer(pools, way, noted, logits)
+        return pack_answer(pools, way, noted, logits, prompt_digest)
     except SharedMemoryFullError as error:
         for name in shared:
             discard(name)
@@ -54,6 +68,7 @@ def pack_answer(
     way: Way,
     share: Share | None = None,
     logits: FoundLogits | None = None,
+    prompt_digest: int | None = None,
 ) -> dict[str, Any]:
     """Write a finished request's pools: counts, and the vectors that have rows, one after another; and its logits.
 
@@ -62,6 +77,7 @@ def pack_answer(
         way: how bytes travel.
         share: puts bytes into shared memory and returns the file's name, or None where they do not fit.
         logits: its logits and what its constraints came to; None where it asked for neither.
+        prompt_digest: see `digest_prompt`; None for a prompt without images.
     """
     pooled: list[tuple[str, str, torch.Tensor | None, int]] = [
         ("segment", name, *value) for name, value in pools.segments.items()
@@ -77,6 +93,8 @@ def pack_answer(
     }
     if pools.rows is not None:
         answer["rows"] = {"first": pools.rows.first, **pack_tensor(pools.rows.rows_NKD, way, share)}
+    if prompt_digest is not None:
+        answer["prompt_digest"] = prompt_digest
     if logits is not None:
         answer |= {"constrained": logits.constrained, "fault": logits.fault, "refused": logits.refused}
         for name, rows in (("logits", logits.response), ("prompt_logits", logits.prompt)):
@@ -102,10 +120,12 @@ class Answer:
     Args:
         pools: the pooled states; ``faults`` says of a span why it has no value.
         logits: the logits; ``fault`` says why the constraints could not be kept, empty where they were.
+        prompt_digest: see `digest_prompt`; None for a prompt without images.
     """
 
     pools: Pools
     logits: FoundLogits | None
+    prompt_digest: int | None = None
 
 
 def unpack_answer(answer: object, row: str, hidden_size: int, *, shared: bool = True) -> Answer:
@@ -144,11 +164,12 @@ def unpack_answer(answer: object, row: str, hidden_size: int, *, shared: bool = 
         found = {(kind, name): (next(vectors) if filled else None, count) for kind, name, count, filled in pooled}
         rows = None if "rows" not in fields else _unpack_rows(fields["rows"], hidden_size)
         logits = None if "constrained" not in fields else _unpack_found(fields)
+        prompt_digest = None if "prompt_digest" not in fields else int(fields["prompt_digest"])
     except (KeyError, TypeError, ValueError, RuntimeError, OSError, AttributeError, OverflowError) as error:
         raise ProtocolError(f"{row}: the states cannot be read ({error}); was the answer cut short?") from error
     segments = {name: value for (kind, name), value in found.items() if kind == "segment"}
     spans = {name: value for (kind, name), value in found.items() if kind == "span"}
-    return Answer(Pools(segments, spans, faults, rows), logits)
+    return Answer(Pools(segments, spans, faults, rows), logits, prompt_digest)
 
 
 def drop_shared(answer: object) -> None:

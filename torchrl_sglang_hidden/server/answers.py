@@ -61,7 +61,7 @@ class Unfinished:
         pools = tracked.finish(self.response_ids, self.decode, self.value())
         wanted = tracked.logits.wanted
         logits = tracked.logits.finish() if wanted.wants_sampled or wanted.prompt_from is not None else None
-        return [answer_of(pools, tracked.options.way, self.shared.share, logits)]
+        return [answer_of(pools, tracked.options.way, self.shared.share, logits, tracked.prompt_digest)]
 
 
 def decoder_of(tokenizer: Any) -> Callable[[Sequence[int]], str] | None:

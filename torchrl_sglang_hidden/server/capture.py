@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 
-from torchrl_sglang_hidden.protocol import unpack_options
+from torchrl_sglang_hidden.protocol import digest_prompt, unpack_options
 from torchrl_sglang_hidden.protocol.shared_memory import SharedFiles
 from torchrl_sglang_hidden.reduce.bags import separate
 from torchrl_sglang_hidden.reduce.pooling import NO_VALUE, RequestPools
@@ -112,6 +112,7 @@ class Capture:
                 keys=PrefixKeys(kind, _Tokens(req)),
                 epoch=self._epoch,
                 slots=self.slots_of(options.wanted.layers, reducer),
+                prompt_digest=digest_prompt(prompt_ids, image_rows) if req.multimodal_inputs is not None else None,
             )
             if tracked.logits.wanted.wants_any:
                 self.logits[req] = tracked.logits

@@ -56,6 +56,7 @@ class TrackedRequest:
         epoch: value of the cache-clear counter when the request started. If it has changed, this request's running
             values belong to old weights and must not be stored.
         slots: where running values of its kind are kept.
+        prompt_digest: see `protocol.answer.digest_prompt`; None for a prompt without images.
 
     Attributes:
         limit: most positions that it may take from the prefix cache; None for any number.
@@ -77,6 +78,7 @@ class TrackedRequest:
         keys: PrefixKeys,
         epoch: int,
         slots: Slots,
+        prompt_digest: int | None = None,
     ) -> None:
         wanted = options.wanted
         self.req = ref(req)
@@ -86,6 +88,7 @@ class TrackedRequest:
         self.keys = keys
         self.epoch = epoch
         self.slots = slots
+        self.prompt_digest = prompt_digest
         self.limit: int | None = None
         self.base: tuple[int, torch.Tensor] | None = None
         self.closed = False

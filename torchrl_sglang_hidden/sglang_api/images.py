@@ -1,4 +1,4 @@
-"""Checks the images of a `Request` against its prompt and the engine, before anything is sent.
+"""Checks the images of a `Request` against its prompt and the engine before it is sent, and against what was computed.
 
 SGLang 0.5.23 hangs, drops images without a word or answers an internal error where placeholders and images do not
 agree, and reads URLs and paths as seen from its own machine. Knows nothing of how images were read, nor of processors.
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 
-from torchrl_sglang_hidden.errors import CapabilityError, ImageError, InputError, InputTypeError
+from torchrl_sglang_hidden.errors import AlignmentError, CapabilityError, ImageError, InputError, InputTypeError
+from torchrl_sglang_hidden.protocol import digest_prompt
 from torchrl_sglang_hidden.records import EngineInfo, Images, Request
 
-__all__ = ["check_images"]
+__all__ = ["check_computed", "check_images"]
 
 _DATA_URI = re.compile(r"data:image/[A-Za-z0-9.+-]+;base64,[A-Za-z0-9+/]")
 
@@ -67,6 +68,31 @@ def check_images(row: int, request: Request, info: EngineInfo) -> None:
                 f"row {row}: the response range ({start}, {stop}) has rows of an image, and no token was sampled "
                 "there; pass ranges without images"
             )
+
+
+def check_computed(name: str, request: Request, prompt_digest: int | None) -> None:
+    """Refuse an answer to another prompt with images than the one that was sent.
+
+    SGLang hands the prompts of most models with images to their processor as text. What comes back may have other ids,
+    at times as many.
+
+    Args:
+        name: names the request in errors.
+        request: what was sent.
+        prompt_digest: of what the server computed, as the server half answers it.
+
+    Raises:
+        AlignmentError: they differ.
+    """
+    if request.images is None:
+        return
+    expected = digest_prompt(request.prompt_ids, frozenset(request.image_rows))
+    if prompt_digest != expected:
+        raise AlignmentError(
+            f"{name}: the engine computed other ids around the images than the {len(request.prompt_ids)} of the "
+            f"request (checksums {prompt_digest} and {expected}): SGLang writes the prompts of this model as text, and "
+            "encodes them again. Send ids that the served model's processor makes of a text"
+        )
 
 
 def _check_without_images(row: int, request: Request, info: EngineInfo) -> None:

@@ -76,7 +76,8 @@ def to_payload(requests: Sequence[Request], info: EngineInfo, *, binary: bool) -
     if info.pools_in_server:
         for states, params, request in zip(wanted, sampling, requests, strict=True):
             logits = logits_of(request)
-            if states is None and logits is None:
+            # Of a prompt with images the server half always tells which ids it computed.
+            if states is None and logits is None and request.images is None:
                 continue
             states = states or Wanted(segments=(), pooling=None)
             way = "binary" if binary else _way(shares(request), info)

@@ -31,6 +31,7 @@ from torchrl_sglang_hidden.records import (
     failed_completion,
 )
 from torchrl_sglang_hidden.reduce.wanted_logits import FoundLogits, WantedLogits
+from torchrl_sglang_hidden.sglang_api.images import check_computed
 from torchrl_sglang_hidden.sglang_api.log_probs import read_log_probs
 from torchrl_sglang_hidden.sglang_api.payload import logits_of, shares, wanted_of
 from torchrl_sglang_hidden.sglang_api.sampled import read_sampled
@@ -161,9 +162,10 @@ def _read_row(number: int, request: Request, row: Any, info: EngineInfo) -> Comp
         )
     wanted = logits_of(request)
     answer = None
-    if info.pools_in_server and (request.hidden is not None or wanted is not None):
+    if info.pools_in_server and not (request.hidden is wanted is request.images is None):
         shared = shares(request) and info.shares_memory
         answer = unpack_answer(meta.get(CHANNEL), name, info.hidden_size, shared=shared)
+        check_computed(name, request, answer.prompt_digest)
         if answer.logits is not None and answer.logits.fault:
             # What was sampled from there on, nobody asked for.
             return failed_completion(request, ConstraintError(f"{name}: {answer.logits.fault}"), weight_version)
@@ -235,13 +237,6 @@ def _read_prompt_log_probs(
     num_wanted = len(request.prompt_ids) - max(first, 1)
     found_N = torch.empty(0) if logits.log_probs_N is None else logits.log_probs_N
     log_probs = found_N[len(found_N) - num_wanted :]
-    blank = [row for row in request.image_rows if row >= max(first, 1)]
-    found = (log_probs.isnan().nonzero()[:, 0] + max(first, 1)).tolist()
-    if request.images is not None and found != blank:
-        raise AlignmentError(
-            f"{name}: {len(found)} prompt tokens without a log-prob, and {len(blank)} rows of images, or others; "
-            "use the processor of the served model to expand the prompt"
-        )
     return log_probs if first > 0 else torch.cat([torch.tensor([math.nan]), log_probs])
 
 
