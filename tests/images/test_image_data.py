@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import random
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from torchrl_sglang_hidden import ImageError, InputTypeError
 from torchrl_sglang_hidden.images.image_data import MAX_PIXELS, ImageData, read_image
@@ -30,11 +31,6 @@ def file_bytes(kind: str = "PNG", image: Image.Image | None = None, **options: A
 
 def pixels_of(data: ImageData) -> torch.Tensor:
     return torch.from_numpy(np.array(data.open()))
-
-
-def turned_by(kind: int, value: bytes) -> bytes:
-    """Return EXIF data whose orientation is of another type than a number."""
-    return b"Exif\0\0II*\0\x08\0\0\0\x01\0" + struct.pack("<HHI", 0x0112, kind, len(value)) + value + b"\0\0\0\0"
 
 
 def read_only() -> np.ndarray[Any, Any]:
@@ -55,6 +51,7 @@ FORMS: dict[str, Callable[[], Any]] = {
     "columns first in memory": lambda: np.asfortranarray(PIXELS_HWC.numpy()),
     "the other byte order": lambda: (PIXELS_HWC.numpy() / 255).astype(">f4"),
     "long doubles": lambda: PIXELS_HWC.numpy().astype(np.longdouble) / 255,
+    "opaque, four channels": lambda: torch.cat([PIXELS_HWC, torch.full((5, 7, 1), 255, dtype=torch.uint8)], -1),
     "bytes": file_bytes,
     "bytearray": lambda: bytearray(file_bytes()),
     "data URI": lambda: "data:image/png;base64," + base64.b64encode(file_bytes()).decode(),
@@ -97,25 +94,6 @@ def test_of_several_frames_the_first_travels(kind: str) -> None:
     assert (pixels_of(found) - torch.tensor([255, 0, 0], dtype=torch.uint8)).abs().max() <= 1
 
 
-@pytest.mark.parametrize("kind", [2, 7])
-def test_an_orientation_that_is_no_number_turns_nothing(kind: int) -> None:
-    found = read_image("row 0:", file_bytes("JPEG", exif=turned_by(kind, b"abc\0")))
-    assert (found.width, found.height) == (7, 5)
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("kind", ["BMP", "DDS", "GIF", "JPEG", "PNG", "TIFF", "WEBP"])
-def test_a_damaged_file_is_read_or_refused_by_name(kind: str) -> None:
-    """PIL's readers raise many errors, each its own."""
-    whole, generator = file_bytes(kind), np.random.default_rng(0)
-    for _ in range(300):
-        damaged = bytearray(whole)
-        for place in generator.integers(len(damaged), size=3):
-            damaged[place] = int(generator.integers(256))
-        with contextlib.suppress(ImageError):
-            assert read_image("row 0:", bytes(damaged)).open().mode == "RGB"
-
-
 def test_what_depends_on_the_reader_is_settled_before_it_travels() -> None:
     """A turned photograph and a grey one: two readers that treat them differently would compute different states."""
     exif = Image.Exif()
@@ -127,6 +105,44 @@ def test_what_depends_on_the_reader_is_settled_before_it_travels() -> None:
     assert torch.equal(pixels_of(grey), torch.arange(12, dtype=torch.uint8).reshape(3, 4, 1).expand(3, 4, 3))
     one = read_image("row 0:", torch.arange(15, dtype=torch.uint8).reshape(1, 3, 5))
     assert one.digest == read_image("row 0:", torch.arange(15, dtype=torch.uint8).reshape(3, 5)).digest
+
+
+EXIF = {
+    "no EXIF": b"garbage, garbage",
+    "bytes for a number": b"II*\0" + struct.pack("<IHHHI4sI", 8, 1, 0x0112, 7, 4, b"abc\0", 0),
+    "a text for a number": b"II*\0" + struct.pack("<IHHHI4sI", 8, 1, 0x0112, 2, 4, b"6\0\0\0", 0),
+}
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("case", EXIF)
+def test_damaged_exif_turns_nothing(case: str, kind: str) -> None:
+    data = file_bytes(kind, exif=b"Exif\0\0" + EXIF[case])
+    found = read_image("row 0:", data)
+    assert (found.width, found.height) == (7, 5)
+    expected = torch.from_numpy(np.array(Image.open(io.BytesIO(data)).convert("RGB")))
+    assert torch.equal(pixels_of(found), expected)
+
+
+def test_no_program_is_run_for_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PIL opens an EPS by Ghostscript, which runs what the file says."""
+    monkeypatch.setattr(EpsImagePlugin.EpsImageFile, "load", lambda image: pytest.fail("it was run"))
+    eps = file_bytes("EPS")
+    assert Image.open(io.BytesIO(eps)).format == "EPS"
+    with pytest.raises(ImageError, match="no image in one of"):
+        read_image("row 0:", eps)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "AVIF"])
+def test_whatever_is_damaged_is_an_error_of_this_package(kind: str) -> None:
+    data, numbers = file_bytes(kind), random.Random(1)
+    for _ in range(300):
+        damaged = bytearray(data)
+        for _ in range(3):
+            damaged[numbers.randrange(min(len(data), 200))] = numbers.randrange(256)
+        with contextlib.suppress(ImageError):
+            assert read_image("row 0:", bytes(damaged)).open().mode == "RGB"
 
 
 def test_the_digest_tells_images_apart() -> None:
@@ -147,6 +163,11 @@ BAD = {
     "another URI": (
         lambda: "data:text/plain;base64,aGVsbG8=",
         "expected one that begins with 'data:image/png;base64,'",
+    ),
+    "no ASCII": (lambda: "data:image/png;base64,é", "a data URI that is no base64"),
+    "four frames": (
+        lambda: torch.arange(4 * 6 * 5, dtype=torch.uint8).reshape(4, 6, 5),
+        "fourth channel is not 255 everywhere",
     ),
     "no base64": (lambda: "data:image/png;base64,!!!", "a data URI that is no base64"),
     "floats over 1": (lambda: torch.full((4, 4, 3), 255.0), r"float pixels from 255 to 255; expected 0 to 1"),

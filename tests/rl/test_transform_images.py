@@ -275,3 +275,14 @@ def test_keys_that_the_environment_does_not_have() -> None:
     with pytest.raises(InputError, match="a key is there twice"):
         transform(images_in_keys=["pixels", "pixels"])
     assert pixels_of(torch.tensor([[1]])).shape == (1, 1, 3, 3)
+
+
+def test_frames_of_one_row_are_images_and_no_channels() -> None:
+    ask = " ".join([PLACE] * 4)
+    made, _ = transform(ask, in_keys=[], images_in_keys=["frames"])
+    frames = torch.randint(256, (2, 4, 1, 3, 3), dtype=torch.uint8)
+    found = made(TensorDict(frames=frames, batch_size=2))["hidden_state"]
+    torch.testing.assert_close(found, torch.stack([vector_of(ask, *row) for row in frames]))
+    stacked = TensorDict(frames=torch.randint(256, (2, 4, 5, 6), dtype=torch.uint8), batch_size=2)
+    with pytest.raises(ImageError, match=r"row 0, 'frames', image 0: .*fourth channel is not 255 everywhere"):
+        transform(PLACE, in_keys=[], images_in_keys=["frames"])[0](stacked)

@@ -6,11 +6,12 @@ Knows nothing of prompts, processors or TensorDicts.
 from __future__ import annotations
 
 import base64
-import binascii
+import contextlib
 import hashlib
 import io
 import os
 import struct
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,14 +35,17 @@ MAX_PIXELS = 2**26
 FORMS = "a PIL image, uint8 pixels [H, W, C] or [C, H, W], the bytes or the path of an image file, or a data URI"
 CHANNELS = (1, 3, 4)
 DATA_URI = "data:image/"
-# Modes of more than 8 bits a channel, which PIL cuts off when it converts them.
-DEEP_MODES = ("I", "F")
+# The files that are read. PIL knows others, and runs a program for one of them: Ghostscript, on what an EPS says.
+FILES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+# What PIL raises of a damaged file, and of the EXIF in one.
+DAMAGE = (
+    OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, struct.error,
+    zlib.error,
+)  # fmt: skip
 # An EXIF tag: how the image is turned. 0 is what some cameras write for 1, upright.
 ORIENTATION, UPRIGHT = 0x0112, (0, 1)
-# What PIL's readers raise of damaged files, each its own.
-FOREIGN_ERRORS = (
-    ArithmeticError, EOFError, LookupError, OSError, RuntimeError, SyntaxError, TypeError, ValueError, struct.error,
-)  # fmt: skip
+# Modes of more than 8 bits a channel, which PIL cuts off when it converts them.
+DEEP_MODES = ("I", "F")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +75,13 @@ def read_image(name: str, value: Any) -> ImageData:
     Args:
         name: says whose image it is, for errors.
         value: a PIL image; uint8 pixels, a tensor or an array ``[H, W, C]``, ``[C, H, W]`` or ``[H, W]``, or floats in
-            [0, 1], with 1, 3 or 4 channels; the bytes of an image file, or its path; a data URI; a mapping with one of
-            these at ``"bytes"`` or ``"path"``, as Hugging Face's data sets have it.
+            [0, 1], with 1, 3 or 4 channels, of which a fourth is opaque; the bytes of an image file, or its path; a
+            data URI; a mapping with one of these at ``"bytes"`` or ``"path"``, as Hugging Face's data sets have it.
 
     Raises:
         InputTypeError: something else.
-        ImageError: a file that is not there or cannot be decoded, a URL of the network, pixels out of their range, or
-            more than `MAX_PIXELS`.
+        ImageError: a file that is not there or cannot be decoded, or is none of `FILES`; a URL of the network; pixels
+            out of their range, of four channels that are no colours, or more than `MAX_PIXELS`.
     """
     if isinstance(value, ImageData):
         return value
@@ -91,7 +95,7 @@ def read_image(name: str, value: Any) -> ImageData:
     if isinstance(value, (bytes, bytearray, memoryview)):
         return _of_bytes(name, bytes(value))
     if isinstance(value, torch.Tensor):
-        return _of_image(name, _of_pixels(name, value))
+        return _of_image(name, _of_pixels(name, value.detach().cpu()))
     if hasattr(value, "__array__") and not hasattr(value, "convert"):
         return _of_image(name, _of_pixels(name, _tensor_of(name, np.asarray(value))))
     if hasattr(value, "convert") and hasattr(value, "load"):
@@ -105,7 +109,7 @@ def _decoded(name: str, uri: str) -> bytes:
         raise ImageError(f"{name} the data URI {uri[:40]!r}…; expected one that begins with 'data:image/png;base64,'")
     try:
         return base64.b64decode(encoded, validate=True)
-    except binascii.Error as error:
+    except ValueError as error:
         raise ImageError(f"{name} a data URI that is no base64 ({error}); give the file's bytes") from error
 
 
@@ -124,24 +128,30 @@ def _file(name: str, path: str | os.PathLike[str]) -> bytes:
 
 def _of_bytes(name: str, data: bytes) -> ImageData:
     image = _open_bytes(name, data)
-    if not _decode(name, lambda: _is_plain(image)):
+    if not _is_plain(image):
         return _of_image(name, image)
     return _packed(data, f"image/{str(image.format).lower()}", image)
 
 
 def _is_plain(image: Image) -> bool:
-    """Whether every reader makes the same pixels of an image's file."""
-    upright = image.getexif().get(ORIENTATION, 1) in UPRIGHT
-    return image.mode == "RGB" and upright and getattr(image, "n_frames", 1) == 1
+    """Return whether every reader of a file sees the same RGB in it."""
+    try:
+        is_upright = image.getexif().get(ORIENTATION, 1) in UPRIGHT
+        return image.mode == "RGB" and is_upright and getattr(image, "n_frames", 1) == 1
+    except DAMAGE:
+        return False
 
 
 def _open_bytes(name: str, data: bytes) -> Image:
     # Here and not above: importing the package is to load no library that a user may not need.
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
+    Image.init()
     try:
-        image = Image.open(io.BytesIO(data))
-    except (Image.DecompressionBombError, *FOREIGN_ERRORS) as error:
+        image = Image.open(io.BytesIO(data), formats=[kind for kind in FILES if kind in Image.OPEN])
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{name} {len(data)} bytes that are no image in one of {FILES}; give {FORMS}") from error
+    except (Image.DecompressionBombError, *DAMAGE) as error:
         raise ImageError(f"{name} {len(data)} bytes that are no image ({error}); give {FORMS}") from error
     return _loaded(name, image)
 
@@ -155,9 +165,11 @@ def _loaded(name: str, image: Image) -> Image:
 
 def _decode(name: str, read: Callable[[], T]) -> T:
     """Return what PIL reads of an image."""
+    from PIL.Image import DecompressionBombError
+
     try:
         return read()
-    except FOREIGN_ERRORS as error:
+    except (DecompressionBombError, *DAMAGE) as error:
         raise ImageError(f"{name} an image that cannot be decoded ({error}); give the whole file") from error
 
 
@@ -179,7 +191,6 @@ def _tensor_of(name: str, array: np.ndarray[Any, Any]) -> torch.Tensor:
 def _of_pixels(name: str, pixels: torch.Tensor) -> Image:
     from PIL import Image
 
-    pixels = pixels.detach().cpu()
     if pixels.is_floating_point():
         pixels = pixels.float()
         low, high = (float(pixels.min()), float(pixels.max())) if pixels.numel() else (0.0, 0.0)
@@ -199,6 +210,12 @@ def _of_pixels(name: str, pixels: torch.Tensor) -> Image:
         raise ImageError(f"{name} pixels of shape {shape}: {both}; give [H, W, C] or [C, H, W], or a PIL image")
     pixels_HWC = pixels if last else pixels.permute(1, 2, 0)
     _check_size(name, pixels_HWC.shape[1], pixels_HWC.shape[0])
+    if pixels_HWC.shape[-1] == 4 and bool((pixels_HWC[..., 3] != 255).any()):
+        raise ImageError(
+            f"{name} pixels of shape {shape}, whose fourth channel is not 255 everywhere: frames of a game are no "
+            "colours, and transparent colours have none behind them; give three channels, a list of frames, or a PIL "
+            "image"
+        )
     if pixels_HWC.shape[-1] == 1:
         pixels_HWC = pixels_HWC.expand(*pixels_HWC.shape[:-1], 3)
     return Image.fromarray(pixels_HWC.contiguous().numpy())
@@ -210,7 +227,9 @@ def _of_image(name: str, image: Image) -> ImageData:
 
     if image.mode.partition(";")[0] in DEEP_MODES:
         raise ImageError(f"{name} an image of mode {image.mode!r}, more than 8 bits a channel; give one in mode 'RGB'")
-    rgb = _decode(name, lambda: ImageOps.exif_transpose(image).convert("RGB"))
+    with contextlib.suppress(*DAMAGE):  # of its EXIF: it is taken as it is
+        image = ImageOps.exif_transpose(image)
+    rgb = _decode(name, lambda: image.convert("RGB"))
     buffer = io.BytesIO()
     # Level 1: of frames of a game a third of the time, for a tenth more bytes.
     rgb.save(buffer, "PNG", compress_level=1)
