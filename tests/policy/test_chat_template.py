@@ -417,6 +417,8 @@ def test_the_placeholder_of_a_picture_in_text_mode() -> None:
     with pytest.raises(InputError, match=r"row 1, \('text', 'prompt'\): has '<\|image_pad\|>'.*remove it"):
         policy(ragged(text=["What is on it?", "What is on <|image_pad|>?"]))
     assert engine.requests == []
+    out = policy(ragged(text=["What is on it?", "What is on <|image_pad|>?"]), on_error="nan")
+    assert [row["error"][:10] for row in out.unbind(0)] == ["", "ImageError"]
 
 
 # --- TorchRL's environments -------------------------------------------------------------------------------------------

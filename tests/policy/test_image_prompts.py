@@ -454,6 +454,20 @@ def test_a_bad_image_costs_its_row_alone(mode: str) -> None:
     assert len(engine.requests) == 3
 
 
+@pytest.mark.parametrize("mode", ["history", "text", "tokens"])
+def test_a_place_without_an_image_costs_its_row_alone(mode: str) -> None:
+    policy, engine = make(mode, on_error="nan")
+    bad = {
+        "history": lambda: ragged(history=[question(f"{PLACE} w1")]),
+        "text": lambda: ragged(text=[PLACE]),
+        "tokens": lambda: ragged(tokens=[[IMAGE_ID]]),
+    }[mode]()
+    out = flat(policy(lazy_stack([*flat(batch(mode)), *flat(bad)])))
+    assert [bool(row["error"]) for row in out] == [False, False, False, True]
+    assert out[3]["error"].startswith("ImageError: row 3")
+    assert len(engine.requests) == 3
+
+
 def test_a_paused_row_with_an_image_goes_on() -> None:
     """The prompt is sent again as it was, its images with it."""
     policy, engine = make("history", on_error="nan", generate_kwargs={"max_new_tokens": 4})

@@ -223,6 +223,16 @@ def test_what_is_no_key_and_what_is_no_image(tmp_path: Path) -> None:
         recorded([{"observation": 1, "pixels": object()}], tmp_path / "r")
 
 
+def test_a_row_without_its_image_is_recorded_as_such(tmp_path: Path) -> None:
+    rows = [{"image": picture(1)}, {"image": None}, {"image": []}]
+    with pytest.warns(UserWarning, match="2 of 3 rows"):
+        found = recorded(rows, tmp_path / "r", prompt=f"{PLACE} w1", images_keys=["image"])
+    assert [failure.row for failure in found.failures] == [1, 2]
+    assert all(failure.reason.startswith(f"ImageError: row {failure.row}: ") for failure in found.failures)
+    expected = vector_of(f"{PLACE} w1", picture(1))
+    torch.testing.assert_close(found.tensordict["hidden_states", "prompt"][0], expected)
+
+
 def test_a_placeholder_too_many_costs_its_row(tmp_path: Path) -> None:
     rows = [{"ask": f"{PLACE} w1", "image": picture(1)}, {"ask": f"{PLACE} {PLACE}", "image": picture(2)}]
     with pytest.warns(UserWarning, match="1 of 2 rows"):

@@ -18,8 +18,8 @@ from torchrl_sglang_hidden.sglang_api.checks import check_requests
 
 __all__ = ["ROW_ERRORS", "generate_rows", "numbered", "refused_rows", "renumber"]
 
-# What is wrong with one prompt, its spans or its constraints. A wrong id or option concerns the whole call.
-ROW_ERRORS = (PromptLengthError, ImageError, SpanError, ConstraintError)
+# What is wrong with one prompt, its images, spans or constraints. A wrong id or option concerns the whole call.
+ROW_ERRORS = (ImageError, PromptLengthError, SpanError, ConstraintError)
 
 
 def refused_rows(requests: Sequence[Request | None], info: EngineInfo) -> list[SGLangHiddenError | None]:

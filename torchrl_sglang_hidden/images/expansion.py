@@ -169,6 +169,9 @@ class ImageProcessor:
         if type(processor).__name__ in KEEPS_IDS or not 0 <= min(ids) <= max(ids) < MAX_ID:
             return
         tokenizer = processor.tokenizer
+        vocab_size = len(tokenizer)
+        if not all(type(token_id) is int and 0 <= token_id < vocab_size for token_id in ids):
+            return  # the engine's check says what is wrong with them
         text = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         again = tokenizer(text, add_special_tokens=False)["input_ids"]
         if list(again) != list(ids):

@@ -30,7 +30,7 @@ def check_images(row: int, request: Request, info: EngineInfo) -> None:
         ImageError: placeholders and images that differ in number, a placeholder without an image, or more images than
             the server takes.
         InputError: an image that is no data URI, or an expanded prompt that is not the sent one, expanded.
-        InputTypeError: an image that is no string.
+        InputTypeError: an image that is no string, or an id that is no Python int.
     """
     images = request.images
     if images is None:
@@ -41,6 +41,9 @@ def check_images(row: int, request: Request, info: EngineInfo) -> None:
             f"row {row}: {len(images.data)} images for the model {info.model_path!r}, which reads none; serve a "
             "vision-language model, or leave the images out"
         )
+    if set(map(type, images.sent_ids)) - {int}:
+        wrong = next(token_id for token_id in images.sent_ids if type(token_id) is not int)
+        raise InputTypeError(f"row {row}: token id {wrong!r} is a {type(wrong).__name__}; token ids are integers")
     placeholders = images.sent_ids.count(images.placeholder)
     if not placeholders == len(images.data) == len(images.ranges) or not images.data:
         raise ImageError(

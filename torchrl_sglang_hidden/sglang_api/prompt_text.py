@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from torchrl_sglang_hidden.errors import InputError
+from torchrl_sglang_hidden.errors import ImageError, InputError
 
 __all__ = ["check_no_placeholder", "check_unicode", "special_ends", "written_once"]
 
@@ -40,11 +40,11 @@ def check_no_placeholder(name: str, text: str, tokenizer: Any, *, beside_images:
         beside_images: whether images are sent with the text, so that it may have their tokens.
 
     Raises:
-        InputError: it has one.
+        ImageError: it has one.
     """
     for token in tokenizer.get_added_vocab():
         if token in text and (OTHER_MEDIUM if beside_images else PLACEHOLDER).search(token):
-            raise InputError(
+            raise ImageError(
                 f"{name} has {token!r}, which the tokenizer takes for the place of a picture or another medium, and "
                 "none is sent with it; remove it from the text"
             )
