@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -106,6 +107,29 @@ def test_several_images_of_a_row_and_rows_without_one(tmp_path: Path) -> None:
     torch.testing.assert_close(found["hidden_states", "prompt"], torch.stack(expected))
 
 
+def test_every_form_in_a_list_and_alone(tmp_path: Path) -> None:
+    data = io.BytesIO()
+    picture(1).save(data, "PNG", compress_level=1)  # as images are written to be sent
+    (tmp_path / "1.png").write_bytes(data.getvalue())
+    pixels = torch.from_numpy(np.array(picture(1)))
+    encoded = [{"bytes": data.getvalue(), "path": None}, {"bytes": None, "path": str(tmp_path / "1.png")}]
+    forms = [picture(1), pixels.numpy(), data.getvalue(), tmp_path / "1.png", read_image("", picture(1)).uri, *encoded]
+    expected = vector_of(f"{PLACE} w1", picture(1))
+    rows = [{"image": form} for form in (*forms[2:], *([form] for form in (*forms, pixels)))]
+    found = recorded(rows, tmp_path / "r", prompt=f"{PLACE} w1", images_keys=["image"])
+    assert (len(found), found.failures) == (len(rows), ())
+    torch.testing.assert_close(found.tensordict["hidden_states", "prompt"], expected.expand(len(rows), -1))
+
+
+def test_a_hugging_face_data_set_that_does_not_decode(tmp_path: Path) -> None:
+    data = as_hugging_face(tmp_path).cast_column("pixels", datasets.Image(decode=False))
+    assert data[0]["pixels"].keys() == {"bytes", "path"}
+    found = recorded(data, tmp_path / "r").tensordict
+    expected = [vector_of(PROMPT.format(observation=row["observation"]), row["pixels"]) for row in data]
+    torch.testing.assert_close(found["hidden_states", "prompt"], torch.stack(expected))
+    assert len({row["pixels"] for row in found.unbind(0)}) == COUNT, "a digest each"
+
+
 def test_nested_keys_by_their_names(tmp_path: Path) -> None:
     data = batch()
     found = recorded(data, tmp_path / "r", images_keys=["agent.view"]).tensordict
@@ -134,6 +158,13 @@ def test_a_folder_of_images_is_sorted_by_name(folder: Path, tmp_path: Path) -> N
     for row in found.unbind(0):
         torch.testing.assert_close(row["hidden_states", "prompt"], vector_of(f"{PLACE} w1", folder / row["path"]))
         assert len(row["image"]) == 16, "a digest, and no copy of the file"
+
+
+@pytest.mark.parametrize("content", ["{}", '{"images": []}', "[1,", "[]"])
+@pytest.mark.parametrize("name", ["meta.json", "state.json"])
+def test_a_folder_of_images_with_a_file_of_anothers(name: str, content: str, folder: Path, tmp_path: Path) -> None:
+    (folder / name).write_text(content)
+    assert len(recorded(folder, tmp_path / "r", prompt=f"{PLACE} w1", images_keys=None)) == len(NAMES)
 
 
 def test_a_name_is_a_prompts_field_too(folder: Path, tmp_path: Path) -> None:

@@ -193,7 +193,11 @@ BAD: dict[str, tuple[dict[str, Any], str, list[str]]] = {
         "InputTypeError",
         ["row 0", f"{IMAGE_ID}.0 is a float"],
     ),
-    "ids that are texts": ({"input": [[IMAGE_ID, "w"]], "images": [[CAT]]}, "InputTypeError", ["row 0", "'w' is a str"]),
+    "ids that are texts": (
+        {"input": [[IMAGE_ID, "w"]], "images": [[CAT]]},
+        "InputTypeError",
+        ["row 0", "'w' is a str"],
+    ),
     "an id below 0": ({"input": [[IMAGE_ID, -5]], "images": [[CAT]]}, "TokenIdError", ["row 0", "-5 at position 3"]),
     "an id beyond every vocabulary": (
         {"input": [[IMAGE_ID, 10**30]], "images": [[CAT]]},

@@ -67,7 +67,7 @@ def leaves_of(row: TensorDictBase) -> Leaves:
 
 
 def digest_images(label: str, row: Leaves, keys: Collection[Key]) -> Leaves:
-    """Return a row whose images are digests where JSON does not hold them: pixels and texts stay what they are.
+    """Return a row whose images are digests where a shard does not hold them: a field's own pixels and texts stay.
 
     Args:
         label: names the row in errors.
@@ -77,12 +77,12 @@ def digest_images(label: str, row: Leaves, keys: Collection[Key]) -> Leaves:
     Raises:
         InputTypeError: something that is no image.
     """
-    found = {key: _digest(f"{label}, {'/'.join(key)!r}:", row[key]) for key in keys if key in row}
-    return {**row, **found}
+    images = {key: row[key] for key in keys if key in row and not isinstance(row[key], torch.Tensor)}
+    return {**row, **{key: _digest(f"{label}, {'/'.join(key)!r}:", value) for key, value in images.items()}}
 
 
 def _digest(name: str, value: Any) -> Any:
-    if value is None or isinstance(value, (torch.Tensor, str)):
+    if value is None or isinstance(value, str):
         return value
     if isinstance(value, (list, tuple)):
         return [_digest(name, one) for one in value]

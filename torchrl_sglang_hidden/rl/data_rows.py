@@ -82,14 +82,23 @@ def _open_path(path: Path) -> DataRows:
         return _of_npz(path)
     if path.suffix == ".jsonl" and path.is_file():
         return DataRows(lambda start: _rows(itertools.islice(_lines(path), start, None), start), None)
-    if (path / "meta.json").is_file():
+    if "_type" in _read_object(path / "meta.json"):
         return _of_tensordict(TensorDict.load_memmap(path, allow_pickle=False))
-    if (path / "state.json").is_file():
+    if "_data_files" in _read_object(path / "state.json"):
         return _of_iterable(_load_hugging_face(path))
     images = _images_in(path) if path.is_dir() else []
     if images:
         return _of_images(path, images)
     raise InputError(f"{path} is no data set that can be read; expected {FILES}")
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; an empty one where there is none, as among anybody's images."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _load_hugging_face(path: Path) -> Any:
@@ -144,7 +153,7 @@ def _to_row(values: Mapping[Any, Any]) -> TensorDict:
 def _to_leaf(value: Any) -> Any:
     """Return a value as a tensor where it is numbers, as a TensorDict where it is a mapping, or as it is."""
     if isinstance(value, Mapping):
-        return _to_row(value)
+        return NonTensorData(dict(value)) if _is_encoded(value) else _to_row(value)
     if isinstance(value, torch.Tensor) or is_tensor_collection(value):
         return value
     if isinstance(value, (np.ndarray, np.generic)):
@@ -157,6 +166,11 @@ def _to_leaf(value: Any) -> Any:
         except (ValueError, TypeError, RuntimeError):  # lists of other lengths, numbers and None, over 64 bits
             return NonTensorData(value)
     return NonTensorData(value)
+
+
+def _is_encoded(value: Mapping[Any, Any]) -> bool:
+    """Return whether a value is a file in a row of a Hugging Face data set that does not decode it."""
+    return value.keys() == {"bytes", "path"} and isinstance(value["bytes"], bytes | None)
 
 
 def _is_number(value: Any) -> bool:
