@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
 from collections.abc import AsyncGenerator
 from types import SimpleNamespace
 from typing import Any
@@ -61,10 +63,14 @@ class Service:
         return {**server_page(image_token_id=IMAGE_ID if self.takes_images else None), **limit}
 
     def ask(self, **body: Any) -> httpx.Response:
-        async def call() -> httpx.Response:
+        (answer,) = self.ask_at_once([body])
+        return answer
+
+    def ask_at_once(self, bodies: list[dict[str, Any]]) -> list[httpx.Response]:
+        async def call() -> list[httpx.Response]:
             transport = httpx.ASGITransport(app=self.app)
             async with httpx.AsyncClient(transport=transport, base_url="http://service") as client:
-                return await client.post(PATH, json=body)
+                return await asyncio.gather(*(client.post(PATH, json=body) for body in bodies))
 
         return asyncio.run(call())
 
@@ -149,6 +155,26 @@ def test_the_vectors_are_a_policys(service: Service) -> None:
     chat = message(OPENAI, WORD, HUGGING_FACE)
     expected = policy(ragged(history=[chat]))["hidden_states"].prompt
     torch.testing.assert_close(service.vectors(input=chat), expected)
+
+
+def test_requests_at_once_have_the_processor_by_turns(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fast tokenizer takes one caller at a time."""
+    together = threading.Barrier(2)
+    met: list[bool] = []
+    call = WordProcessor.__call__
+
+    def waiting(self: WordProcessor, *args: Any, **options: Any) -> dict[str, Any]:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            together.wait(timeout=0.5)
+            met.append(True)
+        return call(self, *args, **options)
+
+    monkeypatch.setattr(WordProcessor, "__call__", waiting)
+    # Of two sizes, each of which the processor is asked for once.
+    images = [picture(1), picture(2, width=1, height=3)]
+    answers = service.ask_at_once([{"input": PLACE, "images": [read_image("", image).uri]} for image in images])
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert met == []
 
 
 def test_sglangs_own_processor_is_left_alone(service: Service) -> None:

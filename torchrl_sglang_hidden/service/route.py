@@ -63,7 +63,7 @@ class VectorService:
         self._model_info, self._server_info = model_info, server_info
         self._info: EngineInfo | None = None
         self._processor: ImageProcessor | None = None
-        self._reading = asyncio.Lock()
+        self._reading, self._preparing = asyncio.Lock(), asyncio.Lock()
 
     async def respond(self, http: HTTPRequest) -> Response:
         """Answer one request: with vectors, or with a status and what is wrong with it."""
@@ -110,10 +110,12 @@ class VectorService:
         # Some models' chat template is their processor's alone.
         if info.takes_images and (not tokenizer.chat_template or any(has_images(*row) for row in rows)):
             processor = await self._read_processor(info)
-            # In a thread: an image takes long to decode, and all of SGLang's HTTP waits for this event loop.
-            return await asyncio.to_thread(
-                lambda: [image_prompt(number, *row, processor) for number, row in enumerate(rows)]
-            )
+            # In a thread: an image takes long to decode, and all of SGLang's HTTP waits for this event loop. By turns,
+            # since a fast tokenizer takes one caller at a time.
+            async with self._preparing:
+                return await asyncio.to_thread(
+                    lambda: [image_prompt(number, *row, processor) for number, row in enumerate(rows)]
+                )
         for number, (_, images) in enumerate(rows):
             if images:
                 raise CapabilityError(
@@ -125,7 +127,7 @@ class VectorService:
         ]
 
     async def _read_processor(self, info: EngineInfo) -> ImageProcessor:
-        """Return the model's processor, a copy: the tokenizer of SGLang's takes one caller at a time."""
+        """Return the model's processor, a copy: SGLang's own is in use in SGLang's own threads."""
         async with self._reading:
             if self._processor is None:
                 own = await asyncio.to_thread(copy.deepcopy, self.tokenizer_manager.processor)
