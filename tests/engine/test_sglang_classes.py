@@ -90,3 +90,10 @@ def test_eager_steps_and_replayed_graphs_read_the_same_stream(
 def test_a_graph_that_hands_on_what_cannot_be_read(found: dict[str, Any]) -> None:
     assert found["deferred"]["layers"] == []
     assert found["deferred"]["problem"].startswith("layer 1 returns something else than the residual stream in a CUDA ")
+
+
+def test_an_image_without_its_start_has_the_positions_of_text(found: dict[str, Any]) -> None:
+    """So that prompts of Qwen's models without it are refused; Hugging Face gives both the same positions."""
+    started, bare = found["positions"]
+    assert started == [[0, 1, 1, 1, 1, 1, 1, 4], [0, 1, 1, 1, 2, 2, 2, 4], [0, 1, 2, 3, 1, 2, 3, 4]]
+    assert bare == [list(range(8))] * 3

@@ -209,6 +209,18 @@ def deferred_finalize() -> dict[str, Any]:
     return {"layers": taps.layers, "problem": taps.problem}
 
 
+def positions_of(ids: list[int]) -> list[list[int]]:
+    """Return where SGLang's Qwen2.5-VL has the rows of ids: 7 begins an image, 8 is a row of it, here of 2 × 3."""
+    from sglang.srt.layers.rotary_embedding.mrope_rope_index import get_rope_index
+
+    given = {"image_token_id": 8, "video_token_id": 9, "vision_start_token_id": 7, "model_type": "qwen2_5_vl"}
+    found_3BT, _ = get_rope_index(
+        2, **given, tokens_per_second=1, input_ids=torch.tensor([ids]), image_grid_thw=torch.tensor([[1, 4, 6]])
+    )
+    positions: list[list[int]] = found_3BT[:, 0].tolist()
+    return positions
+
+
 def main() -> None:
     use_cpu_engine()
     torch.cuda.is_current_stream_capturing = lambda: False
@@ -220,6 +232,7 @@ def main() -> None:
             "owed sums": owed_sums(),
             "plain sums": plain_sums(),
             "deferred": deferred_finalize(),
+            "positions": [positions_of([before, *[8] * 6, 1]) for before in (7, 1)],
         }
     targets = [target for table in (plugin._BEFORE, plugin._AFTER, plugin._AROUND) for target in table]
     results["missing"] = [target for target in targets if not callable(resolve_name(target))]

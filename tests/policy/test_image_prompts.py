@@ -33,6 +33,8 @@ from torchrl_sglang_hidden import (
     Turn,
     ragged,
 )
+from torchrl_sglang_hidden.images import expansion
+from torchrl_sglang_hidden.images.expansion import KEEPS_IDS
 from torchrl_sglang_hidden.images.image_data import read_image
 from torchrl_sglang_hidden.spec.hidden import SEGMENTS
 
@@ -478,6 +480,25 @@ def test_a_paused_row_with_an_image_goes_on() -> None:
     assert engine.payloads[-1]["image_data"] == [[uri(CAT)]]
     first, again = engine.requests[0], engine.requests[-1]
     assert again.prompt_ids[: len(first.prompt_ids)] == first.prompt_ids
+
+
+@pytest.mark.parametrize("kind", KEEPS_IDS)
+def test_an_image_without_its_start_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang would give the rows of a Qwen's image the positions of text."""
+    monkeypatch.setattr(expansion, "START", "w9")
+    qwen = type(kind, (WordProcessor,), {})
+    for mode in ("text", "tokens"):
+        policy, engine = make(mode, processor=qwen(TOKENIZER))
+
+        def ask(text: str, mode: str = mode, policy: SGLangHiddenWrapper = policy) -> None:
+            prompt = text if mode == "text" else TOKENIZER(text)["input_ids"]
+            policy(ragged(**{mode: [prompt]}, images=[[CAT] * text.count(PLACE)]))
+
+        ask(f"w9 {PLACE} w1 w9 {PLACE}")
+        for text, at in ((PLACE, 0), (f"w8 {PLACE}", 1), (f"w9 {PLACE} {PLACE}", 2)):
+            with pytest.raises(ImageError, match=rf"row 0, .*the placeholder at token {at} has no 'w9' before it"):
+                ask(text)
+        assert len(engine.payloads) == 1
 
 
 def test_ids_that_the_engine_would_change_are_refused() -> None:

@@ -23,12 +23,13 @@ __all__ = ["NO_IMAGES", "ImageProcessor", "RowImages", "is_processor", "tokenize
 
 T = TypeVar("T")
 
-# Every tokenizer decodes ids below it.
-MAX_ID = 2**31
 # The processors of models whose ids SGLang keeps as they are sent (its SGLANG_MM_AVOID_RETOKENIZE).
 KEEPS_IDS = ("Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor")
 # What to do about a prompt whose ids would not stay.
 GIVE_TEXT = "give the text instead of ids, in history mode with chat='render' and prefer_tokens=False"
+# The token that stands before each placeholder of these models. SGLang counts images by it: one without it has the
+# positions of text there, and not of lines and columns.
+START = "<|vision_start|>"
 # What a processor returns of a text.
 OF_TEXT = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 
@@ -150,11 +151,12 @@ class ImageProcessor:
         expansions = tuple(self.expansion(f"{name} image {i}:", image) for i, image in enumerate(images))
         return RowImages(tuple(images), expansions, self.placeholder_id)
 
-    def check_kept(self, name: str, ids: Sequence[int], *, remedy: str = GIVE_TEXT) -> None:
-        """Refuse a short prompt that SGLang would turn into other ids, as it does for some models, without a word.
+    def check_sent(self, name: str, ids: Sequence[int], *, remedy: str = GIVE_TEXT) -> None:
+        """Refuse a short prompt of which SGLang would compute something else, without a word.
 
-        It keeps the ids of Qwen's models. Those of others it decodes, and lets the processor encode the text again:
-        ids that were sampled may become others then, and states and log-probs would be theirs.
+        It keeps the ids of Qwen's models, and gives an image of theirs its positions where `START` stands before it.
+        The ids of other models it decodes, and lets the processor encode the text again: ids that were sampled may
+        become others then, and states and log-probs would be theirs.
 
         Args:
             name: says whose ids they are, for errors.
@@ -162,12 +164,29 @@ class ImageProcessor:
             remedy: what to do instead, for errors.
 
         Raises:
-            ImageError: these ids would not stay.
+            ImageError: an image without its start, or ids that would not stay.
         """
         processor = self.processor
-        # The engine's check names ids that no tokenizer has.
-        if type(processor).__name__ in KEEPS_IDS or not 0 <= min(ids) <= max(ids) < MAX_ID:
-            return
+        if type(processor).__name__ in KEEPS_IDS:
+            self._check_starts(name, ids)
+        else:
+            self._check_kept(name, ids, remedy)
+
+    def _check_starts(self, name: str, ids: Sequence[int]) -> None:
+        tokenizer = self.processor.tokenizer
+        start = tokenizer.convert_tokens_to_ids(START)
+        if start in (None, tokenizer.unk_token_id):
+            return  # a vocabulary of somebody's own
+        for at, token_id in enumerate(ids):
+            if token_id == self.placeholder_id and (at == 0 or ids[at - 1] != start):
+                raise ImageError(
+                    f"{name} the placeholder at token {at} has no {START!r} before it, without which SGLang gives the "
+                    f"image the positions of text; write {START}{self.placeholder}<|vision_end|>, as the chat template "
+                    "does"
+                )
+
+    def _check_kept(self, name: str, ids: Sequence[int], remedy: str) -> None:
+        processor = self.processor
         tokenizer = processor.tokenizer
         vocab_size = len(tokenizer)
         if not all(type(token_id) is int and 0 <= token_id < vocab_size for token_id in ids):

@@ -277,7 +277,7 @@ def _check_kept(
     for row, column in _places(wanted_RA):
         if prompts[row].images is not None:
             sent_ids = (*prompts[row].sent_ids, *rows[row][column][:num_sent])
-            processor.check_kept(f"row {row}, candidate {column}:", sent_ids, remedy="give another candidate")
+            processor.check_sent(f"row {row}, candidate {column}:", sent_ids, remedy="give another candidate")
 
 
 # --- choosing --------------------------------------------------------------------------------------------------------

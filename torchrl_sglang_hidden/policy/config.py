@@ -67,8 +67,9 @@ class PolicyConfig:
             says ``padded`` are its padding, and every other id is sent as it is.
         images_key: where each row's images are read, if they are there: one image or a list, in any form that
             `torchrl_sglang_hidden.images.image_data.read_image` takes. In text and tokens mode the prompt has one
-            placeholder for each, such as ``<|image_pad|>`` (ids that are expanded already are taken too); in history
-            mode they are those of parts ``{"type": "image"}`` that bring none of their own.
+            placeholder for each, such as ``<|image_pad|>``, between the tokens that the model wants around it (ids
+            that are expanded already are taken too); in history mode they are those of parts ``{"type": "image"}`` that
+            bring none of their own.
         generate: True generates; False scores given sequences, and samples nothing. Arguments that concern generation
             alone (sampling options, ``num_samples``, ``prefer_tokens``, the segments of ``hidden`` and its spans of a
             response) are then kept for the next version and have no effect: a chat is scored as the tokenizer writes

@@ -223,7 +223,7 @@ def _read_row(index: int, row: TensorDictBase, first: Completion, reader: Prompt
     if images is not None:
         short = images.short_of(name, first.prompt_ids)
         try:
-            reader.processor.check_kept(name, (*short, *first.response_ids), remedy="send the prompt again")
+            reader.processor.check_sent(name, (*short, *first.response_ids), remedy="send the prompt again")
         except ImageError as refused:
             error = refused
     elif reader.processor.takes_images and (keys.images is None or row.get(keys.images) is None):

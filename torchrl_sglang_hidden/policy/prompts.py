@@ -185,7 +185,7 @@ class PromptReader:
         else:
             found = self._read_tokens(name, row, value, self.processor.row_images(name, given))
         if found.images is not None:
-            self.processor.check_kept(name, found.prompt_ids)
+            self.processor.check_sent(name, found.prompt_ids)
         return expand_row(name, found)
 
     def read_fields(self, index: int, row: TensorDictBase, found: Row) -> Row:

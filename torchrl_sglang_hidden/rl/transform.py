@@ -62,8 +62,9 @@ class HiddenStateTransform(Transform):  # type: ignore[misc]
         in_keys: the observations that the prompt reads.
         images_in_keys: the observations that are images, such as ``["pixels"]``: uint8 ``[*batch, H, W, C]`` or
             ``[*batch, C, H, W]``, for a vision-language model. A row's images are, in the order of these keys, those of
-            the placeholders in a text (``"<|image_pad|> You see {x}."``) or in token ids, or of a chat's parts
-            ``{"type": "image"}`` that bring none of their own. The cache tells images apart by their content.
+            the placeholders in a text (``"<|vision_start|><|image_pad|><|vision_end|> You see {x}."`` for a Qwen-VL) or
+            in token ids, or of a chat's parts ``{"type": "image"}`` that bring none of their own. The cache tells
+            images apart by their content.
         out_key: where the vectors go.
         text_key: where the generated texts go; by default they are dropped.
         every: encode the observation of the reset and each ``every``-th after it; steps in between keep the vector.

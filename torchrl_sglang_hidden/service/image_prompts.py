@@ -90,7 +90,7 @@ def image_prompt(
             short = found.short_of(name, short)
     if found is None:
         return short, None
-    processor.check_kept(name, short)
+    processor.check_sent(name, short)
     try:
         return found.expand(short)
     except ImageError as error:
