@@ -264,6 +264,16 @@ def test_a_row_without_its_image_is_recorded_as_such(tmp_path: Path) -> None:
     torch.testing.assert_close(found.tensordict["hidden_states", "prompt"][0], expected)
 
 
+def test_a_part_that_no_tokenizer_reads_costs_its_row(tmp_path: Path) -> None:
+    def ask(row: TensorDictBase) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["ask"]}]}]
+
+    rows = [{"ask": "w1", "image": picture(1)}, {"ask": "\ud800", "image": picture(1)}]
+    with pytest.warns(UserWarning, match="1 of 2 rows"):
+        found = recorded(rows, tmp_path / "r", prompt=ask, images_keys=["image"])
+    assert found.failures[0].reason.startswith(r"InputError: row 1: '\ud800' has '\ud800' at character 0")
+
+
 def test_a_placeholder_too_many_costs_its_row(tmp_path: Path) -> None:
     rows = [{"ask": f"{PLACE} w1", "image": picture(1)}, {"ask": f"{PLACE} {PLACE}", "image": picture(2)}]
     with pytest.warns(UserWarning, match="1 of 2 rows"):

@@ -5,6 +5,7 @@ Knows nothing of policies: whether a prompt fits the model is checked when it is
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import string
@@ -80,8 +81,8 @@ class Prompt:
             InputError: there is one. The policy would say so too, and for the whole call.
         """
         messages = self.value if isinstance(self.value, list) and self.mode == "history" else []
-        texts = [message.get("content") for message in messages] if self.mode == "history" else [self.value]
-        for text in texts:
+        contents = [message.get("content") for message in messages] if self.mode == "history" else [self.value]
+        for text in itertools.chain.from_iterable(map(_texts_in, contents)):
             found = re.search("[\ud800-\udfff]", text) if isinstance(text, str) else None
             if found:
                 raise InputError(
@@ -208,6 +209,13 @@ class PromptWriter:
                 f"{label}: the prompt cannot be written, {type(error).__name__}: {error}; it was given "
                 f"{values!r:.200}. Change the prompt so that it reads them"
             ) from error
+
+
+def _texts_in(content: Any) -> list[Any]:
+    """Return the texts of a message's content: of its parts, where it is a list."""
+    if not isinstance(content, list):
+        return [content]
+    return [part.get("text") for part in content if isinstance(part, Mapping)]
 
 
 def _plain_message(part: Any) -> Any:
