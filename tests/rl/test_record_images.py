@@ -30,7 +30,7 @@ from torchrl_sglang_hidden import (
     load_recording,
     record_hidden_states,
 )
-from torchrl_sglang_hidden.images.image_data import read_image
+from torchrl_sglang_hidden.images.image_data import FILES, read_image
 from torchrl_sglang_hidden.rl import data_rows, record
 
 COUNT = 7
@@ -173,6 +173,17 @@ def test_a_name_is_a_prompts_field_too(folder: Path, tmp_path: Path) -> None:
     for row in found.unbind(0):
         expected = vector_of(f"{PLACE} w{len(row['path'])}", folder / row["path"])
         torch.testing.assert_close(row["hidden_states", "prompt"], expected)
+
+
+def test_a_folder_has_every_kind_of_image_that_is_read(tmp_path: Path) -> None:
+    Image.init()
+    kinds = {suffix: Image.EXTENSION[suffix] for suffix in data_rows.IMAGE_SUFFIXES}
+    assert set(kinds.values()) == set(FILES)
+    (tmp_path / "images").mkdir()
+    for suffix, kind in kinds.items():
+        picture(1).save(tmp_path / "images" / f"1{suffix.upper()}", kind)
+    found = recorded(tmp_path / "images", tmp_path / "r", prompt=f"{PLACE} w1", images_keys=None)
+    assert (len(found), found.failures) == (len(kinds), ())
 
 
 def test_a_bad_file_costs_its_row_alone(folder: Path, tmp_path: Path) -> None:

@@ -35,8 +35,11 @@ FILES = (
     "an .npz or .jsonl file, a directory that TensorDict.save or a Hugging Face data set's save_to_disk wrote, or a "
     "folder of image files"
 )
-# Of the files in a folder that are rows.
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+# Of the files in a folder that are rows: of each kind that `read_image` reads.
+IMAGE_SUFFIXES = (
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2",
+    ".avif",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
