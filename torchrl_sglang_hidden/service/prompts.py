@@ -119,8 +119,8 @@ def _check_message(name: str, message: Any, tokenizer: Any) -> None:
         kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
         if kind != "text":
             raise InputError(
-                f"{name} a part of type {kind!r:.80}; this route takes text alone: leave the part out, or describe it "
-                "in words"
+                f"{name} a part of type {kind!r:.80}; the served model takes text alone: leave the part out, or "
+                "describe it in words"
             )
     if message.keys() != {"role", "content"} or not isinstance(role, str) or not isinstance(content, str):
         raise InputTypeError(
