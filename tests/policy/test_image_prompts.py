@@ -515,5 +515,7 @@ def test_ids_that_the_engine_would_change_are_refused() -> None:
     other, other_engine = make("tokens", processor=Unsplit(joined))
     with pytest.raises(ImageError, match=r"row 0, .*encodes prompts with images of a Unsplit again, and token 0"):
         other(ragged(tokens=[[9, IMAGE_ID, 8]], images=[[CAT]]))
+    with pytest.raises(ImageError, match="and token 0, '', would become another"):  # of no word of the tokenizer's
+        policy(ragged(tokens=[[len(TOKENIZER), IMAGE_ID]], images=[[CAT]]))
     other(ragged(tokens=[[9, 8]]))
     assert len(engine.payloads) == len(other_engine.payloads) == 1
