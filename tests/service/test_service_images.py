@@ -209,7 +209,12 @@ BAD: dict[str, tuple[dict[str, Any], str, list[str]]] = {
     "detail": (
         {"input": message({"type": "image_url", "image_url": {"url": CAT, "detail": "high"}})},
         "InputError",
-        ["part 0", "detail", "own processor"],
+        ["part 0", "image_url has ['detail']", "own processor"],
+    ),
+    "a path in the place of a url": (
+        {"input": message({"type": "image", "image": {"path": "/etc/passwd"}})},
+        "InputError",
+        ["part 0: image has ['path']", "a url alone"],
     ),
     "no place": ({"input": ["w1", "w2"], "images": [[], [CAT]]}, "ImageError", ["row 1", "0 placeholders", "1 images"]),
     "no image for a place": ({"input": [PLACE, PLACE], "images": [[CAT], []]}, "ImageError", ["row 1"]),

@@ -133,8 +133,8 @@ def _check_part(name: str, part: Any) -> None:
     if isinstance(value, Mapping):
         if not value.keys() <= {"url", "detail"} or value.get("detail", "auto") != "auto":
             raise InputError(
-                f"{name} image_url has {value.keys() - {'url'}}; expected a url alone: the model's own processor says "
-                "in what detail an image is read"
+                f"{name} {kind} has {sorted(value.keys() - {'url'})}; expected a url alone: the model's own processor "
+                "says in what detail an image is read"
             )
         value = value.get("url")
     if kind in part and not (isinstance(value, str) and value.startswith("data:image/")):
