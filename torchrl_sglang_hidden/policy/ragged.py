@@ -230,8 +230,8 @@ def _field(name: str, values: Any, num_rows: int) -> list[Any]:
         found = f"{values!r:.80}, a {type(values).__name__}" if size is None else f"{size} values"
         raise InputError(f"{name}: {found}; expected one value for each of the {num_rows} rows")
     # A TensorDict takes lists of anything, and tuples of numbers alone.
-    found = [values[row] for row in range(num_rows)]
-    return [list(value) if type(value) is tuple else value for value in found]
+    fields = (values[row] for row in range(num_rows))
+    return [list(value) if type(value) is tuple else value for value in fields]
 
 
 def _shape(batch_size: Sequence[int] | None, num_rows: int) -> tuple[int, ...]:

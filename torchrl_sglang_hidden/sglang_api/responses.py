@@ -162,7 +162,7 @@ def _read_row(number: int, request: Request, row: Any, info: EngineInfo) -> Comp
         )
     wanted = logits_of(request)
     answer = None
-    if info.pools_in_server and not (request.hidden is wanted is request.images is None):
+    if info.pools_in_server and any(one is not None for one in (request.hidden, wanted, request.images)):
         shared = shares(request) and info.shares_memory
         answer = unpack_answer(meta.get(CHANNEL), name, info.hidden_size, shared=shared)
         check_computed(name, request, answer.prompt_digest)
