@@ -27,7 +27,6 @@ from typer.testing import CliRunner
 from torchrl_sglang_hidden import (
     HiddenSpec,
     HiddenStateTransform,
-    Segment,
     SGLangHiddenWrapper,
     load_recording,
     ragged,
@@ -65,7 +64,7 @@ def truth(image_site: ImageSite) -> Truth:
         )
         [completion] = image_site.server.generate([request])
         image_site.check([request], [completion])
-        return completion.hidden[Segment.PROMPT].vector
+        return completion.hidden["prompt"].vector
 
     return pooled
 
@@ -98,14 +97,14 @@ class Scenes(WordEnv):
 
 
 def test_frames_of_environments(image_site: ImageSite, reads: SGLangHiddenWrapper, truth: Truth) -> None:
-    """For each environment, step and reset; equal frames are asked for once."""
+    """For each environment, step and reset; a frame that was there before comes from the cache."""
     encode = HiddenStateTransform(
         reads, prompt_of(image_site, QUESTION), in_keys=["observation"], images_in_keys=["pixels"], cache_size=64
     )
     env = TransformedEnv(Scenes(image_site, [2, 100]), encode)
     check_env_specs(env, seed=0)
     out = env.rollout(4, break_when_any_done=False)
-    assert out["next", "done"].sum() == 1
+    assert out["next", "done"].sum() == 2
     found = torch.cat([out["hidden_state"], out["next", "hidden_state"]])
     numbers = torch.cat([out["observation"], out["next", "observation"]])[..., 0]
     known: dict[int, torch.Tensor] = {}
@@ -113,11 +112,14 @@ def test_frames_of_environments(image_site: ImageSite, reads: SGLangHiddenWrappe
         if number not in known:
             known[number] = truth(image_site.writer.picture(number, 3, 2), QUESTION.format(observation=number))
         assert_vector(row, known[number])
-    assert encode.cache_info.hits > 0
+    before = encode.cache_info
     # The same frame with other pixels is another one.
     last = out["next"][:, -1].select("observation", "pixels")
     changed = last.clone().set("pixels", 255 - last["pixels"])
     vectors = [encode(td.clone())["hidden_state"] for td in (last, changed)]
+    after = encode.cache_info
+    assert (after.hits - before.hits, after.misses - before.misses) == (2, 2)
+    assert torch.equal(vectors[0], out["next", "hidden_state"][:, -1])
     assert not torch.allclose(*vectors, rtol=1e-3)
     inverted = PILImage.fromarray(changed["pixels"][1].numpy())
     number = int(changed["observation"][1])
@@ -212,7 +214,7 @@ def test_images_that_the_vector_service_does_not_take(image_site: ImageSite) -> 
     text = prompt_of(image_site, "What?")
     damaged = "data:image/png;base64," + base64.b64encode(base64.b64decode(uri.partition(",")[2])[:60]).decode()
     cases = {
-        "placeholder": {"input": text, "images": []},
+        "place of a picture": {"input": text, "images": []},
         "2 images": {"input": text, "images": [uri, uri]},
         "URL": {"input": text, "images": ["http://127.0.0.1:9/a.png"]},
         "data URI": {"input": text, "images": ["/etc/hostname"]},
