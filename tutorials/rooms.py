@@ -6,6 +6,7 @@ other ends the episode with nothing: an agent that does not read fetches the rig
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import Any
 
@@ -144,8 +145,8 @@ class Trainer:
         )
         self.actor, value = agent.get_policy_operator(), agent.get_value_operator()
         self.advantage = GAE(gamma=0.95, lmbda=0.95, value_network=value, average_gae=True)
-        self.loss = ClipPPOLoss(self.actor, value, entropy_coeff=0.01)
-        self.optimizer = torch.optim.Adam(self.loss.parameters(), lr=3e-3)
+        self.loss = ClipPPOLoss(self.actor, value, entropy_coeff=0.02)
+        self.optimizer = torch.optim.Adam(self.loss.parameters(), lr=1.5e-3)
 
     @staticmethod
     def _transforms(encode: Transform, norm: Transform) -> Compose:
@@ -206,6 +207,9 @@ def train_agent(url: str, ablate: str | None, seed: int, steps: int) -> tuple[li
         Which part of the episodes fetched the right thing: while training, batch by batch; and in new rooms after it.
     """
     torch.set_num_threads(1)
+    warnings.filterwarnings(
+        "ignore", message="Support of VecNormV2"
+    )  # of a library underneath, in a process of its own
     with connect(url) as engine:
         policy = SGLangHiddenWrapper(
             engine,

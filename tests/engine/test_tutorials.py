@@ -58,6 +58,17 @@ LESSONS: dict[str, tuple[str, ...]] = {
         r"4096 steps, \d+ episodes of \+0\.4\d on average",
         r"4096 rows, 0 failures, states \(4096, 576\)",
         r"AWR +wordings of the data: \+0\.[89]\d +wordings that are not in it: \+0\.",
+        r"wordings of the data +means 0\.[01]\d standard deviations apart, .*, p = (0\.[1-9]|1\.0)",
+        r"other wordings +means [01]\.\d\d standard deviations apart, .*, p = 0\.005",
+    ),
+    "106_a_mission_in_a_room": (
+        r"64 rooms: image \(5, 5, 3\), 20 different missions",
+        r"hidden_state \(64, 40, 64\), CacheInfo\(hits=\d+, misses=20, ",
+        r"thing +read from a wording that was held out: (100|9\d)%",
+        r"colour +read from a wording that was held out: (100|9\d)%",
+        r"hidden states +at the end of training: 0\.[4-9]\d +new rooms: 0\.",
+        r"zeros +at the end of training: 0\.[45]\d",
+        r"hidden states against shuffled: t = ",
     ),
     "107_a_picture_as_a_state": (
         r"640 frames of \(168, 168, 3\), torch\.uint8",
@@ -72,7 +83,10 @@ LESSONS: dict[str, tuple[str, ...]] = {
     ),
 }
 # Fewer seeds and steps where a lesson trains for minutes; what is committed has all of them.
-SHORTER = {"104_language_model_as_state_encoder": ("range(5), 32_768", "range(2), 8_192")}
+SHORTER = {
+    "104_language_model_as_state_encoder": ("range(5), 32_768", "range(2), 8_192"),
+    "106_a_mission_in_a_room": ("range(5), 65_536", "range(2), 24_576"),
+}
 # What the session's server serves. The lessons that launch another start it themselves, in their notebook.
 SHARED_LAUNCH = 'launch(demo_model(), dtype="float32")'
 # Ray, where it is installed, misses ipywidgets in every notebook; TorchRL's own files read what TensorDict will drop.
@@ -112,7 +126,7 @@ def test_there_is_no_lesson_that_no_test_runs() -> None:
 
 def test_some_lessons_share_a_server_and_some_launch_their_own() -> None:
     shares = [SHARED_LAUNCH in "".join(cell.source for cell in read(name).cells) for name in LESSONS]
-    assert shares == [True, True, True, False, False, False]
+    assert shares == [True, True, True, False, False, False, False]
 
 
 @every_lesson
