@@ -168,12 +168,13 @@ class TestServe:
             )
         ]
 
-    def test_without_a_model_serves_the_demo_model(
-        self, serving: Callable[[str], FakeServer], monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize("model", [(), ("demo",)])
+    def test_serves_the_demo_model_by_name_and_without_one(
+        self, serving: Callable[[str], FakeServer], monkeypatch: pytest.MonkeyPatch, model: tuple[str, ...]
     ) -> None:
         monkeypatch.setattr(model_module, "demo_model", lambda: Path("the-demo-model"))
         server = serving(SIGTERM_PARENT)
-        assert invoke("serve", "--dtype", "float32").exit_code == 0
+        assert invoke("serve", *model, "--dtype", "float32").exit_code == 0
         assert server.calls[0][0] == Path("the-demo-model")
         assert server.calls[0][1]["dtype"] == "float32"
         assert server.calls[0][1]["layers"] is None, "all where that is cheap"

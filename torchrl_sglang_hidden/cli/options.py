@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,7 +18,7 @@ from torchrl_sglang_hidden.errors import InputError
 if TYPE_CHECKING:
     from torchrl_sglang_hidden.engines.base import Engine
 
-__all__ = ["API_KEY_ENV", "ModelOption", "UrlOption", "open_engine", "parse_layers"]
+__all__ = ["API_KEY_ENV", "ModelOption", "UrlOption", "open_engine", "parse_layers", "served_model"]
 
 API_KEY_ENV = "TORCHRL_SGLANG_HIDDEN_API_KEY"
 
@@ -58,16 +59,29 @@ def open_engine(
         with connect(list(url) if len(url) > 1 else url[0], api_key=api_key) as engine:
             yield engine
     elif model is not None and not url:
-        from torchrl_sglang_hidden.demo.model import demo_model
         from torchrl_sglang_hidden.engines.launch import launch
 
-        served = demo_model() if model == "demo" else model
-        with launch(served, layers=layers if isinstance(layers, tuple) else (layers,), api_key=api_key) as server:
+        with launch(
+            served_model(model), layers=layers if isinstance(layers, tuple) else (layers,), api_key=api_key
+        ) as server:
             yield server
     else:
         raise InputError(
             f"{command} --url {url} --model {model}: expected one of the two; pass the server, or the model"
         )
+
+
+def served_model(model: str | None) -> str | Path:
+    """Return what to serve: the directory of the demo model for ``"demo"`` or None, and else the model as it is named.
+
+    Raises:
+        DemoModelError: the demo model cannot be loaded.
+    """
+    if model is not None and model != "demo":
+        return model
+    from torchrl_sglang_hidden.demo.model import demo_model
+
+    return demo_model()
 
 
 def parse_layers(text: str, command: str) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from torchrl_sglang_hidden.cli.options import API_KEY_ENV, parse_layers
+from torchrl_sglang_hidden.cli.options import API_KEY_ENV, parse_layers, served_model
 from torchrl_sglang_hidden.errors import InputError, UnknownOptionError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def serve(
         list[str] | None,
         typer.Argument(
             metavar="MODEL|SGLANG_ARGUMENT",
-            help="First the model: a directory or a model hub's name; by default the demo model. Then any arguments of "
+            help="First the model: a directory, a model hub's name, or demo, the default. Then any arguments of "
             "SGLang's server, such as --dtype float32 --tp-size 2.",
             show_default=False,
         ),
@@ -96,10 +96,9 @@ def serve(
 def _serve_until_ended(model: str | None, options: dict[str, Any], server_args: dict[str, Any]) -> None:
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        from torchrl_sglang_hidden.demo.model import demo_model
         from torchrl_sglang_hidden.engines.launch import launch
 
-        with launch(demo_model() if model is None else model, **options, **server_args) as server:
+        with launch(served_model(model), **options, **server_args) as server:
             _announce(server, with_key=options["api_key"] is not None)
             server.wait()
     except KeyboardInterrupt:
