@@ -26,6 +26,7 @@ from torchrl_sglang_hidden import (
 )
 from torchrl_sglang_hidden.cli import app
 from torchrl_sglang_hidden.rl import effective_rank, linear_probe, report, state_drift, state_variance, write_report
+from torchrl_sglang_hidden.rl.prompts import Field
 
 PROMPT = "w{number} w1 {words}"
 
@@ -100,6 +101,18 @@ def page_of(recording: Recording, path: Path, **options: Any) -> Page:
 
 
 # --- what is on it ----------------------------------------------------------------------------------------------------
+
+
+def walked(row: Any) -> str:
+    return f"w{int(row['action'])} w1"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shown"), [(Field("kind"), "Field(name='kind')"), (walked, f"{walked.__module__}.walked")]
+)
+def test_a_prompt_that_is_no_format_string(prompt: Any, shown: str, tmp_path: Path) -> None:
+    recording = record(tmp_path / "walks", prompt=prompt)
+    assert page_of(recording, tmp_path / "report.html").row("prompt") == [shown]
 
 
 def test_the_numbers_are_the_measures_of_the_states(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -212,13 +212,18 @@ def _about(recording: Recording) -> list[tuple[str, str]]:
         ("directory", str(recording.path)),
         ("model", about["model"]["path"]),
         ("weight version", str(about["weight_version"])),
-        ("prompt", str(about["prompt"])),
+        ("prompt", _prompt_of(about["prompt"])),
         ("pooling", str(about["pooling"])),
         ("layers", str(about["layers"])),
         ("rows", rows if about["complete"] else f"{rows}; the data set was not recorded to its end"),
         ("versions", ", ".join(f"{name} {version}" for name, version in about["versions"].items())),
         ("hash", about["hash"]),
     ]
+
+
+def _prompt_of(prompt: str | Mapping[str, Any]) -> str:
+    """Return a format string as it is, and of a function what it was made with, or its name."""
+    return prompt if isinstance(prompt, str) else str(prompt["repr"] or prompt["name"])
 
 
 def _sections(
