@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,8 +17,9 @@ from torchrl_sglang_hidden import ActionMask, LogitsSpec
 from torchrl_sglang_hidden.protocol import digest_prompt, unpack_answer
 from torchrl_sglang_hidden.reduce.token_logits import RequestLogits
 from torchrl_sglang_hidden.reduce.wanted_logits import WantedLogits
+from torchrl_sglang_hidden.server import plugin
 from torchrl_sglang_hidden.server.capture import Capture
-from torchrl_sglang_hidden.server.images import around_pad_value, image_token_of, tokens_of_prompt
+from torchrl_sglang_hidden.server.images import EMBEDDINGS_MODULE, around_pad_value, image_token_of, tokens_of_prompt
 from torchrl_sglang_hidden.server.prompt_logits import prompt_logits_of
 from torchrl_sglang_hidden.server.taken_logits import PromptPiece
 from torchrl_sglang_hidden.server.token_rows import PromptPart
@@ -172,3 +175,27 @@ def test_images_of_other_shapes_are_other_images() -> None:
     given.set_hash(5)
     around_pad_value(Item.set_pad_value, given)
     assert given.hash == 5
+
+
+@pytest.mark.parametrize(
+    ("event", "left"),
+    [
+        (lambda: plugin.after_weight_version(None, None, new_version="v2"), 0),
+        (lambda: plugin.after_flush_cache(True, None), 0),
+        (lambda: plugin.after_flush_cache(False, None), 1),
+    ],
+    ids=["weights", "flushed", "refused"],
+)
+def test_what_the_tower_made_of_images_goes_with_its_weights(
+    event: Callable[[], None], left: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang keeps it by the image's hash, and would give the old tower's rows to the new weights."""
+    monkeypatch.setattr(plugin, "_capture", Capture())
+    cache = {7: "rows"}
+    monkeypatch.setitem(sys.modules, EMBEDDINGS_MODULE, SimpleNamespace(embedding_cache=cache))
+    event()
+    assert len(cache) == left
+    monkeypatch.setitem(sys.modules, EMBEDDINGS_MODULE, SimpleNamespace(embedding_cache=None))
+    event()
+    monkeypatch.delitem(sys.modules, EMBEDDINGS_MODULE)
+    event()

@@ -8,10 +8,14 @@ Knows SGLang's requests and configurations by attribute name, and imports nothin
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["around_pad_value", "image_token_of", "tokens_of_prompt"]
+__all__ = ["around_pad_value", "forget_embeddings", "image_token_of", "tokens_of_prompt"]
+
+# Where SGLang keeps what its vision tower made of an image; a server of texts need not have loaded it.
+EMBEDDINGS_MODULE = "sglang.srt.managers.mm_schedule"
 
 HASH_BYTES = 8  # of the number that SGLang keeps for an image
 # Most numbers of a tensor that describes an image, such as its grid of patches; pixels are more.
@@ -70,3 +74,14 @@ def around_pad_value(original: Callable[[Any], None], item: Any) -> None:
             shapes.append([name, value.tolist()])
     digest = hashlib.sha256(f"{item.hash} {shapes}".encode()).digest()
     item.set_hash(int.from_bytes(digest[:HASH_BYTES], "big"))
+
+
+def forget_embeddings() -> None:
+    """Empty SGLang's cache of what its vision tower made of each image.
+
+    SGLang keeps it by the image's hash, and neither new weights nor a flush of the prefix cache empties it: an image
+    that was seen before would have the old tower's rows in the new language model.
+    """
+    cache = getattr(sys.modules.get(EMBEDDINGS_MODULE), "embedding_cache", None)
+    if cache is not None:
+        cache.clear()

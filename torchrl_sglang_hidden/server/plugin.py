@@ -24,7 +24,7 @@ import torch
 from torchrl_sglang_hidden.protocol import CHANNEL, CONSTRAINTS_ENV, PLUGIN_ENV, Status
 from torchrl_sglang_hidden.server.capture import Capture
 from torchrl_sglang_hidden.server.cpu import has_accelerator, ignore_pinning
-from torchrl_sglang_hidden.server.images import around_pad_value, image_token_of
+from torchrl_sglang_hidden.server.images import around_pad_value, forget_embeddings, image_token_of
 from torchrl_sglang_hidden.server.layer_setup import attach_taps
 from torchrl_sglang_hidden.server.next_tokens import plan_logits
 from torchrl_sglang_hidden.server.output_stream import MessageGate, make_streamer_class
@@ -232,14 +232,16 @@ def after_max_prefix_len(length: int, req: Any, input_len: int) -> int | None:
 
 
 def after_flush_cache(flushed: bool, scheduler: Any, *args: Any, **kwargs: Any) -> None:
-    """Drop the prefix sums together with the prefix cache."""
+    """Drop the prefix sums and the images' embeddings together with the prefix cache."""
     if flushed:
         _capture.forget_sums()
+        forget_embeddings()
 
 
 def after_weight_version(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
-    """Drop the prefix sums of the old weights, even where an update keeps the prefix cache."""
+    """Drop the prefix sums and embeddings of the old weights, even where an update keeps the prefix cache."""
     _capture.forget_sums()
+    forget_embeddings()
 
 
 def after_streamer_class(streamer_class: Any, scheduler: Any) -> type:
