@@ -155,6 +155,18 @@ def test_bare_parts_take_the_images_of_the_row() -> None:
     assert engine.payloads[0]["image_data"] == [[uri(CAT), uri(DOG), uri(picture(5))]]
 
 
+def test_chats_with_images_can_be_printed() -> None:
+    """A `History` that stacks the parts of one message cannot be printed beside a message that is one text."""
+    policy, _ = make("history", inplace=False)
+    given = ragged(
+        history=[question(image(CAT), text("w1")), question(text("w2")), [{"role": "user", "content": "w3"}]]
+    )
+    out = policy(given)
+    for shown in (given, given[0], out, out[0], out["history"].full):
+        assert "history" in repr(shown) or "content" in repr(shown)
+    assert out["history"].full[0].content[0][1] == text("w1")
+
+
 def test_pixels_of_an_environment() -> None:
     """A batch of frames, one per row, as environments give them."""
     policy, engine = make("text")

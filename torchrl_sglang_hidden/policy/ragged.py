@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase, is_non_tensor, is_tensor_collection, lazy_stack
+from tensordict import NonTensorData, TensorDict, TensorDictBase, is_non_tensor, is_tensor_collection, lazy_stack
 from torchrl.data.llm import History
 from torchrl.data.llm.history import ContentBase
 from torchrl.modules.llm.policies import ChatHistory, Text, Tokens
@@ -199,10 +199,15 @@ def _are_parts(parts: Sequence[Any]) -> bool:
 
 
 def _with_stacked_parts(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message whose list of parts is a lazy stack: a `History` itself stacks only parts of the same fields."""
+    """Return a message whose parts are one value of a `History`.
+
+    torchrl's parts become a lazy stack, for a `History` itself stacks only parts of the same fields. A list of dicts is
+    wrapped, for a `History` makes a stack of it, and neither it nor its TensorDict can be printed beside a text.
+    """
     content = message.get("content")
-    if isinstance(content, (list, tuple)) and content and isinstance(content[0], ContentBase):
-        return {**message, "content": lazy_stack(list(content))}
+    if isinstance(content, (list, tuple)) and content:
+        is_torchrl = isinstance(content[0], ContentBase)
+        return {**message, "content": lazy_stack(list(content)) if is_torchrl else NonTensorData(list(content))}
     return dict(message)
 
 
