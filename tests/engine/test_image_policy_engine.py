@@ -7,7 +7,10 @@ processor and model.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +26,7 @@ from tensordict import TensorDict, TensorDictBase, lazy_stack
 from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory
 from torchrl.objectives.llm import GRPOLoss
+from transformers import AutoProcessor
 
 from torchrl_sglang_hidden import (
     ActionMask,
@@ -229,6 +233,31 @@ def test_images_of_one_colour_are_told_apart_by_their_shape(image_site: ImageSit
         plain = PILImage.new("RGB", (width * pixels, height * pixels), (200, 40, 90))
         asked = [image_site.request(plain, "What colour?", hidden=SPEC)]
         image_site.check(asked, image_site.server.generate(asked))
+
+
+@pytest.mark.parametrize("image_site", ["qwen2_5_vl", "qwen3_vl"], indirect=True)
+def test_new_weights_of_the_tower_reach_images_seen_before(image_site: ImageSite, tmp_path: Path) -> None:
+    """SGLang keeps what the tower made of an image, and an update does not empty that by itself."""
+    model = copy.deepcopy(hf_oracle.load(image_site.model_dir))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "vis" in name and parameter.ndim > 1:
+                parameter.mul_(1.3)
+    model.save_pretrained(tmp_path)
+    AutoProcessor.from_pretrained(image_site.model_dir).save_pretrained(tmp_path)
+    asked = [image_site.request(image_site.writer.picture(11), "What is this?", hidden=SPEC)]
+    (before,) = image_site.server.generate(asked)
+    image_site.check(asked, [before])
+    try:
+        image_site.server.update_weights(model)
+        (after,) = image_site.server.generate(asked)
+    finally:
+        image_site.server.update_weights(hf_oracle.load(image_site.model_dir))
+    replace(image_site, model_dir=str(tmp_path)).check(asked, [after])
+    assert (
+        relative_error(after.hidden["prompt"].vector.flatten(), before.hidden["prompt"].vector.flatten()) > STATE_RTOL
+    )
+    image_site.check(asked, image_site.server.generate(asked))
 
 
 def test_constraints_and_bad_rows(image_site: ImageSite, policy: Callable[..., SGLangHiddenWrapper]) -> None:
