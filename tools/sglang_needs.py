@@ -38,6 +38,7 @@ VARIABLES: Mapping[str, str] = {
     "sampling_info": f"{_SRT}.sampling.sampling_batch_info.SamplingBatchInfo",
     "logits_output": f"{_SRT}.layers.logits_processor.LogitsProcessorOutput",
     "processor": f"{_SRT}.layers.logits_processor.LogitsProcessor",
+    "image_processor": f"{_SRT}.multimodal.processors.llava.LlavaMultimodalProcessor",
     "model_runner": f"{_EXECUTOR}.model_runner.ModelRunner",
     "scheduler": f"{_MANAGERS}.scheduler.Scheduler",
     "manager": f"{_MANAGERS}.tokenizer_manager.TokenizerManager",

@@ -235,7 +235,6 @@ def test_images_of_one_colour_are_told_apart_by_their_shape(image_site: ImageSit
         image_site.check(asked, image_site.server.generate(asked))
 
 
-@pytest.mark.parametrize("image_site", ["qwen2_5_vl", "qwen3_vl"], indirect=True)
 def test_new_weights_of_the_tower_reach_images_seen_before(image_site: ImageSite, tmp_path: Path) -> None:
     """SGLang keeps what the tower made of an image, and an update does not empty that by itself."""
     model = copy.deepcopy(hf_oracle.load(image_site.model_dir))

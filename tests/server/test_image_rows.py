@@ -19,7 +19,13 @@ from torchrl_sglang_hidden.reduce.token_logits import RequestLogits
 from torchrl_sglang_hidden.reduce.wanted_logits import WantedLogits
 from torchrl_sglang_hidden.server import plugin
 from torchrl_sglang_hidden.server.capture import Capture
-from torchrl_sglang_hidden.server.images import EMBEDDINGS_MODULE, around_pad_value, image_token_of, tokens_of_prompt
+from torchrl_sglang_hidden.server.images import (
+    EMBEDDINGS_MODULE,
+    around_clear_preprocessed,
+    around_pad_value,
+    image_token_of,
+    tokens_of_prompt,
+)
 from torchrl_sglang_hidden.server.prompt_logits import prompt_logits_of
 from torchrl_sglang_hidden.server.taken_logits import PromptPiece
 from torchrl_sglang_hidden.server.token_rows import PromptPart
@@ -138,6 +144,14 @@ def test_constraints_see_placeholders() -> None:
     told = (torch.tensor([0, 128, 3, IMAGE, 0, -1, -1, 0]) - FAR).float()
     row_V = torch.cat([told, torch.zeros(VOCAB - 8)])
     torch.testing.assert_close(found.log_probs_S[0], row_V.log_softmax(-1)[8])
+
+
+def test_a_processor_around_another_empties_its_cache() -> None:
+    cleared: list[Any] = []
+    plain = SimpleNamespace(mm_preprocess_cache={})
+    for processor in (plain, SimpleNamespace(inner=plain)):
+        around_clear_preprocessed(cleared.append, processor)
+    assert cleared == [plain, plain]
 
 
 class Item:

@@ -242,7 +242,7 @@ def count_of(place: int, count: Any) -> Callable[[dict[str, Any]], Any]:
 
 # The answer's places are the segments prompt, response, full, then the spans mask, tail.
 BAD_CHANNELS: dict[str, tuple[Callable[[dict[str, Any]], Any], type[SGLangHiddenError], str]] = {
-    "other protocol": (lambda a: a.update(protocol=3), ProtocolError, r"row 0 .*protocol 3 and this client 6; install"),
+    "other protocol": (lambda a: a.update(protocol=3), ProtocolError, r"row 0 .*protocol 3 and this client 7; install"),
     "no data": (lambda a: a.pop("data"), ProtocolError, r"row 0 .*cannot be read"),
     "cut base64": (lambda a: a.update(data=a["data"][:-3]), ProtocolError, r"cannot be read.*cut short"),
     "no places": (lambda a: a.update(places=None), ProtocolError, r"cannot be read"),

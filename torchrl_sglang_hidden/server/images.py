@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["around_pad_value", "forget_embeddings", "image_token_of", "tokens_of_prompt"]
+__all__ = ["AROUND_IMAGES", "forget_embeddings", "image_token_of", "tokens_of_prompt"]
 
 # Where SGLang keeps what its vision tower made of an image; a server of texts need not have loaded it.
 EMBEDDINGS_MODULE = "sglang.srt.managers.mm_schedule"
@@ -76,6 +76,18 @@ def around_pad_value(original: Callable[[Any], None], item: Any) -> None:
     item.set_hash(int.from_bytes(digest[:HASH_BYTES], "big"))
 
 
+def around_clear_preprocessed(original: Callable[[Any], None], processor: Any) -> None:
+    """Have a processor that stands around another one, as that of Pixtral, empty the other's cache: it has none itself.
+
+    Without this, a weight update or a flush of such a model is carried out, and then answered with an internal error.
+    """
+    original(_inmost(processor))
+
+
+def _inmost(image_processor: Any) -> Any:
+    return getattr(image_processor, "inner", image_processor)
+
+
 def forget_embeddings() -> None:
     """Empty SGLang's cache of what its vision tower made of each image.
 
@@ -85,3 +97,11 @@ def forget_embeddings() -> None:
     cache = getattr(sys.modules.get(EMBEDDINGS_MODULE), "embedding_cache", None)
     if cache is not None:
         cache.clear()
+
+
+_PROCESSOR = "sglang.srt.multimodal.processors.base_processor.BaseMultimodalProcessor"
+# Hooks around SGLang's functions, by their names.
+AROUND_IMAGES: dict[str, Callable[..., Any]] = {
+    "sglang.srt.managers.schedule_batch.MultimodalDataItem.set_pad_value": around_pad_value,
+    f"{_PROCESSOR}.clear_preprocess_cache": around_clear_preprocessed,
+}

@@ -24,7 +24,7 @@ import torch
 from torchrl_sglang_hidden.protocol import CHANNEL, CONSTRAINTS_ENV, PLUGIN_ENV, Status
 from torchrl_sglang_hidden.server.capture import Capture
 from torchrl_sglang_hidden.server.cpu import has_accelerator, ignore_pinning
-from torchrl_sglang_hidden.server.images import around_pad_value, forget_embeddings, image_token_of
+from torchrl_sglang_hidden.server.images import AROUND_IMAGES, forget_embeddings, image_token_of
 from torchrl_sglang_hidden.server.layer_setup import attach_taps
 from torchrl_sglang_hidden.server.next_tokens import plan_logits
 from torchrl_sglang_hidden.server.output_stream import MessageGate, make_streamer_class
@@ -352,7 +352,7 @@ _AFTER: dict[str, Callable[..., Any]] = {
     "sglang.srt.managers.tokenizer_manager.TokenizerManager.get_weights_by_name": after_get_weights,
 }
 _AROUND: dict[str, Callable[..., Any]] = {
-    "sglang.srt.managers.schedule_batch.MultimodalDataItem.set_pad_value": around_pad_value,
+    **AROUND_IMAGES,
     "sglang.srt.managers.schedule_batch.Req.init_next_round_input": around_match_prefix,
     "sglang.srt.model_executor.model_runner.ModelRunner.forward": around_forward,
     f"{_RUNNERS}.decode_cuda_graph_runner.DecodeCudaGraphRunner.capture_one_shape": around_capture,
