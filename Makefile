@@ -49,7 +49,7 @@ bench: $(INSTALLED) ## the speed table: against stock SGLang, TorchRL and Huggin
 	$(BIN)/python benchmarks/speed_table.py --write
 
 tutorials: $(INSTALLED) ## execute every lesson, and keep what it shows
-	$(BIN)/jupyter-execute --inplace tutorials/*.ipynb
+	$(BIN)/python tools/execute_lessons.py
 
 lint: $(INSTALLED) ## ruff, format, mypy --strict
 	$(BIN)/ruff check $(CODE)

@@ -85,7 +85,7 @@ LESSONS: dict[str, tuple[str, ...]] = {
 # Fewer seeds and steps where a lesson trains for minutes; what is committed has all of them.
 SHORTER = {
     "104_language_model_as_state_encoder": ("range(5), 32_768", "range(2), 8_192"),
-    "106_a_mission_in_a_room": ("range(5), 65_536", "range(2), 24_576"),
+    "106_a_mission_in_a_room": ("range(5, 10), 65_536", "range(2), 24_576"),
 }
 # What the session's server serves. The lessons that launch another start it themselves, in their notebook.
 SHARED_LAUNCH = 'launch(demo_model(), dtype="float32")'
