@@ -118,7 +118,7 @@ def test_rows_of_every_kind_beside_each_other(service: Service) -> None:
     text, bare = f"{PLACE} w1 {PLACE}", {"type": "image"}
     rows = [text, TOKENIZER(f"w2 {PLACE}")["input_ids"], message(HUGGING_FACE, WORD), message(bare, WORD), "w3"]
     rows += [message(WORD), [{"role": "user", "content": "w1"}]]
-    found = service.vectors(input=rows, images=[[CAT, DOG], [DOG], [], [DOG], [], [], []])
+    found = service.vectors(input=rows, images=[[CAT, DOG], [DOG], [], [DOG], None, [], None])
     alone = "<|start|> user w1 <|end|> <|start|> assistant"
     expected = [vector_of(text, CAT, DOG), vector_of(f"w2 {PLACE}", DOG), vector_of(CHAT, CAT), vector_of(CHAT, DOG)]
     expected += [vector_of("w3"), vector_of(alone), vector_of(alone)]
@@ -130,6 +130,7 @@ def test_one_row_has_its_list_alone_and_counts_rows_of_images(service: Service) 
     (row,) = service.ask(input=f"{PLACE} w1", images=[CAT]).json()["data"]
     assert (row["prompt_tokens"], row["counts"]["prompt"]) == (4, 4)
     assert service.vectors(input=[f"{PLACE} w1"], images=[[CAT]])[0].tolist() == row["hidden_states"]["prompt"]
+    torch.testing.assert_close(service.vectors(input="w1", images=[None])[0], vector_of("w1"))
 
 
 def test_messages_without_images_have_the_processors_template(service: Service) -> None:

@@ -75,7 +75,9 @@ def test_what_is_no_prompt_is_refused_by_row(row: Any, error: type[Exception], w
 def test_a_pictures_placeholder_is_refused_where_it_stands() -> None:
     tokenizer = tiny_tokenizer(additional_special_tokens=["<|image_pad|>"])
     for row in ("see <|image_pad|>", [{"role": "user", "content": "see <|image_pad|>"}]):
-        with pytest.raises(InputError, match=r"row 0.*'<\|image_pad\|>'.*remove it from the text"):
+        with pytest.raises(
+            InputError, match=r"row 0.*'<\|image_pad\|>'.*give the image with it,.*remove it from the text"
+        ):
             prompt_ids(0, row, tokenizer)
 
 

@@ -22,7 +22,7 @@ REMEDY = "send the file's bytes as a data URI, data:image/png;base64,…"
 
 
 def split_images(given: object, rows: Sequence[Any]) -> tuple[tuple[Any, ...], ...]:
-    """Return the images of each row: a list for each, or one list alone where there is one row.
+    """Return the images of each row: a list for each, or null, or one list alone where there is one row.
 
     Raises:
         InputTypeError: something else than lists.
@@ -33,11 +33,12 @@ def split_images(given: object, rows: Sequence[Any]) -> tuple[tuple[Any, ...], .
             f"images={given!r:.80} is a {type(given).__name__}; expected a list of data URIs for each row"
         )
     lists = [given] if len(rows) == 1 and all(isinstance(one, str) for one in given) else given
+    lists = [[] if images is None else images for images in lists]
     for number, images in enumerate(lists):
         if not isinstance(images, list):
             raise InputTypeError(
                 f"images, row {number}: {images!r:.80} is a {type(images).__name__}; expected a list of data URIs, "
-                "empty for a row without images"
+                "empty or null for a row without images"
             )
     if len(lists) != len(rows):
         raise InputError(f"images has {len(lists)} lists for {len(rows)} rows; give one for each, empty for none")

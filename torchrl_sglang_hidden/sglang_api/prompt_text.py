@@ -46,7 +46,7 @@ def check_no_placeholder(name: str, text: str, tokenizer: Any, *, beside_images:
         if token in text and (OTHER_MEDIUM if beside_images else PLACEHOLDER).search(token):
             raise ImageError(
                 f"{name} has {token!r}, which the tokenizer takes for the place of a picture or another medium, and "
-                "none is sent with it; remove it from the text"
+                "none is sent with it; give the image with it, to a model that reads images, or remove it from the text"
             )
 
 
