@@ -18,7 +18,7 @@ from typing import Any, Self
 from torchrl_sglang_hidden.engines.sessions import Session
 from torchrl_sglang_hidden.engines.streams import AsyncStream, Stream
 from torchrl_sglang_hidden.errors import CapabilityError
-from torchrl_sglang_hidden.protocol import PLUGIN_ENV
+from torchrl_sglang_hidden.protocol import PLUGIN_ENV, image_token_in
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
 from torchrl_sglang_hidden.sglang_api.checks import check_requests
 from torchrl_sglang_hidden.sglang_api.server_info import ModelSizes
@@ -222,7 +222,8 @@ class Engine(ABC):
 def ask_model(model_path: str) -> ModelSizes:
     """Read the model's sizes from its configuration, for engines without the server half, which do not tell them.
 
-    The vocabulary size must be known: SGLang 0.5.23 ends on an id outside the vocabulary.
+    The vocabulary size must be known: SGLang 0.5.23 ends on an id outside the vocabulary. So must the id that stands
+    for an image: where there is none for it, SGLang computes the id's embedding, hangs or answers an internal error.
 
     Args:
         model_path: the model's directory or hub name, as the engine knows it.
@@ -233,10 +234,13 @@ def ask_model(model_path: str) -> ModelSizes:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(model_path).get_text_config()
+        config = AutoConfig.from_pretrained(model_path)
     except (OSError, ValueError) as error:
         raise CapabilityError(
             f"the server has no torchrl_sglang_hidden server half, and its model {model_path!r} cannot be read from "
             "this machine to learn the vocabulary size; start the server with `torchrl-sglang-hidden serve`"
         ) from error
-    return ModelSizes(config.vocab_size, config.hidden_size, config.num_hidden_layers, config.max_position_embeddings)
+    text = config.get_text_config()
+    return ModelSizes(
+        text.vocab_size, text.hidden_size, text.num_hidden_layers, text.max_position_embeddings, image_token_in(config)
+    )

@@ -26,6 +26,7 @@ from torchrl_sglang_hidden.protocol.status import (
     PLUGIN_ENV,
     PROTOCOL,
     Status,
+    image_token_in,
 )
 from torchrl_sglang_hidden.protocol.tensors import Way
 
@@ -45,6 +46,7 @@ __all__ = [
     "answer_of",
     "digest_prompt",
     "drop_shared",
+    "image_token_in",
     "pack_answer",
     "pack_options",
     "unpack_answer",

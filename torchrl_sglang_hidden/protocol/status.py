@@ -22,6 +22,7 @@ __all__ = [
     "PROTOCOL",
     "Status",
     "check_protocol",
+    "image_token_in",
 ]
 
 CHANNEL = "torchrl_sglang_hidden"
@@ -98,6 +99,18 @@ class Status:
             ) from error
         layers = None if values["layers"] is None else tuple(values["layers"])
         return cls(**{**values, "layers": layers, "constraints": tuple(values["constraints"])})
+
+
+def image_token_in(config: object) -> int | None:
+    """Return the id that stands for an image in a prompt, as a model's Hugging Face configuration says it.
+
+    The server half reads it for its status, and the client for a server without one.
+
+    Returns:
+        The id; None where the configuration says none.
+    """
+    found = (getattr(config, name, None) for name in ("image_token_id", "image_token_index"))
+    return next((token_id for token_id in found if isinstance(token_id, int)), None)
 
 
 def check_protocol(spoken: object, who: str) -> None:

@@ -5,6 +5,7 @@ Knows nothing of requests, nor of how a payload travels.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -20,12 +21,13 @@ _WARM_UP_TOKENS = 8
 
 
 class ModelSizes(NamedTuple):
-    """Holds the sizes in a model's configuration: V, D, the number of decoder layers, and tokens of context."""
+    """Holds what a model's configuration says: V, D, decoder layers, tokens of context, the id in an image's place."""
 
     vocab_size: int
     hidden_size: int
     num_layers: int
     context_length: int
+    image_token_id: int | None = None
 
 
 def warm_up(server_info: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -61,6 +63,20 @@ def _full_states(server_info: Mapping[str, Any]) -> bool:
     return mode == "full" or (mode is None and bool(server_info.get("enable_return_hidden_states")))
 
 
+def _takes_images(model_info: Mapping[str, Any], server_info: Mapping[str, Any], sizes: ModelSizes) -> bool:
+    """Return whether a model reads images; warn where nobody knows what stands for one."""
+    if not model_info.get("has_image_understanding") or server_info.get("language_model_only"):
+        return False
+    if sizes.image_token_id is None:
+        warnings.warn(
+            f"the configuration of {model_info['model_path']!r} does not say which token stands for an image, so that "
+            "ids with one and without an image are sent as they are; SGLang may hang or answer 500 then: give an image "
+            "for each",
+            stacklevel=3,
+        )
+    return True
+
+
 def read_info(
     model_info: Mapping[str, Any],
     server_info: Mapping[str, Any],
@@ -72,6 +88,8 @@ def read_info(
         model_info: SGLang's ``/model_info``.
         server_info: SGLang's ``/server_info``.
         ask_model: returns the sizes of the model at a path, for an engine without the server half.
+
+    Warns, where the model reads images and its configuration does not say which token stands for one.
 
     Raises:
         ProtocolError: the server half speaks another protocol, or a field is missing.
@@ -88,7 +106,7 @@ def read_info(
     try:
         if statuses:
             first = statuses[0]
-            sizes = ModelSizes(first.vocab_size, first.hidden_size, first.num_layers, first.context_length)
+            sizes = ModelSizes(*(getattr(first, name) for name in ModelSizes._fields))
         else:
             sizes = ask_model(model_info["model_path"])
         context_length = server_info.get("context_length") or sizes.context_length
@@ -122,9 +140,9 @@ def read_info(
             raw_log_probs=any(status.raw_log_probs for status in statuses),
             max_sampling_mask=server_info.get("sampling_mask_max_tokens") or 0,
             returns_routed_experts=bool(server_info.get("enable_return_routed_experts")),
-            takes_images=bool(model_info.get("has_image_understanding")) and not server_info.get("language_model_only"),
+            takes_images=_takes_images(model_info, server_info, sizes),
             max_images=(server_info.get("limit_mm_data_per_request") or {}).get("image"),
-            image_token_id=statuses[0].image_token_id if statuses else None,
+            image_token_id=sizes.image_token_id,
         )
     except KeyError as error:
         raise ProtocolError(
