@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from torchrl_sglang_hidden.protocol import image_token_in
+
 __all__ = ["AROUND_IMAGES", "forget_embeddings", "image_token_of", "tokens_of_prompt"]
 
 # Where SGLang keeps what its vision tower made of an image; a server of texts need not have loaded it.
@@ -33,9 +35,7 @@ def image_token_of(config: Any) -> int | None:
     """
     if not config.is_image_understandable_model:
         return None
-    names = ("image_token_id", "image_token_index")
-    found = (getattr(config.hf_config, name, None) for name in names)
-    return next((token_id for token_id in found if isinstance(token_id, int)), None)
+    return image_token_in(config.hf_config)
 
 
 def tokens_of_prompt(req: Any) -> tuple[list[int], frozenset[int]]:
@@ -88,6 +88,26 @@ def _inmost(image_processor: Any) -> Any:
     return getattr(image_processor, "inner", image_processor)
 
 
+def around_retracted_positions(original: Callable[..., Any], positions: Any, num_output: int) -> Any:
+    """Count the positions of a retracted request's response from the largest of its prompt on.
+
+    SGLang counts from the first axis of the prompt's last row: of a row of an image that is the image's first position,
+    and what was sampled behind a prompt that ends with an image would be computed again with others than at first.
+
+    Args:
+        original: SGLang's function, which appends.
+        positions: M-RoPE's, ``[3, P]``.
+        num_output: tokens sampled so far.
+
+    Returns:
+        ``[3, P + num_output]``.
+    """
+    extended = original(positions, num_output)
+    if num_output > 0:
+        extended[:, positions.shape[1] :] += positions.max() - positions[0, -1]
+    return extended
+
+
 def forget_embeddings() -> None:
     """Empty SGLang's cache of what its vision tower made of each image.
 
@@ -103,5 +123,6 @@ _PROCESSOR = "sglang.srt.multimodal.processors.base_processor.BaseMultimodalProc
 # Hooks around SGLang's functions, by their names.
 AROUND_IMAGES: dict[str, Callable[..., Any]] = {
     "sglang.srt.managers.schedule_batch.MultimodalDataItem.set_pad_value": around_pad_value,
+    "sglang.srt.managers.mm_utils.extend_mrope_positions_for_retracted_request": around_retracted_positions,
     f"{_PROCESSOR}.clear_preprocess_cache": around_clear_preprocessed,
 }
