@@ -79,10 +79,19 @@ def test_paths(tmp_path: Path) -> None:
         assert torch.equal(pixels_of(read_image("row 0:", form)), PIXELS_HWC)
 
 
-def test_a_file_of_plain_colours_travels_as_it_is() -> None:
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP", "JPEG2000", "AVIF"])
+def test_a_file_of_plain_colours_travels_as_it_is(kind: str) -> None:
+    data = file_bytes(kind)
+    found = read_image("row 0:", data)
+    assert found.uri == f"data:image/{kind.lower()};base64," + base64.b64encode(data).decode()
+
+
+def test_a_jpeg_travels_as_what_it_was_decoded_to() -> None:
+    """On a GPU SGLang would decode it by itself, to other colours than those of ``pixel_values``."""
     data = file_bytes("JPEG", quality=50)
     found = read_image("row 0:", data)
-    assert found.uri == "data:image/jpeg;base64," + base64.b64encode(data).decode()
+    assert found.uri.startswith("data:image/png;base64,")
+    assert torch.equal(pixels_of(found), torch.from_numpy(np.array(Image.open(io.BytesIO(data)))))
 
 
 @pytest.mark.filterwarnings("error")

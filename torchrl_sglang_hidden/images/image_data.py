@@ -53,7 +53,7 @@ class ImageData:
     """An image as it travels: in 8 bits RGB, whatever it was read from.
 
     Args:
-        uri: a data URI, with the bytes of a PNG, or of the file that was given where that is RGB already.
+        uri: a data URI, with the bytes of a PNG, or of the file that was given where every reader sees one RGB in it.
         digest: a word that is the same for the same bytes.
         width: pixels.
         height: pixels.
@@ -134,10 +134,14 @@ def _of_bytes(name: str, data: bytes) -> ImageData:
 
 
 def _is_plain(image: Image) -> bool:
-    """Return whether every reader of a file sees the same RGB in it."""
+    """Return whether every reader of a file sees the same RGB in it.
+
+    No JPEG: SGLang 0.5.23 decodes it on a CUDA device with a decoder of its own, whose colours are others than PIL's.
+    """
     try:
         is_upright = image.getexif().get(ORIENTATION, 1) in UPRIGHT
-        return image.mode == "RGB" and is_upright and getattr(image, "n_frames", 1) == 1
+        settled = image.format != "JPEG" and getattr(image, "n_frames", 1) == 1
+        return image.mode == "RGB" and is_upright and settled
     except DAMAGE:
         return False
 
