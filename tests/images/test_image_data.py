@@ -185,7 +185,10 @@ BAD = {
     "no channels": (lambda: torch.zeros(5, 6, 7, dtype=torch.uint8), r"pixels of shape \(5, 6, 7\): no axis of"),
     "channels twice": (lambda: torch.zeros(3, 8, 3, dtype=torch.uint8), "either axis may be the channels"),
     "four axes": (lambda: torch.zeros(2, 8, 8, 3, dtype=torch.uint8), r"pixels of shape \(2, 8, 8, 3\)"),
-    "no pixels": (lambda: torch.zeros(0, 8, 3, dtype=torch.uint8), "an image of 8 × 0 pixels"),
+    "no pixels": (
+        lambda: torch.zeros(0, 8, 3, dtype=torch.uint8),
+        "an image of 8 × 0 pixels; .* give one of another size",
+    ),
     "16 bits": (lambda: Image.fromarray(np.zeros((4, 4), dtype=np.uint16)), "more than 8 bits a channel"),
     "a mode of PIL's own": (lambda: Image.new("La", (4, 4)), "conversion from La"),
     "too large": (lambda: Image.new("L", (10_000, 10_000)), rf"10000 × 10000 pixels; the limit is 1 to {MAX_PIXELS}"),
@@ -202,6 +205,7 @@ def test_what_is_no_image_is_refused(case: str) -> None:
 OTHER_TYPES = [
     None, 3, [PIXELS_HWC], PIXELS_HWC.long(), PIXELS_HWC.to(torch.int32).numpy(), PIXELS_HWC.numpy() > 5,
     np.array(["a.png"]), np.array([None, None]), PIXELS_HWC.numpy().astype(complex), PIXELS_HWC.numpy().astype("u2"),
+    torch.rand(3, 5, 7).to_sparse(), torch.empty(3, 5, 7, device="meta"),
 ]  # fmt: skip
 
 

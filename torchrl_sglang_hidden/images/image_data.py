@@ -95,7 +95,7 @@ def read_image(name: str, value: Any) -> ImageData:
     if isinstance(value, (bytes, bytearray, memoryview)):
         return _of_bytes(name, bytes(value))
     if isinstance(value, torch.Tensor):
-        return _of_image(name, _of_pixels(name, value.detach().cpu()))
+        return _of_image(name, _of_pixels(name, _dense(name, value).detach().cpu()))
     if hasattr(value, "__array__") and not hasattr(value, "convert"):
         return _of_image(name, _of_pixels(name, _tensor_of(name, np.asarray(value))))
     if hasattr(value, "convert") and hasattr(value, "load"):
@@ -180,7 +180,7 @@ def _decode(name: str, read: Callable[[], T]) -> T:
 def _check_size(name: str, width: int, height: int) -> None:
     if not 0 < width * height <= MAX_PIXELS:
         raise ImageError(
-            f"{name} an image of {width} × {height} pixels; the limit is 1 to {MAX_PIXELS} pixels: make it smaller"
+            f"{name} an image of {width} × {height} pixels; the limit is 1 to {MAX_PIXELS} pixels: give one of another size"
         )
 
 
@@ -190,6 +190,14 @@ def _tensor_of(name: str, array: np.ndarray[Any, Any]) -> torch.Tensor:
         raise InputTypeError(f"{name} an array of {array.dtype}; expected {FORMS}")
     dtype: Any = np.float32 if array.dtype.kind == "f" else array.dtype.newbyteorder("=")
     return torch.from_numpy(np.array(array, dtype=dtype, order="C"))
+
+
+def _dense(name: str, value: torch.Tensor) -> torch.Tensor:
+    if value.layout != torch.strided or value.is_meta:
+        raise InputTypeError(
+            f"{name} a tensor of {value.layout} on {value.device}; expected a dense one with its values"
+        )
+    return value
 
 
 def _of_pixels(name: str, pixels: torch.Tensor) -> Image:
