@@ -13,7 +13,7 @@ from helpers.image_site import ImageSite, serve_images
 from helpers.policy_checks import (
     CHUNKED_PREFILL_SIZE,
 )
-from helpers.vlm_models import SAVERS
+from helpers.vlm_models import models_to_test
 from helpers.weight_changes import load_trainer, perturb, restore
 from transformers import PreTrainedModel
 
@@ -68,7 +68,7 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
         server.close()
 
 
-@pytest.fixture(scope="session", params=list(SAVERS))
+@pytest.fixture(scope="session", params=models_to_test())
 def image_site(
     request: pytest.FixtureRequest, smol_dir: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ImageSite]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ import pytest
 import torch
 from helpers.image_site import END, START, ImageSite
 from helpers.policy_checks import STATE_RTOL, relative_error
-from helpers.vlm_models import uri_of
+from helpers.vlm_models import PIXELS, picture, uri_of
 from helpers.word_env import WordEnv
 from PIL import Image as PILImage
 from tensordict import TensorDict
 from torchrl.data import Unbounded
-from torchrl.envs import TransformedEnv, check_env_specs
+from torchrl.envs import ParallelEnv, TransformedEnv, check_env_specs
 from typer.testing import CliRunner
 
 from torchrl_sglang_hidden import (
@@ -80,15 +81,15 @@ def assert_vector(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 class Scenes(WordEnv):
-    """Shows a picture of each observation at ``pixels``."""
+    """Shows a picture of each observation at ``pixels``, of three by two rows of a model."""
 
-    def __init__(self, site: ImageSite, lengths: list[int]) -> None:
-        self.site = site
-        super().__init__(lengths)
+    def __init__(self, kind: str, lengths: int | list[int], start: int = 0) -> None:
+        self.kind = kind
+        super().__init__(lengths, start)
         self.observation_spec["pixels"] = Unbounded((*self.batch_size, *self.picture(0).shape), dtype=torch.uint8)
 
     def picture(self, number: int) -> torch.Tensor:
-        return torch.from_numpy(np.array(self.site.writer.picture(number, 3, 2)))
+        return torch.from_numpy(np.array(picture(number, 3 * PIXELS[self.kind], 2 * PIXELS[self.kind])))
 
     def _seen(self) -> TensorDict:
         td = super()._seen()
@@ -101,7 +102,7 @@ def test_frames_of_environments(image_site: ImageSite, reads: SGLangHiddenWrappe
     encode = HiddenStateTransform(
         reads, prompt_of(image_site, QUESTION), in_keys=["observation"], images_in_keys=["pixels"], cache_size=64
     )
-    env = TransformedEnv(Scenes(image_site, [2, 100]), encode)
+    env = TransformedEnv(Scenes(image_site.writer.kind, [2, 100]), encode)
     check_env_specs(env, seed=0)
     out = env.rollout(4, break_when_any_done=False)
     assert out["next", "done"].sum() == 2
@@ -124,6 +125,31 @@ def test_frames_of_environments(image_site: ImageSite, reads: SGLangHiddenWrappe
     inverted = PILImage.fromarray(changed["pixels"][1].numpy())
     number = int(changed["observation"][1])
     assert_vector(vectors[1][1], truth(inverted, QUESTION.format(observation=number)))
+
+
+def scene_env(made: HiddenStateTransform, kind: str, length: int, start: int) -> TransformedEnv:
+    return TransformedEnv(Scenes(kind, length, start), made.clone())
+
+
+@pytest.mark.parametrize("image_site", ["qwen2_5_vl"], indirect=True)
+def test_frames_in_the_workers_of_a_parallel_env(
+    image_site: ImageSite, reads: SGLangHiddenWrapper, truth: Truth
+) -> None:
+    """Each worker encodes its own frames, at resets of one environment alone too."""
+    made = HiddenStateTransform(
+        reads, prompt_of(image_site, QUESTION), in_keys=["observation"], images_in_keys=["pixels"]
+    )
+    kind = image_site.writer.kind
+    env = ParallelEnv(2, [partial(scene_env, made, kind, 2, 0), partial(scene_env, made, kind, 100, 20)])
+    try:
+        out = env.rollout(4, break_when_any_done=False)
+    finally:
+        env.close()
+    assert out["next", "done"].sum() == 1, "one environment begins anew, and the other goes on"
+    for td in (out, out["next"]):
+        for row, number in zip(td["hidden_state"].flatten(0, 1), td["observation"].flatten().tolist(), strict=True):
+            frame = image_site.writer.picture(number, 3, 2)
+            assert_vector(row, truth(frame, QUESTION.format(observation=number)))
 
 
 def test_a_recording_that_was_stopped(
@@ -165,16 +191,16 @@ def test_a_recording_that_was_stopped(
 def test_the_command_reads_a_folder(image_site: ImageSite, truth: Truth, tmp_path: Path) -> None:
     pictures = {f"{name}.png": image_site.writer.picture(30 + place) for place, name in enumerate("abc")}
     (tmp_path / "photos").mkdir()
-    for name, picture in pictures.items():
-        picture.save(tmp_path / "photos" / name)
+    for name, shown in pictures.items():
+        shown.save(tmp_path / "photos" / name)
     prompt = prompt_of(image_site, "A photo.")
     arguments = ["record", str(tmp_path / "photos"), str(tmp_path / "r"), "--url", image_site.server.url]
     result = CliRunner().invoke(app, [*arguments, "--prompt", prompt, "--layers", ",".join(map(str, LAYERS))])
     assert result.exit_code == 0, result.output
     out = load_recording(tmp_path / "r").tensordict
     assert [row["path"] for row in out] == list(pictures)
-    for found, picture in zip(out["hidden_states", "prompt"], pictures.values(), strict=True):
-        assert_vector(found, truth(picture, "A photo."))
+    for found, shown in zip(out["hidden_states", "prompt"], pictures.values(), strict=True):
+        assert_vector(found, truth(shown, "A photo."))
 
 
 def test_the_vector_service(image_site: ImageSite, truth: Truth) -> None:

@@ -259,12 +259,64 @@ def test_new_weights_of_the_tower_reach_images_seen_before(image_site: ImageSite
     image_site.check(asked, image_site.server.generate(asked))
 
 
+@pytest.mark.parametrize("mode", ["history", "tokens"])
+def test_a_paused_row_goes_on(image_site: ImageSite, policy: Callable[..., SGLangHiddenWrapper], mode: str) -> None:
+    """Its images go with it again: what comes is what would have come without a pause."""
+    # Words that are the ids of their own text, of which Pixtral's prompts are made.
+    words = image_site.writer.ids_of(" red green blue old new big small one two three")
+    hidden, options = replace(SPEC, tokens=True), {"chat": "append"} if mode == "history" else {}
+    make = policy(mode, hidden=hidden, on_error="nan", constraints=ActionMask(words), inplace=False, **options)
+    whole = make(batch(image_site, mode), max_new_tokens=6)
+    first = [row.copy() for row in flat(make(batch(image_site, mode), max_new_tokens=2))]
+    for row in first:
+        row["finish_reason"] = "abort"
+    out = make.resume(lazy_stack(first), max_new_tokens=6)
+    for row, expected in zip(flat(out), flat(whole), strict=True):
+        assert (row["finish_reason"], row["error"]) == ("length", "")
+        assert row["prompt_images"] == expected["prompt_images"]
+        assert row["text"].full == expected["text"].full
+        assert set(row.keys(True, True)) == set(expected.keys(True, True))
+        for key, value in expected.items(True, True):
+            if isinstance(value, torch.Tensor) and not value.is_floating_point():
+                assert torch.equal(row[key], value), key
+            elif isinstance(value, torch.Tensor):
+                torch.testing.assert_close(row[key], value, atol=LOG_PROB_ATOL, rtol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("chat", ["append", "render"])
+def test_the_third_turn_is_the_chat_anew(
+    image_site: ImageSite, policy: Callable[..., SGLangHiddenWrapper], chat: str
+) -> None:
+    """Of answers that are the ids of their own text: what was kept of the turns before, another policy renders."""
+    words = image_site.writer.ids_of(" red green blue old new big small one two three")
+    make, anew = policy("history", chat=chat, constraints=ActionMask(words)), policy("history", inplace=False)
+    (row,) = flat(make(ragged(history=[chat_of(parts_of(image_site, PROMPTS[1]))])))
+    for parts in ([4, "And", 3, "?"], ["Bye."]):
+        more = History.from_chats([chat_of(parts_of(image_site, parts))])[0]
+        row["history"] = ChatHistory(
+            prompt=lazy_stack([*row["history"].full.unbind(0), *more.unbind(0)]), batch_size=()
+        )
+        (row,) = flat(make(lazy_stack([row])))
+    only = TensorDict({"history": ChatHistory(prompt=row["history"].prompt, batch_size=())}, batch_size=())
+    (expected,) = flat(anew(lazy_stack([only])))
+    assert torch.equal(row["tokens"].prompt, expected["tokens"].prompt)
+    assert row["prompt_images"] == expected["prompt_images"]
+    assert len(row["prompt_images"]) == 3
+    error = relative_error(row["hidden_states"].prompt.flatten(), expected["hidden_states"].prompt.flatten())
+    assert error < STATE_RTOL
+
+
 def test_constraints_and_bad_rows(image_site: ImageSite, policy: Callable[..., SGLangHiddenWrapper]) -> None:
     """Under ``on_error="nan"`` a broken image and a prompt that is too long cost their rows alone."""
     allowed = image_site.writer.ids_of(" yes")[:1]
     make = policy("history", on_error="nan", constraints=ActionMask(allowed))
     good = chat_of(parts_of(image_site, PROMPTS[1]))
-    long = chat_of([image_site.writer.picture(1, 8, 8)] * 4 + ["word " * 1100])
+    # Too long by the rows of its images alone.
+    limit, large = image_site.server.info.max_prompt_tokens, [image_site.writer.picture(1, 8, 8)] * 4
+    long = chat_of([*large, " one" * (limit - 50)])
+    rows = image_site.request(*large, " one" * (limit - 50))
+    assert rows.images is not None
+    assert len(rows.images.sent_ids) < limit < len(rows.prompt_ids)
     out = flat(make(ragged(history=[good, chat_of([b"no image", "What?"]), long])))
     assert [row["error"].partition(":")[0] for row in out] == ["", "ImageError", "PromptLengthError"]
     assert set(out[0]["tokens"].response.tolist()) == set(allowed)

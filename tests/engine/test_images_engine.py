@@ -26,23 +26,25 @@ from PIL import Image as PILImage
 from torchrl_sglang_hidden import (
     ActionMask,
     AlignmentError,
+    EngineInfo,
     HiddenSpec,
+    ImageError,
     InputError,
     LogitsSpec,
     RequestRejectedError,
     connect,
 )
+from torchrl_sglang_hidden.engines import endpoint
 from torchrl_sglang_hidden.engines.batching import BatchingEngine
 from torchrl_sglang_hidden.engines.resuming import join_completions, rest_of
 from torchrl_sglang_hidden.engines.samples import generate_samples
 from torchrl_sglang_hidden.protocol import CHANNEL
 from torchrl_sglang_hidden.records import Completion, Request
+from torchrl_sglang_hidden.sglang_api.server_info import read_info
 from torchrl_sglang_hidden.spec.hidden import Pooling
 
 STORM_CALLS = 8
 UNUSED = itertools.count(20000)
-# For what does not hold of Pixtral: the names are the first of `SAVERS`, as `image_site` says.
-QWEN_ALONE = pytest.mark.parametrize("image_site", ["qwen2_5_vl", "qwen3_vl"], indirect=True)
 
 
 @pytest.fixture
@@ -302,6 +304,26 @@ def test_what_is_not_sent(image_site: ImageSite) -> None:
         image_site.server.generate([replace(good, images=None)])
 
 
+def test_a_client_that_sees_no_server_half(image_site: ImageSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    """States are right of stock SGLang too, and what stands for an image is known from the model."""
+
+    def stock_info(model: Any, server: Any, *args: Any) -> EngineInfo:
+        return read_info(model, {**server, "internal_states": [{}]}, *args)
+
+    monkeypatch.setattr(endpoint, "read_info", stock_info)
+    spec = HiddenSpec(("prompt", "response", "full"), tokens=True)
+    asked = [image_site.request(image_site.writer.picture(1), "Hi", hidden=spec), image_site.request("Hi", hidden=spec)]
+    with connect(image_site.server.url) as stock:
+        assert (stock.info.pools_in_server, stock.info.image_token_id) == (False, image_site.writer.placeholder)
+        with pytest.warns(UserWarning, match="falling back to SGLang's own"):
+            image_site.check(asked, stock.generate(asked))
+        with pytest.raises(ImageError, match="is the placeholder of an image"):
+            stock.generate([replace(asked[0], images=None)])
+        assert asked[0].images is not None
+        with pytest.raises(ImageError, match="is the placeholder of an image"):
+            stock.generate([replace(asked[0], images=None, prompt_ids=asked[0].images.sent_ids)])
+
+
 # --- a full cache -----------------------------------------------------------------------------------------------------
 
 
@@ -316,12 +338,20 @@ def test_rows_that_the_server_took_back_and_computed_again(image_site: ImageSite
     # Hugging Face takes a sampled placeholder for one more image.
     sampling["logit_bias"] = {str(image_site.writer.placeholder): -100.0}
     spec = HiddenSpec(("prompt", "response", "full"), layers=(0, -1))
-    requests = [
-        image_site.request(
-            image_site.writer.picture(row % 3), f"{row}?", sampling=sampling, hidden=spec, return_log_probs=False
-        )
-        for row in range(24)
-    ]
+    writer, fields = image_site.writer, {"sampling": sampling, "hidden": spec, "return_log_probs": False}
+    requests = []
+    for row in range(24):
+        picture = writer.picture(row % 3, 2, 4)
+        asked = image_site.request(picture, f"{row}?", **fields)
+        if row % 2:
+            # Ends with a row of the image. Behind it SGLang counted a response that it took back from the image's head.
+            asked = writer.request(START, f"{row}?", picture, **fields)
+            assert asked.images is not None
+            behind = len(writer.ids_of(writer.around[1]))
+            kept = slice(0, len(asked.prompt_ids) - behind), slice(0, len(asked.images.sent_ids) - behind)
+            placed = replace(asked.images, sent_ids=asked.images.sent_ids[kept[1]])
+            asked = replace(asked, prompt_ids=asked.prompt_ids[kept[0]], images=placed)
+        requests.append(asked)
     assert sum(64 for _ in requests) > CACHE_TOKENS
     image_site.check(requests, image_site.server.generate(requests))
     assert retractions(image_site) > before, "nothing was taken back: tests nothing"

@@ -13,7 +13,7 @@ import httpx
 
 from helpers import user_constraints
 from helpers.completion_checks import assert_completion
-from helpers.vlm_models import NUM_LAYERS, SAVERS, Writer
+from helpers.vlm_models import MORE_SAVERS, NUM_LAYERS, SAVERS, Writer
 from torchrl_sglang_hidden import HiddenSpec, launch
 from torchrl_sglang_hidden.engines.launch import LaunchedServer
 from torchrl_sglang_hidden.records import Completion, Request
@@ -70,8 +70,8 @@ class ImageSite:
 
 @contextmanager
 def serve_images(kind: str, directory: Path, smol_dir: str) -> Iterator[ImageSite]:
-    """Make a model of a kind of `SAVERS`, and serve it."""
-    model_dir = str(SAVERS[kind](directory / kind, smol_dir))
+    """Make a model of a kind of `SAVERS` or `MORE_SAVERS`, and serve it."""
+    model_dir = str({**SAVERS, **MORE_SAVERS}[kind](directory / kind, smol_dir))
     with (
         launch(
             model_dir,

@@ -9,6 +9,8 @@ from __future__ import annotations
 import base64
 import functools
 import io
+import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,11 @@ from transformers import (
     PixtralImageProcessor,
     PixtralProcessor,
     ProcessorMixin,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
@@ -45,7 +51,9 @@ from torchrl_sglang_hidden.records import Images, Request
 NUM_LAYERS: int = TEXT_SHAPE["num_hidden_layers"]
 PIXTRAL_TOKENS = ("[IMG]", "[IMG_BREAK]", "[IMG_END]")
 # Of each model: how many pixels a row of an image is wide and high.
-PIXELS = {"qwen2_5_vl": 28, "qwen3_vl": 32, "pixtral": 16}
+PIXELS = {"qwen2_5_vl": 28, "qwen3_vl": 32, "pixtral": 16, "qwen2_vl": 28}
+# "all" has the tests that run with every model run with those of `MORE_SAVERS` too, which `make test` leaves out.
+MODELS_ENV = "TORCHRL_SGLANG_HIDDEN_IMAGE_MODELS"
 
 
 def save_random_qwen3_vl(directory: Path, tokenizer_dir: str) -> Path:
@@ -117,11 +125,48 @@ def save_random_pixtral(directory: Path, tokenizer_dir: str) -> Path:
     return save_random(LlavaForConditionalGeneration(config), processor, directory)
 
 
+def save_random_qwen2_vl(directory: Path, tokenizer_dir: str) -> Path:
+    """Save a Qwen2-VL of four layers and D=64: the elder sister of Qwen2.5-VL, with another tower."""
+    tokenizer = add_special_tokens(tokenizer_dir, QWEN_TOKENS)
+    patch = PIXELS["qwen2_vl"] // 2
+    rope = {"rope_type": "default", "rope_theta": 1e4, "type": "default", "mrope_section": [2, 3, 3]}
+    config = Qwen2VLConfig(
+        text_config={**TEXT_SHAPE, **text_ids(tokenizer), "rope_parameters": rope},
+        vision_config={
+            "depth": 2,
+            "embed_dim": 32,
+            "hidden_size": 64,
+            "mlp_ratio": 2,
+            "num_heads": 2,
+            "patch_size": patch,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+        },
+        tie_word_embeddings=False,
+        **qwen_image_ids(tokenizer),
+    )
+    images = Qwen2VLImageProcessor(min_pixels=(2 * patch) ** 2, max_pixels=64 * (2 * patch) ** 2, patch_size=patch)
+    template = chatml_with_images("<|vision_start|><|image_pad|><|vision_end|>")
+    processor = Qwen2VLProcessor(images, tokenizer, Qwen2VLVideoProcessor(), chat_template=template)
+    saved = save_random(Qwen2VLForConditionalGeneration(config), processor, directory)
+    # SGLang reads the name that transformers wrote before its version 5.
+    path = saved / "config.json"
+    written = json.loads(path.read_text())
+    written["vision_config"]["in_chans"] = 3
+    path.write_text(json.dumps(written))
+    return saved
+
+
 SAVERS: dict[str, Callable[[Path, str], Path]] = {
     "qwen2_5_vl": save_random_qwen2_5_vl,
     "qwen3_vl": save_random_qwen3_vl,
     "pixtral": save_random_pixtral,
 }
+MORE_SAVERS: dict[str, Callable[[Path, str], Path]] = {"qwen2_vl": save_random_qwen2_vl}
+
+
+def models_to_test() -> list[str]:
+    return [*SAVERS, *(MORE_SAVERS if os.environ.get(MODELS_ENV) == "all" else ())]
 
 
 # --- requests with images ---------------------------------------------------------------------------------------------
