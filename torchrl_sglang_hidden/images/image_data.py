@@ -180,7 +180,8 @@ def _decode(name: str, read: Callable[[], T]) -> T:
 def _check_size(name: str, width: int, height: int) -> None:
     if not 0 < width * height <= MAX_PIXELS:
         raise ImageError(
-            f"{name} an image of {width} × {height} pixels; the limit is 1 to {MAX_PIXELS} pixels: give one of another size"
+            f"{name} an image of {width} × {height} pixels; the limit is 1 to {MAX_PIXELS} pixels: give one of another "
+            "size"
         )
 
 
