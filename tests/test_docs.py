@@ -14,6 +14,7 @@ PAGES = {
     "faults.md": (3, 41),
     "engine_features.md": (4, 19),
     "logits_and_constraints.md": (3, 13),
+    "image_features.md": (6, 28),
     "field_cases.md": (3, 40),
 }
 

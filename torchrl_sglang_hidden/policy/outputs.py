@@ -190,7 +190,8 @@ class KeyConfig:
         prompt_images_key: of a model that takes images, each row's: a tuple of data URIs, in the order of the prompt,
             which may be the input at ``images_key`` of another call.
         pixel_values_key: a TensorDict of what Hugging Face's model reads beside ``tokens.full``, by its names, such as
-            ``pixel_values`` and ``image_grid_thw``; empty for a row without images.
+            ``pixel_values`` and ``image_grid_thw``; empty for a row without images. The samples of one prompt share the
+            memory of what is of its images.
     """
 
     history_key: NestedKey | None = "history"
