@@ -16,7 +16,7 @@ WITH ?= torchrl tensordict
 TESTS ?= $(NO_SERVER)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fast compat bench tutorials lint docs check format clean
+.PHONY: help install demo test fast images compat bench tutorials lint docs check format clean
 
 help: ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -39,6 +39,9 @@ test: $(INSTALLED) ## every test, those with a real server included
 
 fast: $(INSTALLED) ## the tests that need no server
 	$(FAST)
+
+images: $(INSTALLED) ## the tests of images on models that `make test` leaves out: Qwen2-VL
+	TORCHRL_SGLANG_HIDDEN_IMAGE_MODELS=all $(BIN)/python -m pytest -n 0 -k qwen2_vl $(wildcard tests/engine/test_image*_engine.py)
 
 # For example: make compat WITH="torchrl-nightly tensordict-nightly" TESTS="-m engine -n 0 tests/engine/test_grpo.py"
 compat: $(INSTALLED) ## the fast tests with the newest TorchRL and TensorDict; WITH= and TESTS= choose others

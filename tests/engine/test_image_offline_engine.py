@@ -10,7 +10,7 @@ from helpers.completion_checks import assert_completion
 from helpers.image_site import END, EVERYTHING, GREEDY, START
 from helpers.logits_checks import assert_choices
 from helpers.policy_batches import flat
-from helpers.vlm_models import NUM_LAYERS, Writer
+from helpers.vlm_models import NUM_LAYERS, SAVERS, Writer
 
 from torchrl_sglang_hidden import (
     HiddenSpec,
@@ -19,7 +19,6 @@ from torchrl_sglang_hidden import (
     RequestRejectedError,
     SGLangHiddenWrapper,
     SGLangOffline,
-    demo_vision_model,
     ragged,
 )
 from torchrl_sglang_hidden.records import Images, Request
@@ -29,27 +28,31 @@ class InProcess:
     """Collected by the process that `in_process_log` starts, and not by name in this one."""
 
     @pytest.fixture(scope="class")
-    def writer(self) -> Writer:
-        return Writer(str(demo_vision_model()))
+    def model_dir(self, smol_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+        return str(SAVERS["qwen2_5_vl"](tmp_path_factory.mktemp("images") / "qwen2_5_vl", smol_dir))
 
     @pytest.fixture(scope="class")
-    def engine(self, writer: Writer) -> Iterator[SGLangOffline]:
-        with SGLangOffline(str(demo_vision_model()), dtype="float32", max_total_tokens=2000) as engine:
+    def writer(self, model_dir: str) -> Writer:
+        return Writer(model_dir)
+
+    @pytest.fixture(scope="class")
+    def engine(self, model_dir: str) -> Iterator[SGLangOffline]:
+        with SGLangOffline(model_dir, dtype="float32", max_total_tokens=2000, layers=(0, 1, 2, 3)) as engine:
             yield engine
 
-    def test_states_tokens_and_scores(self, engine: SGLangOffline, writer: Writer) -> None:
+    def test_states_tokens_and_scores(self, engine: SGLangOffline, writer: Writer, model_dir: str) -> None:
         """Of prompts with 0, 1 and 2 images, cold and cached; a broken image is a named error."""
         assert (engine.info.takes_images, engine.info.image_token_id) == (True, writer.placeholder)
         parts = [["Hello"], [writer.picture(1), "What?"], ["A", writer.picture(2), "or", writer.picture(3, 2, 2)]]
         asked = [writer.request(START, *one, END, sampling=GREEDY, hidden=EVERYTHING) for one in parts]
         for _ in range(2):
             for request, found in zip(asked, engine.generate(asked), strict=True):
-                truth = assert_completion(request, found, str(demo_vision_model()), NUM_LAYERS)
+                truth = assert_completion(request, found, model_dir, NUM_LAYERS)
                 assert list(found.response_ids) == truth.argmax_T
         reads = {"score_prompt": True, "sampling": {"max_new_tokens": 0}}
         scored = [Request(request.prompt_ids, images=request.images, **reads) for request in asked]
         for request, found in zip(scored, engine.generate(scored), strict=True):
-            assert_choices(request, found, str(demo_vision_model()))
+            assert_choices(request, found, model_dir)
         whole = asked[1].images
         assert whole is not None
         broken = Images(whole.sent_ids, (whole.data[0][:60],), whole.ranges, whole.placeholder)
