@@ -55,7 +55,7 @@ class InProcess:
             assert_choices(request, found, model_dir)
         whole = asked[1].images
         assert whole is not None
-        broken = Images(whole.sent_ids, (whole.data[0][:60],), whole.ranges, whole.placeholder)
+        broken = Images(whole.sent_ids, ("data:image/png;base64,AAAA",), whole.ranges, whole.placeholder)
         with pytest.raises(RequestRejectedError, match=r"\w"):
             engine.generate([Request(asked[1].prompt_ids, images=broken)])
 
