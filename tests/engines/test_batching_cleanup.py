@@ -159,6 +159,8 @@ def test_state_counts_rows(inner: Held, make: Callable[..., Turned]) -> None:
 def test_everything_an_engine_has_is_the_wrapped_ones(inner: Held) -> None:
     engine = BatchingEngine(inner, min_batch_size=2)
     assert engine.info is inner.info
+    inner.weight_version = lambda: "v9"  # type: ignore[method-assign]
+    assert engine.weight_version() == "v9"
     options = {"version": "v8", "transport": "disk", "running": "continue"}
     assert engine.update_weights("/weights", **options) == "v8"
     assert asyncio.run(engine.aupdate_weights("/others", **options)) == "v8"

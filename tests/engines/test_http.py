@@ -349,6 +349,15 @@ def test_a_row_is_named_by_its_place_in_the_whole_batch(make_server: Callable[..
     assert [one.finish_reason == "abort" for one in found] == [False, True, False, False, False]
 
 
+def test_the_version_of_the_weights_at_this_moment(make_server: Callable[..., RecordingServer]) -> None:
+    first, second = make_server(), make_server()
+    with connect([first.url, second.url]) as engine:
+        assert engine.weight_version() == "v7"
+        second.pages["/model_info"][1]["weight_version"] = "v8"
+        assert engine.weight_version() == "v7 and v8"
+        assert engine.info.weight_version == "v7", "read at connect"
+
+
 def test_servers_of_two_models_do_not_share(make_server: Callable[..., RecordingServer]) -> None:
     urls = [make_server(model_path=name).url for name in ("one", "two")]
     with pytest.raises(ProtocolError, match=r"do not serve the same model: .*'one'.*'two'"):

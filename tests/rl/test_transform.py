@@ -408,30 +408,6 @@ def test_the_cache_is_bounded_and_forgets_what_was_used_longest_ago() -> None:
     assert made.cache_info.size == 2
 
 
-def test_new_weights_empty_the_cache() -> None:
-    made, engine = transform(cache_size=9)
-    data = TensorDict(observation=torch.tensor([[1], [2]]), batch_size=2)
-    made(data)
-    engine.update_weights(None, version="v8")
-    made(data)
-    assert asked(engine) == [[1, 2], [1, 2]]
-
-
-def test_weights_that_somebody_else_updated_are_noticed_with_the_next_prompt() -> None:
-    made, engine = transform(cache_size=9)
-    made(TensorDict(observation=torch.tensor([[1], [2]]), batch_size=2))
-
-    def newer(rows: list[dict[str, Any]]) -> None:
-        for row in rows:
-            row["meta_info"]["weight_version"] = "v9"
-
-    engine.fault = newer
-    made(TensorDict(observation=torch.tensor([[1], [3]]), batch_size=2))
-    assert asked(engine) == [[1, 2], [3], [1]]
-    made(TensorDict(observation=torch.tensor([[1], [3]]), batch_size=2))
-    assert len(engine.payloads) == 3, "the engine's info is as it was, and the cache serves the new weights"
-
-
 # --- projection and ablations -----------------------------------------------------------------------------------------
 
 

@@ -113,6 +113,14 @@ class Engine(ABC):
             EngineError: the engine failed, or could not be reached.
         """
 
+    def weight_version(self) -> str:
+        """Return the version of the weights at this moment; that of `info` follows this process's own updates alone.
+
+        Raises:
+            EngineError: the engine failed, or could not be reached.
+        """
+        return self.info.weight_version  # an engine that nobody else updates
+
     @abstractmethod
     def update_weights(
         self,

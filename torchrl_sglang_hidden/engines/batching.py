@@ -138,6 +138,10 @@ class BatchingEngine(Engine):
         """See `Engine.info`: of the wrapped engine."""
         return self.engine.info
 
+    def weight_version(self) -> str:
+        """See `Engine.weight_version`."""
+        return self.engine.weight_version()
+
     def update_weights(self, weights: Weights, **options: Any) -> str:
         """See `Engine.update_weights`. Requests that wait in the queue are answered with the new weights."""
         return self.engine.update_weights(weights, **options)

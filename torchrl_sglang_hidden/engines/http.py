@@ -190,6 +190,10 @@ class SGLangServer(Engine):
     def _next_endpoint(self) -> Endpoint:
         return self._endpoints[next(self._turns) % len(self._endpoints)]
 
+    def weight_version(self) -> str:
+        """See `Engine.weight_version`; of several servers that differ, all versions with ``and`` between them."""
+        return " and ".join(sorted({endpoint.weight_version() for endpoint in self._endpoints}))
+
     def update_weights(
         self,
         weights: Weights,

@@ -37,6 +37,10 @@ __all__ = [
 ]
 
 
+# Beside the version of a response's last token, where its first ones were sampled with other weights.
+MIXED = "mixed"
+
+
 class LabelledPrompt(NamedTuple):
     """A prompt, and the name that its row has in errors."""
 
@@ -134,9 +138,9 @@ class PromptEncoder:
     ) -> dict[Hashable, Encoding]:
         """Return the encodings of prompts, from the cache or the engine."""
 
-        def ask(keys: list[Hashable]) -> tuple[dict[Hashable, Encoding], str | None]:
-            answers, version = self._ask([wanted[key] for key in keys])
-            return dict(zip(keys, answers, strict=True)), version
+        def ask(keys: list[Hashable]) -> tuple[dict[Hashable, Encoding], set[str]]:
+            answers, versions = self._ask([wanted[key] for key in keys])
+            return dict(zip(keys, answers, strict=True)), versions
 
         told = self.policy.model.info.weight_version
         if told != self._told:
@@ -144,18 +148,23 @@ class PromptEncoder:
             self._told = told
             self._cache.use_version(told)
         known = self._cache.look_up(counts)
-        answers, version = ask([key for key in wanted if key not in known])
-        if version is not None and version != self._cache.version:
+        answers, versions = ask([key for key in wanted if key not in known])
+        if known and not answers:
+            versions = {self.policy.model.weight_version()}
+        if known and versions != {self._cache.version}:
             # Somebody else updated the weights: what was kept is of older ones.
-            self._cache.use_version(version)
-            answers, known = {**answers, **ask(list(known))[0]}, {}
-        self._cache.keep(answers)
+            again, newer = ask(list(known))
+            answers, versions, known = {**answers, **again}, versions | newer, {}
+        if answers:
+            # Where the weights were updated in between, which answer is of which version would have to be kept, too.
+            self._cache.use_version(versions.pop() if len(versions) == 1 else None)
+            self._cache.keep(answers if self._cache.version is not None else {})
         return {**known, **answers}
 
-    def _ask(self, prompts: Sequence[LabelledPrompt]) -> tuple[list[Encoding], str | None]:
-        """Return the encodings of prompts, and the version of the weights: several of them are like none before."""
+    def _ask(self, prompts: Sequence[LabelledPrompt]) -> tuple[list[Encoding], set[str]]:
+        """Return the encodings of prompts, and the versions of the weights that they are of."""
         if not prompts:
-            return [], None
+            return [], set()
         mode = mode_of(prompts)
         try:
             asker = self._asker(mode)
@@ -166,8 +175,10 @@ class PromptEncoder:
         rows = list(unbind_rows(out))
         vectors = [_read_finite(row, self._hidden_key, one) for row, one in zip(rows, prompts, strict=True)]
         texts = [self._text(row) if self.keep_text else "" for row in rows]
-        versions = sorted({str(value_of(row.get("weight_version"))) for row in rows})
-        return [Encoding(*pair) for pair in zip(vectors, texts, strict=True)], " and ".join(versions)
+        versions = {str(value_of(row.get("weight_version"))) for row in rows}
+        if any(bool(row.get("mixed_weights")) for row in rows):
+            versions.add(MIXED)
+        return [Encoding(*pair) for pair in zip(vectors, texts, strict=True)], versions
 
     def _asker(self, mode: InputMode) -> SGLangHiddenWrapper:
         """Return the policy that reads a kind of prompt."""

@@ -64,9 +64,9 @@ class PromptCache(Generic[T]):
         self._hits += sum(keys.values()) - misses
         return found
 
-    def use_version(self, version: str) -> None:
-        """Forget the answers of another version of the weights."""
-        if version != self.version:
+    def use_version(self, version: str | None) -> None:
+        """Forget the answers of another version of the weights; None is like none that there was."""
+        if version is None or version != self.version:
             self.version = version
             self._answers.clear()
 

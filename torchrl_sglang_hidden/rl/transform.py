@@ -74,9 +74,9 @@ class HiddenStateTransform(Transform):  # type: ignore[misc]
         late: encode an observation while the environment takes the next step, and give its vector after that step:
             one step late, for the time of the longer of the two. The observation of a reset is given at once.
         cache_size: most prompts whose vectors are kept in this process; see `cache_info`. Prompts that stand in
-            several rows are then asked once. New weights empty the cache: those that another process sends to the
-            server are noticed with the next prompt that is not in it. Of generated texts the cache gives the same
-            sample again.
+            several rows are then asked once. New weights empty the cache, also those that another process sends to
+            the server, which is asked for their version where all prompts are in the cache. Of generated texts the
+            cache gives the same sample again.
         project: d, to multiply every vector with the same random Gaussian matrix ``[D, d]`` in the buffer
             ``projection``, which keeps distances (Johnson and Lindenstrauss). The same seed in every process.
         ablate: a control in place of the vectors. ``"zero"``: zeros, nothing is asked. ``"shuffle"``: the vectors of
