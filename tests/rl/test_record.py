@@ -419,6 +419,17 @@ def test_texts_count_for_the_bytes_of_a_shard(tmp_path: Path, monkeypatch: pytes
     assert len(recording._manifest.shards) == 4
 
 
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_no_row_of_the_output_is_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str | None) -> None:
+    """Moving a TensorDict to where it is took a third of the time of a row."""
+    moved: list[Any] = []
+    move = TensorDictBase.to
+    monkeypatch.setattr(TensorDictBase, "to", lambda td, *args, **options: [moved.append(td), move(td, *args)][1])
+    policy, _ = make("text", hidden=HiddenSpec(("prompt",)), generate_kwargs={"max_new_tokens": 0}, device=device)
+    record_hidden_states(policy, data_rows(8), tmp_path / "r", prompt=PROMPT, progress=False)
+    assert moved == []
+
+
 def test_a_policy_over_any_engine_and_with_keys_of_its_own(tmp_path: Path) -> None:
     """The keys, the mode and the padding of the policy are for its own calls."""
     own = {"text_key": None, "tokens_key": ("my", "ids"), "hidden_states_key": "vectors", "pad_output": True}

@@ -28,6 +28,7 @@ from torchrl_sglang_hidden import (
     load_recording,
     record_hidden_states,
 )
+from torchrl_sglang_hidden.rl import record
 
 ROWS = data_rows(4)
 
@@ -305,6 +306,36 @@ def test_going_on_with_other_data(tmp_path: Path) -> None:
         recorded(tmp_path / "r", iter(ROWS[:2]))
     grown = recorded(tmp_path / "r", data_rows(6))
     assert_same(grown.tensordict, recorded(tmp_path / "expected", data_rows(6)).tensordict)
+
+
+@pytest.mark.parametrize("old_format", [False, True])
+@pytest.mark.parametrize("changed", range(5))
+def test_a_row_that_changed_is_found_wherever_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: int, old_format: bool
+) -> None:
+    """Also one that no prompt reads, and in a recording of before its manifest had the rows' digests."""
+    monkeypatch.setattr(record, "SHARD_SECONDS", 0.0)
+    rows = data_rows(5)
+    recorded(tmp_path / "r", rows, batch_size=2)
+    if old_format:
+        manifest = tmp_path / "r" / "manifest.json"
+        content = json.loads(manifest.read_bytes())
+        assert [len(shard.pop("rows_sha256")) for shard in content["shards"]] == [64, 64, 64]
+        manifest.write_text(json.dumps(content))
+    other = data_rows(7)
+    other[changed]["obs"][1, 2] += 1
+    with pytest.raises(RecordingError, match=f"row {changed} of the data is not the one that was recorded; go on"):
+        recorded(tmp_path / "r", other)
+    assert len(recorded(tmp_path / "r", data_rows(7), batch_size=2)) == 7
+
+
+def test_going_on_reads_no_shard_where_the_rows_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every token's states a shard is a thousand times as large as what the data has of it."""
+    recorded(tmp_path / "r", data_rows(5))
+    read: list[Any] = []
+    monkeypatch.setattr(record, "read_rows", lambda path, shard: read.append(shard))
+    assert len(recorded(tmp_path / "r", data_rows(9))) == 9
+    assert read == []
 
 
 def test_weights_that_are_updated_meanwhile(tmp_path: Path) -> None:

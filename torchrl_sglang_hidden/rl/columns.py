@@ -30,6 +30,7 @@ __all__ = [
     "check_row",
     "count_bytes",
     "digest_images",
+    "digest_rows",
     "is_ragged",
     "join_rows",
     "leaves_of",
@@ -280,6 +281,24 @@ def _same_leaf(one: Any, other: Any) -> bool:
         return json.dumps(one) == json.dumps(other)
     bits, other_bits = (value.contiguous().reshape(-1).view(torch.uint8) for value in (one, other))
     return one.dtype == other.dtype and one.shape == other.shape and torch.equal(bits, other_bits)
+
+
+def digest_rows(rows: Iterable[Leaves]) -> str:
+    """Return what tells rows apart from others: the SHA-256 of their keys and bits, in their order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        for key in sorted(row):
+            value = row[key]
+            if isinstance(value, torch.Tensor):
+                kind = f"{value.dtype} {list(value.shape)}"
+                data = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            else:
+                kind, data = JSON, _to_json("a row", key, value).encode("utf-8", "surrogatepass")
+            # With its length, so that no leaf can end where another begins.
+            digest.update(f"{json.dumps(key)} {kind} {len(data)}:".encode())
+            digest.update(data)
+        digest.update(b"\n")
+    return digest.hexdigest()
 
 
 def as_texts(values: Iterable[Any]) -> list[str]:

@@ -47,12 +47,12 @@ class DataRows:
     """The rows of a data set.
 
     Args:
-        read: yields the rows from an index on, each a TensorDict without batch dimensions. Called once.
+        read: yields the rows, each a TensorDict without batch dimensions. Called once.
         total: how many rows there are; None where only the end will tell.
         images_keys: the fields that are images, of data that consists of them.
     """
 
-    read: Callable[[int], Iterator[TensorDictBase]]
+    read: Callable[[], Iterator[TensorDictBase]]
     total: int | None
     images_keys: tuple[str, ...] = ()
 
@@ -84,7 +84,7 @@ def _open_path(path: Path) -> DataRows:
     if path.suffix == ".npz" and path.is_file():
         return _of_npz(path)
     if path.suffix == ".jsonl" and path.is_file():
-        return DataRows(lambda start: _rows(itertools.islice(_lines(path), start, None), start), None)
+        return DataRows(lambda: _rows(_lines(path)), None)
     if "_type" in _read_object(path / "meta.json"):
         return _of_tensordict(TensorDict.load_memmap(path, allow_pickle=False))
     if "_data_files" in _read_object(path / "state.json"):
@@ -121,9 +121,9 @@ def _of_tensordict(data: TensorDictBase) -> DataRows:
         raise InputError("data is a TensorDict of batch size (); expected at least one dimension of rows, [N]")
     total = math.prod(shape)
 
-    def read(start: int) -> Iterator[TensorDictBase]:
+    def read() -> Iterator[TensorDictBase]:
         # Not unbind: a million rows would be a million TensorDicts at once.
-        for row in range(start, total):
+        for row in range(total):
             yield data[tuple(int(place) for place in np.unravel_index(row, tuple(shape)))]
 
     return DataRows(read, total)
@@ -132,12 +132,12 @@ def _of_tensordict(data: TensorDictBase) -> DataRows:
 def _of_iterable(data: Any) -> DataRows:
     total = len(data) if hasattr(data, "__len__") else None
     if total is not None and hasattr(data, "__getitem__"):
-        return DataRows(lambda start: _rows((data[row] for row in range(start, total)), start), total)
-    return DataRows(lambda start: _rows(itertools.islice(iter(data), start, None), start), total)
+        return DataRows(lambda: _rows(data[row] for row in range(total)), total)
+    return DataRows(lambda: _rows(iter(data)), total)
 
 
-def _rows(values: Iterable[Any], start: int) -> Iterator[TensorDictBase]:
-    for index, value in enumerate(values, start):
+def _rows(values: Iterable[Any]) -> Iterator[TensorDictBase]:
+    for index, value in enumerate(values):
         if is_tensor_collection(value) and not value.batch_size:
             yield value
         elif isinstance(value, Mapping):
@@ -210,8 +210,8 @@ def _images_in(folder: Path) -> list[str]:
 def _of_images(folder: Path, names: list[str]) -> DataRows:
     """Return rows of a file's name and its bytes, which are read when their turn comes."""
 
-    def read(start: int) -> Iterator[TensorDictBase]:
-        for name in names[start:]:
+    def read() -> Iterator[TensorDictBase]:
+        for name in names:
             try:
                 data = (folder / name).read_bytes()
             except OSError as error:
@@ -237,17 +237,16 @@ def _of_npz(path: Path) -> DataRows:
         )
     (total,) = set(lengths.values())
 
-    def read(start: int) -> Iterator[TensorDictBase]:
+    def read() -> Iterator[TensorDictBase]:
         with ExitStack() as stack:
             archive = stack.enter_context(zipfile.ZipFile(path))
             columns = {}
             with _damage(path):
                 for name in shapes:
                     columns[name] = _NpzArray(path, name, stack.enter_context(archive.open(f"{name}.npy")))
-                    columns[name].skip(start)
             row_bytes = sum(column.row_bytes for column in columns.values())
             at_once = max(1, min(NPZ_ROWS, NPZ_BYTES // max(row_bytes, 1)))
-            for first in range(start, int(total or 0), at_once):
+            for first in range(0, int(total or 0), at_once):
                 count = min(at_once, int(total or 0) - first)
                 with _damage(path):
                     blocks = {name: column.take(count) for name, column in columns.items()}
@@ -296,12 +295,6 @@ class _NpzArray:
     @property
     def row_bytes(self) -> int:
         return math.prod(self._shape) * int(self._dtype.itemsize)
-
-    def skip(self, count: int) -> None:
-        if self._whole is not None:
-            next(itertools.islice(self._whole, count, count), None)
-        else:
-            self._file.seek(count * self.row_bytes, 1)
 
     def take(self, count: int) -> Any:
         """Return the next rows, an array or a list."""

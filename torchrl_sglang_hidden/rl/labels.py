@@ -167,7 +167,7 @@ class Labeller:
                 return_log_probs=False,
                 pad_output=False,
                 inplace=False,
-                device="cpu",
+                device=None,  # nothing is moved: TensorDict.to takes a third of the time of a row
                 on_error="nan",
                 text_key="text",
                 tokens_key="tokens",

@@ -55,6 +55,8 @@ class Shard:
         nbytes: its size.
         sha256: the checksum of its bytes.
         failures: its rows without a label.
+        rows_sha256: the digest of the rows of the data that it labels, see `digest_rows`; None in a recording of
+            before there was one.
     """
 
     file: str
@@ -62,6 +64,7 @@ class Shard:
     nbytes: int
     sha256: str
     failures: tuple[Failure, ...] = ()
+    rows_sha256: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

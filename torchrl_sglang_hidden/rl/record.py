@@ -30,6 +30,7 @@ from torchrl_sglang_hidden.rl.columns import (
     check_row,
     count_bytes,
     digest_images,
+    digest_rows,
     leaves_of,
     pack,
     same_row,
@@ -40,7 +41,7 @@ from torchrl_sglang_hidden.rl.encoder import check_takes_images
 from torchrl_sglang_hidden.rl.labels import IndexedRow, Label, Labeller, recorded_spec
 from torchrl_sglang_hidden.rl.manifest import Failure, Manifest, describe
 from torchrl_sglang_hidden.rl.prompts import PromptSource, PromptWriter, image_keys, keys_in, name_of
-from torchrl_sglang_hidden.rl.recording import LABEL_ROW, LABELS, ROWS, Recording, load_recording, read_last_row
+from torchrl_sglang_hidden.rl.recording import LABEL_ROW, LABELS, ROWS, Recording, load_recording, read_rows
 from torchrl_sglang_hidden.rl.shards import ShardWriter
 
 __all__ = ["record_hidden_states"]
@@ -127,22 +128,20 @@ def record_hidden_states(
     check_takes_images(policy, given)
     with ShardWriter(path) as writer:
         start = 0 if writer.manifest is None else writer.manifest.num_rows
-        # The last row that is recorded is read again, to see that the data is the same.
-        rows = _read_rows(source, max(start - 1, 0), given)
+        # What is recorded is read again, to see that the data is the same.
+        rows = _read_rows(source, given)
         first = next(rows, None)
         if first is None:
-            there = f"fewer than {max(start, 1)}" if source.total is None else str(source.total)
-            raise InputError(f"data with {there} rows, and {start} are recorded; expected all of those, and at least 1")
+            raise _too_few(source, start)
         schema = schema_of(f"row {first.place}", first.leaves)
         prompts = PromptWriter.for_row(prompt, first.row, given)
         labeller = Labeller(policy, prompts, spec, dtype=dtype)
         _check_names(first.leaves, labeller.blank)
         images = [name_of(key) for key in prompts.images_keys]
         writer.begin(describe(policy, prompt, spec, dtype=dtype, every=every, schema=schema, images=images))
-        if start:
-            _check_goes_on(path, writer.known, first)
-        else:
-            rows = itertools.chain([first], rows)
+        rows = itertools.chain([first], rows)
+        if not _goes_on(path, writer.known, rows):
+            raise _too_few(source, start)
         with _progress_bar(progress, source.total, writer.known) as show:
             for shard in _label(rows, labeller, batch_size=batch_size, every=every, show=show):
                 writer.add(*shard)
@@ -172,12 +171,13 @@ class _Shard(NamedTuple):
     content: TensorDict
     num_rows: int
     failures: list[Failure]
+    rows_sha256: str
 
 
-def _read_rows(source: DataRows, start: int, images_keys: Sequence[NestedKey]) -> Iterator[_Row]:
-    """Yield the rows from an index on; all must be like the first of them."""
+def _read_rows(source: DataRows, images_keys: Sequence[NestedKey]) -> Iterator[_Row]:
+    """Yield the rows; all must be like the first of them."""
     schema = None
-    for index, row in enumerate(source.read(start), start):
+    for index, row in enumerate(source.read()):
         leaves = leaves_of(row)
         if images_keys:
             keys = [(key,) if isinstance(key, str) else key for key in keys_in(row, images_keys)]
@@ -195,13 +195,27 @@ def _check_names(row: Leaves, label: Leaves) -> None:
         raise InputError(f"the data has {clashing}, where labels are recorded; rename these fields, or leave them out")
 
 
-def _check_goes_on(path: Path, manifest: Manifest, row: _Row) -> None:
-    """Refuse data whose last recorded row is another than was recorded."""
-    if not same_row(row.leaves, read_last_row(path, manifest)):
-        raise RecordingError(
-            f"{path}: row {row.place} of the data is not the one that was recorded; go on with the same data, in the "
-            "same order, or use another path"
-        )
+def _too_few(source: DataRows, start: int) -> InputError:
+    there = f"fewer than {max(start, 1)}" if source.total is None else str(source.total)
+    return InputError(f"data with {there} rows, and {start} are recorded; expected all of those, and at least 1")
+
+
+def _goes_on(path: Path, manifest: Manifest, rows: Iterator[_Row]) -> bool:
+    """Take the rows that are recorded, and return whether all of them are there; refuse others than were recorded."""
+    for shard in manifest.shards:
+        found = list(itertools.islice(rows, shard.rows))
+        if digest_rows(row.leaves for row in found) == shard.rows_sha256:
+            continue
+        # They differ, or the recording is older than the digests: the shard says which row, at the cost of reading it.
+        for row, recorded in zip(found, read_rows(path, shard), strict=False):
+            if not same_row(row.leaves, recorded):
+                raise RecordingError(
+                    f"{path}: row {row.place} of the data is not the one that was recorded; go on with the same data, "
+                    "in the same order, or use another path"
+                )
+        if len(found) < shard.rows:
+            return False
+    return True
 
 
 # --- labels -----------------------------------------------------------------------------------------------------------
@@ -269,7 +283,8 @@ class _Pending:
 
     def shard(self) -> _Shard:
         content = TensorDict({ROWS: pack(self.rows), LABELS: pack(self.labels, self.ragged)})
-        return _Shard(content.set(LABEL_ROW, torch.tensor(self.label_rows)), len(self.rows), self.failures)
+        content.set(LABEL_ROW, torch.tensor(self.label_rows))
+        return _Shard(content, len(self.rows), self.failures, digest_rows(self.rows))
 
 
 # --- the bar ----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torchrl_sglang_hidden.rl.exports import write_hdf5, write_npz, write_safete
 from torchrl_sglang_hidden.rl.manifest import Failure, Manifest, Shard, read_manifest
 from torchrl_sglang_hidden.rl.shards import open_shard
 
-__all__ = ["LABELS", "LABEL_ROW", "ROWS", "Recording", "load_recording", "read_last_row"]
+__all__ = ["LABELS", "LABEL_ROW", "ROWS", "Recording", "load_recording", "read_rows"]
 
 # What a shard has: the fields of its rows, one label for each group of rows, and for each row the row of its label.
 ROWS, LABELS, LABEL_ROW = "rows", "labels", "label_row"
@@ -139,7 +140,8 @@ def load_recording(path: str | Path) -> Recording:
     return Recording(Path(path), manifest)
 
 
-def read_last_row(path: Path, manifest: Manifest) -> Leaves:
-    """Return the fields of the last row that is recorded."""
-    columns = unpack(open_shard(path, manifest.shards[-1]).get(ROWS))
-    return {key: column[-1] for key, column in columns.items()}
+def read_rows(path: Path, shard: Shard) -> Iterator[Leaves]:
+    """Yield the fields of the data's rows in a shard."""
+    columns = unpack(open_shard(path, shard).get(ROWS))
+    for place in range(shard.rows):
+        yield {key: column[place] for key, column in columns.items()}

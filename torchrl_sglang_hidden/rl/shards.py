@@ -95,13 +95,14 @@ class ShardWriter:
                 if f"{SHARDS}/{entry.name}" not in counted:
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
-    def add(self, content: TensorDict, num_rows: int, failures: Sequence[Failure]) -> None:
+    def add(self, content: TensorDict, num_rows: int, failures: Sequence[Failure], rows_sha256: str) -> None:
         """Add a shard. It counts when this returns; until then, nothing of it does.
 
         Args:
             content: its tensors.
             num_rows: how many rows they are.
             failures: those without a label.
+            rows_sha256: the digest of the rows, see `Shard`.
 
         Raises:
             RecordingError: it cannot be written. The shards before it stay.
@@ -114,7 +115,7 @@ class ShardWriter:
             _sync(target.parent)
             with target.open("rb") as file:
                 checksum = hashlib.file_digest(file, "sha256").hexdigest()
-            shard = Shard(name, num_rows, target.stat().st_size, checksum, tuple(failures))
+            shard = Shard(name, num_rows, target.stat().st_size, checksum, tuple(failures), rows_sha256)
             self._write(replace(self.known, shards=(*self.known.shards, shard), complete=False))
 
     def finish(self) -> None:
