@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncGenerator
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +31,7 @@ from starlette.routing import Route
 
 from torchrl_sglang_hidden import HiddenSpec, Request
 from torchrl_sglang_hidden.service import route
+from torchrl_sglang_hidden.service.body import read_body
 from torchrl_sglang_hidden.service.route import PATH, VectorService
 
 MODEL = "models/tiny"
@@ -251,6 +253,47 @@ def test_a_body_that_does_not_say_that_it_is_json(service: Service, content_type
     assert response.status_code == 415
     assert "expected application/json" in response.json()["error"]["message"]
     assert service.manager.payloads == []
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_body_over_the_limit(service: Service, monkeypatch: pytest.MonkeyPatch, announced: bool) -> None:
+    body = json.dumps({"input": "w1 " * 10}).encode()
+    taken = [0]
+
+    async def parts() -> AsyncGenerator[bytes, None]:
+        for place in range(0, len(body), 5):
+            taken[0] += 1
+            yield body[place : place + 5]
+
+    def send() -> httpx.Response:
+        return service.send(content=body if announced else parts(), headers={"content-type": "application/json"})
+
+    monkeypatch.setattr(route, "MAX_BODY_BYTES", len(body))
+    assert send().status_code == 200
+    limit = len(body) - 1 if announced else 10
+    monkeypatch.setattr(route, "MAX_BODY_BYTES", limit)
+    response = send()
+    assert (response.status_code, response.json()["error"]["type"]) == (413, "InputError")
+    assert f"over {limit} bytes, the limit of one request; send fewer rows" in response.text
+    assert len(service.manager.payloads) == 1
+    assert announced or taken[0] == 2 * -(-len(body) // 5), "a client that still sends would not see the answer"
+
+
+@pytest.mark.parametrize("large", [True, False])
+def test_a_large_body_is_read_beside_the_event_loop(
+    service: Service, monkeypatch: pytest.MonkeyPatch, large: bool
+) -> None:
+    """While it is parsed, SGLang's other requests go on."""
+    threads = []
+
+    def read(*given: Any) -> Any:
+        threads.append(threading.current_thread() is threading.main_thread())
+        return read_body(*given)
+
+    monkeypatch.setattr(route, "read_body", read)
+    monkeypatch.setattr(route, "LARGE_BODY_BYTES", 100)
+    service.data(input=["w1"] * (50 if large else 5))
+    assert threads == [not large]
 
 
 def test_json_with_a_charset_is_json(service: Service) -> None:

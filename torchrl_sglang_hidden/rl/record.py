@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from rich.console import Console
@@ -132,7 +132,7 @@ def record_hidden_states(
         rows = _read_rows(source, given)
         first = next(rows, None)
         if first is None:
-            raise _too_few(source, start)
+            _refuse_short(source, start)
         schema = schema_of(f"row {first.place}", first.leaves)
         prompts = PromptWriter.for_row(prompt, first.row, given)
         labeller = Labeller(policy, prompts, spec, dtype=dtype)
@@ -141,7 +141,7 @@ def record_hidden_states(
         writer.begin(describe(policy, prompt, spec, dtype=dtype, every=every, schema=schema, images=images))
         rows = itertools.chain([first], rows)
         if not _goes_on(path, writer.known, rows):
-            raise _too_few(source, start)
+            _refuse_short(source, start)
         with _progress_bar(progress, source.total, writer.known) as show:
             for shard in _label(rows, labeller, batch_size=batch_size, every=every, show=show):
                 writer.add(*shard)
@@ -195,9 +195,9 @@ def _check_names(row: Leaves, label: Leaves) -> None:
         raise InputError(f"the data has {clashing}, where labels are recorded; rename these fields, or leave them out")
 
 
-def _too_few(source: DataRows, start: int) -> InputError:
+def _refuse_short(source: DataRows, start: int) -> NoReturn:
     there = f"fewer than {max(start, 1)}" if source.total is None else str(source.total)
-    return InputError(f"data with {there} rows, and {start} are recorded; expected all of those, and at least 1")
+    raise InputError(f"data with {there} rows, and {start} are recorded; expected all of those, and at least 1")
 
 
 def _goes_on(path: Path, manifest: Manifest, rows: Iterator[_Row]) -> bool:

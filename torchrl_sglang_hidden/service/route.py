@@ -34,12 +34,16 @@ from torchrl_sglang_hidden.sglang_api.payload import to_payload
 from torchrl_sglang_hidden.sglang_api.responses import read_responses
 from torchrl_sglang_hidden.sglang_api.server_info import read_info, warm_up
 
-__all__ = ["MAX_VECTOR_BYTES", "PATH", "VectorService"]
+__all__ = ["MAX_BODY_BYTES", "MAX_VECTOR_BYTES", "PATH", "VectorService"]
 
 PATH = "/v1/hidden_states"
 JSON, BYTES = "application/json", "application/octet-stream"
 # Most bytes of the vectors of one answer. As JSON they are five times as many, which are written while others wait.
 MAX_VECTOR_BYTES = 64 * 2**20
+# Most bytes of one request, which are held in memory and parsed. Images travel in it, as base64.
+MAX_BODY_BYTES = 64 * 2**20
+# A body over this is read in a thread: all of SGLang's HTTP waits for the event loop. So much takes a millisecond.
+LARGE_BODY_BYTES = 2**16
 
 
 class VectorService:
@@ -72,7 +76,17 @@ class VectorService:
             return _refusal(InputError(f"content-type {media_type!r:.80}: expected {JSON}; send this header"), 415)
         encoding: Encoding = "bytes" if BYTES in http.headers.get("accept", "").lower() else "float"
         try:
-            asked = read_body(await http.body(), encoding)
+            body = await _receive(http)
+            if body is None:
+                return _refusal(
+                    InputError(
+                        f"the body has over {MAX_BODY_BYTES} bytes, the limit of one request; send fewer rows at a "
+                        "time, or smaller images"
+                    ),
+                    413,
+                )
+            large = len(body) > LARGE_BODY_BYTES
+            asked = await asyncio.to_thread(read_body, body, encoding) if large else read_body(body, encoding)
             completions = await self._generate(asked, http)
             # In a thread: all of SGLang's HTTP waits for this event loop.
             return await asyncio.to_thread(_write, asked, completions, self.tokenizer_manager.served_model_name)
@@ -150,6 +164,20 @@ class VectorService:
         """Have SGLang generate, which aborts the requests when the client hangs up."""
         with translated():
             return await anext(self.tokenizer_manager.generate_request(self._make_input(**payload), http))
+
+
+async def _receive(http: HTTPRequest) -> bytes | None:
+    """Return the body of a request, or None where it is over the limit."""
+    chunks: list[bytes] = []
+    size = 0
+    async for chunk in http.stream():
+        size += len(chunk)
+        # The rest is let go, and not left unread: a client that still sends would miss the answer.
+        if size > MAX_BODY_BYTES:
+            chunks.clear()
+        else:
+            chunks.append(chunk)
+    return b"".join(chunks) if size <= MAX_BODY_BYTES else None
 
 
 def _refuse_model(model_path: str) -> NoReturn:
