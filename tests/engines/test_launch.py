@@ -100,6 +100,7 @@ def test_server_arguments_become_a_command_line() -> None:
     ("arguments", "error", "message"),
     [
         ({"model_path": "x"}, UnknownOptionError, "launch(model_path=…)"),
+        ({"tokenizer_worker_num": 2}, CapabilityError, "tokenizer_worker_num=2: SGLang's several tokenizer processes"),
         ({"enable_return_hidden_states": False}, UnknownOptionError, "always on"),
         ({"device": "tpu"}, InputError, "launch(device='tpu'): expected one of ('auto', 'cpu'"),
         ({"port": 0}, InputError, "launch(port=0): expected 1..65535"),

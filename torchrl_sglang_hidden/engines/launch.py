@@ -32,7 +32,7 @@ from torchrl_sglang_hidden.errors import (
     LaunchError,
     UnknownOptionError,
 )
-from torchrl_sglang_hidden.server.__main__ import command_line
+from torchrl_sglang_hidden.server.__main__ import check_tokenizer_processes, command_line
 
 __all__ = ["LaunchedServer", "launch"]
 
@@ -95,7 +95,7 @@ def launch(
         InputError: a model directory, layer, module, device, host, port or timeout that cannot work; nothing was
             started.
         UnknownOptionError: a server argument that ``launch`` sets itself.
-        CapabilityError: SGLang is not installed.
+        CapabilityError: SGLang is not installed; or ``tokenizer_worker_num`` is over 1.
         LaunchError: the server ended or did not generate in time; the message has exit code, log file and last log
             lines.
     """
@@ -157,6 +157,7 @@ def _check_arguments(
 ) -> None:
     for name in sorted(server_args.keys() & OWNED_ARGUMENTS.keys()):
         raise UnknownOptionError(f"launch({name}=…): launch sets this server argument itself; {OWNED_ARGUMENTS[name]}")
+    check_tokenizer_processes(server_args.get("tokenizer_worker_num"))
     if device not in DEVICES:
         raise InputError(f"launch(device={device!r}): expected one of {DEVICES}")
     if port is not None and not (type(port) is int and 0 < port < 65536):

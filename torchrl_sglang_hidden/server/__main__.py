@@ -22,9 +22,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 # Nothing that imports torch: libraries that come with it read the environment that `main` sets, when they are loaded.
+from torchrl_sglang_hidden.errors import CapabilityError
 from torchrl_sglang_hidden.server.cpu import cpu_server_args, has_accelerator, library_environment, use_cpu_engine
 
-__all__ = ["API_KEY_ENV", "PARENT_PID_ENV", "command_line", "main", "watch_parent"]
+__all__ = ["API_KEY_ENV", "PARENT_PID_ENV", "check_tokenizer_processes", "command_line", "main", "watch_parent"]
 
 # Set by launch. Every user of the machine can read a command line, and only its owner a process's environment.
 API_KEY_ENV = "TORCHRL_SGLANG_HIDDEN_API_KEY"
@@ -64,6 +65,22 @@ def command_line(server_args: Mapping[str, Any]) -> list[str]:
         elif value is not True:
             rendered.append(str(value))
     return rendered
+
+
+def check_tokenizer_processes(number: object) -> None:
+    """Refuse several tokenizer processes: SGLang gives them no plugins, and no check of API keys.
+
+    Args:
+        number: SGLang's ``tokenizer_worker_num``; None for its default, 1.
+
+    Raises:
+        CapabilityError: more than one.
+    """
+    if number not in (None, 1, "1"):
+        raise CapabilityError(
+            f"tokenizer_worker_num={number!r:.80}: SGLang's several tokenizer processes have neither the route "
+            "/v1/hidden_states nor a check of API keys; use 1, and more servers where one tokenizer is too slow"
+        )
 
 
 def watch_parent(parent_pid: int, pipe_fd: int, on_end: Callable[[], None]) -> None:
@@ -151,6 +168,8 @@ def _run_server(arguments: list[str], api_key: str | None, *, on_cpu: bool, harm
         defaults |= cpu_server_args(chosen.model_path, context_length=chosen.context_length)
     # Defaults first: argparse keeps the last value of an argument, which is then the user's.
     server_args = prepare_server_args(command_line(defaults) + arguments)
+    if os.environ[PLUGIN_ENV] == "1":
+        check_tokenizer_processes(server_args.tokenizer_worker_num)
     if api_key is not None:
         # Not through the command line: SGLang keeps the command line, and shows it in /server_info.
         server_args.api_key = api_key
