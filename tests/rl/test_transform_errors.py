@@ -7,15 +7,16 @@ from typing import Any
 import pytest
 import torch
 from helpers import fake_engine
-from helpers.fake_engine import abort_a_row, states_ND
+from helpers.fake_engine import RecordingServer, abort_a_row, states_ND
 from helpers.policy_batches import make
-from helpers.word_env import PROMPT, WordEnv
+from helpers.word_env import PROMPT, TOKENIZER, WordEnv, vectors_of
 from tensordict import TensorDict, TensorDictBase
 from torchrl.envs import TransformedEnv
 
 from torchrl_sglang_hidden import (
     Between,
     EngineError,
+    EngineUnreachableError,
     HiddenSpec,
     HiddenStateTransform,
     InputError,
@@ -23,6 +24,8 @@ from torchrl_sglang_hidden import (
     MissingKeyError,
     PromptLengthError,
     RequestAbortedError,
+    SGLangHiddenWrapper,
+    connect,
 )
 
 READS = {"hidden": HiddenSpec(("prompt",)), "generate_kwargs": {"max_new_tokens": 0}}
@@ -238,3 +241,31 @@ def test_a_message_that_no_cache_can_compare() -> None:
     made = transform(prompt=lambda row: [{"role": "user", "content": object()}], cache_size=3)
     with pytest.raises(InputTypeError, match=r"a message has <object .*; expected strings"):
         made(data(1))
+
+
+@pytest.mark.parametrize("options", [{}, {"every": 2}, {"late": True}, {"cache_size": 50}], ids=str)
+def test_a_server_that_goes_away_in_the_middle_of_a_rollout_and_comes_back(options: dict[str, Any]) -> None:
+    server = RecordingServer()
+    with connect(server.url) as engine:
+        policy = SGLangHiddenWrapper(engine, tokenizer=TOKENIZER, input_mode="text", **READS)
+        made = HiddenStateTransform(policy, PROMPT, in_keys=["observation"], age_key="age", **options)
+        env = TransformedEnv(WordEnv([2, 100]), made)
+        _, td = env.step_and_maybe_reset(env.rand_action(env.reset()))
+        server.stop()
+        steps = [env.rand_action(td)]
+
+        def two_steps() -> None:
+            # Of an environment that encodes each second step, one of them.
+            for _ in range(2):
+                steps.append(env.rand_action(env.step(steps[-1])["next"].clone()))
+
+        with pytest.raises(EngineUnreachableError, match=r"nothing answers at .*row 0 is environment 0"):
+            two_steps()
+        assert set(steps[-1].keys()) == set(env.rand_action(td).exclude("next").keys()), "nothing half-written"
+        server = RecordingServer(server.server_address[1])
+        try:
+            out = env.rollout(5, break_when_any_done=False)
+        finally:
+            server.stop()
+            env.close()
+    torch.testing.assert_close(out["hidden_state"], vectors_of(out["observation"] - out["age"]))

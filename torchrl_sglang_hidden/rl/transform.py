@@ -89,9 +89,10 @@ class HiddenStateTransform(Transform):  # type: ignore[misc]
 
     Where it stands: outside a ``SerialEnv`` or ``ParallelEnv`` one request has the prompts of all environments; inside,
     each worker sends its own to the same server. It pickles with its policy, so that collectors and workers share the
-    server; caches are per process. A policy over `SGLangOffline` stays in its process, and the transform outside of the
-    workers. With ``every``, ``late`` or ``"frozen"`` a step reads what the step before wrote: pass on the TensorDict
-    that ``reset`` or ``step_mdp`` returned, and give transforms behind this one ``out_keys`` of their own.
+    server; caches are per process. An error in a worker ends it, and TorchRL raises a ``RuntimeError`` some time later.
+    A policy over `SGLangOffline` stays in its process, and the transform outside of the workers. With ``every``,
+    ``late`` or ``"frozen"`` a step reads what the step before wrote: pass on the TensorDict that ``reset`` or
+    ``step_mdp`` returned, and give transforms behind this one ``out_keys`` of their own.
 
     Raises:
         InputError: arguments, prompts or environments that cannot be served.
