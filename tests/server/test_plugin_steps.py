@@ -139,7 +139,7 @@ def run_step(
     token_ids = plugin.around_sample(sample, model_runner, output, forward_batch)
     assert torch.equal(token_ids, output.next_token_logits.argmax(-1)), "those that SGLang sampled"
     batch.logits_BV = output.next_token_logits
-    return output.auxiliary_device_output or []
+    return [isolated.output for isolated in output.auxiliary_device_output or []]
 
 
 def sampling_of(batch: Any, greedy: bool = False) -> Any:
@@ -325,9 +325,11 @@ def test_a_decode_that_nobody_asked_anything_of_is_not_planned(
     monkeypatch.setattr(capture, "plan_step", lambda *args: planned.append("states"))
     monkeypatch.setattr(plugin, "plan_logits", lambda *args: planned.append("logits"))
     forward_batch = SimpleNamespace()
-    plugin.after_forward_batch(forward_batch, object, decode_of(Req(None, 5)), runner())
+    batch = decode_of(Req(None, 5))
+    plugin.after_forward_batch(forward_batch, object, batch, runner())
     assert planned == []
-    assert vars(forward_batch) == {plugin._PLAN: None, plugin._STEP_LOGITS: None}
+    nothing = {plugin._PLAN: None, plugin._STEP_LOGITS: None}
+    assert vars(forward_batch) == {plugin.REQUESTS: tuple(batch.reqs), **nothing}
     asked = Req(Wanted(("response",)), 5)
     capture.open(asked)
     plugin.after_forward_batch(forward_batch, object, decode_of(asked), runner())

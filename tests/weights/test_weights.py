@@ -40,7 +40,7 @@ from torchrl_sglang_hidden.protocol.served_weights import (
     ServedWeights,
     served_weights,
 )
-from torchrl_sglang_hidden.server import plugin
+from torchrl_sglang_hidden.server import plugin, start
 from torchrl_sglang_hidden.weights import disk
 from torchrl_sglang_hidden.weights.control import paused
 from torchrl_sglang_hidden.weights.disk import checkpoint, load_from_disk
@@ -539,7 +539,7 @@ def test_a_dummy_started_server_reads_adapters() -> None:
 
     for started, reads in (("dummy", "auto"), ("safetensors", "safetensors")):
         config = LoadConfig(load_format=started)
-        _, found = plugin.before_lora("manager", load_config=config, dtype=1)
+        _, found = start.before_lora("manager", load_config=config, dtype=1)
         assert (found["load_config"].load_format, found["dtype"]) == (reads, 1)
         assert config.load_format == started, "the model's own configuration was changed"
 

@@ -16,7 +16,14 @@ from torchrl_sglang_hidden.protocol.answer import (
     pack_answer,
     unpack_answer,
 )
-from torchrl_sglang_hidden.protocol.request_options import MAX_CONSTRAINTS, Options, pack_options, unpack_options
+from torchrl_sglang_hidden.protocol.request_options import (
+    MAX_CONSTRAINTS,
+    Options,
+    check_protocol,
+    pack_options,
+    read_options,
+    unpack_options,
+)
 from torchrl_sglang_hidden.protocol.status import (
     ALL_LAYERS,
     CHANNEL,
@@ -44,11 +51,13 @@ __all__ = [
     "Status",
     "Way",
     "answer_of",
+    "check_protocol",
     "digest_prompt",
     "drop_shared",
     "image_token_in",
     "pack_answer",
     "pack_options",
+    "read_options",
     "unpack_answer",
     "unpack_options",
 ]

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from torchrl_sglang_hidden.errors import InputError, InputTypeError
 from torchrl_sglang_hidden.protocol.status import CHANNEL, PROTOCOL
 from torchrl_sglang_hidden.protocol.tensors import DTYPES, Way
 from torchrl_sglang_hidden.reduce.bounded import Bounded
@@ -23,7 +24,7 @@ from torchrl_sglang_hidden.spec.hidden import POOLINGS, SEGMENTS
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 from torchrl_sglang_hidden.spec.spans import Between, LastTokens, PromptSpan, ResolvedSpan
 
-__all__ = ["MAX_CONSTRAINTS", "Options", "pack_options", "unpack_options"]
+__all__ = ["MAX_CONSTRAINTS", "Options", "check_protocol", "pack_options", "read_options", "unpack_options"]
 
 # Most constraints of one request: each is read and applied in the scheduler, while all other requests wait.
 MAX_CONSTRAINTS = 64
@@ -59,13 +60,61 @@ def pack_options(wanted: Wanted, way: Way, logits: WantedLogits | None = None) -
     return {"protocol": PROTOCOL, "options": json.dumps(fields, separators=(",", ":"))}
 
 
+def check_protocol(custom_params: object) -> None:
+    """Refuse options that are of another protocol, without reading them.
+
+    Args:
+        custom_params: what a request has under this name.
+
+    Raises:
+        InputError: the options are none of this protocol.
+    """
+    options = custom_params.get(CHANNEL) if isinstance(custom_params, dict) else None
+    if options is None or isinstance(options, Options):
+        return
+    if not isinstance(options, dict):
+        raise InputTypeError(f"custom_params[{CHANNEL!r}]={options!r:.80}: expected what this package's client sends")
+    protocol, text = options.get("protocol"), options.get("options")
+    if protocol != PROTOCOL or not isinstance(text, str):
+        raise InputError(
+            f"custom_params[{CHANNEL!r}] has protocol={protocol!r:.80} and options={text!r:.80}; this server half "
+            f"reads a text of protocol {PROTOCOL}. Install the same version of torchrl_sglang_hidden on both sides"
+        )
+
+
+def read_options(custom_params: object) -> Options | None:
+    """Read a request's options; None when there are none.
+
+    Args:
+        custom_params: what a request has under this name.
+
+    Raises:
+        InputError: they cannot be read.
+    """
+    check_protocol(custom_params)
+    if not isinstance(custom_params, dict) or custom_params.get(CHANNEL) is None:
+        return None
+    options = unpack_options(custom_params)
+    if options is None:
+        raise InputError(
+            f"custom_params[{CHANNEL!r}] cannot be read: {custom_params[CHANNEL]['options']!r:.200}; send what this "
+            "package's client makes, for constraints whose code the server has"
+        )
+    return options
+
+
 def unpack_options(custom_params: object) -> Options | None:
     """Read a request's options inside the server; None when there are none or they are not ours to read.
 
     Never raises: an exception in the scheduler would end the server. What is not understood is not answered, and the
     client reports that.
+
+    Args:
+        custom_params: what a request has under this name. Options that were read before stand there as they are.
     """
     options = custom_params.get(CHANNEL) if isinstance(custom_params, dict) else None
+    if isinstance(options, Options):
+        return options
     if not isinstance(options, dict) or options.get("protocol") != PROTOCOL:
         return None
     try:

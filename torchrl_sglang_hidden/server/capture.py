@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 
-from torchrl_sglang_hidden.protocol import digest_prompt, unpack_options
+from torchrl_sglang_hidden.protocol import Options, digest_prompt, unpack_options
 from torchrl_sglang_hidden.protocol.shared_memory import SharedFiles
 from torchrl_sglang_hidden.reduce.bags import separate
 from torchrl_sglang_hidden.reduce.pooling import NO_VALUE, RequestPools
@@ -96,28 +96,45 @@ class Capture:
         tracked = self.opened.get(req)
         if tracked is None and req not in self._refused:
             options = unpack_options(req.sampling_params.custom_params) if self.on else None
-            if options is None or req.finished() or not self._takes(options.wanted.layers):
+            if options is None or req.finished() or not self.takes(options.wanted.layers):
                 # Reading them again at every step would hold up everybody.
                 self._refused.add(req)
                 return None
-            reducer = options.wanted.reducer
-            # Running values of another reducer, of other layers or under another adapter are not this request's.
-            kind = f"{reducer.running} {options.wanted.layers} {req.extra_key or ''}"
-            prompt_ids, image_rows = tokens_of_prompt(req)
-            tracked = self.opened[req] = TrackedRequest(
-                req=req,
-                options=options,
-                pools=RequestPools(options.wanted, len(prompt_ids)),
-                logits=RequestLogits(options.logits, prompt_ids, image_rows=image_rows, kept=self.sends),
-                keys=PrefixKeys(kind, _Tokens(req)),
-                epoch=self._epoch,
-                slots=self.slots_of(options.wanted.layers, reducer),
-                prompt_digest=digest_prompt(prompt_ids, image_rows) if req.multimodal_inputs is not None else None,
-            )
+            tracked = self.opened[req] = self._track(req, options)
             if tracked.logits.wanted.wants_any:
                 self.logits[req] = tracked.logits
             self._last_plan = None
         return tracked
+
+    def _track(self, req: Any, options: Options) -> TrackedRequest:
+        reducer = options.wanted.reducer
+        # Running values of another reducer, of other layers or under another adapter are not this request's.
+        kind = f"{reducer.running} {options.wanted.layers} {req.extra_key or ''}"
+        prompt_ids, image_rows = tokens_of_prompt(req)
+        return TrackedRequest(
+            req=req,
+            options=options,
+            pools=RequestPools(options.wanted, len(prompt_ids)),
+            logits=RequestLogits(options.logits, prompt_ids, image_rows=image_rows, kept=self.sends),
+            keys=PrefixKeys(kind, _Tokens(req)),
+            epoch=self._epoch,
+            slots=self.slots_of(options.wanted.layers, reducer),
+            prompt_digest=digest_prompt(prompt_ids, image_rows) if req.multimodal_inputs is not None else None,
+        )
+
+    def give_up(self, requests: Sequence[Any], reason: str) -> None:
+        """Answer some requests with a reason alone: what is counted of them can no longer be relied on.
+
+        Args:
+            requests: SGLang's own, those among them that asked for nothing too.
+            reason: what happened.
+        """
+        self._last_plan = None
+        for req in requests:
+            tracked = self.opened.get(req)
+            if tracked is not None:
+                tracked.refuse(reason)
+                tracked.logits.refuse(reason)
 
     def slots_of(self, layers: tuple[int, ...], reducer: Reducer) -> Slots:
         """Return the slots of requests that want these layers pooled in this way."""
@@ -149,7 +166,8 @@ class Capture:
             self.logits.pop(req, None)
         return self.open(req)
 
-    def _takes(self, layers: Sequence[int]) -> bool:
+    def takes(self, layers: Sequence[int]) -> bool:
+        """Return whether the states of these layers can be had."""
         # A layer without states would cost the whole step's requests their rows.
         return {-1, *(() if self.taps.problem else self.taps.layers)}.issuperset(layers)
 

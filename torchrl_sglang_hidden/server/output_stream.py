@@ -123,7 +123,14 @@ def make_streamer_class(base: type, capture: Capture, gate: MessageGate) -> type
             info: dict[str, list[Any]] = super().build_additional_customized_info(reqs)
             if not capture.opened:
                 return info
-            unfinished = capture.answers(reqs)
+            asked = [req in capture.opened for req in reqs]
+            try:
+                unfinished = capture.answers(reqs)
+            except Exception as error:  # a bug of ours, whichever: it costs these requests
+                logger.exception("torchrl_sglang_hidden: answers could not be made")
+                refused = {"protocol": PROTOCOL, "refused": f"the answer could not be made ({error!r}); see the log"}
+                finished = [is_asked and req.finished() for is_asked, req in zip(asked, reqs, strict=True)]
+                return {**info, CHANNEL: [[refused] if is_finished else [] for is_finished in finished]}
             if not any(unfinished):
                 return info
             if self.later:

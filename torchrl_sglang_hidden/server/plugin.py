@@ -16,22 +16,24 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 
 from torchrl_sglang_hidden.protocol import CHANNEL, CONSTRAINTS_ENV, PLUGIN_ENV, Status
 from torchrl_sglang_hidden.server.capture import Capture
-from torchrl_sglang_hidden.server.cpu import has_accelerator, ignore_pinning
 from torchrl_sglang_hidden.server.images import AROUND_IMAGES, forget_embeddings, image_token_of
 from torchrl_sglang_hidden.server.layer_setup import attach_taps
 from torchrl_sglang_hidden.server.next_tokens import plan_logits
 from torchrl_sglang_hidden.server.output_stream import MessageGate, make_streamer_class
 from torchrl_sglang_hidden.server.prompt_head import take_prompt_logits
 from torchrl_sglang_hidden.server.rank_agreement import after_adapter_load, after_weight_update
+from torchrl_sglang_hidden.server.request_guard import AFTER_GUARD, AROUND_GUARD, BEFORE_GUARD
+from torchrl_sglang_hidden.server.request_isolation import AROUND_ISOLATION, REQUESTS, IsolatedOutput, isolated, take_in
 from torchrl_sglang_hidden.server.settings import read_settings
-from torchrl_sglang_hidden.server.weight_routes import after_get_weights, after_model_path, read_adapters
+from torchrl_sglang_hidden.server.start import BEFORE_START
+from torchrl_sglang_hidden.server.weight_routes import after_get_weights, after_model_path
 from torchrl_sglang_hidden.spec.constraints import known_constraints
 
 logger = logging.getLogger(__name__)
@@ -49,23 +51,9 @@ _STEP_LOGITS = "_torchrl_sglang_hidden_logits"
 _STATES = "_torchrl_sglang_hidden_states"
 
 
-def before_lora(*args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-    """Let SGLang's LoRA manager start on a CPU: it pins memory, which torch refuses without an accelerator.
-
-    And let a server that was started with ``load_format="dummy"`` read adapters: SGLang reads them as the model.
-    """
-    if not has_accelerator():
-        ignore_pinning()
-    return args, read_adapters(kwargs)
-
-
-def before_host_cache(*args: Any, **kwargs: Any) -> None:
-    """Let SGLang record routed experts on a CPU: it registers the memory for them with CUDA on every machine."""
-    if not has_accelerator():
-        from sglang.srt.mem_cache.pool_host.common import ALLOC_MEMORY_FUNCS, alloc_with_pin_memory
-
-        ignore_pinning()
-        ALLOC_MEMORY_FUNCS["cpu"] = alloc_with_pin_memory
+def around_generate(original: Any, scheduler: Any, recv_req: Any, **kwargs: Any) -> None:
+    """Read what a request asks of the server half, and abort one that cannot be taken in."""
+    take_in(original, scheduler, recv_req, _capture.takes, **kwargs)
 
 
 def after_load_model(result: None, model_runner: Any) -> None:
@@ -110,10 +98,12 @@ def after_forward_batch(forward_batch: Any, cls: type, batch: Any, model_runner:
     plan = step_logits = None
     # A request is tracked from its prefill on: where none is, a decode step has nothing to plan.
     if _capture.opened or batch.forward_mode.name != "DECODE":
-        plan = _capture.plan_step(batch)
-        step_logits = plan_logits(batch, _capture.logits, model_runner.model_config.vocab_size)
-        if step_logits is not None:
-            step_logits.collective = _capture.ranks > 1
+        with isolated(_capture, batch.reqs):
+            plan = _capture.plan_step(batch)
+            step_logits = plan_logits(batch, _capture.logits, model_runner.model_config.vocab_size)
+            if step_logits is not None:
+                step_logits.collective = _capture.ranks > 1
+    setattr(forward_batch, REQUESTS, tuple(batch.reqs))
     setattr(forward_batch, _PLAN, plan)
     setattr(forward_batch, _STEP_LOGITS, step_logits)
     # With tensor parallelism a layer is read by all ranks together, or by none: their plans must name the same ones.
@@ -132,7 +122,8 @@ def around_forward(original: Any, model_runner: Any, forward_batch: Any, *args: 
         _capture.running = None
     if _capture.taps.taking:
         plan = getattr(forward_batch, _PLAN, None)
-        setattr(forward_batch, _STATES, _capture.taps.take(None if plan is None else plan.num_rows))
+        with isolated(_capture, getattr(forward_batch, REQUESTS, ())):
+            setattr(forward_batch, _STATES, _capture.taps.take(None if plan is None else plan.num_rows))
     return output
 
 
@@ -148,7 +139,8 @@ def around_logits(
 ) -> Any:
     """Take logits of prompt tokens: SGLang itself computes the last position's only."""
     if _capture.running is not None and _capture.running.prompts:
-        take_prompt_logits(_capture.running, processor, hidden_states, lm_head, logits_metadata)
+        with isolated(_capture, _capture.running.reqs):
+            take_prompt_logits(_capture.running, processor, hidden_states, lm_head, logits_metadata)
     return original(processor, input_ids, hidden_states, lm_head, logits_metadata, *args, **kwargs)
 
 
@@ -156,23 +148,26 @@ def after_preprocess(result: Any, sampler: Any, logits: Any, sampling_info: Any)
     """Constrain the logits after all that SGLang does to them but before the temperature."""
     step_logits = getattr(sampling_info, _STEP_LOGITS, None)
     if step_logits is not None:
-        # SGLang divides no logits by a temperature when every request of the batch is greedy.
-        step_logits.constrain(result, None if sampling_info.is_all_greedy else sampling_info.temperatures)
+        with isolated(_capture, step_logits.reqs):
+            # SGLang divides no logits by a temperature when every request of the batch is greedy.
+            step_logits.constrain(result, None if sampling_info.is_all_greedy else sampling_info.temperatures)
 
 
 def around_sample(original: Any, runner: Any, logits_output: Any, forward_batch: Any) -> Any:
     """Take the step's planned states, and its logits before and after SGLang changes them for sampling."""
     if runner.is_draft_worker:
         return original(runner, logits_output, forward_batch)
-    step_logits = getattr(forward_batch, _STEP_LOGITS, None)
+    step_logits, requests = getattr(forward_batch, _STEP_LOGITS, None), getattr(forward_batch, REQUESTS, ())
     if step_logits is not None:
-        step_logits.input_ids = forward_batch.input_ids
-        step_logits.take_raw(logits_output.next_token_logits)
+        with isolated(_capture, requests):
+            step_logits.input_ids = forward_batch.input_ids
+            step_logits.take_raw(logits_output.next_token_logits)
     # Set at every step: without overlap scheduling SGLang keeps this object from step to step.
     setattr(forward_batch.sampling_info, _STEP_LOGITS, step_logits)
+    setattr(forward_batch.sampling_info, REQUESTS, requests)
     token_ids = original(runner, logits_output, forward_batch)
     if step_logits is not None:
-        _append(logits_output, step_logits.taken())
+        _append(logits_output, requests, step_logits.taken)
     taken: dict[int, torch.Tensor] = getattr(forward_batch, _STATES, None) or {}
     if not _capture.taps.checked:
         _capture.taps.check(taken, logits_output.hidden_states)
@@ -180,15 +175,19 @@ def around_sample(original: Any, runner: Any, logits_output: Any, forward_batch:
     # With token indices SGLang selected some positions: the rows are not one for each position in order.
     if plan is not None and logits_output.hidden_states_token_indices is None:
         # What a graph wrote is read again in the next step: nothing is put into it.
-        _append(logits_output, plan.gather({**taken, -1: logits_output.hidden_states}))
+        _append(logits_output, requests, lambda: plan.gather({**taken, -1: logits_output.hidden_states}))
     return token_ids
 
 
-def _append(logits_output: Any, output: Any) -> None:
+def _append(logits_output: Any, requests: Sequence[Any], take: Callable[[], Any]) -> None:
     from sglang.srt.managers.auxiliary_output import append_auxiliary_output
 
-    outputs = append_auxiliary_output(logits_output.auxiliary_device_output, output)
-    logits_output.auxiliary_device_output = outputs
+    with isolated(_capture, requests):
+        output = take()
+        if output is not None:
+            outputs = logits_output.auxiliary_device_output
+            isolated_output = IsolatedOutput(_capture, requests, output)
+            logits_output.auxiliary_device_output = append_auxiliary_output(outputs, isolated_output)
 
 
 def around_match_prefix(original: Any, req: Any, tree_cache: Any = None, cow_mamba: bool | None = None) -> None:
@@ -197,7 +196,10 @@ def around_match_prefix(original: Any, req: Any, tree_cache: Any = None, cow_mam
     For example a request that pools its prompt may hit the cache up to a position where a prefix sum is kept. One with
     images too: the ids that SGLang keeps at their rows differ from image to image.
     """
-    tracked = None if tree_cache is None else _capture.open_again(req)
+    tracked = None
+    if tree_cache is not None:
+        with isolated(_capture, [req]):
+            tracked = _capture.open_again(req)
     # Never shorten a streaming session's prefix: SGLang ends when that is tried. The client's count finds missing rows.
     streaming = getattr(req.session, "streaming", False)
     if tracked is None or not tracked.reads_prompt or streaming:
@@ -330,11 +332,9 @@ def _refusal(scheduler: Any) -> str:
 
 _UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 _RUNNERS = "sglang.srt.model_executor.runner"
-_BEFORE: dict[str, Callable[..., Any]] = {
-    "sglang.srt.lora.lora_manager.LoRAManager.__init__": before_lora,
-    "sglang.srt.state_capturer.base.BaseHostCache.__init__": before_host_cache,
-}
+_BEFORE: dict[str, Callable[..., Any]] = {**BEFORE_START, **BEFORE_GUARD}
 _AFTER: dict[str, Callable[..., Any]] = {
+    **AFTER_GUARD,
     "sglang.srt.model_executor.model_runner.ModelRunner.load_model": after_load_model,
     "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new": after_forward_batch,
     "sglang.srt.layers.sampler.Sampler._preprocess_logits": after_preprocess,
@@ -353,6 +353,9 @@ _AFTER: dict[str, Callable[..., Any]] = {
 }
 _AROUND: dict[str, Callable[..., Any]] = {
     **AROUND_IMAGES,
+    **AROUND_GUARD,
+    **AROUND_ISOLATION,
+    "sglang.srt.managers.scheduler.Scheduler.handle_generate_request": around_generate,
     "sglang.srt.managers.schedule_batch.Req.init_next_round_input": around_match_prefix,
     "sglang.srt.model_executor.model_runner.ModelRunner.forward": around_forward,
     f"{_RUNNERS}.decode_cuda_graph_runner.DecodeCudaGraphRunner.capture_one_shape": around_capture,

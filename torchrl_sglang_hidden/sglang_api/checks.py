@@ -24,6 +24,7 @@ from torchrl_sglang_hidden.sglang_api.payload import wanted_of
 from torchrl_sglang_hidden.spec.constraints import check_constraints
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec, canonical_layer, reads_prompt
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
+from torchrl_sglang_hidden.spec.request_rules import check_prompt_ids, check_token_ids
 from torchrl_sglang_hidden.spec.spans import Between, LastTokens, PromptSpan
 
 __all__ = ["check_requests"]
@@ -80,17 +81,10 @@ def check_requests(requests: Sequence[Request], info: EngineInfo) -> None:
 
 
 def _check_prompt(row: int, ids: tuple[int, ...], info: EngineInfo) -> None:
-    if not ids:
-        raise PromptLengthError(f"row {row}: the prompt has 0 tokens; SGLang needs at least 1")
-    if set(map(type, ids)) != {int}:
+    if not set(map(type, ids)) <= {int}:
         wrong = next(token_id for token_id in ids if type(token_id) is not int)
         raise InputTypeError(f"row {row}: token id {wrong!r} is a {type(wrong).__name__}; token ids are integers")
-    for extreme in (min(ids), max(ids)):
-        if not 0 <= extreme < info.vocab_size:
-            raise TokenIdError(
-                f"row {row}: token id {extreme} at position {ids.index(extreme)} is outside the vocabulary of "
-                f"{info.vocab_size}; ids are 0..{info.vocab_size - 1}. Was it made by another model's tokenizer?"
-            )
+    check_prompt_ids(f"row {row}:", ids, info.vocab_size)
     if len(ids) > info.max_prompt_tokens:
         raise PromptLengthError(
             f"row {row}: the prompt has {len(ids)} tokens, over the engine's limit of {info.max_prompt_tokens} "
@@ -101,12 +95,8 @@ def _check_prompt(row: int, ids: tuple[int, ...], info: EngineInfo) -> None:
 
 def _check_sampling(row: int, request: Request, info: EngineInfo) -> None:
     for name in ("stop_token_ids", "logit_bias"):
-        unknown = [i for i in map(int, request.sampling.get(name) or ()) if i >= info.vocab_size]
-        if unknown:
-            raise TokenIdError(
-                f"row {row}: {name} has id {unknown[0]}, outside the vocabulary of {info.vocab_size}; ids are "
-                f"0..{info.vocab_size - 1}"
-            )
+        ids = list(map(int, request.sampling.get(name) or ()))
+        check_token_ids(f"row {row}:", name, ids, info.vocab_size)
     if "sampling_seed" in request.sampling and not info.honours_seeds:
         raise CapabilityError(
             f"row {row}: sampling_seed={request.sampling['sampling_seed']}, which this engine does not read; start "

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
-from torchrl_sglang_hidden.errors import InputError, InputTypeError, UnknownOptionError
+from torchrl_sglang_hidden.errors import InputError, UnknownOptionError
+from torchrl_sglang_hidden.spec.request_rules import RECORDS, RULES, check_option
 
 __all__ = ["NOT_OF_SAMPLING", "RECORDS", "SGLANG_NAMES", "override", "standardize", "to_sglang"]
 
@@ -27,9 +28,6 @@ _ALIASES = {
 }
 
 
-MAX_LOGIT_BIAS = 1e9
-# What is recorded of sampled tokens, by SGLang's names.
-RECORDS = frozenset({"return_entropy", "return_sampling_mask", "return_routed_experts"})
 # Options that are no sampling parameters of SGLang. `policy.action_masks` reads the options for constraints.
 NOT_OF_SAMPLING = RECORDS | {
     "lora_path", "priority", "return_hidden_states", "action_mask", "disallowed_tokens", "custom_logit_processor",
@@ -39,88 +37,10 @@ _GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag")
 _GROUPS = (_GRAMMARS, ("do_sample", "temperature"))
 
 
-class _Rule(NamedTuple):
-    types: tuple[type, ...]
-    holds: Callable[[Any], bool]
-    limit: str
-    # How TorchRL's wrappers say it, which programs and tests look for.
-    torchrl: str = ""
-
-
-def _number(holds: Callable[[Any], bool], limit: str, torchrl: str = "") -> _Rule:
-    return _Rule((Real,), lambda x: math.isfinite(x) and holds(x), limit, torchrl)
-
-
-def _texts(value: Any) -> bool:
-    texts = [value] if isinstance(value, str) else value
-    return all(isinstance(text, str) and text for text in texts)
-
-
-def _is_token_id(value: Any) -> bool:
-    # JSON's keys are strings.
-    return (type(value) is int and value >= 0) or (isinstance(value, str) and value.isascii() and value.isdecimal())
-
-
-def _is_bias(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and abs(float(value)) <= MAX_LOGIT_BIAS
-
-
-_FLAG = _Rule((bool,), lambda x: True, "True or False")
-_TEXTS = _Rule((str, list, tuple), _texts, "a non-empty string or a list of them")
-_TEXT = _Rule((str,), bool, "a non-empty string")
-_OF_CONSTRAINTS = _Rule((object,), lambda x: True, "a constraint or token ids")
-
-_RULES: dict[str, _Rule] = {
-    "max_new_tokens": _Rule((int,), lambda x: x >= 0, "an integer of at least 0 (0 reads the prompt only)"),
-    "min_new_tokens": _Rule((int,), lambda x: x >= 0, "an integer of at least 0"),
-    "temperature": _number(
-        lambda x: x >= 0, "a finite number of at least 0 (0 is greedy)", "Temperature must be non-negative"
-    ),
-    "top_p": _number(lambda x: 0 < x <= 1, "in (0, 1]", "top_p must be between 0 and 1"),
-    "min_p": _number(lambda x: 0 <= x <= 1, "in [0, 1]"),
-    # Beyond these SGLang's scheduler overflows an int32 or a float32, and ends.
-    "top_k": _Rule(
-        (int,),
-        lambda x: 1 <= x < 2**31 or x == -1,
-        "an integer in 1..2147483647, or -1 for all",
-        "top_k must be positive",
-    ),
-    "repetition_penalty": _number(
-        lambda x: 0.01 <= x <= 2, "in [0.01, 2] (1 is none)", "repetition_penalty must be positive"
-    ),
-    "logit_bias": _Rule(
-        (Mapping,),
-        lambda x: all(_is_token_id(token_id) and _is_bias(bias) for token_id, bias in x.items()),
-        "a dict of token id to a number in [-1e9, 1e9]",
-    ),
-    "frequency_penalty": _number(lambda x: -2 <= x <= 2, "in [-2, 2]"),
-    "presence_penalty": _number(lambda x: -2 <= x <= 2, "in [-2, 2]"),
-    "num_return_sequences": _Rule((int,), lambda x: x >= 1, "an integer of at least 1"),
-    "sampling_seed": _Rule((int,), lambda x: -(2**63) <= x < 2**63, "an integer of 64 bits"),
-    "priority": _Rule((int,), lambda x: -(2**63) <= x < 2**63, "an integer of 64 bits"),
-    "stop_sequences": _TEXTS,
-    "stop_regex": _TEXTS,
-    "stop_token_ids": _Rule(
-        (int, list, tuple, set),
-        lambda x: all(type(i) is int and i >= 0 for i in ([x] if isinstance(x, int) else x)),
-        "a token id or a list of them, each an integer of at least 0",
-    ),
-    "do_sample": _FLAG, "ignore_eos": _FLAG, "skip_special_tokens": _FLAG, "spaces_between_special_tokens": _FLAG,
-    "no_stop_trim": _FLAG,
-    **dict.fromkeys(RECORDS, _FLAG),
-    "return_hidden_states": _FLAG, "lora_path": _TEXT,
-    "json_schema": _TEXT, "regex": _TEXT, "ebnf": _TEXT, "structural_tag": _TEXT,
-    "custom_params": _Rule((Mapping,), lambda x: all(isinstance(name, str) for name in x), "a dict by names"),
-    "action_mask": _OF_CONSTRAINTS, "disallowed_tokens": _OF_CONSTRAINTS, "custom_logit_processor": _OF_CONSTRAINTS,
-}  # fmt: skip
-
-
 # SGLang's sampling parameters that a caller may set (sglang.srt.sampling.sampling_params.SamplingParams, 0.5.23; a test
 # compares). Left out: `n` and `beam_width` (each request has one completion here), `stream_interval` and `watermark`
 # (without effect on a finished response).
-SGLANG_NAMES = (frozenset(_RULES) - NOT_OF_SAMPLING - {"do_sample", "num_return_sequences", "stop_sequences"}) | {
-    "stop"
-}
+SGLANG_NAMES = (frozenset(RULES) - NOT_OF_SAMPLING - {"do_sample", "num_return_sequences", "stop_sequences"}) | {"stop"}
 
 
 def standardize(options: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -185,17 +105,12 @@ def override(defaults: Mapping[str, Any], call: Mapping[str, Any]) -> dict[str, 
 
 
 def _check(name: str, value: Any) -> None:
-    rule = _RULES.get(name)
+    rule = RULES.get(name)
     if rule is None:
-        close = difflib.get_close_matches(str(name), sorted(_RULES | _ALIASES), n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(_RULES))}"
+        close = difflib.get_close_matches(str(name), sorted(RULES | _ALIASES), n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(RULES))}"
         raise UnknownOptionError(f"unknown generation option {name!r}: {hint}")
-    # bool is a subclass of int: temperature=True is a mistake, not 1.
-    if not isinstance(value, rule.types) or (isinstance(value, bool) and bool not in rule.types):
-        raise InputTypeError(f"{name}={value!r}: expected {rule.limit}")
-    if not rule.holds(value):
-        said = f"{rule.torchrl}, " if rule.torchrl else ""
-        raise InputError(f"{name}={value!r}: {said}expected {rule.limit}")
+    check_option(name, value, rule)
 
 
 def to_sglang(standard: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,7 +133,7 @@ def to_sglang(standard: Mapping[str, Any]) -> dict[str, Any]:
     if "stop_token_ids" in out:
         ids = out["stop_token_ids"]
         out["stop_token_ids"] = [ids] if isinstance(ids, int) else sorted(ids)
-    for name, rule in _RULES.items():
+    for name, rule in RULES.items():
         if name in out and Real in rule.types:
             out[name] = float(out[name])  # JSON does not take numpy's numbers
     if "logit_bias" in out:
