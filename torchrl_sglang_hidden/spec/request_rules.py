@@ -58,7 +58,8 @@ def _is_token_id(value: Any) -> bool:
 
 
 def _is_bias(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and _is_finite(value) and abs(float(value)) <= MAX_LOGIT_BIAS
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    return is_number and _is_finite(value) and abs(float(value)) <= MAX_LOGIT_BIAS
 
 
 _FLAG = Rule((bool,), lambda x: True, "True or False")

@@ -1,0 +1,265 @@
+"""The guard in SGLang's tokenizer manager, hook by hook, with objects as SGLang makes them."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from array import array
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+
+from torchrl_sglang_hidden.protocol import CHANNEL, PROTOCOL
+from torchrl_sglang_hidden.server import request_guard as guard
+
+VOCAB, HIDDEN = 10, 3
+
+
+class Params(msgspec.Struct, array_like=True):
+    temperature: float = 1.0
+    stop_token_ids: set[int] | None = None
+
+
+class Tokenized(msgspec.Struct, array_like=True):
+    """SGLang's request for the scheduler, as much of it as is looked at."""
+
+    sampling_params: Params = msgspec.field(default_factory=Params)
+    input_ids: Any = None
+    mm_inputs: Any = None
+    time_stats: Any = None
+    positional_embed_overrides: Any = None
+    input_embeds: list[list[float]] | None = None
+    token_indices_to_pool: list[int] | None = None
+    rid: str | None = None
+    priority: int | None = None
+
+
+def row(**fields: Any) -> Any:
+    """Return one row's request, as SGLang has it when it tokenizes."""
+    plain = {"text": None, "input_ids": [1, 2], "input_embeds": None, "sampling_params": {}, "session_params": None}
+    return SimpleNamespace(contains_mm_input=lambda: False, **{**plain, **fields})
+
+
+def payload(**fields: Any) -> Any:
+    """Return a request of several rows, as it came."""
+    return row(**{"input_ids": [[1], [2]], "is_single": False, "rid": ["a", "b"], "batch_size": 2, **fields})
+
+
+@pytest.fixture
+def manager() -> Any:
+    config = SimpleNamespace(vocab_size=VOCAB, hidden_size=HIDDEN)
+    return SimpleNamespace(model_config=config, mm_processor=None)
+
+
+@pytest.fixture(autouse=True)
+def sglang(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = msgspec.msgpack.Decoder(Tokenized)
+    module = ModuleType("io_struct")
+    module.__dict__.update(
+        msgpack_encode=msgspec.msgpack.encode,
+        msgpack_decode=decoder.decode,
+        enc_hook=None,
+        dec_hook=None,
+        ext_hook=None,
+    )
+    for name in ("sglang", "sglang.srt", "sglang.srt.managers"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setattr(sys.modules["sglang.srt.managers"], "io_struct", module, raising=False)
+    monkeypatch.setitem(sys.modules, "sglang.srt.managers.io_struct", module)
+
+
+PAYLOADS: dict[str, tuple[dict[str, Any], str]] = {
+    "no options": ({"sampling_params": "greedy"}, "row 0: sampling_params='greedy'"),
+    "options of a row": ({"sampling_params": [{}, 5]}, "row 1: sampling_params=5"),
+    "no sample": ({"sampling_params": {"n": 0}}, r"row 0: n=0: .*1\.\.65536"),
+    "half a sample": ({"sampling_params": {"n": 1.5}}, r"row 0: n=1\.5"),
+    "samples without end": ({"sampling_params": {"n": 10**12}}, "n=1000000000000"),
+    "many of many": (
+        {"sampling_params": {"n": 2**15 + 1}},
+        "2 rows of n=32769 .* 65538 requests, over the limit of 65536",
+    ),
+    "no rows": ({"input_ids": []}, "0 rows"),
+    "no texts": ({"input_ids": None, "text": []}, "0 rows"),
+    "text and other ids": ({"text": "one"}, "text has 1 rows and input_ids 2"),
+    "a name of the server's own": ({"lora_id": "x"}, "lora_id='x' .*lora_path"),
+    "a way of the server's own": ({"http_worker_ipc": "ipc://x"}, "http_worker_ipc='ipc://x'"),
+    "too few values": ({"top_logprobs_num": [1]}, "top_logprobs_num has 1 values for 2 rows"),
+}
+
+
+@pytest.mark.parametrize("what", PAYLOADS)
+def test_what_cannot_be_split_into_rows(what: str) -> None:
+    fields, words = PAYLOADS[what]
+    with pytest.raises(ValueError, match=words):
+        guard.around_normalize(lambda obj: None, payload(**fields))
+
+
+@pytest.mark.parametrize("fields", [{}, {"sampling_params": [{"n": 3}] * 2}, {"top_logprobs_num": [1, 2]}])
+def test_what_can_be_split_is_split_by_sglang(fields: dict[str, Any]) -> None:
+    seen: list[Any] = []
+    obj = payload(**fields)
+    guard.around_normalize(seen.append, obj)
+    assert seen == [obj]
+
+
+def test_what_sglang_cannot_split_is_the_requests_fault() -> None:
+    def original(obj: Any) -> None:
+        raise TypeError("'>' not supported")
+
+    with pytest.raises(ValueError, match=r"cannot be read \('>' not supported\).*types"):
+        guard.around_normalize(original, payload())
+
+
+TEXTS: dict[str, tuple[dict[str, Any], str]] = {
+    "a number": ({"input_ids": None, "text": 5}, "row 0: text=5 is a int"),
+    "half a character": ({"input_ids": None, "text": "a\ud800"}, r"row 0: .*'\\ud800' at position 1"),
+    "half a character of a pair": (
+        {"input_ids": None, "text": [["a", "\udfff"]], "is_cross_encoder_request": True},
+        "position 0",
+    ),
+    "a bool among ids": ({"input_ids": [1, True]}, "row 0: token id True is a bool"),
+    "floats": ({"input_ids": [1.0]}, r"row 0: token id 1\.0 is a float"),
+    "one id": ({"input_ids": 5}, "row 0: input_ids=5"),
+    "an image": ({"contains_mm_input": lambda: True}, "row 0: images"),
+}
+
+
+@pytest.mark.parametrize("what", TEXTS)
+def test_prompts_that_cannot_be_read(manager: Any, what: str) -> None:
+    fields, words = TEXTS[what]
+
+    async def original(manager: Any, obj: Any) -> str:
+        return "tokenized"
+
+    obj = row()
+    vars(obj).update(fields)
+    with pytest.raises(ValueError, match=words):
+        asyncio.run(guard.around_tokenize(original, manager, obj))
+    assert asyncio.run(guard.around_tokenize(original, manager, row())) == "tokenized"
+    rows = [row(), obj]
+    with pytest.raises(ValueError, match=words.replace("row 0", "row 1")):
+        asyncio.run(guard.around_tokenize_batch(lambda *args: original(*args[1:]), manager, 2, rows))
+
+
+OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "temperature": ({"sampling_params": {"temperature": True}}, "row 0: temperature=True: expected a finite number"),
+    "top_k": ({"sampling_params": {"top_k": 2**31}}, r"row 0: top_k=2147483648: .*1\.\.2147483647"),
+    "a grammar": ({"sampling_params": {"json_schema": {}}}, "row 0: json_schema={}"),
+    "stop": ({"sampling_params": {"stop": [5]}}, r"row 0: stop=\[5\]"),
+    "stop ids": ({"sampling_params": {"stop_token_ids": 5}}, "row 0: stop_token_ids=5: expected a list"),
+    "far stop ids": (
+        {"sampling_params": {"stop_token_ids": [VOCAB], "min_new_tokens": 1}},
+        "row 0: stop_token_ids has id 10, outside the vocabulary of 10",
+    ),
+    "log-probs": ({"top_logprobs_num": VOCAB + 1}, r"row 0: top_logprobs_num=11: expected an integer in 0\.\.10"),
+    "log-probs of ids": ({"token_ids_logprob": [-1]}, "row 0: token_ids_logprob has id -1"),
+    "log-probs of bools": ({"token_ids_logprob": [True]}, r"row 0: token_ids_logprob=\[True\]"),
+    "log-probs from": ({"logprob_start_len": -2}, "row 0: logprob_start_len=-2"),
+    "other options": (
+        {"sampling_params": {"custom_params": {CHANNEL: {"protocol": PROTOCOL + 1, "options": "{}"}}}},
+        f"row 0: .*protocol={PROTOCOL + 1} .*reads a text of protocol {PROTOCOL}",
+    ),
+    "options of another kind": ({"sampling_params": {"custom_params": {CHANNEL: 5}}}, "row 0: .*=5: expected"),
+}
+
+
+@pytest.mark.parametrize("what", OPTIONS)
+def test_options_outside_their_limits(manager: Any, what: str) -> None:
+    fields, words = OPTIONS[what]
+    with pytest.raises(ValueError, match=words):
+        guard.around_validate(lambda *args: None, manager, row(**fields), [1])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": None, "json_schema": "", "stop_token_ids": [None, VOCAB], "an_unknown_name": 5},
+        {"temperature": 0, "stop": "x", "n": 2, "custom_params": {"theirs": [1]}},
+    ],
+)
+def test_options_that_sglang_reads_itself(manager: Any, options: dict[str, Any]) -> None:
+    seen: list[Any] = []
+    guard.around_validate(lambda *args: seen.append(args), manager, row(sampling_params=options), [1])
+    assert len(seen) == 1
+
+
+def test_a_prompt_without_tokens(manager: Any) -> None:
+    with pytest.raises(ValueError, match="row 0: the prompt has 0 tokens; SGLang needs at least 1"):
+        guard.around_validate(lambda *args: None, manager, row(), [])
+    # A session's history may be the prompt.
+    guard.around_validate(lambda *args: None, manager, row(session_params={"id": "a"}), [])
+
+
+TOKENIZED: dict[str, tuple[dict[str, Any], str]] = {
+    "the vocabulary's size": ({"input_ids": array("q", [1, VOCAB])}, "token id 10 at position 1 is outside"),
+    "a negative id": ({"input_ids": array("q", [1, -1])}, "token id -1 at position 1"),
+    "a place behind the prompt": ({"token_indices_to_pool": [2]}, r"token_indices_to_pool has 2; .*0\.\.1"),
+    "embeddings of a client's": ({"positional_embed_overrides": {}}, "positional_embed_overrides"),
+    "a narrow embedding": ({"input_embeds": [[1.0]]}, f"input_embeds has 1 numbers at position 0; expected {HIDDEN}"),
+    "an embedding of NaN": (
+        {"input_embeds": [[1.0, 1.0, float("nan")]]},
+        "input_embeds has NaN or infinity at position 0",
+    ),
+    "a field of another type": ({"rid": 5}, "rid=5: Expected `str | null`"),
+    "an option of another type": ({"sampling_params": Params(temperature="x")}, "temperature='x': Expected `float`"),  # type: ignore[arg-type]
+    "a number that does not travel": ({"priority": 2**70}, "priority=1180591620717411303424"),
+}
+
+
+@pytest.mark.parametrize("what", TOKENIZED)
+def test_what_the_scheduler_could_not_read(manager: Any, what: str) -> None:
+    fields, words = TOKENIZED[what]
+    tokenized = Tokenized(**{"input_ids": array("q", [1, 2]), **fields})
+    with pytest.raises(ValueError, match=f"row 0: {words}"):
+        guard.around_create(lambda *args: tokenized, manager, row())
+
+
+def test_what_the_scheduler_can_read(manager: Any) -> None:
+    tokenized = Tokenized(input_ids=array("q", [0, VOCAB - 1]), token_indices_to_pool=[0, 1], mm_inputs="stays")
+    assert guard.around_create(lambda *args: tokenized, manager, row()) is tokenized
+    assert (tokenized.mm_inputs, list(tokenized.input_ids)) == ("stays", [0, VOCAB - 1])
+
+
+def test_rows_of_images_are_the_servers_own(manager: Any) -> None:
+    tokenized = Tokenized(input_ids=array("q", [1, -7, -7]), mm_inputs="an image")
+    assert guard.around_create(lambda *args: tokenized, manager, row()) is tokenized
+    with pytest.raises(ValueError, match="token id -7 at position 0"):
+        guard.around_create(lambda *args: tokenized, manager, row(input_ids=[-7]))
+
+
+class Rows:
+    """SGLang's batch, which makes the object of each row once."""
+
+    is_single, batch_size, rid = False, 2, ("a", "b", "a2", "b2")
+
+    def __init__(self) -> None:
+        self._made = [row(input_ids=[VOCAB]) for _ in self.rid]
+
+    def __getitem__(self, index: int) -> Any:
+        return self._made[index]
+
+
+def test_errors_name_the_row_of_the_batch(manager: Any) -> None:
+    rows = Rows()
+    guard.after_init_state(None, manager, rows)
+    guard.after_init_state(None, manager, rows[3])  # SGLang does this for each sample
+    tokenized = Tokenized(input_ids=array("q", [VOCAB]))
+    for index, number in enumerate([0, 1, 0, 1]):
+        with pytest.raises(ValueError, match=f"row {number}: token id 10"):
+            guard.around_create(lambda *args: tokenized, manager, rows[index])
+    for status, said in ((400, "row 1: no such regex"), (503, "no such regex"), (None, "no such regex")):
+        reason = {"type": "abort", "message": "no such regex", "status_code": status}
+        guard.before_abort_reason(
+            manager, {"meta_info": {"finish_reason": reason}}, SimpleNamespace(obj=rows[1]), False
+        )
+        assert reason["message"] == said
+
+
+def test_sglangs_own_errors_get_the_row(manager: Any) -> None:
+    def original(*args: Any) -> None:
+        raise ValueError("The input (9 tokens) is longer")
+
+    with pytest.raises(ValueError, match=r"^row 0: The input \(9 tokens\) is longer"):
+        guard.around_validate(original, manager, row(), [1])
