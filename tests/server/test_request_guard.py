@@ -119,8 +119,6 @@ TEXTS: dict[str, tuple[dict[str, Any], str]] = {
         {"input_ids": None, "text": [["a", "\udfff"]], "is_cross_encoder_request": True},
         "position 0",
     ),
-    "a bool among ids": ({"input_ids": [1, True]}, "row 0: token id True is a bool"),
-    "floats": ({"input_ids": [1.0]}, r"row 0: token id 1\.0 is a float"),
     "one id": ({"input_ids": 5}, "row 0: input_ids=5"),
     "an image": ({"contains_mm_input": lambda: True}, "row 0: images"),
 }
@@ -214,6 +212,27 @@ def test_what_the_scheduler_could_not_read(manager: Any, what: str) -> None:
     tokenized = Tokenized(**{"input_ids": array("q", [1, 2]), **fields})
     with pytest.raises(ValueError, match=f"row 0: {words}"):
         guard.around_create(lambda *args: tokenized, manager, row())
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        ([5, True], "token id True is a bool"),
+        ([False, 5], "token id False is a bool"),
+        ([5, 1.0], r"token id 1\.0 is a float"),
+        ([5, "6"], "token id '6' is a str"),
+        ([5, [6]], r"token id \[6\] is a list"),
+        ([5, None], "token id None is a NoneType"),
+        ([5, 2**70], f"token id {2**70} at position 1 is outside"),
+    ],
+)
+def test_ids_that_are_none(manager: Any, ids: list[Any], words: str) -> None:
+    def original(manager: Any, obj: Any) -> Tokenized:
+        return Tokenized(input_ids=array("q", obj.input_ids))
+
+    with pytest.raises(ValueError, match=f"row 0: {words}"):
+        guard.around_create(original, manager, row(input_ids=ids))
+    assert guard.around_create(original, manager, row(input_ids=[0, 1, 1])).rid is None
 
 
 def test_what_the_scheduler_can_read(manager: Any) -> None:

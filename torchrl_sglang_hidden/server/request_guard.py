@@ -18,7 +18,6 @@ import re
 from array import array
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from numbers import Integral
 from typing import Any
 
 import msgspec
@@ -174,7 +173,12 @@ def around_create(original: Callable[..., Any], manager: Any, obj: Any, *args: A
     """Refuse a row that the scheduler could not read, or whose ids the model does not have."""
     row = _row_of(obj)
     with refusing(row):
-        tokenized = original(manager, obj, *args, **kwargs)
+        try:
+            tokenized = original(manager, obj, *args, **kwargs)
+        except (TypeError, OverflowError):
+            if obj.input_ids is not None:
+                _name_id(f"row {row}:", obj.input_ids, manager.model_config.vocab_size)
+            raise
         _check_ids(f"row {row}:", tokenized, obj, manager.model_config.vocab_size)
         _check_places(tokenized)
         _check_embeddings(tokenized, manager.model_config.hidden_size)
@@ -205,10 +209,6 @@ def _check_prompt(manager: Any, obj: Any) -> None:
     if obj.input_ids is not None:
         if isinstance(obj.input_ids, (int, float, str, dict)):
             raise InputTypeError(f"input_ids={obj.input_ids!r:.200}: expected a list of token ids")
-        for kind in set(map(type, obj.input_ids)):
-            if issubclass(kind, bool) or not (issubclass(kind, Integral) or hasattr(kind, "__index__")):
-                wrong = next(token_id for token_id in obj.input_ids if type(token_id) is kind)
-                raise InputTypeError(f"token id {wrong!r:.200} is a {kind.__name__}; token ids are integers")
     elif obj.text is not None and obj.input_embeds is None:
         pieces = obj.text if getattr(obj, "is_cross_encoder_request", False) else [obj.text]
         for text in pieces:
@@ -276,7 +276,24 @@ def _check_ids(row: str, tokenized: Any, obj: Any, vocab_size: int) -> None:
         return
     # A copy of nothing: Python's own min and max look at each id as an object, and take ten times as long.
     ids_P = np.frombuffer(ids, dtype=np.int64)
-    check_prompt_ids(row, ids, vocab_size, (int(ids_P.min()), int(ids_P.max())))
+    least = int(ids_P.min())
+    check_prompt_ids(row, ids, vocab_size, (least, int(ids_P.max())))
+    if least <= 1 and obj.input_ids is not None:
+        # An array makes 0 and 1 of False and True, and only there can they have been.
+        for position in np.flatnonzero(ids_P <= 1):
+            _check_id(row, obj.input_ids[position])
+
+
+def _name_id(row: str, ids: Any, vocab_size: int) -> None:
+    """Say which id no array takes."""
+    for token_id in ids:
+        _check_id(row, token_id)
+    check_prompt_ids(row, ids, vocab_size)
+
+
+def _check_id(row: str, token_id: Any) -> None:
+    if isinstance(token_id, (bool, float)) or not hasattr(token_id, "__index__"):
+        raise InputTypeError(f"{row} token id {token_id!r:.200} is a {type(token_id).__name__}; token ids are integers")
 
 
 def _check_places(tokenized: Any) -> None:
