@@ -50,7 +50,10 @@ def payload(**fields: Any) -> Any:
 @pytest.fixture
 def manager() -> Any:
     config = SimpleNamespace(vocab_size=VOCAB, hidden_size=HIDDEN)
-    return SimpleNamespace(model_config=config, mm_processor=None)
+    tokenizer = SimpleNamespace(get_vocab=lambda: {"a": 0, "aaaa": 1})
+    return SimpleNamespace(
+        model_config=config, mm_processor=None, tokenizer=tokenizer, allow_auto_truncate=False, context_len=5
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +88,7 @@ PAYLOADS: dict[str, tuple[dict[str, Any], str]] = {
     "text and other ids": ({"text": "one"}, "text has 1 rows and input_ids 2"),
     "a name of the server's own": ({"lora_id": "x"}, "lora_id='x' .*lora_path"),
     "a way of the server's own": ({"http_worker_ipc": "ipc://x"}, "http_worker_ipc='ipc://x'"),
+    "several names of one": ({"is_single": True, "rid": ["a"]}, r"rid=\['a'\]"),
     "too few values": ({"top_logprobs_num": [1]}, "top_logprobs_num has 1 values for 2 rows"),
 }
 
@@ -119,6 +123,7 @@ TEXTS: dict[str, tuple[dict[str, Any], str]] = {
         {"input_ids": None, "text": [["a", "\udfff"]], "is_cross_encoder_request": True},
         "position 0",
     ),
+    "no text that fits": ({"input_ids": None, "text": "a" * 41}, "row 0: the text has 41 characters, .* more than 40"),
     "one id": ({"input_ids": 5}, "row 0: input_ids=5"),
     "an image": ({"contains_mm_input": lambda: True}, "row 0: images"),
 }
@@ -268,8 +273,15 @@ def test_errors_name_the_row_of_the_batch(manager: Any) -> None:
     for index, number in enumerate([0, 1, 0, 1]):
         with pytest.raises(ValueError, match=f"row {number}: token id 10"):
             guard.around_create(lambda *args: tokenized, manager, rows[index])
-    for status, said in ((400, "row 1: no such regex"), (503, "no such regex"), (None, "no such regex")):
-        reason = {"type": "abort", "message": "no such regex", "status_code": status}
+    plain, grammar = "no such regex", "Grammar accept_token failed: 0"
+    said_of = [
+        (400, plain, f"row 1: {plain}"),
+        (503, plain, plain),
+        (None, plain, plain),
+        (500, grammar, f"row 1: {grammar}"),
+    ]
+    for status, message, said in said_of:
+        reason = {"type": "abort", "message": message, "status_code": status}
         guard.before_abort_reason(
             manager, {"meta_info": {"finish_reason": reason}}, SimpleNamespace(obj=rows[1]), False
         )
@@ -282,3 +294,16 @@ def test_sglangs_own_errors_get_the_row(manager: Any) -> None:
 
     with pytest.raises(ValueError, match=r"^row 0: The input \(9 tokens\) is longer"):
         guard.around_validate(original, manager, row(), [1])
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "truncates"), [(None, False), (SimpleNamespace(get_vocab=dict), False), (None, True)]
+)
+def test_a_long_text_where_nothing_says_what_fits(manager: Any, tokenizer: Any, truncates: bool) -> None:
+    async def original(manager: Any, obj: Any) -> str:
+        return "tokenized"
+
+    manager.allow_auto_truncate = truncates
+    manager.tokenizer = manager.tokenizer if truncates else tokenizer
+    obj = row(input_ids=None, text="a" * 99)
+    assert asyncio.run(guard.around_tokenize(original, manager, obj)) == "tokenized"

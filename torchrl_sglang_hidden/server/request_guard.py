@@ -15,6 +15,7 @@ import copy
 import logging
 import math
 import re
+import sys
 from array import array
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from torchrl_sglang_hidden.errors import InputError, InputTypeError
+from torchrl_sglang_hidden.errors import InputError, InputTypeError, PromptLengthError
 from torchrl_sglang_hidden.protocol import check_protocol
 from torchrl_sglang_hidden.spec.request_rules import RULES, Rule, check_option, check_prompt_ids, check_token_ids
 
@@ -35,6 +36,10 @@ logger = logging.getLogger(__name__)
 MAX_REQUESTS = 2**16
 # Set on SGLang's object of each row of a batch.
 _ROW = "_torchrl_sglang_hidden_row"
+# And on its tokenizer manager.
+_MOST_CHARACTERS = "_torchrl_sglang_hidden_most_characters"
+# What SGLang says of a grammar that leaves no token, such as ``root ::= root``.
+_NO_TOKEN = "Grammar accept_token failed"
 # What SGLang's own reading of a bad request raises.
 _OF_BAD_REQUESTS = (
     ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError, re.error,
@@ -94,6 +99,8 @@ def around_normalize(original: Callable[[Any], None], obj: Any) -> None:
         original(obj)
         if not obj.is_single:
             _check_lists(obj)
+        elif not isinstance(obj.rid, str):
+            raise InputTypeError(f"rid={obj.rid!r:.200}: expected a string for one prompt")
 
 
 def _check_batch(obj: Any, num_samples: int) -> None:
@@ -190,6 +197,8 @@ def before_abort_reason(manager: Any, out: Any, state: Any, is_stream: bool) -> 
     """Name the row in what the scheduler refuses."""
     reason = out["meta_info"]["finish_reason"]
     said = str(reason.get("message"))
+    if said.startswith(_NO_TOKEN):
+        reason["status_code"] = 400  # SGLang's 500 says that the server was at fault
     if reason.get("status_code") == 400 and not said.startswith("row "):
         reason["message"] = f"row {_row_of(state.obj)}: {said}"
 
@@ -212,16 +221,34 @@ def _check_prompt(manager: Any, obj: Any) -> None:
     elif obj.text is not None and obj.input_embeds is None:
         pieces = obj.text if getattr(obj, "is_cross_encoder_request", False) else [obj.text]
         for text in pieces:
-            _check_text(text)
+            _check_text(text, _most_characters(manager))
 
 
-def _check_text(text: Any) -> None:
+def _most_characters(manager: Any) -> int:
+    """Return how many characters no prompt has that fits: to tokenize 30 MB, all requests would wait for half a minute.
+
+    Twice what the context has room for, where every token were the longest: some tokenizers drop characters.
+    """
+    most = getattr(manager, _MOST_CHARACTERS, None)
+    if most is None:
+        vocabulary = getattr(manager.tokenizer, "get_vocab", dict)()
+        longest = max(map(len, vocabulary), default=0)
+        most = sys.maxsize if manager.allow_auto_truncate or not longest else 2 * longest * manager.context_len
+        setattr(manager, _MOST_CHARACTERS, most)
+    return int(most)
+
+
+def _check_text(text: Any, most: int) -> None:
     if isinstance(text, list):  # a pair for a cross-encoder
         for part in text:
-            _check_text(part)
+            _check_text(part, most)
         return
     if not isinstance(text, str):
         raise InputTypeError(f"text={text!r:.200} is a {type(text).__name__}; expected a string")
+    if len(text) > most:
+        raise PromptLengthError(
+            f"the text has {len(text)} characters, and no text of more than {most} fits the model's context; shorten it"
+        )
     try:
         text.encode()
     except UnicodeEncodeError as error:
