@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 
 from torchrl_sglang_hidden.protocol import CHANNEL, PROTOCOL
 from torchrl_sglang_hidden.server import request_guard as guard
@@ -200,6 +201,10 @@ TOKENIZED: dict[str, tuple[dict[str, Any], str]] = {
     "a negative id": ({"input_ids": array("q", [1, -1])}, "token id -1 at position 1"),
     "a place behind the prompt": ({"token_indices_to_pool": [2]}, r"token_indices_to_pool has 2; .*0\.\.1"),
     "embeddings of a client's": ({"positional_embed_overrides": {}}, "positional_embed_overrides"),
+    "a narrow embedding of a token": (
+        {"positional_embed_overrides": SimpleNamespace(embeds=torch.zeros(1, 2))},
+        "the embeddings that override some tokens' have 2 numbers; expected 3",
+    ),
     "a narrow embedding": ({"input_embeds": [[1.0]]}, f"input_embeds has 1 numbers at position 0; expected {HIDDEN}"),
     "an embedding of NaN": (
         {"input_embeds": [[1.0, 1.0, float("nan")]]},

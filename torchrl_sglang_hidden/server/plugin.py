@@ -23,14 +23,14 @@ import torch
 
 from torchrl_sglang_hidden.protocol import CHANNEL, CONSTRAINTS_ENV, PLUGIN_ENV, Status
 from torchrl_sglang_hidden.server.capture import Capture
+from torchrl_sglang_hidden.server.guards import AFTER_GUARDS, AROUND_GUARDS, BEFORE_GUARDS
 from torchrl_sglang_hidden.server.images import AROUND_IMAGES, forget_embeddings, image_token_of
 from torchrl_sglang_hidden.server.layer_setup import attach_taps
 from torchrl_sglang_hidden.server.next_tokens import plan_logits
 from torchrl_sglang_hidden.server.output_stream import MessageGate, make_streamer_class
 from torchrl_sglang_hidden.server.prompt_head import take_prompt_logits
 from torchrl_sglang_hidden.server.rank_agreement import after_adapter_load, after_weight_update
-from torchrl_sglang_hidden.server.request_guard import AFTER_GUARD, AROUND_GUARD, BEFORE_GUARD
-from torchrl_sglang_hidden.server.request_isolation import AROUND_ISOLATION, REQUESTS, IsolatedOutput, isolated, take_in
+from torchrl_sglang_hidden.server.request_isolation import REQUESTS, IsolatedOutput, isolated, take_in
 from torchrl_sglang_hidden.server.settings import read_settings
 from torchrl_sglang_hidden.server.start import BEFORE_START
 from torchrl_sglang_hidden.server.weight_routes import after_get_weights, after_model_path
@@ -332,9 +332,9 @@ def _refusal(scheduler: Any) -> str:
 
 _UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 _RUNNERS = "sglang.srt.model_executor.runner"
-_BEFORE: dict[str, Callable[..., Any]] = {**BEFORE_START, **BEFORE_GUARD}
+_BEFORE: dict[str, Callable[..., Any]] = {**BEFORE_START, **BEFORE_GUARDS}
 _AFTER: dict[str, Callable[..., Any]] = {
-    **AFTER_GUARD,
+    **AFTER_GUARDS,
     "sglang.srt.model_executor.model_runner.ModelRunner.load_model": after_load_model,
     "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new": after_forward_batch,
     "sglang.srt.layers.sampler.Sampler._preprocess_logits": after_preprocess,
@@ -353,8 +353,7 @@ _AFTER: dict[str, Callable[..., Any]] = {
 }
 _AROUND: dict[str, Callable[..., Any]] = {
     **AROUND_IMAGES,
-    **AROUND_GUARD,
-    **AROUND_ISOLATION,
+    **AROUND_GUARDS,
     "sglang.srt.managers.scheduler.Scheduler.handle_generate_request": around_generate,
     "sglang.srt.managers.schedule_batch.Req.init_next_round_input": around_match_prefix,
     "sglang.srt.model_executor.model_runner.ModelRunner.forward": around_forward,

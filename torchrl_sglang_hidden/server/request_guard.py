@@ -6,51 +6,44 @@ error is a ``ValueError`` that names the row, the value and the limit, which SGL
 Each request passes `around_normalize` as it came, rows and all. `after_init_state` then numbers the rows, and each row
 passes `around_tokenize` as it was sent, `around_validate` when its ids are known, and `around_create` when it is what
 the scheduler will get. Knows SGLang's requests by attribute name; imports of SGLang are inside functions. Knows nothing
-of the scheduler: what only that can find is in `request_isolation`.
+of the scheduler: what only that can find is in `request_isolation`. What is checked is in `request_checks`.
 """
 
 from __future__ import annotations
 
-import copy
 import logging
-import math
-import re
-import sys
-from array import array
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import msgspec
-import numpy as np
+from torchrl_sglang_hidden.errors import InputError, InputTypeError
+from torchrl_sglang_hidden.server.request_checks import (
+    MAX_REQUESTS,
+    OF_BAD_REQUESTS,
+    check_batch,
+    check_embeddings,
+    check_ids,
+    check_lists,
+    check_log_probs,
+    check_overrides,
+    check_places,
+    check_prompt,
+    check_sampling,
+    check_wire,
+    has_session,
+    message_of,
+    name_id,
+)
+from torchrl_sglang_hidden.spec.request_rules import Rule, check_option, check_prompt_ids
 
-from torchrl_sglang_hidden.errors import InputError, InputTypeError, PromptLengthError
-from torchrl_sglang_hidden.protocol import check_protocol
-from torchrl_sglang_hidden.spec.request_rules import RULES, Rule, check_option, check_prompt_ids, check_token_ids
-
-__all__ = ["AFTER_GUARD", "AROUND_GUARD", "BEFORE_GUARD", "MAX_REQUESTS"]
+__all__ = ["AFTER_GUARD", "AROUND_GUARD", "BEFORE_GUARD"]
 
 logger = logging.getLogger(__name__)
 
-# Most requests that one payload may come to, samples included: SGLang makes an object of each before it sends any.
-MAX_REQUESTS = 2**16
 # Set on SGLang's object of each row of a batch.
 _ROW = "_torchrl_sglang_hidden_row"
-# And on its tokenizer manager.
-_MOST_CHARACTERS = "_torchrl_sglang_hidden_most_characters"
 # What SGLang says of a grammar that leaves no token, such as ``root ::= root``.
 _NO_TOKEN = "Grammar accept_token failed"
-# What SGLang's own reading of a bad request raises.
-_OF_BAD_REQUESTS = (
-    ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError, re.error,
-    msgspec.MsgspecError,
-)  # fmt: skip
-# By SGLang's names, the rules that this package has by others.
-_SAMPLING: dict[str, Rule] = {**RULES, "stop": RULES["stop_sequences"], "n": RULES["num_return_sequences"]}
-# An empty text means none to SGLang.
-_GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag")
-_COUNT = Rule((int,), lambda x: x >= 0, "an integer of at least 0")
-_START = Rule((int,), lambda x: x >= -1, "an integer of at least 0, or -1 for none of the prompt")
 _NUM_SAMPLES = Rule((int,), lambda x: 1 <= x <= MAX_REQUESTS, f"an integer in 1..{MAX_REQUESTS}")
 
 
@@ -59,22 +52,14 @@ def refusing(row: int | None) -> Iterator[None]:
     """Turn what a bad request raises into a ``ValueError`` whose message begins with the row, where it is known."""
     try:
         yield
-    except _OF_BAD_REQUESTS as error:
-        reason = _message_of(error)
+    except OF_BAD_REQUESTS as error:
+        reason = message_of(error)
         if row is not None and not reason.startswith("row "):
             reason = f"row {row}: {reason}"
         if type(error) is ValueError and reason == str(error):
             raise
         logger.info("torchrl_sglang_hidden: a request is refused: %s", reason)
         raise ValueError(reason) from error
-
-
-def _message_of(error: BaseException) -> str:
-    if isinstance(error, KeyError) and not isinstance(error, InputError):
-        return f"the request has no {error}, or names one that is not there; look at its fields"
-    # SGLang's are about its own variables where the type of a value was not expected.
-    plain = isinstance(error, (ValueError, msgspec.MsgspecError))
-    return str(error) if plain else f"the request cannot be read ({error}); look at the types of its fields"
 
 
 # --- as it came -------------------------------------------------------------------------------------------------------
@@ -95,44 +80,12 @@ def around_normalize(original: Callable[[Any], None], obj: Any) -> None:
             raise InputError(f"lora_id={obj.lora_id!r:.200} is the server's own; name the adapter in lora_path")
         if getattr(obj, "http_worker_ipc", None) is not None:
             raise InputError(f"http_worker_ipc={obj.http_worker_ipc!r:.200} is the server's own; leave it out")
-        _check_batch(obj, max(samples, default=1))
+        check_batch(obj, max(samples, default=1))
         original(obj)
         if not obj.is_single:
-            _check_lists(obj)
+            check_lists(obj)
         elif not isinstance(obj.rid, str):
             raise InputTypeError(f"rid={obj.rid!r:.200}: expected a string for one prompt")
-
-
-def _check_batch(obj: Any, num_samples: int) -> None:
-    text, ids = obj.text, obj.input_ids
-    given = ids if text is None else text
-    if isinstance(given, (list, tuple)) and not given and not _has_session(obj):
-        raise InputError("the batch has 0 rows, or a prompt of 0 tokens; pass at least 1 prompt with at least 1 token")
-    num_rows = _num_rows(given)
-    if num_rows * num_samples > MAX_REQUESTS:
-        raise InputError(
-            f"{num_rows} rows of n={num_samples} samples are {num_rows * num_samples} requests, over the limit of "
-            f"{MAX_REQUESTS}; send fewer at a time"
-        )
-    if text is not None and ids is not None and _num_rows(text) != _num_rows(ids):
-        raise InputError(
-            f"text has {_num_rows(text)} rows and input_ids {_num_rows(ids)}; pass one of them, or the same prompts"
-        )
-
-
-def _num_rows(prompts: Any) -> int:
-    several = isinstance(prompts, (list, tuple)) and all(isinstance(row, (str, list, tuple)) for row in prompts[:1])
-    return len(prompts) if several else 1
-
-
-def _check_lists(obj: Any) -> None:
-    """Check the lists with a value for each row that SGLang takes as they are, whatever their length."""
-    num_rows = len(obj.rid)
-    names = ("return_logprob", "logprob_start_len", "top_logprobs_num", "return_sampling_mask", "token_ids_logprob")
-    for name in (*names, "sampling_params", "lora_path", "bootstrap_room", "bootstrap_host", "bootstrap_port"):
-        values = getattr(obj, name, None)
-        if isinstance(values, list) and len(values) < num_rows:
-            raise InputError(f"{name} has {len(values)} values for {num_rows} rows; give one for each, or one for all")
 
 
 def after_init_state(result: None, manager: Any, obj: Any, request: Any = None) -> None:
@@ -149,7 +102,7 @@ def after_init_state(result: None, manager: Any, obj: Any, request: Any = None) 
 async def around_tokenize(original: Callable[..., Coroutine[Any, Any, Any]], manager: Any, obj: Any) -> Any:
     """Refuse a row whose prompt cannot be read."""
     with refusing(_row_of(obj)):
-        _check_prompt(manager, obj)
+        check_prompt(manager, obj)
         return await original(manager, obj)
 
 
@@ -159,7 +112,7 @@ async def around_tokenize_batch(
     """Refuse a batch of texts that has a row which cannot be read."""
     for row in range(batch_size):
         with refusing(row):
-            _check_prompt(manager, obj[row])
+            check_prompt(manager, obj[row])
     with refusing(None):
         return await original(manager, batch_size, obj)
 
@@ -169,10 +122,10 @@ def around_validate(original: Callable[..., None], manager: Any, obj: Any, input
     row, vocab_size = _row_of(obj), manager.model_config.vocab_size
     with refusing(row):
         # What a session said before may be the whole prompt: SGLang's scheduler looks.
-        if input_ids is not None and len(input_ids) == 0 and not _has_session(obj):
+        if input_ids is not None and len(input_ids) == 0 and not has_session(obj):
             check_prompt_ids(f"row {row}:", input_ids, vocab_size)
-        _check_sampling(f"row {row}:", obj.sampling_params or {}, vocab_size)
-        _check_log_probs(f"row {row}:", obj, vocab_size)
+        check_sampling(f"row {row}:", obj.sampling_params or {}, vocab_size)
+        check_log_probs(f"row {row}:", obj, vocab_size)
         original(manager, obj, input_ids)
 
 
@@ -184,12 +137,13 @@ def around_create(original: Callable[..., Any], manager: Any, obj: Any, *args: A
             tokenized = original(manager, obj, *args, **kwargs)
         except (TypeError, OverflowError):
             if obj.input_ids is not None:
-                _name_id(f"row {row}:", obj.input_ids, manager.model_config.vocab_size)
+                name_id(f"row {row}:", obj.input_ids, manager.model_config.vocab_size)
             raise
-        _check_ids(f"row {row}:", tokenized, obj, manager.model_config.vocab_size)
-        _check_places(tokenized)
-        _check_embeddings(tokenized, manager.model_config.hidden_size)
-        _check_wire(tokenized)
+        check_ids(f"row {row}:", tokenized, obj, manager.model_config.vocab_size)
+        check_places(tokenized)
+        check_overrides(tokenized, manager.model_config.hidden_size)
+        check_embeddings(tokenized, manager.model_config.hidden_size)
+        check_wire(tokenized)
         return tokenized
 
 
@@ -205,176 +159,6 @@ def before_abort_reason(manager: Any, out: Any, state: Any, is_stream: bool) -> 
 
 def _row_of(obj: Any) -> int:
     return getattr(obj, _ROW, 0)
-
-
-def _has_session(obj: Any) -> bool:
-    session = getattr(obj, "session_params", None)
-    return isinstance(session, dict) and session.get("id") is not None
-
-
-def _check_prompt(manager: Any, obj: Any) -> None:
-    if manager.mm_processor is None and obj.contains_mm_input():
-        raise InputError("images, video or audio for a model that reads text alone; leave them out")
-    if obj.input_ids is not None:
-        if isinstance(obj.input_ids, (int, float, str, dict)):
-            raise InputTypeError(f"input_ids={obj.input_ids!r:.200}: expected a list of token ids")
-    elif obj.text is not None and obj.input_embeds is None:
-        pieces = obj.text if getattr(obj, "is_cross_encoder_request", False) else [obj.text]
-        for text in pieces:
-            _check_text(text, _most_characters(manager))
-
-
-def _most_characters(manager: Any) -> int:
-    """Return how many characters no prompt has that fits: to tokenize 30 MB, all requests would wait for half a minute.
-
-    Twice what the context has room for, where every token were the longest: some tokenizers drop characters.
-    """
-    most = getattr(manager, _MOST_CHARACTERS, None)
-    if most is None:
-        vocabulary = getattr(manager.tokenizer, "get_vocab", dict)()
-        longest = max(map(len, vocabulary), default=0)
-        most = sys.maxsize if manager.allow_auto_truncate or not longest else 2 * longest * manager.context_len
-        setattr(manager, _MOST_CHARACTERS, most)
-    return int(most)
-
-
-def _check_text(text: Any, most: int) -> None:
-    if isinstance(text, list):  # a pair for a cross-encoder
-        for part in text:
-            _check_text(part, most)
-        return
-    if not isinstance(text, str):
-        raise InputTypeError(f"text={text!r:.200} is a {type(text).__name__}; expected a string")
-    if len(text) > most:
-        raise PromptLengthError(
-            f"the text has {len(text)} characters, and no text of more than {most} fits the model's context; shorten it"
-        )
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"the text has the lone surrogate {text[error.start]!a} at position {error.start}, which is no character; "
-            "remove it"
-        ) from error
-
-
-def _check_sampling(row: str, options: dict[str, Any], vocab_size: int) -> None:
-    """Check the options that the rules know; SGLang refuses names that it does not know."""
-    for name, value in options.items():
-        rule = _SAMPLING.get(name)
-        # None is SGLang's own default everywhere.
-        if rule is None or value is None or (name in _GRAMMARS and value == ""):
-            continue
-        if name == "stop_token_ids" and isinstance(value, (list, tuple, set)):
-            value = [token_id for token_id in value if token_id is not None]
-        check_option(name, value, rule)
-        if name == "stop_token_ids" and isinstance(value, int):
-            raise InputTypeError(f"stop_token_ids={value}: expected a list of token ids")
-        # SGLang forbids these ids while fewer tokens were sampled, and otherwise compares them only.
-        if name == "stop_token_ids" and options.get("min_new_tokens"):
-            check_token_ids(row, name, value, vocab_size)
-    check_protocol(options.get("custom_params"))
-
-
-def _check_log_probs(row: str, obj: Any, vocab_size: int) -> None:
-    num_top = getattr(obj, "top_logprobs_num", None)
-    if num_top is not None:
-        most = Rule((int,), lambda x: 0 <= x <= vocab_size, f"an integer in 0..{vocab_size}, the vocabulary's size")
-        check_option("top_logprobs_num", num_top, most)
-    start = getattr(obj, "logprob_start_len", None)
-    if start is not None:
-        check_option("logprob_start_len", start, _START)
-    ids = getattr(obj, "token_ids_logprob", None)
-    if ids:
-        if not isinstance(ids, list) or set(map(type, ids)) != {int}:
-            raise InputTypeError(f"token_ids_logprob={ids!r:.200}: expected a list of token ids")
-        check_token_ids(row, "token_ids_logprob", ids, vocab_size)
-
-
-# --- what the scheduler will get --------------------------------------------------------------------------------------
-
-
-def _check_ids(row: str, tokenized: Any, obj: Any, vocab_size: int) -> None:
-    ids = tokenized.input_ids
-    if tokenized.mm_inputs is not None:
-        # SGLang has put rows of images in, which some models number below 0: what was sent is what can be wrong.
-        ids = None if obj.input_ids is None else array("q", obj.input_ids)
-    if ids is None or len(ids) == 0 or getattr(obj, "input_embeds", None) is not None:
-        return
-    # A copy of nothing: Python's own min and max look at each id as an object, and take ten times as long.
-    ids_P = np.frombuffer(ids, dtype=np.int64)
-    least = int(ids_P.min())
-    check_prompt_ids(row, ids, vocab_size, (least, int(ids_P.max())))
-    if least <= 1 and obj.input_ids is not None:
-        # An array makes 0 and 1 of False and True, and only there can they have been.
-        for position in np.flatnonzero(ids_P <= 1):
-            _check_id(row, obj.input_ids[position])
-
-
-def _name_id(row: str, ids: Any, vocab_size: int) -> None:
-    """Say which id no array takes."""
-    for token_id in ids:
-        _check_id(row, token_id)
-    check_prompt_ids(row, ids, vocab_size)
-
-
-def _check_id(row: str, token_id: Any) -> None:
-    if isinstance(token_id, (bool, float)) or not hasattr(token_id, "__index__"):
-        raise InputTypeError(f"{row} token id {token_id!r:.200} is a {type(token_id).__name__}; token ids are integers")
-
-
-def _check_places(tokenized: Any) -> None:
-    """Check positions of the prompt, which SGLang's own routes for scores fill in."""
-    length = 0 if tokenized.input_ids is None else len(tokenized.input_ids)
-    for name in ("multi_item_delimiter_indices", "token_indices_to_pool"):
-        places = getattr(tokenized, name, None)
-        wrong = [place for place in places or () if type(place) is not int or not 0 <= place < length]
-        if wrong:
-            raise InputError(f"{name} has {wrong[0]!r:.200}; the prompt's positions are 0..{length - 1}")
-    overrides = tokenized.positional_embed_overrides
-    if overrides is not None and isinstance(overrides, (str, int, float, list, dict, bool)):
-        raise InputTypeError("positional_embed_overrides are tensors of the server's own; leave them out")
-
-
-def _check_embeddings(tokenized: Any, hidden_size: int) -> None:
-    rows = getattr(tokenized, "input_embeds", None)
-    if rows is None:
-        return
-    for position, row in enumerate(rows):
-        if len(row) != hidden_size:
-            raise InputError(f"input_embeds has {len(row)} numbers at position {position}; expected {hidden_size}")
-        if not all(map(math.isfinite, row)):
-            raise InputError(f"input_embeds has NaN or infinity at position {position}; expected finite numbers")
-
-
-def _check_wire(tokenized: Any) -> None:
-    """Read a row back as the scheduler will, which ends on a field of the wrong type."""
-    from sglang.srt.managers import io_struct
-
-    # Without what is large, and is the server's own.
-    probe = copy.copy(tokenized)
-    probe.mm_inputs = probe.time_stats = probe.positional_embed_overrides = probe.input_ids = None
-    try:
-        io_struct.msgpack_decode(io_struct.msgpack_encode(probe))
-    except _OF_BAD_REQUESTS as error:
-        raise InputTypeError(_name_field(probe) or _message_of(error)) from error
-
-
-def _name_field(probe: Any) -> str:
-    """Say which field cannot be read, with its value; empty where it is none of them alone."""
-    from sglang.srt.managers.io_struct import dec_hook, enc_hook, ext_hook
-
-    for struct in (probe.sampling_params, probe):
-        for field in msgspec.structs.fields(struct):
-            value = getattr(struct, field.name)
-            if isinstance(value, msgspec.Struct):
-                continue
-            try:
-                written = msgspec.msgpack.encode(value, enc_hook=enc_hook)
-                msgspec.msgpack.Decoder(field.type, dec_hook=dec_hook, ext_hook=ext_hook).decode(written)
-            except _OF_BAD_REQUESTS as error:
-                return f"{field.name}={value!r:.200}: {error}"
-    return ""
 
 
 _MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"

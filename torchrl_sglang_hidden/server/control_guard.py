@@ -1,0 +1,168 @@
+"""Keeps what fails in a control request, such as a profile's or a session's, from ending SGLang's scheduler.
+
+The scheduler answers such a request by an object of the class that the request's own answer has. Where its handler
+raises, it answers by one that says why, in a field that SGLang leaves empty; the tokenizer manager raises that, which
+every route answers with status 400. A request that has begun to write new weights is left out: a model with a half of
+them must not go on.
+
+Knows SGLang's scheduler and tokenizer manager by attribute name; imports of SGLang are inside functions.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Coroutine
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from torchrl_sglang_hidden.errors import InputError
+
+__all__ = ["AFTER_CONTROL", "AROUND_CONTROL"]
+
+logger = logging.getLogger(__name__)
+
+# Stands before the reason in the field `rid` of an answer, which answers to control requests do not use.
+_REFUSED = "torchrl_sglang_hidden refuses: "
+# What writes weights. An error in the middle leaves a model that is neither the old one nor the new one.
+_WRITES = frozenset(
+    {
+        "UpdateWeightFromDiskReqInput",
+        "UpdateWeightsFromDistributedReqInput",
+        "UpdateWeightsFromTensorReqInput",
+        "UpdateWeightsFromIPCReqInput",
+        "BeginWeightUpdateReqInput",
+        "EndWeightUpdateReqInput",
+    }
+)
+# What `request_isolation` looks after.
+_PROMPTS = frozenset(
+    {
+        "TokenizedGenerateReqInput",
+        "TokenizedEmbeddingReqInput",
+        "BatchTokenizedGenerateReqInput",
+        "BatchTokenizedEmbeddingReqInput",
+    }
+)
+
+
+class _NothingChangedError(InputError):
+    """A request that would write weights and has written none."""
+
+
+def after_init_dispatcher(result: None, scheduler: Any) -> None:
+    """Let the scheduler's handlers of control requests raise."""
+    original = scheduler._request_dispatcher
+
+    def dispatch(recv_req: Any) -> Any:
+        name = type(recv_req).__name__
+        if name in _PROMPTS:
+            return original(recv_req)
+        try:
+            _check_values(recv_req)
+            return original(recv_req)
+        except Exception as error:  # SGLang's scheduler ends on any
+            logger.exception("torchrl_sglang_hidden: %s failed", name)
+            answer = _answer_of(name, recv_req, f"{_REFUSED}{name} failed: {error!r:.400}; see the server's log")
+            if answer is None or (name in _WRITES and not isinstance(error, _NothingChangedError)):
+                raise
+            return answer
+
+    scheduler._request_dispatcher = dispatch
+
+
+def around_deserialize(original: Callable[..., Any], worker: Any, serialized: Any) -> Any:
+    """Say that tensors which cannot be read have changed nothing."""
+    try:
+        return original(worker, serialized)
+    except Exception as error:  # whatever the bytes come to
+        from sglang.srt.runtime_context import get_parallel
+
+        if get_parallel().tp_size > 1:
+            raise  # another rank may have read its own, and wait for this one
+        raise _NothingChangedError(f"serialized_named_tensors cannot be read: {error!r:.200}") from error
+
+
+async def around_control(original: Callable[..., Coroutine[Any, Any, Any]], communicator: Any, obj: Any) -> Any:
+    """Raise what the scheduler refuses.
+
+    Raises:
+        ValueError: with the reason; an HTTP exception of status 400 too, for the routes that know no other.
+    """
+    answers = await original(communicator, obj)
+    for answer in answers:
+        reason = getattr(answer, "rid", None)
+        if isinstance(reason, str) and reason.startswith(_REFUSED):
+            raise _refused_class()(400, reason.removeprefix(_REFUSED))
+    return answers
+
+
+@cache
+def _refused_class() -> type[Exception]:
+    from starlette.exceptions import HTTPException
+
+    class RefusedControlError(HTTPException, ValueError):
+        """A control request that was refused."""
+
+        def __str__(self) -> str:
+            return str(self.detail)
+
+    return RefusedControlError
+
+
+def _check_values(recv_req: Any) -> None:
+    """Check what a handler would find out too late: in the middle of its work, or in a later step."""
+    match type(recv_req).__name__:
+        case "UpdateWeightFromDiskReqInput" if recv_req.load_format is not None:
+            from sglang.srt.configs.load_config import LoadFormat
+
+            known = [str(one.value) for one in LoadFormat]
+            if recv_req.load_format not in known:
+                raise _NothingChangedError(f"load_format={recv_req.load_format!r:.80}: expected one of {known}")
+        case "ProfileReq" if recv_req.output_dir is not None:
+            # The step that ends the profile writes it.
+            try:
+                Path(recv_req.output_dir).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(f"output_dir={recv_req.output_dir!r:.200} cannot be written to: {error}") from error
+
+
+def _answer_of(name: str, recv_req: Any, reason: str) -> Any:
+    """Return an object of the class that answers a request, with the reason; None where there is no such class."""
+    from sglang.srt.managers import io_struct
+
+    made = next(
+        (
+            getattr(io_struct, found)
+            for found in (f"{name}Output", name.replace("Input", "Output"))
+            if found != name and hasattr(io_struct, found)
+        ),
+        None,
+    )
+    if made is None:
+        return None
+    fields: dict[str, Any] = {"rid": reason}
+    for field in msgspec.structs.fields(made):
+        if field.required:
+            blanks: tuple[Any, ...] = (getattr(recv_req, field.name, False), False, None, reason, 0, [], {})
+            fields[field.name] = next(blank for blank in blanks if _fits(blank, field.type))
+    return made(**fields)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    try:
+        msgspec.convert(value, kind)
+    except msgspec.ValidationError:
+        return False
+    return True
+
+
+AFTER_CONTROL: dict[str, Callable[..., Any]] = {
+    "sglang.srt.managers.scheduler.Scheduler.init_request_dispatcher": after_init_dispatcher,
+}
+AROUND_CONTROL: dict[str, Callable[..., Any]] = {
+    "sglang.srt.managers.communicator.FanOutCommunicator.__call__": around_control,
+    "sglang.srt.managers.tp_worker.BaseTpWorker.deserialize_own_rank": around_deserialize,
+}
