@@ -6,6 +6,7 @@ On a server without the guard, 1 of these in 10 ends the whole server.
 from __future__ import annotations
 
 from collections.abc import Iterator
+
 import httpx
 import psutil
 import pytest

@@ -68,7 +68,6 @@ BAD: Mapping[str, Bad] = {
     "ids: an empty row": generate("row 1: the prompt has 0 tokens; SGLang needs at least 1", input_ids=[[5], []]),
     "ids: no ids": generate("the batch has 0 rows, or a prompt of 0 tokens; pass at least 1 prompt", input_ids=[]),
     "ids: one empty row": generate("row 0: the prompt has 0 tokens; SGLang needs at least 1", input_ids=[[]]),
-    "ids: empty rows": generate("row 0: the prompt has 0 tokens; SGLang needs at least 1", input_ids=[[], []]),
     "ids: floats": generate("'type': 'value_error'", input_ids=[1.5, 2.0]),
     "ids: strings": generate("'type': 'value_error'", input_ids=["5", "6"]),
     "ids: nested": generate("'type': 'value_error'", input_ids=[[[5, 6]]]),
@@ -257,7 +256,6 @@ BAD: Mapping[str, Bad] = {
     "n: 1.5": sampling("invalid type: floating point `1.5`, expected i64", n=1.5),
     "n: true": sampling("invalid type: boolean `true`, expected i64", n=True),
     "n: 10**12": sampling("row 0: n=1000000000000: expected an integer in 1..65536", n=10**12),
-    "n: 2**70": sampling("invalid type: floating point `1.1805916207174113e+21`, expected i64", n=2**70),
     "n: differs from row to row": generate(
         "The parallel_sample_num should be the same for all samples in sample",
         input_ids=[[5], [6]],
@@ -447,7 +445,7 @@ BAD: Mapping[str, Bad] = {
     ),
     # --- the other fields ---
     "rid: a number": generate("'type': 'string_type'", rid=5),
-    "rid: a list for one prompt": generate("Internal Server Error", rid=["a"]),
+    "rid: a list for one prompt": generate("rid=['a']: expected a string for one prompt", rid=["a"]),
     "rid: twice in a batch": generate(
         "Duplicate request IDs detected within the request: ['a']", input_ids=[[5], [6]], rid=["a", "a"]
     ),
@@ -455,7 +453,6 @@ BAD: Mapping[str, Bad] = {
         "The specified rids length mismatch with the batch_size for batch", input_ids=[[5], [6]], rid=["a"]
     ),
     "rid: numbers": generate("'type': 'string_type'", input_ids=[[5], [6]], rid=[1, 2]),
-    "rid: a lone surrogate": generate("'type': 'json_invalid'", rid="\ud800"),
     "rid: a health check's": generate(
         "row 0: token id 49152 at position 0 is outside the vocabulary of", rid="HEALTH_CHECK_1", input_ids=[VOCAB]
     ),

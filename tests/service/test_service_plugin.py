@@ -74,10 +74,16 @@ def test_a_server_gets_the_route(monkeypatch: pytest.MonkeyPatch) -> None:
     sys.modules["sglang.srt.entrypoints"].http_server = server
     plugin.after_manager(None, SimpleNamespace(), "server_args", "port_args")
 
-    async def post() -> httpx.Response:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://server") as client:
-            return await client.post("/v1/hidden_states", json={})
+    async def refuse(http: object) -> None:
+        raise ValueError("Unsupported tool_call_parser: x")
 
-    response = asyncio.run(post())
-    assert response.status_code == 400
-    assert "no 'input'" in response.json()["error"]["message"]
+    app.add_route("/theirs", refuse, methods=["POST"])
+
+    async def post(path: str) -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://server") as client:
+            return await client.post(path, json={})
+
+    for path, words in (("/v1/hidden_states", "no 'input'"), ("/theirs", "Unsupported tool_call_parser: x")):
+        response = asyncio.run(post(path))
+        assert response.status_code == 400
+        assert words in response.json()["error"]["message"]

@@ -96,6 +96,9 @@ async def around_control(original: Callable[..., Coroutine[Any, Any, Any]], comm
         reason = getattr(answer, "rid", None)
         if isinstance(reason, str) and reason.startswith(_REFUSED):
             raise _refused_class()(400, reason.removeprefix(_REFUSED))
+        # SGLang raises what its routes answer with status 500 and no reason.
+        if type(answer).__name__ == "ProfileReqOutput" and not answer.success:
+            raise _refused_class()(400, answer.message)
     return answers
 
 

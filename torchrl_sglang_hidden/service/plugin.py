@@ -11,10 +11,13 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
 from torchrl_sglang_hidden.protocol import PLUGIN_ENV
 from torchrl_sglang_hidden.server.plugin import is_served_version
 
-__all__ = ["HOOKS", "after_manager", "register"]
+__all__ = ["HOOKS", "after_manager", "answer_value_error", "register"]
 
 
 def after_manager(result: None, manager: Any, *args: Any, **kwargs: Any) -> None:
@@ -36,6 +39,15 @@ def after_manager(result: None, manager: Any, *args: Any, **kwargs: Any) -> None
         server_info=http_server.server_info,
     )
     http_server.app.add_route(PATH, service.respond, methods=["POST"])
+    http_server.app.add_exception_handler(ValueError, answer_value_error)
+
+
+async def answer_value_error(http: Request, error: Exception) -> Response:
+    """Answer a request with a value that some route of SGLang's does not take, and does not catch either.
+
+    SGLang's routes for prompts answer a ``ValueError`` so by themselves, and others with status 500 and no reason.
+    """
+    return JSONResponse({"error": {"message": str(error), "type": type(error).__name__, "code": 400}}, 400)
 
 
 # All of them run after what they hook.
