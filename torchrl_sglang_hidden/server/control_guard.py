@@ -65,10 +65,9 @@ def after_init_dispatcher(result: None, scheduler: Any) -> None:
             return original(recv_req)
         except Exception as error:  # SGLang's scheduler ends on any
             logger.exception("torchrl_sglang_hidden: %s failed", name)
-            answer = _answer_of(name, recv_req, f"{_REFUSED}{name} failed: {error!r:.400}; see the server's log")
-            if answer is None or (name in _WRITES and not isinstance(error, _NothingChangedError)):
+            if name in _WRITES and not isinstance(error, _NothingChangedError):
                 raise
-            return answer
+            return _answer_of(name, recv_req, f"{_REFUSED}{name} failed: {error!r:.400}; see the server's log")
 
     scheduler._request_dispatcher = dispatch
 
@@ -133,7 +132,7 @@ def _check_values(recv_req: Any) -> None:
 
 
 def _answer_of(name: str, recv_req: Any, reason: str) -> Any:
-    """Return an object of the class that answers a request, with the reason; None where there is no such class."""
+    """Return an object of the class that answers a request, with the reason; None where nobody waits for one."""
     from sglang.srt.managers import io_struct
 
     made = next(
