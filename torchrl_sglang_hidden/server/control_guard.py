@@ -81,7 +81,9 @@ def around_deserialize(original: Callable[..., Any], worker: Any, serialized: An
 
         if get_parallel().tp_size > 1:
             raise  # another rank may have read its own, and wait for this one
-        raise _NothingChangedError(f"serialized_named_tensors cannot be read: {error!r:.200}") from error
+        raise _NothingChangedError(
+            f"serialized_named_tensors cannot be read ({error!r:.200}); send what SGLang's own serializer writes"
+        ) from error
 
 
 async def around_control(original: Callable[..., Coroutine[Any, Any, Any]], communicator: Any, obj: Any) -> Any:
@@ -128,7 +130,9 @@ def _check_values(recv_req: Any) -> None:
             try:
                 Path(recv_req.output_dir).mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise InputError(f"output_dir={recv_req.output_dir!r:.200} cannot be written to: {error}") from error
+                raise InputError(
+                    f"output_dir={recv_req.output_dir!r:.200} cannot be written to ({error}); pass another"
+                ) from error
 
 
 def _answer_of(name: str, recv_req: Any, reason: str) -> Any:

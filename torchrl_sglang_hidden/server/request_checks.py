@@ -227,7 +227,9 @@ def check_places(tokenized: Any) -> None:
         places = getattr(tokenized, name, None)
         wrong = [place for place in places or () if type(place) is not int or not 0 <= place < length]
         if wrong:
-            raise InputError(f"{name} has {wrong[0]!r:.200}; the prompt's positions are 0..{length - 1}")
+            raise InputError(
+                f"{name} has {wrong[0]!r:.200}; the prompt's positions are 0..{length - 1}; pass these alone"
+            )
 
 
 def check_overrides(tokenized: Any, hidden_size: int) -> None:

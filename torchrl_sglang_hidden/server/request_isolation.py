@@ -51,7 +51,9 @@ def take_in(
         options = read_options(params)
         if options is not None:
             if not takes(options.wanted.layers):
-                raise InputError(f"layers={options.wanted.layers}: the server does not give all their states")
+                raise InputError(
+                    f"layers={options.wanted.layers}: the server does not give all their states; ask for others"
+                )
             # Read once: every step would have to otherwise, before the request is tracked.
             params[CHANNEL] = options
         _check_processor(scheduler, recv_req)
