@@ -51,7 +51,6 @@ EXCEPTIONS: dict[tuple[str, str | None], str] = {
     ("protocol.answer.unpack_answer", "…: …"): "the server half says what to do, in what it refuses",
     ("server.control_guard.around_control", None): "the reason of the scheduler, which names the log or what to pass",
     ("server.request_checks.check_wire", None): "the field and its value, with the type that was expected",
-    ("server.request_guard.refusing", None): "an error of `request_checks`, or of SGLang's, with the row before it",
     ("sglang_api.responses._read_row", "…, span …: …"): "the spans' errors, made where states are pooled",
     ("sglang_api.responses._read_row", "…: …"): "the constraints' errors, made in the server",
     ("engines.launch._check_arguments", "launch(…=…): launch sets this server argument itself; …"): (

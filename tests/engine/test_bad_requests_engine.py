@@ -5,17 +5,19 @@ On a server without the guard, 1 of these in 10 ends the whole server.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import psutil
 import pytest
 import torch
-from helpers.bad_requests import BAD, Bad, to_bytes
+from helpers.bad_requests import BAD, VOCAB, Bad, to_bytes
 from helpers.bad_routes import BAD_ROUTES
 from helpers.policy_checks import prompt_of
 
-from torchrl_sglang_hidden import HiddenSpec, SGLangServer
+from torchrl_sglang_hidden import HiddenSpec, SGLangOffline, SGLangServer
 from torchrl_sglang_hidden.records import Completion, Request
 
 ALL = {**BAD, **BAD_ROUTES}
@@ -79,3 +81,47 @@ def test_the_server_is_as_before(smol: SGLangServer, before: tuple[set[int], Com
     states, expected_states = found.hidden["response"], expected.hidden["response"]
     assert states.count == expected_states.count == 6
     torch.testing.assert_close(states.vector, expected_states.vector, rtol=1e-5, atol=1e-6)
+
+
+IN_PROCESS: dict[str, tuple[dict[str, Any], str]] = {
+    "the vocabulary's size": ({"input_ids": [[5], [6, VOCAB]]}, "row 1: token id 49152 at position 1"),
+    "a negative id": ({"input_ids": [-1]}, "row 0: token id -1"),
+    "2**70": ({"input_ids": [2**70]}, "row 0: token id 1180591620717411303424"),
+    "a bool": ({"input_ids": [5, True]}, "row 0: token id True is a bool"),
+    "a float": ({"input_ids": [5, 1.5]}, r"row 0: token id 1\.5 is a float"),
+    "no ids": ({"input_ids": []}, "0 tokens"),
+    "an empty row": ({"input_ids": [[5], []]}, "row 1: the prompt has 0 tokens"),
+    "an empty text": ({"prompt": ["a", ""]}, "row 1: the prompt has 0 tokens"),
+    "half a character": ({"prompt": "\ud800"}, "row 0: the text has the lone surrogate"),
+    "a text of numbers": ({"prompt": [5]}, "row 0: text=5 is a int"),
+    "temperature": ({"input_ids": [5], "sampling_params": {"temperature": "x"}}, "row 0: temperature='x'"),
+    "a list of options": ({"input_ids": [5], "sampling_params": [1]}, "row 0: sampling_params=1"),
+    "n": ({"input_ids": [5], "sampling_params": {"n": 10**12}}, "row 0: n=1000000000000"),
+    "a grammar": ({"input_ids": [5], "sampling_params": {"json_schema": {}}}, "row 0: json_schema={}"),
+    "log-probs": ({"input_ids": [5], "return_logprob": True, "top_logprobs_num": VOCAB + 1}, "top_logprobs_num=49153"),
+    "a priority": ({"input_ids": [5], "priority": "x"}, "priority"),
+    "a name": ({"input_ids": [5], "rid": 5}, "rid=5"),
+    "a session": ({"input_ids": [5], "session_params": {"id": 5}}, "session_params"),
+}
+
+
+class InProcess:
+    """Collected by the process that `in_process_log` starts, and not by name in this one."""
+
+    def test_bad_requests(self, in_process: SGLangOffline) -> None:
+        engine = in_process.engine
+
+        def generate(**arguments: Any) -> Any:
+            # The engine's own `generate` runs the loop that runs already, in a thread.
+            return asyncio.run_coroutine_threadsafe(engine.async_generate(**arguments), engine.loop).result(120)
+
+        good = {"input_ids": [5, 6, 7], "sampling_params": {"max_new_tokens": 4, "temperature": 0}}
+        expected = generate(**good)["output_ids"]
+        for arguments, words in IN_PROCESS.values():
+            with pytest.raises(ValueError, match=words):
+                generate(**arguments)
+        assert generate(**good)["output_ids"] == expected
+
+
+def test_in_process(in_process_log: str) -> None:
+    assert "test_bad_requests_engine.py::InProcess::test_bad_requests PASSED" in in_process_log

@@ -21,6 +21,7 @@ import httpx
 import pytest
 import torch
 from helpers import user_constraints
+from helpers.broken_processors import refusals
 from helpers.completion_checks import assert_completion
 from helpers.logits_checks import SUM_ATOL, assert_choices, check_choices, logits_of, positioned, with_context
 from helpers.policy_checks import SEGMENTS, assert_rows, make_policy, prompt_of, tokens_input
@@ -589,3 +590,10 @@ def test_the_best_token_alone_has_the_log_prob_that_it_has_in_company(chooser: L
     in_company, _ = check_choices(chooser, [best, other], qwen3_dir)
     assert alone.response_ids == in_company.response_ids
     torch.testing.assert_close(alone.log_probs_T, in_company.log_probs_T, atol=1e-4, rtol=0)
+
+
+@pytest.mark.usefixtures("sglangs_processor")
+def test_sglangs_own_processor_that_raises(chooser: LaunchedServer, qwen3_dir: str) -> None:
+    for words, (status, message) in refusals(chooser.url).items():
+        assert (status, message[: len("row 1:")], words in message) == (400, "row 1:", True), message
+    check_choices(chooser, [Request((5, 6, 7), {"max_new_tokens": 4, "temperature": 0.0})], qwen3_dir)
