@@ -25,9 +25,15 @@ FLOORS: list[list[set[str]]] = [
     [{"spec"}, {"spec.spans", "spec.constraints"}, {"spec.hidden"}, {"spec.logits"}],
     [{"records"}],
     [{"reduce", "images"}, {"images.expansion", "images.messages"}],
-    [{"protocol.shared_memory", "protocol.served_weights"}, {"protocol.tensors"}, {"protocol"}],
+    [
+        {"protocol.excerpts"},
+        {"protocol.shared_memory", "protocol.served_weights", "protocol.status"},
+        {"protocol.tensors"},
+        {"protocol"},
+    ],
     [
         {"server", "sglang_api", "weights"},
+        {"sglang_api.fields"},
         {
             "sglang_api.sampling",
             "sglang_api.payload",

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from helpers.fake_engine import Handler, RecordingEngine, RecordingServer, Respond, abort_a_row
+from helpers.fake_engine import Handler, RecordingEngine, RecordingServer, Respond, abort_a_row, server_page
 
 from torchrl_sglang_hidden import SGLangServer, connect
 from torchrl_sglang_hidden.errors import (
@@ -98,6 +98,10 @@ STATUSES: list[tuple[int, Any, type[SGLangHiddenError], str]] = [
     (302, "elsewhere", ProtocolError, r"answered no JSON: 'elsewhere'"),
     (200, {"text": "one, not a list"}, ProtocolError, r"sent 2 requests and got"),
     (200, [], ProtocolError, r"sent 2 requests and got 0"),
+    (200, "[" * 5000, ProtocolError, r"answered no JSON: '\[\[\["),
+    (400, "[" * 5000, RequestRejectedError, r"answered 400: \[\[\["),
+    (200, "1" * 5000, ProtocolError, r"answered no JSON: '111"),
+    (400, {"error": {"message": {"x": "y" * 999}}}, RequestRejectedError, r"answered 400: \{'x': 'yyy.{1,60}'\};"),
 ]
 
 
@@ -132,6 +136,8 @@ def test_answers_that_are_errors(
         ("/model_info", (200, ["a list"]), ProtocolError, r"/model_info answered .*is that an SGLang server\?"),
         ("/server_info", (200, {}), CapabilityError, r"'\./no-such-model' cannot be read from this machine"),
         ("/server_info", (500, "broken"), EngineError, r"answered 500: broken"),
+        ("/server_info", (200, {**server_page(), "dp_size": "2"}), ProtocolError, r"has dp_size='2'; is that an SGL"),
+        ("/server_info", (200, {**server_page(), "dp_size": -1}), ProtocolError, r"has dp_size=-1; is that an SGLang"),
     ],
 )
 def test_a_server_that_is_another(
@@ -141,6 +147,39 @@ def test_a_server_that_is_another(
     server.pages[page] = answer
     with pytest.raises(error, match=words):
         connect(server.url)
+
+
+@pytest.mark.parametrize("version", [{}, {"weight_version": None}, {"weight_version": 7}])
+def test_a_server_that_does_not_name_its_weights(server: RecordingServer, engine: SGLangServer, version: Any) -> None:
+    server.pages["/model_info"] = (200, version)
+    with pytest.raises(ProtocolError, match=r"/model_info has the weight_version (None|7); is it SGLang"):
+        engine._endpoints[0].weight_version()
+
+
+@pytest.mark.parametrize("answer", [(503, ["down"]), (200, [1]), (200, "[" * 5000)])
+def test_a_control_route_that_answers_something_else(
+    server: RecordingServer, engine: SGLangServer, answer: Any
+) -> None:
+    server.respond = lambda handler, payload: handler.say(answer)
+    endpoint = engine._endpoints[0]
+    if isinstance(answer[1], str):
+        assert endpoint.call("flush_cache", {}) == {"success": True, "message": answer[1]}
+        return
+    with pytest.raises(EngineError, match=r"answered (503: \['down'\]|200: \[1\])"):
+        endpoint.call("flush_cache", {})
+
+
+@pytest.mark.parametrize("way", ["sync", "async"])
+def test_the_answers_to_other_requests(server: RecordingServer, engine: SGLangServer, way: str) -> None:
+    """What stands between client and server mixes up two rows of equal lengths."""
+    good, server.respond = server.respond, lambda handler, payload: handler.say((200, swapped(payload)))
+    with pytest.raises(ProtocolError, match=r"row 0: the answer is wrong, it answers '.*-00000001', and '.*-00000000'"):
+        generate(engine, way, requests_of(2))
+    server.respond = good
+
+
+def swapped(payload: dict[str, Any]) -> list[Any]:
+    return RecordingEngine().answer(payload)[::-1]
 
 
 def test_a_server_that_has_not_run_yet_is_warmed_up(make_server: Callable[..., RecordingServer]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -190,6 +191,18 @@ FAILED = {"error": {"message": "no memory", "code": 503}}
         (lambda h, p: events(h, event(spoilt(parts(p)[1], lose))), AlignmentError, "1 log-probs for 2 output tokens"),
         (lambda h, p: events(h, event(spoilt(parts(p)[1], garble))), ProtocolError, "log-probs cannot be read"),
         (lambda h, p: events(h, event(spoilt(parts(p)[3], lose))), AlignmentError, "3 log-probs for 4 output tokens"),
+        # What a fuzzer found.
+        (lambda h, p: events(h, "data: " + "[" * 5000), ProtocolError, r"streamed 'data: \[\["),
+        (lambda h, p: events(h, event({**parts(p)[0], "output_ids": [math.inf]})), ProtocolError, "list of integers"),
+        (lambda h, p: events(h, event({**parts(p)[0], "output_ids": [7.5]})), ProtocolError, "list of integers"),
+        (lambda h, p: events(h, event({**parts(p)[0], "output_ids": [96]})), ProtocolError, r"has 96, .* 0\.\.95"),
+        (lambda h, p: events(h, event(named(parts(p)[0], 7))), ProtocolError, "it answers 7"),
+        (
+            lambda h, p: events(h, event(parts(p)[0]), event(named(parts(p)[1], "x"))),
+            ProtocolError,
+            "answers 'x', a",
+        ),
+        (lambda h, p: events(h, event(unmeasured(parts(p)[0]))), ProtocolError, "its log-probs are null"),
     ],
 )
 def test_what_goes_wrong_is_an_error_of_this_package(
@@ -206,6 +219,14 @@ def test_what_goes_wrong_is_an_error_of_this_package(
 def spoilt(row: dict[str, Any], spoil: Callable[[list[Any]], None]) -> dict[str, Any]:
     spoil(row["meta_info"]["output_token_logprobs"])
     return row
+
+
+def named(row: dict[str, Any], rid: Any) -> dict[str, Any]:
+    return {**row, "meta_info": {**row["meta_info"], "id": rid}}
+
+
+def unmeasured(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, "meta_info": {**row["meta_info"], "output_token_logprobs": None}}
 
 
 def swap(entries: list[Any]) -> None:

@@ -280,6 +280,8 @@ class RecordingEngine(Engine):
             requests = [images_in(ids, uris) for ids, uris in zip(payload["input_ids"], data, strict=True)]
         columns = (requests, payload["sampling_params"], payload["return_logprob"], stock, starts)
         rows = [self._answer_row(index, *row) for index, row in enumerate(zip(*columns, strict=True))]
+        for row, rid in zip(rows, payload.get("rid") or [], strict=False):
+            row["meta_info"]["id"] = rid
         for row, request, mask in zip(rows, requests, payload.get("return_sampling_mask", stock), strict=True):
             ids = seen_ids(request.prompt_ids, request.images)
             row["meta_info"] |= recorded(ids, row["output_ids"], bool(mask), "return_routed_experts" in payload)

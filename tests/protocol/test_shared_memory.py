@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,10 +45,10 @@ def test_what_is_shared_is_fetched_once(tmp_path: Path) -> None:
     files = SharedFiles(tmp_path)
     name = files.share(DATA)
     assert names(tmp_path) == {files.sign, name}
-    assert fetch(name, tmp_path) == DATA
+    assert fetch(name, len(DATA), tmp_path) == DATA
     assert names(tmp_path) == {files.sign}
     with pytest.raises(FileNotFoundError):
-        fetch(name, tmp_path)
+        fetch(name, len(DATA), tmp_path)
 
 
 def test_every_answer_has_a_file_of_its_own_for_its_owner_only(tmp_path: Path) -> None:
@@ -68,7 +69,7 @@ def test_bytes_that_nobody_fetched_are_bounded(tmp_path: Path) -> None:
     first, second = files.share(DATA), files.share(DATA)
     assert files.share(DATA) is None
     assert names(tmp_path) == {files.sign, first, second}
-    fetch(first, tmp_path)
+    fetch(first, len(DATA), tmp_path)
     third = files.share(DATA)
     assert names(tmp_path) == {files.sign, second, third}
     assert files.share(DATA) is None
@@ -90,7 +91,7 @@ def test_what_nobody_fetches_goes_when_the_server_is_idle(tmp_path: Path, clock:
     files = SharedFiles(tmp_path, lifetime_s=60)
     files.tidy()
     fetched, old = files.share(DATA), files.share(DATA)
-    fetch(fetched, tmp_path)
+    fetch(fetched, len(DATA), tmp_path)
     clock.now += 59
     young = files.share(DATA)
     clock.now += 1
@@ -155,13 +156,13 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
         patch.setattr(os, "fdopen", no_space)
         assert files.share(DATA) is None
     assert names(tmp_path) == {files.sign}
-    assert fetch(files.share(DATA), tmp_path) == DATA
+    assert fetch(files.share(DATA), len(DATA), tmp_path) == DATA
 
 
 def test_close_removes_all(tmp_path: Path) -> None:
     files = SharedFiles(tmp_path)
     files.share(DATA)
-    fetch(files.share(DATA), tmp_path)
+    fetch(files.share(DATA), len(DATA), tmp_path)
     for _ in range(2):
         files.close()
         assert files.share(DATA) is None
@@ -339,9 +340,9 @@ def test_what_is_not_wanted_is_discarded_unread(tmp_path: Path) -> None:
 
 def test_a_sign_is_no_data_and_data_no_sign(tmp_path: Path) -> None:
     files = SharedFiles(tmp_path)
-    for take in (fetch, discard):
+    for take in (partial(fetch, size=4), discard):
         with pytest.raises(ValueError, match="is no file of shared states"):
-            take(files.sign, tmp_path)
+            take(files.sign, directory=tmp_path)
     assert is_shared(files.sign, tmp_path)
     name = files.share(DATA)
     (tmp_path / name).write_text(name)
@@ -351,9 +352,15 @@ def test_a_sign_is_no_data_and_data_no_sign(tmp_path: Path) -> None:
 GOOD = f"torchrl_sglang_hidden-{'0' * 16}-1"
 
 
+def put(path: Path, data: bytes = b"good", mode: int = 0o600) -> Path:
+    path.write_bytes(data)
+    path.chmod(mode)
+    return path
+
+
 def test_the_name_that_the_next_ones_are_made_of_is_good(tmp_path: Path) -> None:
-    (tmp_path / GOOD).write_text("good")
-    assert fetch(GOOD, tmp_path) == b"good"
+    put(tmp_path / GOOD)
+    assert fetch(GOOD, 4, tmp_path) == b"good"
 
 
 @pytest.mark.parametrize(
@@ -368,12 +375,60 @@ def test_other_names_are_not_read_nor_removed(tmp_path: Path, name: str) -> None
     directory.mkdir()
     for path in (tmp_path / "secret", tmp_path / GOOD, directory / "secret"):
         path.write_text(path.name)
-    for take in (fetch, discard):
+    for take in (partial(fetch, size=4), discard):
         with pytest.raises(ValueError, match="is no file of shared states"):
-            take(name, directory)
+            take(name, directory=directory)
     assert not is_shared(name, directory)
     assert names(tmp_path) == {"shm", "secret", GOOD}
     assert names(directory) == {"secret"}
+
+
+@pytest.mark.parametrize("name", [None, 7, b"x", [], {}, "\ud800", "\x00", "x" * 10**6])
+def test_what_is_no_name_is_no_file(tmp_path: Path, name: Any) -> None:
+    for take in (partial(fetch, size=4), discard):
+        with pytest.raises((TypeError, ValueError)):
+            take(name, directory=tmp_path)
+
+
+# What a stranger can put where a server's file is expected: everybody may write there.
+TRAPS: dict[str, Callable[[Path, Path], Any]] = {
+    "a link to a secret": lambda path, secret: path.symlink_to(secret),
+    "a link to nowhere": lambda path, secret: path.symlink_to(secret.with_name("gone")),
+    "a pipe at which one waits": lambda path, secret: os.mkfifo(path),
+    "a directory": lambda path, secret: path.mkdir(),
+    "a file of another size": lambda path, secret: put(path, b"goods"),
+    "a file for all to read": lambda path, secret: put(path, mode=0o644),
+    "a file for all to write": lambda path, secret: put(path, mode=0o602),
+}
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("trap", TRAPS.values(), ids=TRAPS)
+def test_no_trap_is_read(tmp_path: Path, trap: Callable[[Path, Path], Any]) -> None:
+    directory, secret = tmp_path / "shm", put(tmp_path / "secret")
+    directory.mkdir()
+    trap(directory / GOOD, secret)
+    with pytest.raises((OSError, ValueError)):
+        fetch(GOOD, 4, directory)
+    assert secret.read_bytes() == b"good"
+    sign = GOOD.removesuffix("1") + "here"
+    trap(directory / sign, secret)
+    assert not is_shared(sign, directory)
+
+
+def test_a_size_that_was_not_asked_for_takes_no_memory(tmp_path: Path) -> None:
+    path = put(tmp_path / GOOD)
+    os.truncate(path, 2**40)
+    with pytest.raises(ValueError, match=rf"has {2**40} bytes, expected 4"):
+        fetch(GOOD, 4, tmp_path)
+    assert not path.exists()
+
+
+def test_another_users_file_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner = put(tmp_path / GOOD).stat().st_uid
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    with pytest.raises(ValueError, match=rf"is of user {owner}, and this process of {owner + 1}"):
+        fetch(GOOD, 4, tmp_path)
 
 
 def test_files_are_written_in_one_thread_and_tidied_in_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,3 +39,27 @@ def test_a_status_that_lacks_something(gone: str) -> None:
     del fields[gone]
     with pytest.raises(ProtocolError, match=rf"lacks '{gone}'"):
         Status.unpack(fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("vocab_size", "96"), ("vocab_size", -1), ("hidden_size", 8.0), ("num_layers", True), ("context_length", None),
+        ("layers", 3), ("layers", "01"), ("layers", [0.0]), ("layers", [-2]), ("layers", [[0]]), ("layers", {}),
+        ("because", None), ("normed", 1), ("shared", 7), ("shared", None), ("open_pools", "0"), ("prefix_bytes", []),
+        ("constraints", None), ("constraints", [7]), ("constraints", [{}]), ("constraints", "ab"),
+        ("raw_log_probs", None), ("image_token_id", -1), ("image_token_id", "9"), ("image_token_id", True),
+    ],
+)  # fmt: skip
+def test_a_status_of_other_types(name: str, value: Any) -> None:
+    """Each of these went on into the client, and failed there as a bare error."""
+    with pytest.raises(ProtocolError, match=rf"has {name}=.*; use the same version"):
+        Status.unpack({**STATUS.pack(), name: value})
+
+
+def test_a_protocol_nested_without_end_is_shown_in_short() -> None:
+    spoken: Any = 7
+    for _ in range(900):
+        spoken = [spoken]
+    with pytest.raises(ProtocolError, match=r"protocol \[\[\[\[\[\[\.\.\.\]\]\]\]\]\] and this client"):
+        Status.unpack({**STATUS.pack(), "protocol": spoken})

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import pickle
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,6 +141,110 @@ def test_a_changed_manifest(tmp_path: Path, change: Callable[[Any], None], words
     manifest.write_text(json.dumps(content))
     with pytest.raises(RecordingError, match=words):
         load_recording(tmp_path / "r")
+
+
+def shard_with(**fields: Any) -> Callable[[Any], None]:
+    return lambda content: content["shards"][0].update(fields)
+
+
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = {"x": value}
+    return value
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (shard_with(file="../../../etc/passwd"), r"a shard's file is like"),
+        (shard_with(file="/etc/passwd"), r"a shard's file is like"),
+        (shard_with(file="shards/../../000000.tdz"), r"a shard's file is like"),
+        (shard_with(file="shards/000000.tdz\0"), r"a shard's file is like"),
+        (shard_with(file=["shards/000000.tdz"]), r"a shard's file is like"),
+        (shard_with(rows="3"), "at least 1 row"),
+        (shard_with(rows=-3), "at least 1 row"),
+        (shard_with(rows=3.0), "at least 1 row"),
+        (shard_with(nbytes=None), "a size and a checksum"),
+        (shard_with(failures=[{"row": "0", "reason": "x"}]), "a row and a reason"),
+        (shard_with(failures=7), "TypeError"),
+        (lambda content: content.update(shards={"x": 1}), "TypeError|AttributeError"),
+        (lambda content: content.update(complete=None), "complete true or false"),
+        (lambda content: content["about"].pop("every"), "KeyError: 'every'"),
+        (lambda content: content["about"].update(every=0), "every is at least 1"),
+        (lambda content: content["about"].update(every=True), "every is at least 1"),
+        (lambda content: content["about"].update(prompt=nested(400)), "nested up to 64 levels"),
+    ],
+)
+def test_a_manifest_that_somebody_made_up(tmp_path: Path, change: Callable[[Any], None], words: str) -> None:
+    """Its hash is right: whoever made it up wrote that too."""
+    recorded(tmp_path / "r")
+    manifest = tmp_path / "r" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    change(content)
+    content["hash"] = hashlib.sha256(json.dumps(content["about"], sort_keys=True).encode()).hexdigest()
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(RecordingError, match=rf"is no manifest of this version .*({words}).*; load the directory"):
+        load_recording(tmp_path / "r")
+
+
+def rewritten(change: Callable[[dict[str, bytes]], Any]) -> Callable[[bytes], bytes]:
+    """Return what makes an archive of changed files."""
+
+    def rewrite(data: bytes) -> bytes:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            members = {name: archive.read(name) for name in archive.namelist()}
+        change(members)
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as archive:
+            for name, content in members.items():
+                archive.writestr(name, content)
+        return buffer.getvalue()
+
+    return rewrite
+
+
+def halve_every_tensor(members: dict[str, bytes]) -> None:
+    for name in members:
+        if name.endswith(".memmap"):
+            members[name] = members[name][: len(members[name]) // 2]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: b"",
+        lambda data: b"no archive",
+        lambda data: data[: len(data) // 2],
+        rewritten(lambda members: members.pop("meta.json")),
+        rewritten(lambda members: members.update({"meta.json": b"{"})),
+        rewritten(lambda members: members.update({"meta.json": b"\xff"})),
+        rewritten(lambda members: members.update({"meta.json": b"[]"})),
+        rewritten(lambda members: [members.pop(name) for name in list(members) if name.startswith("labels/")]),
+        rewritten(halve_every_tensor),
+    ],
+)
+def test_a_shard_that_somebody_made_up(tmp_path: Path, change: Callable[[bytes], bytes]) -> None:
+    """Its checksum is right: whoever made it up wrote that too."""
+    recorded(tmp_path / "r")
+    manifest, shard = tmp_path / "r" / "manifest.json", tmp_path / "r" / "shards" / "000000.tdz"
+    data = change(shard.read_bytes())
+    shard.write_bytes(data)
+    content = json.loads(manifest.read_text())
+    content["shards"][0].update(nbytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(RecordingError, match=r"it is no shard of a recording \(.*\); copy it again"):
+        _ = load_recording(tmp_path / "r").tensordict
+
+
+def test_a_shard_of_other_rows(tmp_path: Path) -> None:
+    recorded(tmp_path / "r")
+    manifest = tmp_path / "r" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["shards"][0]["rows"] += 1
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(RecordingError, match=r"its leaves have \[3\] rows, and the manifest expected 4; copy it again"):
+        _ = load_recording(tmp_path / "r").tensordict
 
 
 @pytest.mark.parametrize(

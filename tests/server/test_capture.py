@@ -336,7 +336,7 @@ def test_values_of_a_step_do_not_keep_the_whole_step() -> None:
 
 
 def test_many_rows_are_answered_through_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensors, "fetch", lambda name: fetch(name, tmp_path))
+    monkeypatch.setattr(tensors, "fetch", lambda name, size: fetch(name, size, tmp_path))
     scheduler, wanted = Scheduler(), Wanted(("prompt",), None, tokens=True)
     scheduler.capture._shared = SharedFiles(tmp_path)
     reqs = [Req([7] * (MIN_BYTES // (4 * HIDDEN_SIZE)), wanted, way=way) for way in ("shared", "text", "binary")]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import math
+import struct
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -38,7 +42,7 @@ from torchrl_sglang_hidden.errors import (
 from torchrl_sglang_hidden.protocol import CHANNEL
 from torchrl_sglang_hidden.protocol.shared_memory import DIRECTORY, SharedFiles
 from torchrl_sglang_hidden.records import Request
-from torchrl_sglang_hidden.sglang_api.responses import read_responses
+from torchrl_sglang_hidden.sglang_api.responses import read_responses, read_rows
 from torchrl_sglang_hidden.spec.hidden import POOLINGS, Pooling
 from torchrl_sglang_hidden.spec.spans import Between, LastTokens
 
@@ -224,7 +228,39 @@ BAD_ANSWERS: dict[str, tuple[Spoil, type[SGLangHiddenError], str]] = {
         r"row 0",
     ),
     "an answer that is no row": (lambda row: row.clear(), ProtocolError, r"row 0.*lacks"),
-}
+    # What a fuzzer found: each was a bare error, or went on as if it were right.
+    "an infinite id": (lambda row: row.update(output_ids=[math.inf]), ProtocolError, r"row 0.*list of integers"),
+    "ids of fractions": (lambda row: row["output_ids"].__setitem__(0, 8.5), ProtocolError, r"list of integers"),
+    "a true id": (lambda row: row["output_ids"].__setitem__(0, True), ProtocolError, r"list of integers"),
+    "an id of digits": (lambda row: row["output_ids"].__setitem__(0, "8"), ProtocolError, r"list of integers"),
+    "an id beyond all": (lambda row: row["output_ids"].__setitem__(0, 96), ProtocolError, r"has 96.*0\.\.95"),
+    "an id below 0": (lambda row: row["output_ids"].__setitem__(0, -1), ProtocolError, r"has -1, .* 0\.\.95"),
+    "ids of a text": (lambda row: row.update(output_ids="89"), ProtocolError, r"'89', expected a list"),
+    "a text of null": (lambda row: row.update(text=None), ProtocolError, r"text is None, expected a string"),
+    "a version of a number": (
+        lambda row: row["meta_info"].update(weight_version=7), ProtocolError, r"weight_version is 7, expected a string"
+    ),
+    "a finish of a list": (
+        lambda row: row["meta_info"].update(finish_reason={"type": ["stop"]}), ProtocolError, r"type is \['stop'\]"
+    ),
+    "a prompt of a fraction": (
+        lambda row: row["meta_info"].update(prompt_tokens=4.0), ProtocolError, r"prompt_tokens is 4.0, expected an int"
+    ),
+    "versions below 0": (lambda row: versions_of(row, 0, -1), ProtocolError, r"end is -1, expected 0\.\."),
+    "versions of too many tokens": (lambda row: versions_of(row, 0, 9), ProtocolError, r"end is 9, expected 0\.\."),
+    "versions that end before they begin": (lambda row: versions_of(row, 1, 0), ProtocolError, r"tokens 1\.\.0"),
+    "versions of infinity": (lambda row: versions_of(row, 0, math.inf), ProtocolError, r"end is inf, expected an int"),
+    "log-probs of objects": (
+        lambda row: row["meta_info"]["output_token_logprobs"].__setitem__(0, {"x": 1}), ProtocolError, r"cannot be read"
+    ),
+    "log-probs of null": (
+        lambda row: row["meta_info"].update(output_token_logprobs=[None]), ProtocolError, r"cannot be read"
+    ),
+}  # fmt: skip
+
+
+def versions_of(row: dict[str, Any], start: Any, end: Any) -> None:
+    row["meta_info"]["weight_versions"] = [{"version": "v7", "start": start, "end": end}]
 
 
 @pytest.mark.parametrize("case", BAD_ANSWERS)
@@ -238,6 +274,13 @@ def test_answers_that_do_not_add_up(case: str) -> None:
 
 def count_of(place: int, count: Any) -> Callable[[dict[str, Any]], Any]:
     return lambda a: a["places"][place].__setitem__(2, count)
+
+
+def resend(answer: dict[str, Any], fields: dict[str, Any], value: float) -> None:
+    """Put a number first, with a right checksum."""
+    data = bytearray(base64.b64decode(fields["data"]))
+    data[:4] = struct.pack("<f", value)
+    fields.update(data=base64.b64encode(data).decode(), crc32=zlib.crc32(data))
 
 
 # The answer's places are the segments prompt, response, full, then the spans mask, tail.
@@ -260,6 +303,22 @@ BAD_CHANNELS: dict[str, tuple[Callable[[dict[str, Any]], Any], type[SGLangHidden
     "another segment": (lambda a: a["places"][0].__setitem__(1, "answer"), AlignmentError, r"0 rows .*'prompt'"),
     "another span": (lambda a: a["places"][4].__setitem__(1, "head"), AlignmentError, r"0 rows .*'tail'"),
     "a span for a segment": (lambda a: a["places"][0].__setitem__(0, "span"), AlignmentError, r"0 rows .*'prompt'"),
+    "rows of a fraction": (count_of(0, 4.0), ProtocolError, r"4.0 stands where a number of rows is expected"),
+    "NaN": (lambda a: resend(a, a, math.nan), EngineError, r"row 0 .*: the states have NaN; .*bfloat16"),
+    "NaN in a row": (lambda a: resend(a, a["rows"], math.nan), EngineError, r"row 0 .*: the states have NaN"),
+    "rows of integers": (lambda a: a["rows"].update(dtype="int32"), ProtocolError, r"torch.int32, expected floats"),
+    "rows of another dtype": (
+        lambda a: a["rows"].update(dtype="float16", shape=[*a["rows"]["shape"][:2], 2 * a["rows"]["shape"][2]]),
+        ProtocolError,
+        r"row 0 .*rows of shape",
+    ),
+    "more rows than were asked for": (
+        lambda a: a["rows"].update(shape=[10**12, *a["rows"]["shape"][1:]]),
+        ProtocolError,
+        r"that were asked for",
+    ),
+    "a digest of text": (lambda a: a.update(prompt_digest="x"), ProtocolError, r"prompt_digest is 'x'"),
+    "a fault of null": (lambda a: a.update(faults={"tail": None}), ProtocolError, r"None stands where a text"),
     "no token states": (
         lambda a: a.pop("rows"),
         AlignmentError,
@@ -305,7 +364,7 @@ def test_a_span_whose_size_is_not_known_has_rows(empty: int) -> None:
 def test_states_of_another_number_of_layers(asked: Any, answered: Any, tokens: bool) -> None:
     pooling = None if tokens else "mean"
     rows = rows_for([request(HiddenSpec(("response",), pooling, answered, tokens=True))])
-    with pytest.raises(ProtocolError, match=r"row 0 .*: states of shape \(.*\), expected \[\.\.\., \d, 8\]"):
+    with pytest.raises(ProtocolError, match=r"row 0 .*(states of shape \(.*\), expected \[\.\.\., \d, 8\]|asked for)"):
         read(rows, [request(HiddenSpec(("response",), pooling, asked, tokens=True))])
 
 
@@ -316,7 +375,26 @@ def test_an_answer_of_another_form(answer: Any) -> None:
         read(spoiled(rows, lambda row: row["meta_info"].update({CHANNEL: answer})))
 
 
-@pytest.mark.parametrize("states", [None, [], 7, [["a"]], [[[1.0], [1.0, 2.0]]], [None], [[]], [[[]]], [1.0]])
+@pytest.mark.parametrize(
+    "states",
+    [
+        None,
+        [],
+        7,
+        [["a"]],
+        [7],
+        [{}],
+        [[[[1.0] * 8]]],
+        [[1.0] * 7],
+        [math.inf],
+        [[[1.0] * 8] * 4, {}],
+        [[[1.0], [1.0, 2.0]]],
+        [None],
+        [[]],
+        [[[]]],
+        [1.0],
+    ],
+)
 def test_stock_states_of_another_form(states: Any) -> None:
     one = request()
     rows = rows_for([one], **STOCK)
@@ -334,6 +412,19 @@ def test_another_number_of_answers(rows: Any) -> None:
 def test_a_row_of_another_form(row: Any) -> None:
     with pytest.raises(ProtocolError, match=r"row 0"):
         read([row])
+
+
+def test_the_answer_to_another_request() -> None:
+    """A server, or what stands between, that mixes up two clients' rows."""
+    requests = [request(), request(prompt_ids=(5, 6, 7, 8))]
+    rows = rows_for(requests)
+    names = [row["meta_info"]["id"] for row in rows]
+    assert len(read_rows(requests, rows, make_info(), rids=names)) == 2
+    with pytest.raises(ProtocolError, match=r"row 0.*answers 'recorded-1', and 'recorded-0' was sent"):
+        read_rows(requests, rows[::-1], make_info(), rids=names)
+    rows[1]["meta_info"]["id"] = None
+    with pytest.raises(ProtocolError, match=r"row 1.*answers None, and 'recorded-1'"):
+        read_rows(requests, rows, make_info(), rids=names)
 
 
 def test_a_response_across_an_update_says_so() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ def encoded(experts: torch.Tensor) -> dict[str, str]:
 
 
 def test_sampling_masks_become_tensors() -> None:
-    found = read_sampling_mask("row 0", META, IDS)
+    found = read_sampling_mask("row 0", META, IDS, max_width=2, vocab_size=16)
     assert found.token_ids_TS.tolist() == [[7, -1], [9, 8]]
     assert found.token_log_probs_TS.tolist() == [[0.0, -torch.inf], [-0.5, -1.0]]
     assert found.log_probs_T.tolist() == [0.0, -1.0]
@@ -37,6 +38,15 @@ def test_sampling_masks_become_tensors() -> None:
         ({"output_token_sampling_mask": [[7], [9]]}, ProtocolError, "cannot be read"),
         ({"output_token_sampling_logprobs": [[0.0], [None, 1.0]]}, ProtocolError, "cannot be read"),
         ({"output_token_sampling_logprobs": [0.0, -0.5]}, ProtocolError, "cannot be read"),
+        ({"output_token_sampling_mask": 7}, ProtocolError, "cannot be read"),
+        ({"output_token_sampling_mask": [7, 8]}, ProtocolError, "cannot be read"),
+        ({"output_token_sampling_mask": [[7], [9, 8.0]]}, ProtocolError, "8.0, expected an integer"),
+        ({"output_token_sampling_mask": [[7], [16, 8]]}, ProtocolError, r"16, expected 0\.\.15"),
+        ({"output_token_sampling_mask": [[7], [-1, 8]]}, ProtocolError, r"-1, expected 0\.\.15"),
+        ({"output_token_sampling_logprobs": [[0.0], [math.nan, -1.0]]}, ProtocolError, "is no number"),
+        ({"output_token_sampling_logprobs": [[0.0], [[-0.5, -1.0]] * 2]}, ProtocolError, "cannot be read"),
+        # One row of many tokens must not widen all the others.
+        ({"output_token_sampling_mask": [[7], [8] * 3]}, AlignmentError, "drawn from 3 tokens, over .* limit of 2"),
         (
             {"output_token_sampling_mask": [[7], [9, 10]]},
             AlignmentError,
@@ -47,7 +57,7 @@ def test_sampling_masks_become_tensors() -> None:
 )
 def test_sampling_masks_that_do_not_add_up(changes: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=f"row 4: .*{words}"):
-        read_sampling_mask("row 4", {**META, **changes}, IDS)
+        read_sampling_mask("row 4", {**META, **changes}, IDS, max_width=2, vocab_size=16)
 
 
 def test_routed_experts_become_a_tensor() -> None:

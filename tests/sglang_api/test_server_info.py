@@ -92,7 +92,7 @@ def test_a_server_says_why_it_gives_no_states() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"speculative_algorithm": "NGRAM"}, r"speculative decoding \(NGRAM\) gives rows of rejected tokens"),
+        ({"speculative_algorithm": "NGRAM"}, r"speculative decoding \('NGRAM'\) gives rows of rejected tokens"),
         ({"pp_size": 2}, r"between pipeline stages \(pp_size=2\)"),
         ({"enable_return_aux_hidden_states": True}, "--enable-return-aux-hidden-states packs other layers' states"),
     ],
@@ -208,3 +208,38 @@ def test_what_a_server_records_of_its_sampling() -> None:
     assert (info.max_sampling_mask, info.returns_routed_experts, info.raw_log_probs) == (4096, True, False)
     info = info_of(STATUS, {**STATUS, "raw_log_probs": True})
     assert (info.max_sampling_mask, info.returns_routed_experts, info.raw_log_probs) == (0, False, True)
+
+
+@pytest.mark.parametrize(
+    ("model", "server"),
+    [
+        ({"model_path": 7}, {}), ({"model_path": None}, {}), ({"tokenizer_path": ["t"]}, {}),
+        ({"weight_version": 1}, {}),
+        ({}, {"internal_states": 7}), ({}, {"internal_states": [7]}), ({}, {"internal_states": "x"}),
+        ({}, {"internal_states": [{CHANNEL: 7}]}), ({}, {"internal_states": {"x": {}}}), ({}, {"context_length": "64"}),
+        ({}, {"context_length": 10**12}), ({}, {"max_req_input_len": None}), ({}, {"max_req_input_len": {}}),
+        ({}, {"max_req_input_len": -1}), ({}, {"sampling_mask_max_tokens": "8"}), ({}, {"pp_size": "2"}),
+        ({}, {"pp_size": [2]}), ({}, {"limit_mm_data_per_request": 7}),
+        ({}, {"limit_mm_data_per_request": {"image": "4"}}),
+        ({}, {"internal_states": [{CHANNEL: {**STATUS, "hidden_size": 10**12}}]}),
+        ({}, {"internal_states": [{CHANNEL: {**STATUS, "vocab_size": 0}}]}),
+        ({}, {"internal_states": [{CHANNEL: {**STATUS, "layers": [0, 4, -1]}}]}),
+    ],
+)  # fmt: skip
+def test_a_description_of_other_types(model: Any, server: Any) -> None:
+    """A size is bounded too: the client makes rows of it for requests that failed."""
+    with pytest.raises(ProtocolError, match=r"server's (description is wrong,|internal_states are) .*(use|is that)"):
+        read_info({**MODEL_INFO, **model}, {**server_info(STATUS), **server}, sizes_of)
+
+
+@pytest.mark.parametrize("size", [0, -1, "96", None, 9.0])
+def test_a_warm_up_with_a_size_that_is_none(size: Any) -> None:
+    payload = warm_up(server_info({**STATUS, "layers": None, "vocab_size": size}))
+    assert payload is not None
+    assert payload["input_ids"] == [[0] * 8]
+
+
+@pytest.mark.parametrize("states", [7, "x", [7], [{CHANNEL: 7}]])
+def test_a_warm_up_of_no_server(states: Any) -> None:
+    with pytest.raises(ProtocolError, match=r"internal_states are .*; is that an SGLang server"):
+        warm_up({"internal_states": states})

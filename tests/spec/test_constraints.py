@@ -122,6 +122,8 @@ BAD: list[tuple[Any, dict[str, Any], type[SGLangHiddenError], str]] = [
     (Push, {"amounts": (), "first_tokens": 0}, InputError, r"Push\(first_tokens=0\)"),
     (TemperatureScale, {"schedule": 0}, InputError, r"temperature 0\.0; .*\[0\.01, 100\].* use temperature=0"),
     (TemperatureScale, {"schedule": 0.009}, InputError, r"temperature 0\.009; expected one in \[0\.01, 100\]"),
+    (TemperatureScale, {"schedule": 10**400}, InputError, r"temperature inf; expected one in \[0\.01, 100\]"),
+    (TemperatureScale, {"schedule": [1, -(10**400)]}, InputError, r"temperature .*inf; expected one in \[0\.01"),
     (TemperatureScale, {"schedule": 100.1}, InputError, r"temperature 100\.1"),
     (TemperatureScale, {"schedule": -1.0}, InputError, r"temperature -1\.0"),
     (TemperatureScale, {"schedule": math.nan}, InputError, r"temperature nan"),

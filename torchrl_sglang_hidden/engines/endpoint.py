@@ -20,7 +20,7 @@ from urllib.parse import SplitResult, urlsplit
 import httpx
 
 from torchrl_sglang_hidden.engines.base import ask_model
-from torchrl_sglang_hidden.engines.http_answers import read_event, read_json, reason_of, translated
+from torchrl_sglang_hidden.engines.http_answers import read_event, read_json, reason_of, text_of, translated
 from torchrl_sglang_hidden.engines.sessions import SessionHost
 from torchrl_sglang_hidden.errors import (
     CapabilityError,
@@ -30,7 +30,7 @@ from torchrl_sglang_hidden.errors import (
     ProtocolError,
     RequestRejectedError,
 )
-from torchrl_sglang_hidden.protocol import CHANNEL
+from torchrl_sglang_hidden.protocol import CHANNEL, excerpt
 from torchrl_sglang_hidden.protocol.served_weights import ServedWeights, is_readable, served_weights
 from torchrl_sglang_hidden.records import Completion, Request
 from torchrl_sglang_hidden.sglang_api.payload import to_payload
@@ -101,6 +101,8 @@ class Endpoint:
             stack.pop_all()
         self.streams_cumulatively = not server_info.get("incremental_streaming_output")
         ranks = server_info.get("dp_size") or 1
+        if type(ranks) is not int or ranks < 1:
+            raise ProtocolError(f"{self.url}/server_info has dp_size={excerpt(ranks)}; is that an SGLang server?")
         self.session_host = SessionHost(lambda: self.info, self.call, self.ask, binary=False, num_ranks=ranks)
 
     def _translated(self) -> AbstractContextManager[None]:
@@ -111,7 +113,7 @@ class Endpoint:
             response = self._client.get(path)
         body = read_json(response, self.url)
         if not isinstance(body, dict):
-            raise ProtocolError(f"{self.url}{path} answered {str(body)[:80]!r}; is that an SGLang server?")
+            raise ProtocolError(f"{self.url}{path} answered {excerpt(body)}; is that an SGLang server?")
         return body
 
     def generate(self, requests: Sequence[Request], rids: Sequence[str], rows: Sequence[int]) -> list[Completion]:
@@ -126,7 +128,7 @@ class Endpoint:
             One `Completion` per request; what went wrong with one of them alone is in its ``error``.
         """
         answer = self.ask({**to_payload(requests, self.info, binary=False), "rid": list(rids)})
-        return read_rows(requests, answer, self.info, numbers=rows)
+        return read_rows(requests, answer, self.info, numbers=rows, rids=rids)
 
     def ask(self, payload: dict[str, Any]) -> Any:
         """Post a payload to SGLang's ``/generate``, and return the JSON of the answer.
@@ -158,7 +160,7 @@ class Endpoint:
             self._aborting.add(task)
             task.add_done_callback(self._aborting.discard)
             raise
-        return read_rows(requests, read_json(response, self.url), self.info, numbers=rows)
+        return read_rows(requests, read_json(response, self.url), self.info, numbers=rows, rids=rids)
 
     async def wait_for_aborts(self) -> None:
         """Wait until what was given up in this event loop is aborted on the server, or was not in time."""
@@ -213,11 +215,14 @@ class Endpoint:
         with self._translated():
             response = self._client.post(f"/{route}", json=payload)
         if response.status_code not in (200, 400):
-            return dict(read_json(response, self.url))
+            body = read_json(response, self.url)
+            if not isinstance(body, dict):
+                raise ProtocolError(f"{self.url}/{route} answered {excerpt(body)}; is that an SGLang server?")
+            return body
         try:
             body = response.json()
-        except ValueError:
-            return {"success": response.status_code == 200, "message": response.text}
+        except (ValueError, RecursionError):
+            return {"success": response.status_code == 200, "message": text_of(response)}
         if isinstance(body, str):
             return {"success": response.status_code == 200, "message": body}
         if not isinstance(body, dict) or (response.status_code == 400 and "success" not in body):
@@ -228,7 +233,10 @@ class Endpoint:
 
     def weight_version(self) -> str:
         """Ask for the version of the weights at this moment: another client may have changed them."""
-        return str(self._get("/model_info")["weight_version"])
+        version = self._get("/model_info").get("weight_version")
+        if not isinstance(version, str):
+            raise ProtocolError(f"{self.url}/model_info has the weight_version {excerpt(version)}; is it SGLang?")
+        return version
 
     def served_weights(self) -> ServedWeights:
         """Read names and shapes of the served checkpoint from the server half, or from the model's directory.
@@ -244,11 +252,6 @@ class Endpoint:
                 raise CapabilityError(
                     f"{self.url} cannot read the names and shapes of the weights that it serves ({error}), and wrong "
                     "ones end an SGLang server; serve a directory with safetensors"
-                ) from error
-            except (KeyError, TypeError, ValueError) as error:
-                raise ProtocolError(
-                    f"{self.url} does not say which weights it serves ({error}); use the same version of "
-                    "torchrl_sglang_hidden here and there"
                 ) from error
         try:
             found = served_weights(self.info.model_path)
@@ -272,7 +275,10 @@ class Endpoint:
 
     def load_adapter(self, name: str, adapter: Adapter, version: str) -> None:
         """Load a checked adapter into the server, and note the version; see `Engine.load_adapter`."""
-        loaded = {model["id"] for model in self._get("/v1/models")["data"]}
+        models = self._get("/v1/models").get("data")
+        if not isinstance(models, list) or not all(isinstance(model, dict) for model in models):
+            raise ProtocolError(f"{self.url}/v1/models lists {excerpt(models)}; is that an SGLang server?")
+        loaded = [model.get("id") for model in models]
         server_info = self._get("/server_info")
         load(
             self._receiver(),

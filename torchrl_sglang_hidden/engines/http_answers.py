@@ -20,8 +20,9 @@ from torchrl_sglang_hidden.errors import (
     ProtocolError,
     RequestRejectedError,
 )
+from torchrl_sglang_hidden.protocol import excerpt
 
-__all__ = ["read_event", "read_json", "reason_of", "translated"]
+__all__ = ["read_event", "read_json", "reason_of", "text_of", "translated"]
 
 _EVENT = "data: "
 _LAST_EVENT = "data: [DONE]"
@@ -71,8 +72,8 @@ def read_json(response: httpx.Response, url: str) -> Any:
         raise kind(f"{url} answered {response.status_code}: {reason_of(response)}; look at the server's log")
     try:
         return response.json()
-    except ValueError as error:
-        raise ProtocolError(f"{url} answered no JSON: {response.text[:80]!r}; is that an SGLang server?") from error
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"{url} answered no JSON: {text_of(response)[:80]!r}; is that an SGLang server?") from error
 
 
 def read_event(line: str, url: str) -> Any:
@@ -92,20 +93,31 @@ def read_event(line: str, url: str) -> Any:
         if not line.startswith(_EVENT):
             raise ValueError("no event")
         event = json.loads(line.removeprefix(_EVENT))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ProtocolError(f"{url} streamed {line[:80]!r} ({error}); is that an SGLang server?") from error
     if isinstance(event, dict) and isinstance(event.get("error"), dict):
         refused, code = event["error"], event["error"].get("code")
         kind = EngineError if isinstance(code, int) and code >= 500 else RequestRejectedError
-        raise kind(f"{url} answered {code}: {str(refused.get('message', refused))[:300]}; look at the server's log")
+        raise kind(
+            f"{url} answered {excerpt(code)}: {_words(refused.get('message', refused))}; look at the server's log"
+        )
     return event
+
+
+def text_of(response: httpx.Response) -> str:
+    """Return the text of an answer as UTF-8, whatever its header says it is: the header may be wrong too."""
+    return response.content.decode("utf-8", "replace")
 
 
 def reason_of(response: httpx.Response) -> str:
     """Return the server's own words about an error."""
     try:
         body = response.json()
-    except ValueError:
-        return response.text[:300]
+    except (ValueError, RecursionError):
+        return text_of(response)[:300]
     error = body.get("error", body) if isinstance(body, dict) else body
-    return str(error.get("message", error) if isinstance(error, dict) else error)[:300]
+    return _words(error.get("message", error) if isinstance(error, dict) else error)
+
+
+def _words(message: object) -> str:
+    return message[:300] if isinstance(message, str) else excerpt(message, 300)

@@ -160,7 +160,7 @@ class Session:
                 f"{error}; a session ends with its server, or after {IDLE_TIMEOUT_S:.0f} s without a turn: `ids` has "
                 "its context; pass them as the first turn of a new session"
             ) from error
-        return rid, read_responses([request], rows, info)[0]
+        return rid, read_responses([request], rows, info, rids=[rid])[0]
 
     def close(self) -> None:
         """End the session; a second call does nothing."""

@@ -13,7 +13,9 @@ from typing import Any, Self
 import torch
 
 from torchrl_sglang_hidden.errors import AlignmentError, CapabilityError, EngineError, InputError, ProtocolError
+from torchrl_sglang_hidden.protocol import excerpt
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
+from torchrl_sglang_hidden.sglang_api.fields import read_ids
 from torchrl_sglang_hidden.sglang_api.log_probs import read_log_probs
 from torchrl_sglang_hidden.sglang_api.responses import read_responses
 
@@ -74,6 +76,7 @@ class _Reader:
         self._request, self._info = request, info
         self._ids: tuple[int, ...] = ()
         self._text = ""
+        self._rid: Any = None
         self._completion: Completion | None = None
         self._over = ""
 
@@ -103,15 +106,22 @@ class _Reader:
 
     def read(self, row: Any) -> StreamChunk:
         try:
-            ids, text = tuple(int(token_id) for token_id in row["output_ids"]), row["text"]
+            ids, text = read_ids(row["output_ids"], self._info.vocab_size), row["text"]
             meta = row["meta_info"]
-            name, finish = f"request {meta['id']}", meta["finish_reason"]
+            rid, finish = meta["id"], meta["finish_reason"]
+            self._rid = rid if self._rid is None else self._rid
+            if not isinstance(rid, str) or rid != self._rid:
+                raise ValueError(f"it answers {excerpt(rid)}, and {excerpt(self._rid)} before")
+            name = f"request {rid}"
             entries = meta["output_token_logprobs"] if self._request.return_log_probs else None
+            if self._request.return_log_probs and entries is None and finish is None:
+                raise ValueError("its log-probs are null")
             goes_on = ids[: len(self._ids)] == self._ids and text.startswith(self._text)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
+            wrong = f"lacks {error}" if isinstance(error, KeyError) else f"is wrong, {error}"
             raise ProtocolError(
-                f"a part of a stream lacks {error}: {str(row)[:200]}; is that an SGLang server of a version that this "
-                "package supports?"
+                f"a part of a stream {wrong}: {excerpt(row, 200)}; is that an SGLang server of a version that "
+                "this package supports?"
             ) from error
         if not goes_on:
             raise AlignmentError(

@@ -16,6 +16,7 @@ from torchrl_sglang_hidden.protocol.answer import (
     pack_answer,
     unpack_answer,
 )
+from torchrl_sglang_hidden.protocol.excerpts import excerpt
 from torchrl_sglang_hidden.protocol.request_options import (
     MAX_CONSTRAINTS,
     Options,
@@ -54,6 +55,7 @@ __all__ = [
     "check_protocol",
     "digest_prompt",
     "drop_shared",
+    "excerpt",
     "image_token_in",
     "pack_answer",
     "pack_options",

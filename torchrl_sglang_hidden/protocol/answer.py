@@ -14,6 +14,7 @@ from zlib import crc32
 import torch
 
 from torchrl_sglang_hidden.errors import CapabilityError, ProtocolError
+from torchrl_sglang_hidden.protocol.excerpts import as_count, excerpt
 from torchrl_sglang_hidden.protocol.shared_memory import discard
 from torchrl_sglang_hidden.protocol.status import CHANNEL, FALLBACK_REMEDY, PROTOCOL, check_protocol
 from torchrl_sglang_hidden.protocol.tensors import (
@@ -26,7 +27,7 @@ from torchrl_sglang_hidden.protocol.tensors import (
     unpack_bytes,
     unpack_tensor,
 )
-from torchrl_sglang_hidden.records import TokenLogits
+from torchrl_sglang_hidden.records import MAX_ANSWER_BYTES, TokenLogits
 from torchrl_sglang_hidden.reduce.pooling import Pools, WantedRows
 from torchrl_sglang_hidden.reduce.wanted_logits import FoundLogits
 
@@ -128,7 +129,9 @@ class Answer:
     prompt_digest: int | None = None
 
 
-def unpack_answer(answer: object, row: str, hidden_size: int, *, shared: bool = True) -> Answer:
+def unpack_answer(
+    answer: object, row: str, hidden_size: int, *, shared: bool = True, limit: int = MAX_ANSWER_BYTES
+) -> Answer:
     """Read what `pack_answer` wrote; what was in shared memory is removed there.
 
     Args:
@@ -137,6 +140,7 @@ def unpack_answer(answer: object, row: str, hidden_size: int, *, shared: bool = 
         hidden_size: D.
         shared: whether it was asked for through shared memory. Otherwise a server elsewhere would get to name files
             of this machine.
+        limit: most bytes that any of its tensors may have: as many as were asked for.
 
     Raises:
         ProtocolError: it cannot be read, was cut short, its bytes are not those that were sent, or it is in shared
@@ -144,27 +148,34 @@ def unpack_answer(answer: object, row: str, hidden_size: int, *, shared: bool = 
         CapabilityError: this server cannot give these logits.
     """
     if not isinstance(answer, list) or len(answer) != 1 or not isinstance(answer[0], dict):
-        raise ProtocolError(f"{row}: expected one {CHANNEL} answer in meta_info, got {answer!r:.80}; {FALLBACK_REMEDY}")
+        raise ProtocolError(
+            f"{row}: expected one {CHANNEL} answer in meta_info, got {excerpt(answer)}; {FALLBACK_REMEDY}"
+        )
     fields = answer[0]
     check_protocol(fields.get("protocol"), f"{row}: the server half")
     if fields.get("refused"):
-        raise CapabilityError(f"{row}: {fields['refused']}")
+        refused = fields["refused"]
+        raise CapabilityError(f"{row}: {refused if isinstance(refused, str) else excerpt(refused)}")
     sent = [block for block in map(fields.get, _BLOCKS) if isinstance(block, dict) and "shared" in block]
     if not shared and sent:
         raise ProtocolError(
-            f"{row}: the server half put the states into shared memory ({sent[0]['shared']!r:.80}), unasked; install "
-            "the same version of torchrl_sglang_hidden on both sides"
+            f"{row}: the server half put the states into shared memory ({excerpt(sent[0]['shared'])}), unasked; "
+            "install the same version of torchrl_sglang_hidden on both sides"
         )
     try:
         data = unpack_bytes({name: fields[name] for name in ("data", "crc32")})  # vectors are never shared
-        pooled = [(str(kind), str(name), int(count), filled is True) for kind, name, count, filled in fields["places"]]
+        pooled = [_read_place(place) for place in fields["places"]]
         num_vectors = sum(1 for *_, filled in pooled if filled)
+        if num_vectors and not data:
+            raise ValueError(f"0 bytes for {num_vectors} vectors")
         vectors = iter(as_tensor(data, torch.float32, (num_vectors, -1, hidden_size)) if num_vectors else ())
-        faults = {str(name): str(fault) for name, fault in fields["faults"].items()}
+        faults = {name: _text(fault) for name, fault in fields["faults"].items()}
         found = {(kind, name): (next(vectors) if filled else None, count) for kind, name, count, filled in pooled}
-        rows = None if "rows" not in fields else _unpack_rows(fields["rows"], hidden_size)
-        logits = None if "constrained" not in fields else _unpack_found(fields)
-        prompt_digest = None if "prompt_digest" not in fields else int(fields["prompt_digest"])
+        rows = None if "rows" not in fields else _unpack_rows(fields["rows"], hidden_size, limit)
+        logits = None if "constrained" not in fields else _unpack_found(fields, limit)
+        prompt_digest = fields.get("prompt_digest")
+        if prompt_digest is not None:
+            as_count(prompt_digest, "prompt_digest", 2**32 - 1)
     except (KeyError, TypeError, ValueError, RuntimeError, OSError, AttributeError, OverflowError) as error:
         raise ProtocolError(f"{row}: the states cannot be read ({error}); was the answer cut short?") from error
     segments = {name: value for (kind, name), value in found.items() if kind == "segment"}
@@ -184,31 +195,47 @@ def drop_shared(answer: object) -> None:
             discard(sent[0][name]["shared"])
 
 
-def _unpack_rows(fields: Mapping[str, Any], hidden_size: int) -> WantedRows:
-    rows = unpack_tensor(fields)
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{excerpt(value)} stands where a text is expected")
+    return value
+
+
+def _read_place(place: Any) -> tuple[str, str, int, bool]:
+    """Read what one pooled value is of, how many rows it stands for, and whether it is there."""
+    kind, name, count, filled = place
+    if not isinstance(filled, bool):
+        raise TypeError(f"{excerpt(filled)} stands where true or false is expected")
+    if type(count) is not int:
+        raise TypeError(f"{excerpt(count)} stands where a number of rows is expected")
+    return _text(kind), _text(name), count, filled
+
+
+def _unpack_rows(fields: Mapping[str, Any], hidden_size: int, limit: int) -> WantedRows:
+    rows = unpack_tensor(fields, "floats", limit)
     if rows.ndim != 3 or rows.shape[2] != hidden_size:
         raise ValueError(f"rows of shape {tuple(rows.shape)}, expected [N, K, {hidden_size}]")
-    return WantedRows(int(fields["first"]), rows)
+    return WantedRows(as_count(fields["first"], "the first row's position"), rows)
 
 
-def _unpack_found(fields: Mapping[str, Any]) -> FoundLogits:
+def _unpack_found(fields: Mapping[str, Any], limit: int) -> FoundLogits:
     found = {}
     for name in ("logits", "prompt_logits"):
         if name in fields:
-            values = unpack_tensor(fields[name])
-            ids = unpack_tensor(fields[f"{name}_ids"]).long() if f"{name}_ids" in fields else None
+            values = unpack_tensor(fields[name], "floats", limit)
+            ids = unpack_tensor(fields[f"{name}_ids"], "ids", limit).long() if f"{name}_ids" in fields else None
             if values.ndim != 2 or (ids is not None and ids.shape != values.shape):
                 raise ValueError(f"{name} of shape {tuple(values.shape)}, ids of {None if ids is None else ids.shape}")
             found[name] = TokenLogits(values, ids)
-    lists = {name: unpack_tensor(fields[name]) for name in ("log_probs", "entropy") if name in fields}
+    lists = {name: unpack_tensor(fields[name], "floats", limit) for name in ("log_probs", "entropy") if name in fields}
     for name, values in lists.items():
-        if values.ndim != 1:
-            raise ValueError(f"{name} of shape {tuple(values.shape)}, expected [N]")
+        if values.ndim != 1 or values.dtype != torch.float32:
+            raise ValueError(f"{name} of shape {tuple(values.shape)} and {values.dtype}, expected float32 [N]")
     return FoundLogits(
         response=found.get("logits"),
         prompt=found.get("prompt_logits"),
         log_probs_N=lists.get("log_probs"),
         entropy_T=lists.get("entropy"),
-        constrained=int(fields["constrained"]),
-        fault=str(fields["fault"]),
+        constrained=as_count(fields["constrained"], "constrained"),
+        fault=_text(fields["fault"]),
     )

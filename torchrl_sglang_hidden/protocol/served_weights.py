@@ -8,8 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
+
+from torchrl_sglang_hidden.errors import ProtocolError
+from torchrl_sglang_hidden.protocol.excerpts import as_count, excerpt
 
 __all__ = ["PUSHED_PREFIX", "ServedWeights", "is_readable", "read_header", "safetensors_files", "served_weights"]
 
@@ -17,6 +20,7 @@ __all__ = ["PUSHED_PREFIX", "ServedWeights", "is_readable", "read_header", "safe
 # reporting it as the path of its model.
 PUSHED_PREFIX = "torchrl-sglang-hidden-weights-"
 INDEX = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000
 # Ends the version of weights of which a server has a part only.
 INCOMPLETE = "-incomplete"
 # Begins SGLang's message of an update that is done but for the prefix cache, which holds states of the old weights.
@@ -52,9 +56,22 @@ class ServedWeights:
 
     @classmethod
     def unpack(cls, fields: Mapping[str, Any]) -> ServedWeights:
-        """Read what `pack` wrote."""
-        tensors = {name: (str(dtype), tuple(map(int, shape))) for name, (dtype, shape) in fields["tensors"].items()}
-        return cls(tensors, bool(fields["tied"]), str(fields["quantization"]))
+        """Read what `pack` wrote.
+
+        Raises:
+            ProtocolError: a field is missing, or of another type.
+        """
+        try:
+            tensors = {name: _entry_of(name, *entry) for name, entry in fields["tensors"].items()}
+            tied, quantization = fields["tied"], fields["quantization"]
+            if not isinstance(tied, bool) or not isinstance(quantization, str):
+                raise TypeError(f"tied is {excerpt(tied)} and quantization {excerpt(quantization)}")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ProtocolError(
+                f"the server does not say which weights it serves ({error}); use the same version of "
+                "torchrl_sglang_hidden here and there"
+            ) from error
+        return cls(tensors, tied, quantization)
 
 
 def served_weights(model: str, config: Any = None) -> ServedWeights:
@@ -133,7 +150,14 @@ def safetensors_files(directory: Path) -> list[Path]:
     index = directory / INDEX
     if index.is_file():
         # Some repositories carry the same weights a second time under another name.
-        return [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        try:
+            names = set(json.loads(index.read_bytes())["weight_map"].values())
+            # In the checkpoint's own directory: an index from elsewhere is not to name any file of this machine.
+            if not all(isinstance(name, str) and PurePath(name).name == name not in ("", "..") for name in names):
+                raise TypeError(f"its files are {excerpt(names)}")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{index} names no safetensors ({type(error).__name__}: {error})") from error
+        return [directory / name for name in sorted(names)]
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{directory} has no *.safetensors")
@@ -149,8 +173,19 @@ def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """
     with file.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
-        if size > file.stat().st_size:
+        # The limit is safetensors' own.
+        if size > min(file.stat().st_size, MAX_HEADER_BYTES):
             raise ValueError(f"{file} is no safetensors file, or was cut short")
-        header = json.loads(stream.read(size))
-    header.pop("__metadata__", None)
-    return {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+        data = stream.read(size)
+    try:
+        header = json.loads(data)
+        header.pop("__metadata__", None)
+        return {name: _entry_of(name, entry["dtype"], entry["shape"]) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file} is no safetensors file ({type(error).__name__}: {error})") from error
+
+
+def _entry_of(name: object, dtype: object, shape: object) -> tuple[str, tuple[int, ...]]:
+    if not isinstance(name, str) or not isinstance(dtype, str) or not isinstance(shape, (list, tuple)):
+        raise TypeError(f"{excerpt(name)} is of the dtype {excerpt(dtype)} and the shape {excerpt(shape)}")
+    return dtype, tuple(as_count(size, "a size") for size in shape)

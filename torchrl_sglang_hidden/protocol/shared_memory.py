@@ -14,12 +14,14 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import threading
 import time
 from collections import deque
 from contextlib import suppress
 from pathlib import Path
 
+from torchrl_sglang_hidden.protocol.excerpts import excerpt
 from torchrl_sglang_hidden.records import MAX_ANSWER_BYTES
 
 __all__ = ["SharedFiles", "discard", "fetch", "is_shared", "remove_leftovers"]
@@ -27,7 +29,7 @@ __all__ = ["SharedFiles", "discard", "fetch", "is_shared", "remove_leftovers"]
 DIRECTORY = Path("/dev/shm")
 _PREFIX = "torchrl_sglang_hidden"
 _SIGN = re.compile(rf"{_PREFIX}-[0-9a-f]{{16}}-here")
-_DATA = re.compile(rf"{_PREFIX}-[0-9a-f]{{16}}-[0-9]+")
+_DATA = re.compile(rf"{_PREFIX}-[0-9a-f]{{16}}-[0-9]{{1,20}}")
 
 # A smaller result costs less as text in the answer than as a file.
 MIN_BYTES = 256 * 1024
@@ -137,24 +139,53 @@ def is_shared(sign: str, directory: Path = DIRECTORY) -> bool:
     """Return whether the server with this sign is on this machine, and its files can be read."""
     if not _SIGN.fullmatch(sign):
         return False
+    token = sign.removesuffix("-here").encode()
     try:
-        return (directory / sign).read_text() == sign.removesuffix("-here")
+        return _read_own(directory / sign, len(token)) == token
     except (OSError, ValueError):
         return False
 
 
-def fetch(name: str, directory: Path = DIRECTORY) -> bytes:
+def fetch(name: str, size: int, directory: Path = DIRECTORY) -> bytes:
     """Read a server's file, and remove it.
 
+    Args:
+        name: the file's.
+        size: how many bytes it must have.
+        directory: where it is.
+
     Raises:
-        OSError: the file does not exist.
-        ValueError: the name is not of a shared file.
+        OSError: the file does not exist, or is a link.
+        ValueError: the name is not of a shared file; or the file has another size, or is not as a server writes it.
+        TypeError: the name is no text.
     """
     path = _data_path(name, directory)
     try:
-        return path.read_bytes()
+        return _read_own(path, size)
     finally:
-        path.unlink(missing_ok=True)
+        # It may be another user's, which is not ours to remove.
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _read_own(path: Path, size: int) -> bytes:
+    """Read a file that a server wrote: everybody may put files there, and links and pipes that one would wait at.
+
+    Raises:
+        OSError: it does not exist, or is a link.
+        ValueError: it has another size, or is no plain file that its owner alone can read.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb", closefd=True) as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode) or stat.S_IMODE(found.st_mode) & 0o077:
+            raise ValueError(f"{path} has the mode {stat.filemode(found.st_mode)}, expected -rw-------")
+        # A superuser reads the files of a server that runs as somebody else.
+        if os.geteuid() not in (0, found.st_uid):
+            raise ValueError(f"{path} is of user {found.st_uid}, and this process of {os.geteuid()}")
+        if found.st_size != size:
+            raise ValueError(f"{path} has {found.st_size} bytes, expected {size}")
+        return file.read(size)
 
 
 def discard(name: str, directory: Path = DIRECTORY) -> None:
@@ -168,8 +199,10 @@ def discard(name: str, directory: Path = DIRECTORY) -> None:
 
 def _data_path(name: str, directory: Path) -> Path:
     # The name comes from the network: accept nothing but data files. A sign belongs to its server.
+    if not isinstance(name, str):
+        raise TypeError(f"{excerpt(name)} is no name of a file")
     if not _DATA.fullmatch(name):
-        raise ValueError(f"{name!r} is no file of shared states")
+        raise ValueError(f"{excerpt(name)} is no file of shared states")
     return directory / name
 
 

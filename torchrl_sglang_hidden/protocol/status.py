@@ -6,11 +6,12 @@ nothing of requests and their answers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from torchrl_sglang_hidden.errors import ProtocolError
+from torchrl_sglang_hidden.protocol.excerpts import excerpt
 
 __all__ = [
     "ALL_LAYERS",
@@ -87,7 +88,7 @@ class Status:
         """Read what `pack` wrote.
 
         Raises:
-            ProtocolError: another protocol number, or a missing field.
+            ProtocolError: another protocol number, a missing field, or one of another type.
         """
         check_protocol(fields.get("protocol"), "the server half")
         try:
@@ -97,7 +98,18 @@ class Status:
                 f"the server half's description lacks {error}; use the same version of "
                 "torchrl_sglang_hidden on both sides"
             ) from error
-        layers = None if values["layers"] is None else tuple(values["layers"])
+        layers = values["layers"]
+        if not (layers is None or _all(layers, lambda layer: type(layer) is int and layer >= -1)):
+            _refuse("layers", layers)
+        if not _all(values["constraints"], lambda name: isinstance(name, str)):
+            _refuse("constraints", values["constraints"])
+        for name, kind in _KINDS.items():
+            if type(values[name]) is not kind or (kind is int and values[name] < 0):
+                _refuse(name, values[name])
+        token_id = values["image_token_id"]
+        if token_id is not None and (type(token_id) is not int or token_id < 0):
+            _refuse("image_token_id", token_id)
+        layers = None if layers is None else tuple(layers)
         return cls(**{**values, "layers": layers, "constraints": tuple(values["constraints"])})
 
 
@@ -113,6 +125,23 @@ def image_token_in(config: object) -> int | None:
     return next((token_id for token_id in found if isinstance(token_id, int)), None)
 
 
+_KINDS: dict[str, type] = {
+    "vocab_size": int, "hidden_size": int, "num_layers": int, "context_length": int, "open_pools": int,
+    "prefix_bytes": int, "because": str, "shared": str, "normed": bool, "raw_log_probs": bool,
+}  # fmt: skip
+
+
+def _all(values: object, holds: Callable[[Any], bool]) -> bool:
+    return isinstance(values, (list, tuple)) and all(map(holds, values))
+
+
+def _refuse(name: str, value: object) -> NoReturn:
+    raise ProtocolError(
+        f"the server half's description has {name}={excerpt(value)}; use the same version of torchrl_sglang_hidden on "
+        "both sides"
+    )
+
+
 def check_protocol(spoken: object, who: str) -> None:
     """Raise unless both sides speak the same protocol.
 
@@ -123,8 +152,8 @@ def check_protocol(spoken: object, who: str) -> None:
     Raises:
         ProtocolError: it is another number.
     """
-    if spoken != PROTOCOL:
+    if type(spoken) is not int or spoken != PROTOCOL:
         raise ProtocolError(
-            f"{who} speaks protocol {spoken!r} and this client {PROTOCOL}; install the same version of "
+            f"{who} speaks protocol {excerpt(spoken)} and this client {PROTOCOL}; install the same version of "
             "torchrl_sglang_hidden on both sides"
         )

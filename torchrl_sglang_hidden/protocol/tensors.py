@@ -7,13 +7,16 @@ requests, nor of what a tensor means.
 from __future__ import annotations
 
 import base64
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias, assert_never
 
 import torch
 
+from torchrl_sglang_hidden.protocol.excerpts import as_count, excerpt
 from torchrl_sglang_hidden.protocol.shared_memory import fetch
+from torchrl_sglang_hidden.records import MAX_ANSWER_BYTES
 
 __all__ = [
     "DTYPES",
@@ -35,6 +38,9 @@ Share: TypeAlias = Callable[[bytes], str | None]
 
 # Most bytes of one tensor as text, which three processes copy and parse as JSON. A file is not copied.
 MAX_TEXT_BYTES = 256 * 2**20
+
+# No tensor that travels has more.
+MAX_DIMENSIONS = 3
 
 DTYPES = {
     "float32": torch.float32,
@@ -79,21 +85,34 @@ def pack_bytes(data: bytes, way: Way, share: Share | None = None) -> dict[str, A
             assert_never(unknown)
 
 
-def unpack_bytes(fields: Mapping[str, Any]) -> bytes:
+def unpack_bytes(fields: Mapping[str, Any], size: int | None = None) -> bytes:
     """Read what `pack_bytes` wrote. A file in shared memory is removed.
+
+    Args:
+        fields: what `pack_bytes` wrote.
+        size: how many bytes they must be, which is checked before there is memory for them; None for what came as
+            bytes or text, and is in memory already.
 
     Raises:
         ValueError: the bytes are not the ones that were sent.
-        OSError: the file does not exist.
+        OSError: the file does not exist, or is not the server's own.
         KeyError: a field is missing.
+        TypeError: a field is of another type.
     """
     if "shared" in fields:
-        data = fetch(fields["shared"])
+        if size is None:
+            raise ValueError("bytes of any number are in shared memory")
+        data = fetch(fields["shared"], size)
     else:
         sent = fields["data"]
+        if not isinstance(sent, (bytes, str)):
+            raise TypeError(f"the data are {excerpt(sent)}, expected bytes or text")
+        length = len(sent) if isinstance(sent, bytes) else len(sent) // 4 * 3 - sent[-2:].count("=")
+        if size is not None and length != size:
+            raise ValueError(f"{length} bytes came, expected {size}")
         data = sent if isinstance(sent, bytes) else base64.b64decode(sent, validate=True)
     if zlib.crc32(data) != fields["crc32"]:
-        raise ValueError(f"checksum {zlib.crc32(data)} of {len(data)} bytes, {fields['crc32']} was sent")
+        raise ValueError(f"checksum {zlib.crc32(data)} of {len(data)} bytes, {excerpt(fields['crc32'])} was sent")
     return data
 
 
@@ -105,19 +124,33 @@ def pack_tensor(tensor: torch.Tensor, way: Way, share: Share | None = None) -> d
     return {"shape": list(tensor.shape), "dtype": name, **pack_bytes(data, way, share)}
 
 
-def unpack_tensor(fields: Mapping[str, Any]) -> torch.Tensor:
+def unpack_tensor(
+    fields: Mapping[str, Any], kind: Literal["floats", "ids"] | None = None, limit: int = MAX_ANSWER_BYTES
+) -> torch.Tensor:
     """Read what `pack_tensor` wrote.
 
+    Args:
+        fields: what `pack_tensor` wrote.
+        kind: what they must be: numbers of a floating-point dtype, or int32; None for either.
+        limit: most bytes that they may be. A larger shape allocates nothing.
+
     Raises:
-        ValueError: the bytes are not the ones that were sent.
+        ValueError: the bytes are not the ones that were sent, or do not have the shape.
         OSError: the file in shared memory does not exist.
         KeyError: a field is missing.
-        RuntimeError: the bytes do not have the shape.
+        TypeError: a field is of another type.
     """
-    shape = tuple(int(size) for size in fields["shape"])
-    return as_tensor(unpack_bytes(fields), DTYPES[fields["dtype"]], shape)
+    shape = tuple(as_count(size, "a size") for size in fields["shape"])
+    dtype = DTYPES[fields["dtype"]]
+    if kind is not None and dtype.is_floating_point is not (kind == "floats"):
+        raise ValueError(f"numbers of {dtype}, expected {kind}")
+    size = math.prod(shape) * dtype.itemsize
+    if size > limit or len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f"a shape of {excerpt(fields['shape'])}, over the {limit} bytes that were asked for")
+    return as_tensor(unpack_bytes(fields, size), dtype, shape)
 
 
 def as_tensor(data: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
     """Make a tensor of a copy of the bytes: a tensor over bytes themselves must not be written to."""
-    return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
+    flat = torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
+    return flat.reshape(shape)

@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +29,10 @@ __all__ = ["Failure", "Manifest", "Shard", "describe", "read_manifest"]
 FORMAT = 1
 NAME = "manifest.json"
 MAX_REPR = 200
+# More than a chat template's variables are. Deeper ones are none of `describe`, and would overflow the stack later.
+MAX_DEPTH = 64
+# The name of a shard's file.
+FILE = re.compile(r"shards/[0-9]{6,12}\.tdz", re.ASCII)
 _CONSTANTS = (str, bytes, int, float, type(None))
 PACKAGES = ("torchrl-sglang-hidden", "torch", "torchrl", "tensordict", "transformers")
 
@@ -128,18 +133,19 @@ def read_manifest(path: Path) -> Manifest | None:
         raise RecordingError(f"{path / NAME}: {error}; allow reading it") from error
     try:
         content = json.loads(data)
-        shards = tuple(
-            Shard(**{**shard, "failures": tuple(Failure(**one) for one in shard["failures"])})
-            for shard in content["shards"]
-        )
-        manifest = Manifest(content["about"], shards, content["complete"])
-        found, written_as = content["hash"], manifest.about["format"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        shards = tuple(_shard_of(shard) for shard in content["shards"])
+        about, complete, found = content["about"], content["complete"], content["hash"]
+        _check(isinstance(about, dict) and isinstance(complete, bool), "about is an object, and complete true or false")
+        _check(_depth(about) <= MAX_DEPTH, f"about is nested up to {MAX_DEPTH} levels")
+        manifest, written_as = Manifest(about, shards, complete), about["format"]
+        if written_as == FORMAT:
+            _check(type(about["every"]) is int and about["every"] >= 1, "every is at least 1")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RecordingError(
             f"{path / NAME} is no manifest of this version ({type(error).__name__}: {error}); load the directory that "
             "record_hidden_states wrote"
         ) from error
-    if written_as != FORMAT:
+    if type(written_as) is not int or written_as != FORMAT:
         raise RecordingError(
             f"{path} has format {written_as!r}, and this version reads {FORMAT}; install the version "
             f"of torchrl-sglang-hidden that wrote it: {manifest.about.get('versions')}"
@@ -150,6 +156,32 @@ def read_manifest(path: Path) -> Manifest | None:
             "it was written"
         )
     return manifest
+
+
+def _check(holds: bool, what: str) -> None:
+    if not holds:
+        raise ValueError(f"expected that {what}")
+
+
+def _shard_of(fields: Mapping[str, Any]) -> Shard:
+    """Read one shard of a manifest, which may come from elsewhere: its file is one in the recording's directory."""
+    shard = Shard(**{**fields, "failures": tuple(Failure(**one) for one in fields["failures"])})
+    _check(isinstance(shard.file, str) and bool(FILE.fullmatch(shard.file)), f"a shard's file is like {FILE.pattern}")
+    _check(type(shard.rows) is int and shard.rows >= 1, "a shard has at least 1 row")
+    _check(type(shard.nbytes) is int and isinstance(shard.sha256, str), "a shard has a size and a checksum")
+    _check(isinstance(shard.rows_sha256, str), "a digest of rows is a string")
+    for failure in shard.failures:
+        _check(type(failure.row) is int and isinstance(failure.reason, str), "a failure has a row and a reason")
+    return shard
+
+
+def _depth(value: Any) -> int:
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        inside = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list))]
+        level = [part for parts in inside for part in parts]
+    return depth
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torchrl_sglang_hidden.errors import RecordingError
 from torchrl_sglang_hidden.rl.columns import Column, Key, Leaves, join_rows, repeat, unpack
 from torchrl_sglang_hidden.rl.exports import write_hdf5, write_npz, write_safetensors, write_zarr
 from torchrl_sglang_hidden.rl.manifest import Failure, Manifest, Shard, read_manifest
-from torchrl_sglang_hidden.rl.shards import open_shard
+from torchrl_sglang_hidden.rl.shards import open_shard, reading
 
 __all__ = ["LABELS", "LABEL_ROW", "ROWS", "Recording", "load_recording", "read_rows"]
 
@@ -73,7 +73,9 @@ class Recording:
         In memory where all rows have the same shapes; of one shard, or with ragged leaves, memory-mapped. With ragged
         leaves it is a lazy stack: read these with ``get(key, as_list=True)``.
         """
-        return join_rows(self._parts)
+        parts = self._parts
+        with reading(self.path):
+            return join_rows(parts)
 
     def as_replay_buffer(self, **options: Any) -> TensorDictReplayBuffer:
         """Return a replay buffer that samples the rows, without a copy of them.
@@ -115,13 +117,21 @@ class Recording:
         return [self._read(shard) for shard in self._manifest.shards]
 
     def _read(self, shard: Shard) -> dict[Key, Column]:
-        content = open_shard(self.path, shard)
-        label_rows = content.get(LABEL_ROW)
-        columns, labels = unpack(content.get(ROWS)), unpack(content.get(LABELS))
-        if self._manifest.about["every"] == 1:
-            return columns | labels
-        _, places = torch.unique_consecutive(label_rows, return_inverse=True)
-        return columns | {key: repeat(column, places) for key, column in labels.items()} | {(LABEL_ROW,): label_rows}
+        content, file = open_shard(self.path, shard), self.path / shard.file
+        with reading(file):
+            label_rows = content.get(LABEL_ROW)
+            columns, labels = unpack(content.get(ROWS)), unpack(content.get(LABELS))
+            if self._manifest.about["every"] != 1:
+                _, places = torch.unique_consecutive(label_rows, return_inverse=True)
+                labels = {key: repeat(column, places) for key, column in labels.items()} | {(LABEL_ROW,): label_rows}
+            found = columns | labels
+            lengths = sorted({len(column) for column in found.values()})
+        if lengths != [shard.rows]:
+            raise RecordingError(
+                f"{file}: its leaves have {lengths} rows, and the manifest expected {shard.rows}; copy it again, or "
+                "record again"
+            )
+        return found
 
 
 def load_recording(path: str | Path) -> Recording:
@@ -142,6 +152,8 @@ def load_recording(path: str | Path) -> Recording:
 
 def read_rows(path: Path, shard: Shard) -> Iterator[Leaves]:
     """Yield the fields of the data's rows in a shard."""
-    columns = unpack(open_shard(path, shard).get(ROWS))
+    content = open_shard(path, shard)
+    with reading(path / shard.file):
+        columns = unpack(content.get(ROWS))
     for place in range(shard.rows):
         yield {key: column[place] for key, column in columns.items()}

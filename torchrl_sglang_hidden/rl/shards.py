@@ -11,6 +11,9 @@ import errno
 import hashlib
 import os
 import shutil
+import struct
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,11 +27,17 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl_sglang_hidden.errors import RecordingError
 from torchrl_sglang_hidden.rl.manifest import NAME, Failure, Manifest, Shard, read_manifest
 
-__all__ = ["ShardWriter", "open_shard", "writing"]
+__all__ = ["ShardWriter", "open_shard", "reading", "writing"]
 
 SHARDS, LOCK, NEW = "shards", ".lock", f"{NAME}.new"
 # A full disk, a quota, and the limit of a file's size.
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+# What is raised of an archive whose files are not those that a recording has.
+DAMAGE = (
+    OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError,
+    AssertionError, struct.error, zlib.error, zipfile.BadZipFile,
+)  # fmt: skip
 
 
 class ShardWriter:
@@ -199,4 +208,22 @@ def open_shard(path: Path, shard: Shard) -> TensorDictBase:
             f"{file}: its checksum is {found}, and {path / NAME} expected {shard.sha256}: the file was changed or "
             "damaged; copy it again, or record again"
         )
-    return TensorDict.load_memmap(file, allow_pickle=False)
+    with reading(file):
+        return TensorDict.load_memmap(file, allow_pickle=False)
+
+
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Turn what TensorDict and PyTorch say of a damaged shard into an error of this package.
+
+    Its checksum was right: somebody wrote it so, and the checksum too.
+
+    Raises:
+        RecordingError: what is read inside the block is no shard.
+    """
+    try:
+        yield
+    except DAMAGE as error:
+        raise RecordingError(
+            f"{file}: it is no shard of a recording ({type(error).__name__}: {error}); copy it again, or record again"
+        ) from error

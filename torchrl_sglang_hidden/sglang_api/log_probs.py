@@ -68,7 +68,7 @@ def read_log_probs(
         # A third of the time of torch.tensor, and as strict: what is no number raises. The clone owns its memory.
         known = values if null is None else values[:null]
         log_probs_N = torch.frombuffer(array("f", known), dtype=torch.float32).clone() if known else torch.empty(0)
-    except (TypeError, ValueError, IndexError, OverflowError) as error:
+    except (TypeError, ValueError, LookupError, OverflowError) as error:
         raise ProtocolError(
             f"{name}: the {side} log-probs cannot be read ({error}); is that an SGLang server of a version that this "
             "package supports?"

@@ -18,21 +18,25 @@ from torchrl_sglang_hidden.reduce.wanted import Wanted
 from torchrl_sglang_hidden.reduce.wanted_logits import WantedLogits
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec, canonical_layer
 
-__all__ = ["logits_of", "sent_ids_of", "shares", "to_payload", "wanted_of"]
+__all__ = ["logits_of", "row_dtype_of", "sent_ids_of", "shares", "to_payload", "wanted_of"]
 
 
 def wanted_of(request: Request, spec: HiddenSpec, info: EngineInfo) -> Wanted:
     """Return what to pool for a request: for the server half, or for the client when it pools stock states."""
-    # Narrower rows are fewer bytes; wider ones than float32 hold no more than it does.
-    narrow = spec.dtype in (torch.bfloat16, torch.float16)
     return Wanted(
         segments=spec.segments,
         pooling=spec.pooling,
         layers=tuple(canonical_layer(layer, info.num_layers) for layer in spec.layer_ids),
         spans=request.spans,
         tokens=spec.tokens,
-        row_dtype=spec.dtype if narrow else torch.float32,
+        row_dtype=row_dtype_of(spec),
     )
+
+
+def row_dtype_of(spec: HiddenSpec) -> torch.dtype:
+    """Return in which dtype the states of tokens come: narrower rows are fewer bytes."""
+    # Wider ones than float32 hold no more than it does.
+    return spec.dtype if spec.dtype in (torch.bfloat16, torch.float16) else torch.float32
 
 
 def to_payload(requests: Sequence[Request], info: EngineInfo, *, binary: bool) -> dict[str, Any]:

@@ -15,12 +15,11 @@ import torch
 from torchrl_sglang_hidden.errors import (
     AlignmentError,
     ConstraintError,
+    EngineError,
     ProtocolError,
-    RequestAbortedError,
-    SGLangHiddenError,
     SpanError,
 )
-from torchrl_sglang_hidden.protocol import CHANNEL, FALLBACK_REMEDY, Answer, drop_shared, unpack_answer
+from torchrl_sglang_hidden.protocol import CHANNEL, FALLBACK_REMEDY, Answer, drop_shared, excerpt, unpack_answer
 from torchrl_sglang_hidden.records import (
     Completion,
     EngineInfo,
@@ -31,9 +30,10 @@ from torchrl_sglang_hidden.records import (
     failed_completion,
 )
 from torchrl_sglang_hidden.reduce.wanted_logits import FoundLogits, WantedLogits
+from torchrl_sglang_hidden.sglang_api.fields import read_fields
 from torchrl_sglang_hidden.sglang_api.images import check_computed
 from torchrl_sglang_hidden.sglang_api.log_probs import read_log_probs
-from torchrl_sglang_hidden.sglang_api.payload import logits_of, shares, wanted_of
+from torchrl_sglang_hidden.sglang_api.payload import logits_of, row_dtype_of, shares, wanted_of
 from torchrl_sglang_hidden.sglang_api.sampled import read_sampled
 from torchrl_sglang_hidden.sglang_api.stock_states import pool_stock
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec, Segment, positions_of
@@ -43,20 +43,23 @@ from torchrl_sglang_hidden.spec.spans import LastTokens, PromptSpan, ResolvedSpa
 __all__ = ["raise_errors", "read_responses", "read_rows"]
 
 
-def read_responses(requests: Sequence[Request], rows: object, info: EngineInfo) -> list[Completion]:
+def read_responses(
+    requests: Sequence[Request], rows: object, info: EngineInfo, *, rids: Sequence[str] | None = None
+) -> list[Completion]:
     """Read SGLang's answer to one batched payload, count every row, and raise what went wrong with one of them.
 
     Args:
         requests: what was sent.
         rows: SGLang's answers.
         info: as for `to_payload`.
+        rids: see `read_rows`.
 
     Raises:
         RequestAbortedError, SpanError, ConstraintError: see `raise_errors`.
         AlignmentError: ids, log-probs and states do not agree in number, or a prompt was not taken whole.
         ProtocolError: the answer cannot be read.
     """
-    completions = read_rows(requests, rows, info)
+    completions = read_rows(requests, rows, info, rids=rids)
     raise_errors(requests, completions)
     return completions
 
@@ -76,7 +79,12 @@ def raise_errors(requests: Sequence[Request], completions: Sequence[Completion |
 
 
 def read_rows(
-    requests: Sequence[Request], rows: object, info: EngineInfo, *, numbers: Sequence[int] | None = None
+    requests: Sequence[Request],
+    rows: object,
+    info: EngineInfo,
+    *,
+    numbers: Sequence[int] | None = None,
+    rids: Sequence[str] | None = None,
 ) -> list[Completion]:
     """Read SGLang's answer to one batched payload as `read_responses` does, and keep the errors of single rows.
 
@@ -85,20 +93,22 @@ def read_rows(
         rows: SGLang's answers.
         info: as for `to_payload`.
         numbers: where each request stands in the caller's batch, for the errors; by default from 0.
+        rids: the requests' names on the server; None where they were sent without.
 
     Raises:
         AlignmentError: ids, log-probs and states do not agree in number, or a prompt was not taken whole.
         ProtocolError: the answer cannot be read.
     """
     if not isinstance(rows, list) or len(rows) != len(requests):
-        found = len(rows) if isinstance(rows, list) else repr(rows)[:80]
+        found = len(rows) if isinstance(rows, list) else excerpt(rows)
         raise ProtocolError(
             f"sent {len(requests)} requests and got {found} answers; this is a fault of the engine, please report it"
         )
     completions: list[Completion] = []
     try:
-        for number, request, row in zip(numbers or range(len(rows)), requests, rows, strict=True):
-            completions.append(_read_row(number, request, row, info))
+        names: Sequence[str | None] = rids or [None] * len(rows)
+        for number, request, row, rid in zip(numbers or range(len(rows)), requests, rows, names, strict=True):
+            completions.append(_read_row(number, request, row, info, rid))
     finally:
         # Nobody reads the rows after one that raised, and what they have in shared memory would stay there.
         for row in rows[len(completions) :]:
@@ -112,46 +122,10 @@ def _drop_shared(row: Any, info: EngineInfo) -> None:
         drop_shared(meta.get(CHANNEL))
 
 
-class _Fields(NamedTuple):
-    """Holds SGLang's own fields of one answer. ``error`` says that the engine gave up on the request."""
-
-    name: str
-    text: str
-    response_ids: tuple[int, ...]
-    finish_type: str
-    num_prompt: int | None
-    versions: tuple[tuple[str, int], ...]
-    meta: Mapping[str, Any]
-    error: SGLangHiddenError | None
-
-
-def _read_fields(number: int, row: Any, info: EngineInfo) -> _Fields:
-    try:
-        meta, text, response_ids = row["meta_info"], row["text"], tuple(map(int, row["output_ids"]))
-        name, finish_type = f"row {number} (request {meta['id']})", meta["finish_reason"]["type"]
-        error = None
-        if finish_type not in ("stop", "length"):
-            message = meta["finish_reason"].get("message", "")
-            error = RequestAbortedError(
-                f"{name}: finished with {finish_type!r} after {len(response_ids)} tokens: {message}; send it again, or "
-                "look at the server's log"
-            )
-            # SGLang leaves fields out of a request that it aborts in its queue.
-            meta = {"weight_version": info.weight_version, "prompt_tokens": None, **meta}
-        version = str(meta["weight_version"])
-        spans = meta.get("weight_versions") or [{"version": version, "start": 0, "end": len(response_ids)}]
-        versions = tuple((str(span["version"]), int(span["end"]) - int(span["start"])) for span in spans)
-        return _Fields(name, text, response_ids, finish_type, meta["prompt_tokens"], versions, meta, error)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ProtocolError(
-            f"row {number}: the answer lacks {error}: {str(row)[:200]}; is that an SGLang server?"
-        ) from error
-
-
-def _read_row(number: int, request: Request, row: Any, info: EngineInfo) -> Completion:
-    fields = _read_fields(number, row, info)
-    name, text, response_ids, finish_type, num_prompt, versions, meta, error = fields
-    weight_version = str(meta["weight_version"])
+def _read_row(number: int, request: Request, row: Any, info: EngineInfo, rid: str | None) -> Completion:
+    name, text, response_ids, finish_type, num_prompt, weight_version, versions, meta, error = read_fields(
+        number, row, info, rid
+    )
     if error is not None and (request.reads_only or not response_ids or num_prompt is None):
         _drop_shared(row, info)
         return failed_completion(request, error, weight_version, finish_reason="abort")
@@ -164,7 +138,8 @@ def _read_row(number: int, request: Request, row: Any, info: EngineInfo) -> Comp
     answer = None
     if info.pools_in_server and any(one is not None for one in (request.hidden, wanted, request.images)):
         shared = shares(request) and info.shares_memory
-        answer = unpack_answer(meta.get(CHANNEL), name, info.hidden_size, shared=shared)
+        limit = _most_bytes(request, len(request.prompt_ids) + len(response_ids), info)
+        answer = unpack_answer(meta.get(CHANNEL), name, info.hidden_size, shared=shared, limit=limit)
         check_computed(name, request, answer.prompt_digest)
         if answer.logits is not None and answer.logits.fault:
             # What was sampled from there on, nobody asked for.
@@ -178,9 +153,7 @@ def _read_row(number: int, request: Request, row: Any, info: EngineInfo) -> Comp
     if wanted is not None:
         logits = _read_logits(name, request, wanted, None if answer is None else answer.logits, len(response_ids), info)
     log_probs_T = _read_log_probs(name, meta, "output", response_ids) if request.return_log_probs else None
-    sampling_mask, routed_experts = read_sampled(
-        name, request, meta, response_ids, num_layers=info.num_layers, complete=error is None
-    )
+    sampling_mask, routed_experts = read_sampled(name, request, meta, response_ids, info=info, complete=error is None)
     if request.reads_only:
         text, response_ids, finish_type, versions = "", (), "length", ()
         log_probs_T = None if log_probs_T is None else log_probs_T[:0]
@@ -206,6 +179,13 @@ def _read_row(number: int, request: Request, row: Any, info: EngineInfo) -> Comp
         sampling_mask=sampling_mask,
         routed_experts=routed_experts,
     )
+
+
+def _most_bytes(request: Request, num_rows: int, info: EngineInfo) -> int:
+    """Return how many bytes the largest tensor of an answer can have, with one row for each token."""
+    spec, logits = request.hidden, request.logits
+    num_states = 0 if spec is None else len(spec.layer_ids) * info.hidden_size
+    return 4 * num_rows * max(num_states, 0 if logits is None else logits.num_columns(info.vocab_size), 1)
 
 
 def _check_length(name: str, request: Request, num_prompt: int | None) -> None:
@@ -265,18 +245,19 @@ def _read_logits(
     spec = wanted.spec
     if spec is None:
         return found
-    columns = spec.num_columns(info.vocab_size)
+    size = info.vocab_size
     return FoundLogits(
-        response=_counted(name, "response", found.response, spec, num_response, columns) if spec.of_response else None,
-        prompt=_counted(name, "prompt", found.prompt, spec, expected, columns) if spec.of_prompt else None,
+        response=_counted(name, "response", found.response, spec, num_response, size) if spec.of_response else None,
+        prompt=_counted(name, "prompt", found.prompt, spec, expected, size) if spec.of_prompt else None,
         log_probs_N=found.log_probs_N,
         entropy_T=found.entropy_T,
     )
 
 
 def _counted(
-    name: str, segment: str, rows: TokenLogits | None, spec: LogitsSpec, num_tokens: int, columns: int
+    name: str, segment: str, rows: TokenLogits | None, spec: LogitsSpec, num_tokens: int, vocab_size: int
 ) -> TokenLogits:
+    columns = spec.num_columns(vocab_size)
     if rows is None and num_tokens == 0:
         ids = torch.empty(0, columns, dtype=torch.int64)
         return TokenLogits(torch.empty(0, columns, dtype=spec.dtype), ids if spec.top_k is not None else None)
@@ -291,7 +272,23 @@ def _counted(
             f"{name}: the {segment} logits came {'without' if spec.top_k else 'with'} their token ids; use the same "
             "version of torchrl_sglang_hidden on both sides"
         )
+    found = rows.token_ids_NC
+    strange = found is not None and bool(((found < 0) | (found >= vocab_size)).any())
+    if rows.values_NC.dtype != spec.dtype or strange:
+        raise ProtocolError(
+            f"{name}: the {segment} logits are {rows.values_NC.dtype}, expected {spec.dtype}, or of ids that the model "
+            "does not have; use the same version of torchrl_sglang_hidden on both sides"
+        )
+    _check_numbers(f"{name}: the {segment} logits", rows.values_NC)
     return rows
+
+
+def _check_numbers(what: str, values: torch.Tensor) -> None:
+    if values.isnan().any():
+        raise EngineError(
+            f"{what} have NaN; the model's numbers overflowed there, as they do in float16: serve the model with "
+            "dtype='bfloat16' or 'float32', and look at its weights"
+        )
 
 
 def _read_log_probs(
@@ -332,7 +329,8 @@ def _read_states(
     if answer is not None:
         found = answer.pools
     else:
-        found = pool_stock(name, wanted_of(request, spec, info), meta.get("hidden_states"), num_prompt, response_ids)
+        wanted = wanted_of(request, spec, info)
+        found = pool_stock(name, wanted, meta.get("hidden_states"), num_prompt, response_ids, info.hidden_size)
     remedy = "send it again" if info.pools_in_server else FALLBACK_REMEDY
 
     def pooled(what: str, value: tuple[torch.Tensor | None, int] | None, expected: int | None) -> Pooled:
@@ -343,7 +341,7 @@ def _read_states(
                 f"{name}: {count} rows of states for the {what} of {num_prompt} prompt and {num_response} response "
                 f"tokens, expected {'at least 1' if expected is None else expected}; {remedy}"
             )
-        return Pooled(_shaped(name, vector_KD, spec, info), count)
+        return Pooled(_shaped(name, vector_KD, torch.float32, spec, info), count)
 
     hidden = {
         str(segment): pooled(
@@ -368,15 +366,19 @@ def _read_states(
             f"{name}: expected the states of positions {positions.start}..{positions.stop - 1}, {num_prompt} prompt "
             f"and {num_response} response tokens, and got {got}; {remedy}"
         )
-    return _States(hidden, spans, TokenRows(positions.start, _shaped(name, rows.rows_NKD, spec, info)), found.faults)
+    rows_N = _shaped(name, rows.rows_NKD, row_dtype_of(spec), spec, info)
+    return _States(hidden, spans, TokenRows(positions.start, rows_N), found.faults)
 
 
-def _shaped(name: str, states: torch.Tensor | None, spec: HiddenSpec, info: EngineInfo) -> torch.Tensor:
+def _shaped(name: str, states: torch.Tensor, dtype: torch.dtype, spec: HiddenSpec, info: EngineInfo) -> torch.Tensor:
     """Return states ``[…, K, D]`` as they were asked for: without K if the layers are one id."""
     expected = (len(spec.layer_ids), info.hidden_size)
-    if states is None or states.shape[-2:] != expected:
-        found = None if states is None else tuple(states.shape)
-        raise ProtocolError(f"{name}: states of shape {found}, expected [..., {expected[0]}, {expected[1]}]")
+    if states.shape[-2:] != expected or states.dtype != dtype:
+        raise ProtocolError(
+            f"{name}: states of shape {tuple(states.shape)}, expected [..., {expected[0]}, {expected[1]}], or of "
+            f"{states.dtype} instead of {dtype}; use the same version of torchrl_sglang_hidden on both sides"
+        )
+    _check_numbers(f"{name}: the states", states)
     return states if isinstance(spec.layers, tuple) else states.squeeze(-2)
 
 

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 from torchrl_sglang_hidden.errors import AlignmentError, ProtocolError
-from torchrl_sglang_hidden.records import Request, SamplingMask
+from torchrl_sglang_hidden.protocol.excerpts import as_count
+from torchrl_sglang_hidden.records import EngineInfo, Request, SamplingMask
 
 __all__ = ["read_routed_experts", "read_sampled", "read_sampling_mask"]
 
 
 def read_sampled(
-    name: str, request: Request, meta: Mapping[str, Any], ids: Sequence[int], *, num_layers: int, complete: bool
+    name: str, request: Request, meta: Mapping[str, Any], ids: Sequence[int], *, info: EngineInfo, complete: bool
 ) -> tuple[SamplingMask | None, torch.Tensor | None]:
     """Read the sampling mask and the routed experts that a request asks for.
 
@@ -28,45 +29,61 @@ def read_sampled(
         request: what was asked.
         meta: the answer's ``meta_info``.
         ids: the T sampled ids.
-        num_layers: L.
+        info: the engine's sizes.
         complete: whether they must be there: an aborted response may lack them.
     """
     mask = experts = None
     if request.records.sampling_mask and (complete or "output_token_sampling_mask" in meta):
-        mask = read_sampling_mask(name, meta, ids)
+        mask = read_sampling_mask(name, meta, ids, max_width=info.max_sampling_mask, vocab_size=info.vocab_size)
     if request.records.routed_experts and (complete or "routed_experts" in meta):
-        experts = read_routed_experts(name, meta, len(request.prompt_ids) + len(ids) - 1, num_layers)
+        experts = read_routed_experts(name, meta, len(request.prompt_ids) + len(ids) - 1, info.num_layers)
     return mask, experts
 
 
-def read_sampling_mask(name: str, meta: Mapping[str, Any], ids: Sequence[int]) -> SamplingMask:
+def read_sampling_mask(
+    name: str, meta: Mapping[str, Any], ids: Sequence[int], *, max_width: int, vocab_size: int
+) -> SamplingMask:
     """Read the tokens that each sampled token was drawn from, and their log-probs.
 
     Args:
         name: names the request in errors.
         meta: the answer's ``meta_info``.
         ids: the T sampled ids.
+        max_width: most tokens that one token is drawn from.
+        vocab_size: V.
 
     Raises:
-        AlignmentError: they are of another number of tokens, or a sampled token is not among those it was drawn from.
+        AlignmentError: they are of another number of tokens or over ``max_width``, or a sampled token is not among
+            those it was drawn from.
         ProtocolError: they are not there, or cannot be read.
     """
     masks, log_probs = meta.get("output_token_sampling_mask"), meta.get("output_token_sampling_logprobs")
     if masks is None or log_probs is None:
         raise ProtocolError(f"{name}: return_sampling_mask was asked for and is not in the answer; send it again")
-    if not len(masks) == len(log_probs) == len(ids):
-        raise AlignmentError(
-            f"{name}: {len(masks)} sampling masks with {len(log_probs)} rows of log-probs for {len(ids)} response "
-            "tokens; this is a fault of the engine, please report it"
-        )
-    width = max(map(len, masks), default=0)
-    token_ids_TS = torch.full((len(ids), width), -1)
-    token_log_probs_TS = torch.full((len(ids), width), -torch.inf)
     try:
+        if not len(masks) == len(log_probs) == len(ids):
+            raise AlignmentError(
+                f"{name}: {len(masks)} sampling masks with {len(log_probs)} rows of log-probs for {len(ids)} response "
+                "tokens; this is a fault of the engine, please report it"
+            )
+        width = max(map(len, masks), default=0)
+        # Before there is memory for all rows: one long row would widen every other.
+        if width > max_width:
+            raise AlignmentError(
+                f"{name}: a token was drawn from {width} tokens, over the server's limit of {max_width}; this is a "
+                "fault of the engine, please report it"
+            )
+        token_ids_TS = torch.full((len(ids), width), -1)
+        token_log_probs_TS = torch.full((len(ids), width), -torch.inf)
         for place, (mask, row) in enumerate(zip(masks, log_probs, strict=True)):
-            token_ids_TS[place, : len(mask)] = torch.tensor(mask)
-            token_log_probs_TS[place, : len(row)] = torch.tensor(row, dtype=torch.float32)
-    except (TypeError, ValueError, RuntimeError) as error:
+            mask_S = torch.tensor([as_count(token_id, "a token's id", vocab_size - 1) for token_id in mask])
+            token_ids_TS[place, : len(mask)] = mask_S
+            token_log_probs_TS[place, : len(mask)] = torch.tensor(row, dtype=torch.float32).reshape(len(mask))
+        if token_log_probs_TS.isnan().any() or token_log_probs_TS.isposinf().any():
+            raise ValueError("a log-prob is no number")
+    except AlignmentError:
+        raise
+    except (TypeError, ValueError, RuntimeError, LookupError, OverflowError) as error:
         raise ProtocolError(
             f"{name}: the sampling masks cannot be read ({error}); is that an SGLang server of a version that this "
             "package supports?"

@@ -18,7 +18,9 @@ from torchrl_sglang_hidden.spec.hidden import Segment
 __all__ = ["pool_stock"]
 
 
-def pool_stock(name: str, wanted: Wanted, entries: Any, num_prompt: int, response_ids: tuple[int, ...]) -> Pools:
+def pool_stock(
+    name: str, wanted: Wanted, entries: Any, num_prompt: int, response_ids: tuple[int, ...], hidden_size: int
+) -> Pools:
     """Pool stock ``hidden_states``: one entry per forward step, the first with the prompt rows that it computed.
 
     A later entry of several rows is a prefill repeated after a retraction; its last row produced the next token.
@@ -29,6 +31,7 @@ def pool_stock(name: str, wanted: Wanted, entries: Any, num_prompt: int, respons
         entries: SGLang's.
         num_prompt: P.
         response_ids: the T sampled ids.
+        hidden_size: D.
 
     Raises:
         ProtocolError: they are not there, or cannot be read.
@@ -37,10 +40,9 @@ def pool_stock(name: str, wanted: Wanted, entries: Any, num_prompt: int, respons
         raise ProtocolError(f"{name}: hidden states were asked for and are not in the answer; {FALLBACK_REMEDY}")
     pools = HostPools(wanted, num_prompt)
     try:
-        rows = [torch.tensor(entry, dtype=torch.float32) for entry in entries]
-    except (TypeError, ValueError) as error:
+        steps = [_rows_of(entry, hidden_size) for entry in entries]
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ProtocolError(f"{name}: the hidden states cannot be read ({error}); is that an SGLang server?") from error
-    steps = [row if row.ndim == 2 else row[None] for row in rows]
     first_ND = steps[0]
     start = num_prompt - first_ND.shape[0]
     step = pools.plan_prompt(start, num_prompt) if start >= 0 else None
@@ -57,3 +59,16 @@ def pool_stock(name: str, wanted: Wanted, entries: Any, num_prompt: int, respons
         segments = {s: (None, missing[Segment(s)]) if s in missing else value for s, value in found.segments.items()}
         return Pools(segments, found.spans, found.faults, found.rows)
     return found
+
+
+def _rows_of(entry: Any, hidden_size: int) -> torch.Tensor:
+    """Return the rows of one forward step, ``[N, D]``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError, OverflowError: the entry is something else.
+    """
+    rows = torch.tensor(entry, dtype=torch.float32)
+    rows_ND = rows[None] if rows.ndim == 1 else rows
+    if rows_ND.ndim != 2 or rows_ND.shape[1] != hidden_size or not len(rows_ND):
+        raise ValueError(f"a step's rows have the shape {tuple(rows.shape)}, expected [N, {hidden_size}]")
+    return rows_ND

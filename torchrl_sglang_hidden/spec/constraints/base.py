@@ -191,7 +191,7 @@ class LogitConstraint(ABC):
             return kind.from_fields(fields)
         except InputError:
             raise
-        except (TypeError, ValueError, AttributeError, LookupError, RecursionError) as error:
+        except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
             raise InputError(
                 f"{text!r:.80} cannot be read as a {kind.__name__}: {error}; use what to_str() writes"
             ) from error

@@ -5,6 +5,7 @@ Knows nothing of requests or of the server.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -142,7 +143,10 @@ def _read_temperature(value: object) -> float:
         raise InputTypeError(
             f"TemperatureScale: {value!r:.80} is no temperature; expected a number, a list, or a schedule"
         )
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an integer that is too large for a float
+        number = math.inf
     if not MIN_TEMPERATURE <= number <= MAX_TEMPERATURE:
         raise InputError(
             f"TemperatureScale: temperature {number}; expected one in [{MIN_TEMPERATURE}, {MAX_TEMPERATURE:g}]. For "
