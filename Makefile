@@ -14,9 +14,11 @@ ENGINE := $(BIN)/python -m pytest -m engine -n 2 --dist loadgroup --no-loadscope
 COMPAT := .compat
 WITH ?= torchrl tensordict
 TESTS ?= $(NO_SERVER)
+# For `make fuzz`: targets by name, and options of tools/fuzz.py.
+FUZZ ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fast images compat bench tutorials lint docs check format clean
+.PHONY: help install demo test fast images compat fuzz bench tutorials lint docs check format clean
 
 help: ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -47,6 +49,11 @@ images: $(INSTALLED) ## the tests of images on models that `make test` leaves ou
 compat: $(INSTALLED) ## the fast tests with the newest TorchRL and TensorDict; WITH= and TESTS= choose others
 	$(BIN)/python tools/second_environment.py $(COMPAT) $(WITH)
 	$(COMPAT)/bin/python -m pytest $(TESTS)
+
+# For example: make fuzz FUZZ="answer recording --runs 1000000"
+fuzz: $(INSTALLED) ## a million broken and hostile answers, requests and files; FUZZ= chooses others
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[fuzz]'
+	$(BIN)/python tools/fuzz.py $(FUZZ)
 
 bench: $(INSTALLED) ## the speed table: against stock SGLang, TorchRL and Hugging Face, about 16 minutes
 	$(BIN)/python benchmarks/speed_table.py --write

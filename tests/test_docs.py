@@ -16,6 +16,7 @@ PAGES = {
     "logits_and_constraints.md": (3, 13),
     "image_features.md": (6, 28),
     "field_cases.md": (3, 40),
+    "hostile_input.md": (3, 13),
 }
 
 

@@ -5,11 +5,9 @@ What a client of the same engine gets must come out, to the last bit; what canno
 
 from __future__ import annotations
 
-import asyncio
 import json
 import threading
 from collections.abc import AsyncGenerator
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -21,78 +19,16 @@ from helpers.fake_engine import (
     RecordingEngine,
     abort_a_row,
     lose_a_state_row,
-    model_page,
     server_page,
-    tiny_tokenizer,
 )
-from starlette.applications import Starlette
+from helpers.vector_site import MODEL, Service
 from starlette.exceptions import HTTPException
-from starlette.routing import Route
 
 from torchrl_sglang_hidden import HiddenSpec, Request
 from torchrl_sglang_hidden.service import route
 from torchrl_sglang_hidden.service.body import read_body
-from torchrl_sglang_hidden.service.route import PATH, VectorService
 
-MODEL = "models/tiny"
 CHAT = [{"role": "user", "content": "w3"}]
-
-
-class Manager:
-    """SGLang's tokenizer manager, as much of it as is called."""
-
-    served_model_name, model_path = "tiny", MODEL
-
-    def __init__(self) -> None:
-        self.tokenizer = tiny_tokenizer()
-        self.engine = RecordingEngine(tokenizer=self.tokenizer, binary=True)
-        self.payloads: list[dict[str, Any]] = []
-        self.error: Exception | None = None
-
-    async def generate_request(self, given: SimpleNamespace, http: Any) -> AsyncGenerator[Any, None]:
-        self.payloads.append(vars(given))
-        if self.error is not None:
-            raise self.error
-        if "return_logprob" not in vars(given):
-            yield []  # a warm-up, whose answer nobody reads
-            return
-        rows = self.engine.answer(vars(given))
-        if self.engine.fault is not None:
-            self.engine.fault(rows)
-        yield rows
-
-
-class Service:
-    """The route in an application of its own, and the engine behind it."""
-
-    def __init__(self) -> None:
-        self.manager, self.page, self.described = Manager(), server_page(), 0
-        self.service = VectorService(self.manager, SimpleNamespace, self.model_info, self.server_info)
-        self.app = Starlette(routes=[Route(PATH, self.service.respond, methods=["POST"])])
-
-    async def model_info(self) -> dict[str, Any]:
-        return model_page(MODEL)
-
-    async def server_info(self) -> dict[str, Any]:
-        self.described += 1
-        return self.page
-
-    def send(self, *, method: str = "POST", **request: Any) -> httpx.Response:
-        async def call() -> httpx.Response:
-            transport = httpx.ASGITransport(app=self.app)
-            async with httpx.AsyncClient(transport=transport, base_url="http://service") as client:
-                return await client.request(method, PATH, **request)
-
-        return asyncio.run(call())
-
-    def ask(self, **body: Any) -> httpx.Response:
-        return self.send(json=body)
-
-    def data(self, **body: Any) -> list[dict[str, Any]]:
-        response = self.ask(**body)
-        assert response.status_code == 200, response.text
-        found: list[dict[str, Any]] = response.json()["data"]
-        return found
 
 
 @pytest.fixture
