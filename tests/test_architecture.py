@@ -23,7 +23,7 @@ ROOT = Path(torchrl_sglang_hidden.__file__).parent
 FLOORS: list[list[set[str]]] = [
     [{"errors", "_version"}],
     [{"spec"}, {"spec.spans", "spec.constraints"}, {"spec.hidden"}, {"spec.logits"}],
-    [{"records"}],
+    [{"records", "counters"}],
     [{"reduce", "images"}, {"images.expansion", "images.messages"}],
     [
         {"protocol.excerpts"},
