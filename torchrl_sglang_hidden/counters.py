@@ -103,7 +103,7 @@ class ServerCounters:
         return total
 
 
-Kind = TypeVar("Kind", Counters, ServerCounters)
+Kind = TypeVar("Kind", bound=Counters | ServerCounters)
 
 
 class Tally(Generic[Kind]):
