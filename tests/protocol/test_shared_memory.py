@@ -363,6 +363,19 @@ def test_the_name_that_the_next_ones_are_made_of_is_good(tmp_path: Path) -> None
     assert fetch(GOOD, 4, tmp_path) == b"good"
 
 
+def test_a_name_that_another_user_took_ends_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = SharedFiles(tmp_path)
+    (tmp_path / files.sign.replace("here", "1")).write_text("theirs")
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise PermissionError("the directory is sticky")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        assert files.share(DATA) is None
+    assert files.share(DATA) is not None
+
+
 @pytest.mark.parametrize(
     "name",
     ["", "secret", "../secret", f"../{GOOD}", f"{GOOD}/../../secret", f"/{GOOD}", f"{GOOD}\n", f"{GOOD}x", f"{GOOD}-1",

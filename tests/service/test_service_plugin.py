@@ -35,7 +35,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_opted_in_it_registers_its_hook(registered: list[Any]) -> None:
     plugin.register()
     assert registered == [(target, hook, "after") for target, hook in plugin.HOOKS.items()]
-    assert len(registered) == 1
+    assert len(registered) == 2
 
 
 def test_it_stays_off_in_another_sglang(registered: list[Any]) -> None:
@@ -72,18 +72,28 @@ def test_a_server_gets_the_route(monkeypatch: pytest.MonkeyPatch) -> None:
     server: Any = sys.modules[SERVER]
     server.app, server.GenerateReqInput, server.model_info, server.server_info = app, None, None, None
     sys.modules["sglang.srt.entrypoints"].http_server = server
-    plugin.after_manager(None, SimpleNamespace(), "server_args", "port_args")
+    args = SimpleNamespace(host="127.0.0.1", api_key="sesame", admin_api_key=None)
+    plugin.after_manager(None, SimpleNamespace(server_args=args), "server_args", "port_args")
 
     async def refuse(http: object) -> None:
         raise ValueError("Unsupported tool_call_parser: x")
 
     app.add_route("/theirs", refuse, methods=["POST"])
 
-    async def post(path: str) -> httpx.Response:
+    async def post(path: str, **headers: str) -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://server") as client:
-            return await client.post(path, json={})
+            return await client.post(path, json={}, headers=headers)
 
+    response = asyncio.run(post("/v1/hidden_states"))
+    assert response.status_code == 401, "without the guard nothing asks for the key here"
     for path, words in (("/v1/hidden_states", "no 'input'"), ("/theirs", "Unsupported tool_call_parser: x")):
-        response = asyncio.run(post(path))
+        response = asyncio.run(post(path, Authorization="Bearer sesame"))
         assert response.status_code == 400
         assert words in response.json()["error"]["message"]
+
+
+def test_keys_are_hidden_where_sglang_shows_its_arguments() -> None:
+    shown = {"api_key": "sesame", "admin_api_key": "open", "ssl_keyfile_password": None, "host": "127.0.0.1"}
+    hidden = {**shown, "api_key": "***", "admin_api_key": "***"}
+    assert plugin.after_resolved_dict(shown, SimpleNamespace()) == hidden
+    assert shown["api_key"] == "sesame", "SGLang goes on with its own"

@@ -19,6 +19,7 @@ from urllib.parse import SplitResult, urlsplit
 
 import httpx
 
+from torchrl_sglang_hidden.engines.api_key import ApiKey, warn_of_plain_http
 from torchrl_sglang_hidden.engines.base import ask_model
 from torchrl_sglang_hidden.engines.http_answers import read_event, read_json, reason_of, text_of, translated
 from torchrl_sglang_hidden.engines.sessions import SessionHost
@@ -55,7 +56,7 @@ class Endpoint:
 
     Args:
         url: ``http://host:port``.
-        api_key: sent as a bearer token; None sends none.
+        api_key: sent with every call; None for none.
         connect_timeout_s: seconds to reach the server.
         read_timeout_s: seconds to wait for the answer to a request.
 
@@ -64,16 +65,16 @@ class Endpoint:
         EngineError: the server cannot be reached, or refuses the key.
     """
 
-    def __init__(self, url: str, api_key: str | None, connect_timeout_s: float, read_timeout_s: float) -> None:
+    def __init__(self, url: str, api_key: ApiKey | None, connect_timeout_s: float, read_timeout_s: float) -> None:
         parts = _split(url)
         self._host, self._port = str(parts.hostname), parts.port or (443 if parts.scheme == "https" else 80)
         self._read_timeout_s = read_timeout_s
-        if api_key is not None:
-            _check_api_key(api_key)
         self.url = url.rstrip("/")
+        if api_key is not None and parts.scheme == "http" and parts.hostname not in LOOPBACK:
+            warn_of_plain_http(self.url)
         self._options: dict[str, Any] = {
             "base_url": self.url,
-            "headers": {"Authorization": f"Bearer {api_key}"} if api_key else {},
+            "auth": api_key,
             "timeout": httpx.Timeout(read_timeout_s, connect=connect_timeout_s),
             "limits": httpx.Limits(max_connections=None, keepalive_expiry=KEEPALIVE_S),
             # A proxy from the environment is for the world outside, never for this machine.
@@ -358,25 +359,18 @@ async def _abort(client: httpx.AsyncClient, rids: Sequence[str]) -> None:
             await client.post("/abort_request", json={"rid": rid}, timeout=ABORT_TIMEOUT_S)
 
 
-def _check_api_key(api_key: object) -> None:
-    # httpx would show the key in its own error.
-    if not isinstance(api_key, str):
-        raise InputTypeError(f"api_key is a {type(api_key).__name__}; expected a string")
-    if not (api_key and api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key):
-        raise InputError(
-            "api_key is empty, or has white space around it, a line break or a character outside ASCII, which no HTTP "
-            "header carries; strip() it when you read it from a file"
-        )
-
-
 def _split(url: object) -> SplitResult:
     if not isinstance(url, str):
         raise InputTypeError(f"url={url!r}: expected a string, such as 'http://127.0.0.1:30000'")
     try:
         parts = urlsplit(url)
         valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        has_password = parts.username is not None or parts.password is not None
     except ValueError:  # a port that is no number, an unclosed bracket
-        valid = False
+        valid = has_password = False
+    if has_password:
+        # Without the URL, which errors and logs name.
+        raise InputError("url: has a name or a password before '@'; pass http://host:port, and the key as api_key")
     if not valid:
         raise InputError(f"url={url!r}: expected http://host:port, such as 'http://127.0.0.1:30000'")
     return parts

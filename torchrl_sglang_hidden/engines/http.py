@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from torchrl_sglang_hidden.engines.api_key import ApiKey, key_of_pickle
 from torchrl_sglang_hidden.engines.base import Engine
 from torchrl_sglang_hidden.engines.endpoint import ABORT_TIMEOUT_S, Endpoint, check_open_files, new_request_ids
 from torchrl_sglang_hidden.engines.sessions import Session
@@ -66,14 +67,16 @@ class SGLangServer(Engine):
 
     Making a client connects to its servers. Each `generate` is one batched HTTP request per server, so that SGLang
     schedules the rows together. Each stream and each session goes to one server; the servers take turns. A client may
-    be used from several threads; connections are pooled. A pickle holds addresses and options, and reconnects when it
-    is loaded.
+    be used from several threads; connections are pooled. A pickle holds addresses and options but no key, and
+    reconnects when it is loaded: with the key of this process, or with that of the variable
+    ``TORCHRL_SGLANG_HIDDEN_API_KEY`` in another one. A copy has the key.
 
     Args:
         url: ``"http://host:port"``, or a sequence of them. Several servers must serve the same model, and share the
             rows of each batch by load: by the tokens of prompts, and those to sample, that this client has under way
             on each. Rows of one prompt stay together where that is even enough.
-        api_key: sent as a bearer token.
+        api_key: sent as a bearer token. It is in no repr, error or pickle. A warning says where it would travel in
+            plain text: over http, to another machine.
         connect_timeout_s: seconds to reach a server.
         read_timeout_s: seconds to wait for the answer to a batch; its requests are then aborted on the server.
 
@@ -89,20 +92,23 @@ class SGLangServer(Engine):
         self,
         url: str | Sequence[str],
         *,
-        api_key: str | None = None,
+        api_key: str | ApiKey | None = None,
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
         read_timeout_s: float = READ_TIMEOUT_S,
     ) -> None:
         urls: tuple[Any, ...] = tuple(url) if isinstance(url, (list, tuple)) else (url,)
         if not urls:
             raise InputError("SGLangServer(url=()): 0 addresses; pass at least one, such as 'http://127.0.0.1:30000'")
-        self._config = {"api_key": api_key, "connect_timeout_s": connect_timeout_s, "read_timeout_s": read_timeout_s}
+        self._key = api_key if api_key is None or isinstance(api_key, ApiKey) else ApiKey(api_key)
+        self._config = {"connect_timeout_s": connect_timeout_s, "read_timeout_s": read_timeout_s}
         with ExitStack() as stack:
             self._endpoints = []
             for address in urls:
-                self._endpoints.append(Endpoint(address, api_key, connect_timeout_s, read_timeout_s))
+                self._endpoints.append(Endpoint(address, self._key, connect_timeout_s, read_timeout_s))
                 stack.callback(self._endpoints[-1].close)
             stack.pop_all()
+        if self._key is not None:
+            self._key.remember(self.urls)
         self._turns = itertools.count()
         self._sharing = LoadSharing(len(self._endpoints))
         models = {(e.info.model_path, e.info.vocab_size, e.info.hidden_size) for e in self._endpoints}
@@ -302,6 +308,12 @@ class SGLangServer(Engine):
     def __reduce__(self) -> tuple[Any, ...]:
         return (_reconnect, (self.urls, self._config))
 
+    def __copy__(self) -> SGLangServer:
+        return SGLangServer(self.urls, api_key=self._key, **self._config)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SGLangServer:
+        return self.__copy__()
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(self.urls)})"
 
@@ -363,4 +375,4 @@ def connect(url: str | Sequence[str], *, api_key: str | None = None) -> SGLangSe
 
 
 def _reconnect(urls: tuple[str, ...], config: dict[str, Any]) -> SGLangServer:
-    return SGLangServer(urls, **config)
+    return SGLangServer(urls, api_key=key_of_pickle(urls), **config)

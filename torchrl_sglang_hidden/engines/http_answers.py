@@ -66,7 +66,10 @@ def read_json(response: httpx.Response, url: str) -> Any:
         ProtocolError: no JSON.
     """
     if response.status_code in (401, 403):
-        raise AuthenticationError(f"{url} refused the API key (status {response.status_code}); pass the right api_key")
+        raise AuthenticationError(
+            f"{url} refused the API key (status {response.status_code}); pass the right api_key, or set "
+            "TORCHRL_SGLANG_HIDDEN_API_KEY where a pickled client is loaded"
+        )
     if response.status_code >= 400:
         kind = RequestRejectedError if response.status_code < 500 else EngineError
         raise kind(f"{url} answered {response.status_code}: {reason_of(response)}; look at the server's log")

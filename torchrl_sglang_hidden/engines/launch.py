@@ -32,7 +32,12 @@ from torchrl_sglang_hidden.errors import (
     LaunchError,
     UnknownOptionError,
 )
-from torchrl_sglang_hidden.server.__main__ import check_tokenizer_processes, command_line
+from torchrl_sglang_hidden.server.__main__ import (
+    SECRET_ARGUMENTS,
+    check_tokenizer_processes,
+    command_line,
+    is_loopback,
+)
 
 __all__ = ["LaunchedServer", "launch"]
 
@@ -86,7 +91,8 @@ def launch(
         progress: show a status line while the server starts, in terminals and notebooks.
         **server_args: SGLang server arguments by their Python names: ``chunked_prefill_size=64`` becomes
             ``--chunked-prefill-size 64``. ``True`` is the bare flag, ``False`` and ``None`` leave it out, lists are
-            several values, mappings become JSON. A name that SGLang does not know fails the start.
+            several values, mappings become JSON. A name that SGLang does not know fails the start. A key or a
+            password among them, such as ``admin_api_key``, goes the way of ``api_key``.
 
     Returns:
         A connected client that owns the process. Its copies and pickles are plain clients of the same server.
@@ -108,10 +114,16 @@ def launch(
     arguments = {"model_path": model, "host": host, "port": port, **server_args}
     if device != "auto":
         arguments["device"] = device
+    secrets = {name: str(arguments.pop(name)) for name in SECRET_ARGUMENTS if arguments.get(name) is not None}
     with ExitStack() as stack:
         log_path = _log_path(log_file, port)
         process = ServerProcess(
-            command_line(arguments), log_path=log_path, api_key=api_key, layers=chosen_layers, modules=modules
+            command_line(arguments),
+            log_path=log_path,
+            api_key=api_key,
+            layers=chosen_layers,
+            modules=modules,
+            secrets=secrets,
         )
         stack.callback(process.stop)
         url = f"http://{_client_host(host)}:{port}"
@@ -166,18 +178,17 @@ def _check_arguments(
         raise InputError(f"launch(timeout_s={timeout_s!r}): expected seconds, more than 0")
     if api_key is not None and not api_key.strip():
         raise InputError("launch(api_key=''): an empty key protects nothing; pass a real one, or None")
-    if api_key is None and not _is_loopback(host):
+    if api_key is None and not is_loopback(host):
         raise InputError(
             f"launch(host={host!r}): reachable from other machines, and no api_key given; "
             "pass api_key=…, or keep to host='127.0.0.1'"
         )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    if server_args.get("enable_custom_logit_processor") and not is_loopback(host):
+        raise InputError(
+            f"launch(host={host!r}, enable_custom_logit_processor=True): SGLang unpickles the processors that clients "
+            "send, so that whoever has the key runs code on this machine; leave it out and define a LogitConstraint "
+            "with constraint_modules=…, or keep to host='127.0.0.1'"
+        )
 
 
 def _client_host(host: str) -> str:

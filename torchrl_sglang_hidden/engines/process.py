@@ -6,6 +6,7 @@ Knows processes and logs. Knows nothing of a user's arguments, which `launch` ch
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import signal
@@ -24,7 +25,7 @@ from rich.markup import escape
 from torchrl_sglang_hidden.errors import EngineError, LaunchError
 from torchrl_sglang_hidden.protocol import ALL_LAYERS, LAYERS_ENV
 from torchrl_sglang_hidden.protocol.shared_memory import remove_leftovers
-from torchrl_sglang_hidden.server.__main__ import API_KEY_ENV, PARENT_PID_ENV
+from torchrl_sglang_hidden.server.__main__ import API_KEY_ENV, PARENT_PID_ENV, SECRETS_ENV
 
 __all__ = ["ServerProcess"]
 
@@ -46,6 +47,7 @@ class ServerProcess:
         api_key: passed in the environment, where no process listing shows it.
         layers: passed in the environment, as `resolve_layers` writes them.
         modules: environment variables from `resolve_modules`.
+        secrets: SGLang's arguments that go the same way as ``api_key``.
 
     Raises:
         LaunchError: the log file cannot be written.
@@ -59,16 +61,20 @@ class ServerProcess:
         api_key: str | None,
         layers: str = ALL_LAYERS,
         modules: Mapping[str, str] | None = None,
+        secrets: Mapping[str, str] | None = None,
     ) -> None:
         self.log_path = log_path
-        self._api_key = api_key
+        self._secrets = tuple(filter(None, (api_key, *(secrets or {}).values())))
         self._owner_pid = os.getpid()
         environment = {**os.environ, PARENT_PID_ENV: str(self._owner_pid), "PYTHONUNBUFFERED": "1"}
         environment |= {LAYERS_ENV: layers, **(modules or {})}
         # Not the parent's: the server would want a key that its own client does not send.
-        environment.pop(API_KEY_ENV, None)
+        for name in (API_KEY_ENV, SECRETS_ENV):
+            environment.pop(name, None)
         if api_key is not None:
             environment[API_KEY_ENV] = api_key
+        if secrets:
+            environment[SECRETS_ENV] = json.dumps(dict(secrets))
         with _open_log(log_path) as log:
             self._log_start = log.tell()
             self._process = subprocess.Popen(
@@ -138,12 +144,12 @@ class ServerProcess:
         return ""
 
     def log_tail(self, limit: int = _TAIL_LINES) -> list[str]:
-        """Return the last lines of the log since this start, oldest first, without blank lines and the API key."""
+        """Return the last lines of the log since this start, oldest first, without blank lines and keys."""
         with self.log_path.open("rb") as log:
             log.seek(max(self._log_start, log.seek(0, os.SEEK_END) - _TAIL_BYTES))
             text = log.read().decode(errors="replace")
-        if self._api_key is not None:
-            text = text.replace(self._api_key, "***")
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
         # Progress bars rewrite their line with \r: each rewrite is a line here.
         return [line.rstrip() for line in re.split(r"[\r\n]+", text) if line.strip()][-limit:]
 

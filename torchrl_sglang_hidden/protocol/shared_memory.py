@@ -82,7 +82,9 @@ class SharedFiles:
                 return None
             self._create(name, data)
         except OSError:
-            (self._directory / name).unlink(missing_ok=True)
+            # Another user may have put a file of that name there, which is not ours to remove.
+            with suppress(OSError):
+                (self._directory / name).unlink(missing_ok=True)
             return None
         with self._guard:
             self._written.append((time.monotonic(), self._directory / name, len(data)))

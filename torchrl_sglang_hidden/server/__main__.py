@@ -1,9 +1,9 @@
 """Runs SGLang's server with the server half switched on, on any device: ``python -m torchrl_sglang_hidden.server``.
 
 Takes every argument of SGLang's own server and passes it on. Adds the plugin's opt-in, stock ``return_hidden_states``
-as the fallback, and the CPU engine where there is no accelerator. For ``launch`` it also takes an API key that no
-process listing shows, and ends together with its parent. ``--device`` is read from the command line only, not from a
-``--config`` file.
+as the fallback, and the CPU engine where there is no accelerator. For ``launch`` it also takes keys that no process
+listing shows, and ends together with its parent. ``--device`` is read from the command line only, not from a
+``--config`` file. An address that other machines reach needs a key.
 
 Knows nothing of TorchRL or of requests.
 """
@@ -11,6 +11,7 @@ Knows nothing of TorchRL or of requests.
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import json
 import logging
 import os
@@ -18,17 +19,29 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 # Nothing that imports torch: libraries that come with it read the environment that `main` sets, when they are loaded.
 from torchrl_sglang_hidden.errors import CapabilityError
 from torchrl_sglang_hidden.server.cpu import cpu_server_args, has_accelerator, library_environment, use_cpu_engine
 
-__all__ = ["API_KEY_ENV", "PARENT_PID_ENV", "check_tokenizer_processes", "command_line", "main", "watch_parent"]
+__all__ = [
+    "API_KEY_ENV",
+    "PARENT_PID_ENV",
+    "SECRETS_ENV",
+    "SECRET_ARGUMENTS",
+    "check_tokenizer_processes",
+    "command_line",
+    "is_loopback",
+    "main",
+    "watch_parent",
+]
 
 # Set by launch. Every user of the machine can read a command line, and only its owner a process's environment.
 API_KEY_ENV = "TORCHRL_SGLANG_HIDDEN_API_KEY"
+SECRETS_ENV = "TORCHRL_SGLANG_HIDDEN_SECRETS"  # the others among SGLang's arguments, as JSON by their Python names
+SECRET_ARGUMENTS = ("api_key", "admin_api_key", "ssl_keyfile_password")
 PARENT_PID_ENV = "TORCHRL_SGLANG_HIDDEN_PARENT_PID"
 
 _POLL_INTERVAL_S = 1.0
@@ -41,10 +54,10 @@ def main(arguments: Sequence[str]) -> None:
         arguments: SGLang server arguments, as on the command line. They override every default set here.
     """
     watch = _end_with_parent()
-    api_key = os.environ.pop(API_KEY_ENV, None)
+    secrets = _take_secrets()
     on_cpu = _choose_device(_peek(arguments))
     harmless = frozenset() if watch is None or watch.native_id is None else frozenset({watch.native_id})
-    _run_server(list(arguments), api_key, on_cpu=on_cpu, harmless=harmless)
+    _run_server(list(arguments), secrets, on_cpu=on_cpu, harmless=harmless)
 
 
 def command_line(server_args: Mapping[str, Any]) -> list[str]:
@@ -83,6 +96,14 @@ def check_tokenizer_processes(number: object) -> None:
         )
 
 
+def is_loopback(host: str) -> bool:
+    """Return whether an address is this machine's own, which no other machine reaches."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def watch_parent(parent_pid: int, pipe_fd: int, on_end: Callable[[], None]) -> None:
     """Block until the parent is gone, then call ``on_end``.
 
@@ -97,6 +118,13 @@ def watch_parent(parent_pid: int, pipe_fd: int, on_end: Callable[[], None]) -> N
         if readable and not os.read(pipe_fd, 1):
             break
     on_end()
+
+
+def _take_secrets() -> dict[str, str]:
+    """Return SGLang's arguments that came through the environment, where no process started from here finds them."""
+    secrets: dict[str, str] = json.loads(os.environ.pop(SECRETS_ENV, "{}"))
+    api_key = os.environ.pop(API_KEY_ENV, None)
+    return secrets if api_key is None else {**secrets, "api_key": api_key}
 
 
 def _end_with_parent() -> threading.Thread | None:
@@ -145,7 +173,7 @@ def _peek(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_known_args(arguments)[0]
 
 
-def _run_server(arguments: list[str], api_key: str | None, *, on_cpu: bool, harmless: frozenset[int]) -> None:
+def _run_server(arguments: list[str], secrets: Mapping[str, str], *, on_cpu: bool, harmless: frozenset[int]) -> None:
     from torchrl_sglang_hidden.protocol import PLUGIN_ENV
     from torchrl_sglang_hidden.protocol.shared_memory import remove_leftovers
     from torchrl_sglang_hidden.server.forking import fork_children
@@ -170,10 +198,15 @@ def _run_server(arguments: list[str], api_key: str | None, *, on_cpu: bool, harm
     server_args = prepare_server_args(command_line(defaults) + arguments)
     if os.environ[PLUGIN_ENV] == "1":
         check_tokenizer_processes(server_args.tokenizer_worker_num)
-    if api_key is not None:
+    for name, secret in secrets.items():
         # Not through the command line: SGLang keeps the command line, and shows it in /server_info.
-        server_args.api_key = api_key
-        _keep_out_of_logs(api_key)
+        setattr(server_args, name, secret)
+    _keep_out_of_logs(filter(None, (getattr(server_args, name, None) for name in SECRET_ARGUMENTS)))
+    if not is_loopback(server_args.host) and not server_args.api_key:
+        raise SystemExit(
+            f"--host {server_args.host}: reachable from other machines, and no API key; set {API_KEY_ENV}=…, or keep "
+            "to --host 127.0.0.1"
+        )
     try:
         run_server(server_args)
     finally:
@@ -204,17 +237,23 @@ def _merge_config_file(arguments: list[str]) -> list[str]:
     return merged
 
 
-def _keep_out_of_logs(secret: str) -> None:
+def _keep_out_of_logs(secrets: Iterable[str]) -> None:
     # SGLang logs all its server arguments at start, the API key among them in plain text.
+    hidden = tuple(secrets)
     make_record = logging.getLogRecordFactory()
 
     def make_redacted_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
         record = make_record(*args, **kwargs)
-        if secret in f"{record.msg}{record.args}":
-            record.msg, record.args = record.getMessage().replace(secret, "***"), None
+        shown = f"{record.msg}{record.args}"
+        if any(secret in shown for secret in hidden):
+            message = record.getMessage()
+            for secret in hidden:
+                message = message.replace(secret, "***")
+            record.msg, record.args = message, None
         return record
 
-    logging.setLogRecordFactory(make_redacted_record)
+    if hidden:
+        logging.setLogRecordFactory(make_redacted_record)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Hooks the vector service into SGLang, which loads it through the entry point ``sglang.srt.plugins``.
+"""Hooks the vector service and the guard of access into SGLang's HTTP server.
 
-Opt-in as the server half is, beside which it stands, and without a part in what that does. Knows where SGLang's HTTP
-server is, and nothing of requests.
+SGLang loads it through the entry point ``sglang.srt.plugins``. Opt-in as the server half is, beside which it stands,
+and without a part in what that does. Knows where SGLang's HTTP server is, and nothing of requests.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from torchrl_sglang_hidden.protocol import PLUGIN_ENV
+from torchrl_sglang_hidden.server.__main__ import SECRET_ARGUMENTS
 from torchrl_sglang_hidden.server.plugin import is_served_version
 
-__all__ = ["HOOKS", "after_manager", "answer_value_error", "register"]
+__all__ = ["HOOKS", "after_manager", "after_resolved_dict", "answer_value_error", "register"]
 
 
 def after_manager(result: None, manager: Any, *args: Any, **kwargs: Any) -> None:
-    """Add the route to SGLang's HTTP server, where this process is one.
+    """Add the route and the guard to SGLang's HTTP server, where this process is one.
 
     The tokenizer manager is made before the server answers. `sglang.Engine` makes one too, without a server.
     """
@@ -30,6 +31,7 @@ def after_manager(result: None, manager: Any, *args: Any, **kwargs: Any) -> None
     from sglang.srt.entrypoints import http_server
 
     # Here and not above: SGLang's other processes load this module too, and need no route.
+    from torchrl_sglang_hidden.service.access import AccessGuard
     from torchrl_sglang_hidden.service.route import PATH, VectorService
 
     service = VectorService(
@@ -40,6 +42,14 @@ def after_manager(result: None, manager: Any, *args: Any, **kwargs: Any) -> None
     )
     http_server.app.add_route(PATH, service.respond, methods=["POST"])
     http_server.app.add_exception_handler(ValueError, answer_value_error)
+    server_args = manager.server_args
+    # Added before SGLang's own, which therefore sees a request first: a key that one overlooks, the other asks for.
+    http_server.app.add_middleware(
+        AccessGuard,
+        host=server_args.host,
+        keys=(server_args.api_key, server_args.admin_api_key),
+        guarded=(PATH,),
+    )
 
 
 async def answer_value_error(http: Request, error: Exception) -> Response:
@@ -50,9 +60,15 @@ async def answer_value_error(http: Request, error: Exception) -> Response:
     return JSONResponse({"error": {"message": str(error), "type": type(error).__name__, "code": 400}}, 400)
 
 
+def after_resolved_dict(result: dict[str, Any], server_args: Any) -> dict[str, Any]:
+    """Hide keys and passwords where SGLang shows its arguments: in the log, and in ``/server_info``."""
+    return result | {name: "***" for name in SECRET_ARGUMENTS if result.get(name)}
+
+
 # All of them run after what they hook.
 HOOKS: dict[str, Callable[..., Any]] = {
     "sglang.srt.managers.tokenizer_manager.TokenizerManager.__init__": after_manager,
+    "sglang.srt.server_args.ServerArgs.resolved_dict": after_resolved_dict,
 }
 
 
