@@ -18,7 +18,7 @@ TESTS ?= $(NO_SERVER)
 FUZZ ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fast images compat fuzz bench tutorials lint docs check format clean
+.PHONY: help install demo test fast images compat fuzz bench tutorials lint docs audit check format clean
 
 help: ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -69,7 +69,10 @@ lint: $(INSTALLED) ## ruff, format, mypy --strict
 docs: $(INSTALLED) ## the documentation site, in docs/_build; a warning is an error
 	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build
 
-check: lint fast docs ## all three of these: green on every commit
+audit: $(INSTALLED) ## known vulnerabilities of what is installed; says so where the database cannot be asked
+	$(BIN)/python tools/audit.py
+
+check: lint fast docs audit ## all four of these: green on every commit
 
 format: $(INSTALLED) ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix $(CODE)

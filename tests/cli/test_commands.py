@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,12 @@ from helpers.command_line import invoke
 from typer.testing import CliRunner
 
 from torchrl_sglang_hidden import LaunchError, __version__
-from torchrl_sglang_hidden.cli import app, options
+from torchrl_sglang_hidden.cli import app, main, options
+from torchrl_sglang_hidden.cli.commands import take_secrets
 from torchrl_sglang_hidden.demo import run as run_module
 from torchrl_sglang_hidden.demo.prompts import MAX_NEW_TOKENS
-from torchrl_sglang_hidden.server.__main__ import API_KEY_ENV
+from torchrl_sglang_hidden.server import __main__ as server_main
+from torchrl_sglang_hidden.server.__main__ import API_KEY_ENV, SECRETS_ENV
 
 
 class TestHelp:
@@ -114,8 +117,39 @@ class TestDemo:
         ]
 
 
-def test_the_api_key_variable_is_the_servers() -> None:
-    assert options.API_KEY_ENV == API_KEY_ENV
+def test_the_variables_are_the_servers() -> None:
+    for name in ("API_KEY_ENV", "SECRETS_ENV", "SECRET_ARGUMENTS"):
+        assert getattr(options, name) == getattr(server_main, name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rest", "secrets"),
+    [
+        (["serve", "m", "--api-key", "a b", "--port", "3"], ["serve", "m", "--port", "3"], {"api_key": "a b"}),
+        (["serve", "--api-key=x=y"], ["serve"], {"api_key": "x=y"}),
+        (["serve", "--admin-api-key", "x", "--ssl-keyfile-password=y"], ["serve"],
+         {"admin_api_key": "x", "ssl_keyfile_password": "y"}),
+        (["serve", "--api-key"], ["serve", "--api-key"], {}),
+        (["record", "api_key", "--host", "x"], ["record", "api_key", "--host", "x"], {}),
+    ],
+)  # fmt: skip
+def test_secrets_are_taken_out_of_a_command_line(
+    arguments: list[str], rest: list[str], secrets: dict[str, str]
+) -> None:
+    assert take_secrets(arguments) == (rest, secrets)
+
+
+def test_the_program_starts_again_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr(sys, "argv", ["script", "serve", "--api-key", "hush", "--admin-api-key=sh", "m"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", "script", *sys.argv[1:]])
+    monkeypatch.setattr(os, "execv", lambda *call: started.append(call))
+    monkeypatch.setattr("torchrl_sglang_hidden.cli.commands.app", lambda: None)
+    monkeypatch.setenv(API_KEY_ENV, "")
+    monkeypatch.setenv(SECRETS_ENV, "")
+    main()
+    assert started == [(sys.executable, [sys.executable, "-X", "dev", "script", "serve", "m"])]
+    assert (os.environ[API_KEY_ENV], os.environ[SECRETS_ENV]) == ("hush", '{"admin_api_key": "sh"}')
 
 
 def test_the_console_script_is_main() -> None:

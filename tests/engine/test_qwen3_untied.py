@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Callable, Iterator
 
 import httpx
+import psutil
 import pytest
 from helpers.policy_checks import (
     CHUNKED_PREFILL_SIZE,
@@ -162,6 +163,40 @@ def test_wrong_api_key(
     assert qwen3.url in str(caught.value)
     assert api_key not in str(caught.value)
     assert len(qwen3_policy()(tokens_input([[5, 6]]))) == 1
+
+
+def test_without_the_key_nothing_is_said(qwen3: LaunchedServer, api_key: str) -> None:
+    """SGLang alone answers the second and the third, and the last where Starlette is older than 1.0.1."""
+    with httpx.Client(base_url=qwen3.url, timeout=30, trust_env=False) as stranger:
+        assert stranger.get("/server_info").status_code == 401
+        assert stranger.get("/metrics").status_code == 401
+        upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+        socket = stranger.get("/v1/realtime", headers={**upgrade, "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA=="})
+        assert socket.status_code == 403
+        assert stranger.get("/server_info", headers={"Host": "x/health?"}).status_code in (400, 401)
+        assert stranger.get("/health").status_code == 200
+
+
+def test_the_key_is_not_shown_to_who_has_it(qwen3: LaunchedServer, http: httpx.Client, api_key: str) -> None:
+    described = http.get("/server_info")
+    assert described.json()["api_key"] == "***"
+    assert api_key not in described.text
+    assert api_key not in qwen3.log_path.read_text()
+    leader = psutil.Process(qwen3.pid)
+    for process in (leader, *leader.children(recursive=True)):
+        assert api_key not in " ".join(process.cmdline())
+
+
+@pytest.mark.parametrize("route", ["update_weights_from_tensor", "load_lora_adapter_from_tensors"])
+def test_no_pickle_is_taken_from_who_has_it(http: httpx.Client, route: str) -> None:
+    refused = http.post(f"/{route}", json={})
+    assert refused.status_code == 403
+    assert "unpickles what it is sent" in refused.json()["error"]["message"]
+    # A processor of SGLang's own is dill: refused where the server was not started for it.
+    asked = {"input_ids": [5, 6], "custom_logit_processor": '{"callable": "80049500"}'}
+    refused = http.post("/generate", json={**asked, "sampling_params": {"max_new_tokens": 1}})
+    assert refused.status_code == 400
+    assert "--enable-custom-logit-processor" in refused.text
 
 
 def test_right_api_key(qwen3: LaunchedServer, tokenizer: PreTrainedTokenizerBase, api_key: str, qwen3_dir: str) -> None:

@@ -34,7 +34,7 @@ from torchrl_sglang_hidden.engines.server_options import resolve_layers, resolve
 from torchrl_sglang_hidden.errors import CapabilityError, EngineUnreachableError, InputTypeError, SGLangHiddenError
 from torchrl_sglang_hidden.protocol import LAYERS_ENV
 from torchrl_sglang_hidden.records import Request
-from torchrl_sglang_hidden.server.__main__ import API_KEY_ENV, PARENT_PID_ENV, command_line, watch_parent
+from torchrl_sglang_hidden.server.__main__ import API_KEY_ENV, PARENT_PID_ENV, SECRETS_ENV, command_line, watch_parent
 
 START = Callable[..., ServerProcess]
 REQUEST = Request((1, 2, 3), {"max_new_tokens": 1})
@@ -121,6 +121,11 @@ def test_server_arguments_become_a_command_line() -> None:
         ({"host": "::"}, InputError, "no api_key given"),
         ({"host": "my-machine"}, InputError, "no api_key given"),
         ({"host": "0.0.0.0", "api_key": " "}, InputError, "protects nothing"),
+        (
+            {"host": "0.0.0.0", "api_key": "sesame", "enable_custom_logit_processor": True},
+            InputError,
+            "whoever has the key runs code on this machine; leave it out and define a LogitConstraint",
+        ),
     ],
 )
 def test_arguments_that_cannot_work_start_nothing(
@@ -351,6 +356,18 @@ def test_the_api_key_travels_in_the_environment_and_the_log_is_private(start: ST
     assert process.log_path.read_text().split() == ["sesame", str(os.getpid()), "False"]
     assert API_KEY_ENV not in os.environ
     assert stat.S_IMODE(process.log_path.stat().st_mode) == 0o600
+
+
+def test_other_secrets_go_the_same_way(start: START) -> None:
+    secrets = {"admin_api_key": "rules"}
+    process = start(
+        f"import os, sys; print(os.environ['{SECRETS_ENV}'], 'rules' in ' '.join(sys.argv))", secrets=secrets
+    )
+    with pytest.raises(EngineError, match="ended by itself") as raised:
+        process.wait()
+    assert process.log_path.read_text().strip() == '{"admin_api_key": "rules"} False'
+    assert "rules" not in str(raised.value)
+    assert "***" in str(raised.value)
 
 
 STARTS_A_WORKER = """

@@ -5,6 +5,10 @@ Each command is a module of its own, whose function says its options and help. K
 
 from __future__ import annotations
 
+import json
+import os
+import sys
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -12,12 +16,13 @@ from typer.core import TyperGroup
 
 from torchrl_sglang_hidden._version import __version__
 from torchrl_sglang_hidden.cli.demo import demo
+from torchrl_sglang_hidden.cli.options import API_KEY_ENV, SECRET_ARGUMENTS, SECRETS_ENV
 from torchrl_sglang_hidden.cli.record import record
 from torchrl_sglang_hidden.cli.report import report
 from torchrl_sglang_hidden.cli.serve import serve
 from torchrl_sglang_hidden.errors import SGLangHiddenError
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "take_secrets"]
 
 
 class _ErrorsAsOneLine(TyperGroup):
@@ -52,7 +57,37 @@ app.command(context_settings={"ignore_unknown_options": True})(serve)
 
 def main() -> None:
     """Run the command line; the entry point of the console script."""
+    arguments, secrets = take_secrets(sys.argv[1:])
+    if secrets:
+        # Every user of the machine reads command lines: the same program starts again, in this process, without them.
+        api_key = secrets.pop("api_key", None)
+        os.environ |= {} if api_key is None else {API_KEY_ENV: api_key}
+        os.environ |= {SECRETS_ENV: json.dumps(secrets)} if secrets else {}
+        before = len(sys.orig_argv) - len(sys.argv) + 1
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:before], *arguments])
     app()
+
+
+def take_secrets(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Take keys and passwords out of a command line.
+
+    Returns:
+        The other arguments, and the secrets by their Python names.
+    """
+    rest, secrets = [], {}
+    waiting = iter(arguments)
+    for argument in waiting:
+        flag, equals, value = argument.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if not (flag.startswith("--") and name in SECRET_ARGUMENTS):
+            rest.append(argument)
+            continue
+        found = value if equals else next(waiting, None)
+        if found is None:  # typer says what is missing
+            rest.append(argument)
+        else:
+            secrets[name] = found
+    return rest, secrets
 
 
 def _show_version(wanted: bool) -> None:

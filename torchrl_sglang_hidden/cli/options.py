@@ -18,9 +18,21 @@ from torchrl_sglang_hidden.errors import InputError
 if TYPE_CHECKING:
     from torchrl_sglang_hidden.engines.base import Engine
 
-__all__ = ["API_KEY_ENV", "ModelOption", "UrlOption", "open_engine", "parse_layers", "served_model"]
+__all__ = [
+    "API_KEY_ENV",
+    "SECRETS_ENV",
+    "SECRET_ARGUMENTS",
+    "ModelOption",
+    "UrlOption",
+    "open_engine",
+    "parse_layers",
+    "served_model",
+]
 
+# Those of `server.__main__`, with which torch would be imported before the help appears.
 API_KEY_ENV = "TORCHRL_SGLANG_HIDDEN_API_KEY"
+SECRETS_ENV = "TORCHRL_SGLANG_HIDDEN_SECRETS"
+SECRET_ARGUMENTS = ("api_key", "admin_api_key", "ssl_keyfile_password")
 
 UrlOption = Annotated[
     list[str] | None,

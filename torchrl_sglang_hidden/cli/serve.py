@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import signal
 from collections.abc import Sequence
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from torchrl_sglang_hidden.cli.options import API_KEY_ENV, parse_layers, served_model
+from torchrl_sglang_hidden.cli.options import API_KEY_ENV, SECRETS_ENV, parse_layers, served_model
 from torchrl_sglang_hidden.errors import InputError, UnknownOptionError
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ def serve(
         str | None,
         typer.Option(
             envvar=API_KEY_ENV,
-            help="Key that clients must send. Process listings show the option, but not the variable.",
+            help="Key that clients must send. Shell histories keep the option, but not the variable.",
             show_default=False,
         ),
     ] = None,
@@ -81,6 +83,7 @@ def serve(
     Example: torchrl-sglang-hidden serve Qwen/Qwen3-0.6B --port 30000 --layers 7,15,-1 --mem-fraction-static 0.8
     """
     model, server_args = parse_server_arguments(arguments or [])
+    server_args |= json.loads(os.environ.pop(SECRETS_ENV, "{}"))
     options = {
         "device": device,
         "layers": None if layers == "all" else parse_layers(layers, "serve"),

@@ -289,7 +289,7 @@ class _NpzArray:
         self._shape, self._file = shape[1:], file
         self._whole: Iterator[Any] | None = None
         if is_fortran and len(shape) > 1:  # its rows are scattered all over the file
-            with np.load(path) as arrays:
+            with np.load(path, allow_pickle=False) as arrays:
                 self._whole = iter(arrays[name])
 
     @property
