@@ -229,6 +229,7 @@ class Completion:
             for. So are the next two, which an aborted response may lack.
         sampling_mask: the tokens that each token was drawn from.
         routed_experts: int32 ``[P+T-1, L, k]``, the k experts of each position and layer.
+        cached_tokens: how many of the P prompt tokens the engine had in its prefix cache.
     """
 
     prompt_ids: tuple[int, ...]
@@ -249,6 +250,7 @@ class Completion:
     entropy_T: torch.Tensor | None = None
     sampling_mask: SamplingMask | None = None
     routed_experts: torch.Tensor | None = None
+    cached_tokens: int = 0
 
 
 def failed_completion(

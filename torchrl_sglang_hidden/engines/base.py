@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
+from torchrl_sglang_hidden.counters import Counters, ServerCounters
+from torchrl_sglang_hidden.engines.meter import Meter
 from torchrl_sglang_hidden.engines.sessions import Session
 from torchrl_sglang_hidden.engines.streams import AsyncStream, Stream
 from torchrl_sglang_hidden.errors import CapabilityError
@@ -39,6 +41,7 @@ class Engine(ABC):
     """
 
     _warned = False
+    _meter: Meter | None = None
 
     def _check(self, requests: Sequence[Request], info: EngineInfo) -> None:
         """Refuse bad requests, and warn once per engine that hidden states fall back to stock SGLang's."""
@@ -213,6 +216,30 @@ class Engine(ABC):
             EngineError: the engine has no adapter of that name, or failed.
         """
         raise CapabilityError(f"{type(self).__name__} loads no adapters; use SGLangServer, launch or SGLangOffline")
+
+    def counters(self) -> Counters:
+        """Return what this client counted since it was made, without asking the engine.
+
+        Raises:
+            CapabilityError: an engine of another class, which counts nothing.
+        """
+        return self._counting().tally.read()
+
+    def server_counters(self) -> ServerCounters:
+        """Ask the engine's server half what it counted since its start, for all clients; zeros without one.
+
+        Over several servers and data-parallel ranks these are sums. SGLang's ``/metrics`` has the same numbers.
+
+        Raises:
+            CapabilityError: as for `counters`.
+            EngineError: a server could not be asked.
+        """
+        return self._counting().server()
+
+    def _counting(self) -> Meter:
+        if self._meter is None:
+            raise CapabilityError(f"{type(self).__name__} counts nothing; use SGLangServer, launch or SGLangOffline")
+        return self._meter
 
     @abstractmethod
     def close(self) -> None:

@@ -84,6 +84,8 @@ class Endpoint:
         }
         # Whoever started the server sets this: it knows how the process ended, and this client does not.
         self.how_it_ended: Callable[[], str] = str
+        # Whoever counts sets this: called with each answer to a batch.
+        self.exchanged: Callable[[httpx.Response], None] = lambda response: None
         self._client = httpx.Client(**self._options)
         # An async connection belongs to the event loop it was opened in.
         self._async_clients: dict[asyncio.AbstractEventLoop, httpx.AsyncClient] = {}
@@ -142,6 +144,7 @@ class Endpoint:
         except BaseException:
             self.abort(payload["rid"])
             raise
+        self.exchanged(response)
         return read_json(response, self.url)
 
     async def agenerate(
@@ -161,6 +164,7 @@ class Endpoint:
             self._aborting.add(task)
             task.add_done_callback(self._aborting.discard)
             raise
+        self.exchanged(response)
         return read_rows(requests, read_json(response, self.url), self.info, numbers=rows, rids=rids)
 
     async def wait_for_aborts(self) -> None:
@@ -231,6 +235,10 @@ class Endpoint:
                 f"{self.url}/{route} answered {response.status_code}: {reason_of(response)}; look at the server's log"
             )
         return body
+
+    def internal_states(self) -> list[Any]:
+        """Ask for SGLang's internal state at this moment, one for each data-parallel rank."""
+        return list(self._get("/server_info").get("internal_states") or [])
 
     def weight_version(self) -> str:
         """Ask for the version of the weights at this moment: another client may have changed them."""

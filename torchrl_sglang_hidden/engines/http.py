@@ -19,6 +19,7 @@ from typing import Any
 from torchrl_sglang_hidden.engines.api_key import ApiKey, key_of_pickle
 from torchrl_sglang_hidden.engines.base import Engine
 from torchrl_sglang_hidden.engines.endpoint import ABORT_TIMEOUT_S, Endpoint, check_open_files, new_request_ids
+from torchrl_sglang_hidden.engines.meter import Meter
 from torchrl_sglang_hidden.engines.sessions import Session
 from torchrl_sglang_hidden.engines.sharing import LoadSharing
 from torchrl_sglang_hidden.engines.streams import AsyncStream, Stream, check_stream
@@ -101,11 +102,13 @@ class SGLangServer(Engine):
             raise InputError("SGLangServer(url=()): 0 addresses; pass at least one, such as 'http://127.0.0.1:30000'")
         self._key = api_key if api_key is None or isinstance(api_key, ApiKey) else ApiKey(api_key)
         self._config = {"connect_timeout_s": connect_timeout_s, "read_timeout_s": read_timeout_s}
+        self._meter: Meter = Meter(", ".join(map(str, urls)), self._internal_states)
         with ExitStack() as stack:
             self._endpoints = []
             for address in urls:
                 self._endpoints.append(Endpoint(address, self._key, connect_timeout_s, read_timeout_s))
                 stack.callback(self._endpoints[-1].close)
+                self._endpoints[-1].exchanged = self._meter.exchanged
             stack.pop_all()
         if self._key is not None:
             self._key.remember(self.urls)
@@ -143,7 +146,7 @@ class SGLangServer(Engine):
                 parts = [shares[0].endpoint.generate(shares[0].requests, shares[0].rids, shares[0].rows)]
             else:
                 parts = _generate_in_threads(shares)
-        return _in_order(requests, shares, parts)
+            return self._in_order(requests, shares, parts)
 
     async def agenerate(self, requests: Sequence[Request]) -> list[Completion]:
         """See `Engine.agenerate`. A cancelled task aborts its requests on the servers."""
@@ -161,7 +164,7 @@ class SGLangServer(Engine):
                 # They abort their requests, for which the event loop must go on.
                 await asyncio.wait(calls, timeout=ABORT_TIMEOUT_S)
                 await asyncio.gather(*(share.endpoint.wait_for_aborts() for share in shares))
-        return _in_order(requests, shares, parts)
+            return self._in_order(requests, shares, parts)
 
     def check_calls(self, count: int) -> None:
         """See `Engine.check_calls`."""
@@ -176,13 +179,13 @@ class SGLangServer(Engine):
         """See `Engine.stream`."""
         endpoint = self._next_endpoint()
         payload = self._stream_payload(request, endpoint)
-        return Stream(endpoint.stream(payload), request, endpoint.info)
+        return Stream(endpoint.stream(payload), request, endpoint.info, self._meter)
 
     async def astream(self, request: Request) -> AsyncStream:
         """See `Engine.astream`."""
         endpoint = self._next_endpoint()
         payload = self._stream_payload(request, endpoint)
-        return await AsyncStream.open(endpoint.astream(payload), request, endpoint.info)
+        return await AsyncStream.open(endpoint.astream(payload), request, endpoint.info, self._meter)
 
     def _stream_payload(self, request: Request, endpoint: Endpoint) -> dict[str, Any]:
         check_stream(request, endpoint.info, cumulative=endpoint.streams_cumulatively)
@@ -191,7 +194,10 @@ class SGLangServer(Engine):
 
     def session(self) -> Session:
         """See `Engine.session`."""
-        return Session(self._next_endpoint().session_host, self._check)
+        return Session(self._next_endpoint().session_host, self._check, self._meter)
+
+    def _internal_states(self) -> list[Any]:
+        return [state for endpoint in self._endpoints for state in endpoint.internal_states()]
 
     def _next_endpoint(self) -> Endpoint:
         return self._endpoints[next(self._turns) % len(self._endpoints)]
@@ -220,6 +226,7 @@ class SGLangServer(Engine):
         with ExitStack() as stack:
             for url in sorted(set(self.urls)):
                 stack.enter_context(_UPDATING[url])
+            updated = stack.enter_context(self._meter.updating())
             tensors = check_weights(opened, self._endpoints[0].served_weights())
             version = self._new_version(version)
             chosen = [endpoint.choose_transport(transport, weights) for endpoint in self._endpoints]
@@ -228,7 +235,7 @@ class SGLangServer(Engine):
             )
             ways = dict(zip(self._endpoints, chosen, strict=True))
             errors = self._everywhere(lambda endpoint: endpoint.load(ways[endpoint], ready))
-        return self._all_updated(version, errors)
+            return updated(self._all_updated(version, errors))
 
     def load_adapter(
         self,
@@ -244,10 +251,11 @@ class SGLangServer(Engine):
         with ExitStack() as stack:
             for url in sorted(set(self.urls)):
                 stack.enter_context(_UPDATING[url])
+            updated = stack.enter_context(self._meter.updating())
             check_adapter(opened, self._endpoints[0].served_weights())
             version = self._new_version(version)
             errors = self._everywhere(lambda endpoint: endpoint.load_adapter(name, opened, version))
-        return self._all_updated(version, errors)
+            return updated(self._all_updated(version, errors))
 
     def unload_adapter(self, name: str) -> None:
         """See `Engine.unload_adapter`. All servers lose the adapter."""
@@ -298,12 +306,26 @@ class SGLangServer(Engine):
         # All rows are checked before any is sent: a bad one must not leave half a batch running.
         for endpoint in self._endpoints:
             self._check(requests, endpoint.info)
-        with self._sharing.share(requests) as rows_of_servers:
+        with self._meter.watching(requests), self._sharing.share(requests) as rows_of_servers:
             yield [
                 _Share(endpoint, rows, [requests[row] for row in rows], new_request_ids(len(rows)))
                 for endpoint, rows in zip(self._endpoints, rows_of_servers, strict=True)
                 if rows
             ]
+
+    def _in_order(
+        self, requests: Sequence[Request], shares: Sequence[_Share], parts: Sequence[Sequence[Completion]]
+    ) -> list[Completion]:
+        """Return the completions of all shares in the requests' order, or raise what went wrong with one of them."""
+        found = {
+            row: one
+            for share, part in zip(shares, parts, strict=True)
+            for row, one in zip(share.rows, part, strict=True)
+        }
+        completions = [found[row] for row in range(len(requests))]
+        self._meter.took(completions)
+        raise_errors(requests, completions)
+        return completions
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_reconnect, (self.urls, self._config))
@@ -355,18 +377,6 @@ def _generate_in_threads(shares: Sequence[_Share]) -> list[list[Completion]]:
             if not call.done():
                 pool.submit(share.endpoint.abort, share.rids)
         pool.shutdown(wait=False)
-
-
-def _in_order(
-    requests: Sequence[Request], shares: Sequence[_Share], parts: Sequence[Sequence[Completion]]
-) -> list[Completion]:
-    """Return the completions of all shares in the order of the requests, or raise what went wrong with one of them."""
-    found = {
-        row: one for share, part in zip(shares, parts, strict=True) for row, one in zip(share.rows, part, strict=True)
-    }
-    completions = [found[row] for row in range(len(requests))]
-    raise_errors(requests, completions)
-    return completions
 
 
 def connect(url: str | Sequence[str], *, api_key: str | None = None) -> SGLangServer:

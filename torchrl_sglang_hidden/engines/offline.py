@@ -10,8 +10,7 @@ import asyncio
 import dataclasses
 import os
 import threading
-from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Generator, Sequence
 from functools import partial
 from pathlib import Path
 from types import AsyncGeneratorType
@@ -19,6 +18,7 @@ from typing import Any, NoReturn
 
 from torchrl_sglang_hidden.engines.base import Engine, ask_model
 from torchrl_sglang_hidden.engines.loop_thread import LoopThread
+from torchrl_sglang_hidden.engines.meter import Meter
 from torchrl_sglang_hidden.engines.sessions import Session, SessionHost
 from torchrl_sglang_hidden.engines.streams import AsyncStream, Stream, check_stream
 from torchrl_sglang_hidden.errors import (
@@ -27,13 +27,13 @@ from torchrl_sglang_hidden.errors import (
     InputError,
     InputTypeError,
 )
-from torchrl_sglang_hidden.protocol import LAYERS_ENV, PLUGIN_ENV
+from torchrl_sglang_hidden.protocol import LAYERS_ENV
 from torchrl_sglang_hidden.protocol.served_weights import ServedWeights
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
 from torchrl_sglang_hidden.server.weight_routes import list_weights
 from torchrl_sglang_hidden.sglang_api.in_process import translated
 from torchrl_sglang_hidden.sglang_api.payload import to_payload
-from torchrl_sglang_hidden.sglang_api.responses import read_responses
+from torchrl_sglang_hidden.sglang_api.responses import raise_errors, read_rows
 from torchrl_sglang_hidden.sglang_api.server_info import read_info, warm_up
 from torchrl_sglang_hidden.weights.adapters import (
     AdapterSource,
@@ -104,7 +104,12 @@ class SGLangOffline(Engine):
         self._session_host = SessionHost(
             lambda: self._info, self._call, self._send_blocking, binary=True, num_ranks=ranks
         )
+        self._meter: Meter = Meter("the engine in this process", self._internal_states)
         self._closed, self._pid = False, os.getpid()
+
+    def _internal_states(self) -> list[Any]:
+        self._check_open()
+        return list(self._loop.run(self.engine.tokenizer_manager.get_internal_state))
 
     async def _read_info(self) -> EngineInfo:
         states = await self.engine.tokenizer_manager.get_internal_state()
@@ -142,7 +147,11 @@ class SGLangOffline(Engine):
 
     async def _generate(self, requests: Sequence[Request]) -> list[Completion]:
         payload = to_payload(requests, self._info, binary=True)
-        return read_responses(requests, await self._send(payload), self._info)
+        with self._meter.watching(requests) as took:
+            completions = read_rows(requests, await self._send(payload), self._info)
+            took(completions)
+        raise_errors(requests, completions)
+        return completions
 
     async def _send(self, payload: dict[str, Any]) -> Any:
         with translated():
@@ -154,11 +163,11 @@ class SGLangOffline(Engine):
 
     def stream(self, request: Request) -> Stream:
         """See `Engine.stream`. Returns with the first token, because nothing else starts a request in this process."""
-        return Stream(self._rows(self._stream_payload(request)), request, self._info)
+        return Stream(self._rows(self._stream_payload(request)), request, self._info, self._meter)
 
     async def astream(self, request: Request) -> AsyncStream:
         """See `Engine.astream`. Returns with the first token."""
-        return await AsyncStream.open(self._arows(self._stream_payload(request)), request, self._info)
+        return await AsyncStream.open(self._arows(self._stream_payload(request)), request, self._info, self._meter)
 
     def _stream_payload(self, request: Request) -> dict[str, Any]:
         self._check_open()
@@ -193,7 +202,7 @@ class SGLangOffline(Engine):
     def session(self) -> Session:
         """See `Engine.session`."""
         self._check_open()
-        return Session(self._session_host, self._check)
+        return Session(self._session_host, self._check, self._meter)
 
     def update_weights(
         self,
@@ -215,7 +224,7 @@ class SGLangOffline(Engine):
             return update_together(opened, update, bucket_bytes=bucket_bytes)
         receiver = self._receiver()
         chosen = choose_transport(transport, weights, receiver)
-        with self._updating:
+        with self._updating, self._meter.updating() as updated:
             tensors = check_weights(opened, self._served_weights())
             version = self._new_version(version)
             with open_update(
@@ -223,7 +232,7 @@ class SGLangOffline(Engine):
             ) as ready:
                 send(chosen, ready, receiver)
             self._info = dataclasses.replace(self._info, weight_version=version)
-        return version
+            return updated(version)
 
     def load_adapter(
         self,
@@ -238,7 +247,7 @@ class SGLangOffline(Engine):
         check_adapter_options(name, version)
         opened = open_adapter(adapter, which)
         manager = self.engine.tokenizer_manager
-        with self._updating:
+        with self._updating, self._meter.updating() as updated:
             check_adapter(opened, self._served_weights())
             version = self._new_version(version)
             load(
@@ -250,7 +259,7 @@ class SGLangOffline(Engine):
                 replace=manager.enable_lora and name in manager.lora_registry.get_all_adapters(),
             )
             self._info = dataclasses.replace(self._info, weight_version=version)
-        return version
+            return updated(version)
 
     def unload_adapter(self, name: str) -> None:
         """See `Engine.unload_adapter`."""
@@ -340,6 +349,7 @@ def _start(
 ) -> Any:
     """Start ``sglang.Engine`` with the server half, on the CPU engine where there is no accelerator."""
     from torchrl_sglang_hidden.engines.server_options import (
+        opted_in,
         require_sglang,
         resolve_layers,
         resolve_model,
@@ -354,7 +364,7 @@ def _start(
     defaults = cpu_server_args(path, context_length=server_args.get("context_length")) if on_cpu else {}
     try:
         num_ranks = int(server_args.get("dp_size", 1)) * int(server_args.get("tp_size", 1))
-        with _opted_in(chosen), cpu_engine_environment(on_cpu, num_ranks):
+        with opted_in(chosen), cpu_engine_environment(on_cpu, num_ranks):
             import sglang
 
             engine = sglang.Engine(model_path=path, **{**defaults, "enable_return_hidden_states": True, **server_args})
@@ -365,22 +375,6 @@ def _start(
     # SGLang takes the current event loop. In a notebook that loop is the notebook's own and always runs.
     engine.loop = asyncio.new_event_loop()
     return engine
-
-
-@contextmanager
-def _opted_in(options: Mapping[str, str]) -> Iterator[None]:
-    """Set the variables that switch the server half on, while SGLang starts its processes."""
-    chosen = {PLUGIN_ENV: "1", **options}
-    before = {name: os.environ.get(name) for name in chosen}
-    os.environ.update(chosen)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 async def _next(rows: AsyncGenerator[Any, None]) -> Any:

@@ -8,16 +8,17 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from torchrl_sglang_hidden.errors import CapabilityError, InputError, InputTypeError
-from torchrl_sglang_hidden.protocol import ALL_LAYERS, CONSTRAINTS_ENV
+from torchrl_sglang_hidden.protocol import ALL_LAYERS, CONSTRAINTS_ENV, PLUGIN_ENV
 from torchrl_sglang_hidden.server.cpu import text_config
 from torchrl_sglang_hidden.spec.constraints import constraints_of
 from torchrl_sglang_hidden.spec.hidden import canonical_layer
 
-__all__ = ["require_sglang", "resolve_layers", "resolve_model", "resolve_modules"]
+__all__ = ["opted_in", "require_sglang", "resolve_layers", "resolve_model", "resolve_modules"]
 
 
 def resolve_layers(layers: int | Sequence[int] | None, model: str) -> str:
@@ -130,3 +131,19 @@ def require_sglang() -> None:
             "sglang is not installed in this environment; "
             "install it with pip install 'torchrl-sglang-hidden[sglang]', or connect to a server that runs elsewhere"
         )
+
+
+@contextmanager
+def opted_in(options: Mapping[str, str]) -> Iterator[None]:
+    """Set the variables that switch the server half on, while SGLang starts its processes."""
+    chosen = {PLUGIN_ENV: "1", **options}
+    before = {name: os.environ.get(name) for name in chosen}
+    os.environ.update(chosen)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

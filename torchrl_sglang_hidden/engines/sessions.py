@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 
+from torchrl_sglang_hidden.engines.meter import Meter
 from torchrl_sglang_hidden.errors import (
     AlignmentError,
     EngineError,
@@ -62,10 +63,16 @@ class Session:
     Args:
         host: the server.
         check: refuses bad requests, as `Engine._check` does.
+        meter: counts the turns; None for an engine that counts nothing.
     """
 
-    def __init__(self, host: SessionHost, check: Callable[[Sequence[Request], EngineInfo], None]) -> None:
-        self._host, self._check = host, check
+    def __init__(
+        self,
+        host: SessionHost,
+        check: Callable[[Sequence[Request], EngineInfo], None],
+        meter: Meter | None = None,
+    ) -> None:
+        self._host, self._check, self._meter = host, check, meter or Meter.of_nobody()
         name = uuid.uuid4()
         self._id = name.hex
         # SGLang opens a session on all of its data-parallel ranks, and sends each turn to the next of them.
@@ -118,7 +125,9 @@ class Session:
             images = _joined(self._ids, self._images, new_ids, request.images)
             request = replace(request, prompt_ids=(*self._ids, *new_ids), images=images)
             self._check([request], self._host.info())
-            self._last_rid, completion = self._append(request, sent_ids, data)
+            with self._meter.watching([request]) as took:
+                self._last_rid, completion = self._append(request, sent_ids, data)
+                took([completion])
             self._ids = (*completion.prompt_ids, *completion.response_ids)
             self._images = None if images is None else images.followed_by(completion.response_ids)
             return completion

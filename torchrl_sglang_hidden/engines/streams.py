@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import torch
 
+from torchrl_sglang_hidden.engines.meter import Meter
 from torchrl_sglang_hidden.errors import AlignmentError, CapabilityError, EngineError, InputError, ProtocolError
 from torchrl_sglang_hidden.protocol import excerpt
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
@@ -72,8 +73,10 @@ def check_stream(request: Request, info: EngineInfo, *, cumulative: bool) -> Non
 class _Reader:
     """Cuts growing answers into chunks, and checks that each answer begins with the answer before it."""
 
-    def __init__(self, request: Request, info: EngineInfo) -> None:
+    def __init__(self, request: Request, info: EngineInfo, meter: Meter | None) -> None:
         self._request, self._info = request, info
+        self._meter = meter or Meter.of_nobody()
+        self._meter.tally.add(requests=1)
         self._ids: tuple[int, ...] = ()
         self._text = ""
         self._rid: Any = None
@@ -91,6 +94,11 @@ class _Reader:
     def end(self, why: str) -> None:
         """Note why there will be no completion; only the first reason is kept."""
         self._over = self._over or why
+
+    def fail(self, error: BaseException) -> None:
+        """Note the error that the stream ends with, and count it."""
+        self._meter.failed(error)
+        self.end(f"the stream failed with {type(error).__name__}: {error}")
 
     def check_complete(self) -> None:
         """Check, after the last answer, that the response ended.
@@ -131,6 +139,7 @@ class _Reader:
         start, before = len(self._ids), len(self._text)
         if finish is not None:
             self._completion = read_responses([self._request], [row], self._info)[0]
+            self._meter.took([self._completion])
             every_T = self._completion.log_probs_T
             log_probs_T = None if every_T is None else every_T[start:]
         else:
@@ -150,11 +159,18 @@ class Stream(Iterator[StreamChunk]):
         rows: yields once when the request is on its way, then each of SGLang's answers.
         request: the request that was sent.
         info: the engine's `EngineInfo`.
+        meter: counts the request; None for an engine that counts nothing.
     """
 
-    def __init__(self, rows: Generator[Any, None, None], request: Request, info: EngineInfo) -> None:
-        next(rows)
-        self._rows, self._reader = rows, _Reader(request, info)
+    def __init__(
+        self, rows: Generator[Any, None, None], request: Request, info: EngineInfo, meter: Meter | None = None
+    ) -> None:
+        self._rows, self._reader = rows, _Reader(request, info, meter)
+        try:
+            next(rows)
+        except BaseException as error:
+            self._reader.fail(error)
+            raise
 
     @property
     def completion(self) -> Completion:
@@ -172,7 +188,7 @@ class Stream(Iterator[StreamChunk]):
                 return self._reader.read(row)
             self._reader.check_complete()
         except BaseException as error:
-            self._reader.end(f"the stream failed with {type(error).__name__}: {error}")
+            self._reader.fail(error)
             self.close()
             raise
         raise StopIteration
@@ -194,14 +210,23 @@ class Stream(Iterator[StreamChunk]):
 class AsyncStream(AsyncIterator[StreamChunk]):
     """A `Stream` for ``async for``; made by `Engine.astream`. Cancelling the task that reads it closes it."""
 
-    def __init__(self, rows: AsyncGenerator[Any, None], request: Request, info: EngineInfo) -> None:
-        self._rows, self._reader = rows, _Reader(request, info)
+    def __init__(
+        self, rows: AsyncGenerator[Any, None], request: Request, info: EngineInfo, meter: Meter | None = None
+    ) -> None:
+        self._rows, self._reader = rows, _Reader(request, info, meter)
 
     @classmethod
-    async def open(cls, rows: AsyncGenerator[Any, None], request: Request, info: EngineInfo) -> Self:
+    async def open(
+        cls, rows: AsyncGenerator[Any, None], request: Request, info: EngineInfo, meter: Meter | None = None
+    ) -> Self:
         """Wait until the request is on its way; see `Stream` for the arguments."""
-        await anext(rows)
-        return cls(rows, request, info)
+        stream = cls(rows, request, info, meter)
+        try:
+            await anext(rows)
+        except BaseException as error:
+            stream._reader.fail(error)
+            raise
+        return stream
 
     @property
     def completion(self) -> Completion:
@@ -215,7 +240,7 @@ class AsyncStream(AsyncIterator[StreamChunk]):
                 return self._reader.read(row)
             self._reader.check_complete()
         except BaseException as error:
-            self._reader.end(f"the stream failed with {type(error).__name__}: {error}")
+            self._reader.fail(error)
             await self.aclose()
             raise
         raise StopAsyncIteration

@@ -178,6 +178,7 @@ def _read_row(number: int, request: Request, row: Any, info: EngineInfo, rid: st
         entropy_T=None if logits is None else logits.entropy_T,
         sampling_mask=sampling_mask,
         routed_experts=routed_experts,
+        cached_tokens=cached if type(cached := meta.get("cached_tokens")) is int else 0,
     )
 
 
