@@ -90,7 +90,7 @@ FLOORS: list[list[set[str]]] = [
     ],
     [
         {"cli.options"},
-        {"cli.demo", "cli.record", "cli.report", "cli.serve"},
+        {"cli.demo", "cli.doctor", "cli.record", "cli.report", "cli.serve"},
         {"cli.commands"},
         {"cli"},
     ],

@@ -7,9 +7,13 @@ for SGLang's own processes import it too.
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from torchrl_sglang_hidden._version import __version__
+
+# A library says nothing unless its user's program asks logging to: without this, Python would print warnings.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 if TYPE_CHECKING:
     from torchrl_sglang_hidden.demo.model import demo_model as demo_model

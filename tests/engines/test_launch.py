@@ -370,6 +370,15 @@ def test_other_secrets_go_the_same_way(start: START) -> None:
     assert "***" in str(raised.value)
 
 
+def test_a_death_is_logged_once(start: START, caplog: pytest.LogCaptureFixture) -> None:
+    process = start("raise SystemExit(7)")
+    for _ in range(2):
+        with pytest.raises(EngineError):
+            process.wait()
+    assert caplog.messages == [f"the server of process {process.pid} ended by itself, with exit code 7"]
+    assert caplog.records[0].name == "torchrl_sglang_hidden.engines.process"
+
+
 STARTS_A_WORKER = """
     import signal, subprocess, sys
     for number in IGNORED:

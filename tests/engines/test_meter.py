@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from helpers.fake_engine import RecordingEngine, RecordingServer, lose_all_states
+from helpers.fake_engine import RecordingEngine, RecordingServer, lose_a_state_row
 
 from torchrl_sglang_hidden import (
     AlignmentError,
@@ -24,8 +24,10 @@ from torchrl_sglang_hidden import (
 from torchrl_sglang_hidden.counters import Counters, ServerCounters
 from torchrl_sglang_hidden.engines.batching import BatchingEngine
 from torchrl_sglang_hidden.engines.meter import Meter
+from torchrl_sglang_hidden.engines.sessions import Session
 from torchrl_sglang_hidden.engines.streams import Stream
 from torchrl_sglang_hidden.errors import BatchCancelledError, EngineError, RequestAbortedError
+from torchrl_sglang_hidden.server.metrics import COUNTERS
 
 REQUEST = Request((6, 7, 8), {"max_new_tokens": 2}, hidden=HiddenSpec(segments=("prompt", "response")))
 
@@ -59,21 +61,22 @@ def test_a_batch(engine: SGLangServer, caplog: pytest.LogCaptureFixture) -> None
     assert caplog.records == [], "a call that goes well is nothing to an operator"
 
 
-def test_a_stream_and_a_session(engine: SGLangServer) -> None:
+def test_a_stream_and_a_session() -> None:
     meter, fake = Meter("it", list), RecordingEngine()
     with Stream(fake._growing(REQUEST), REQUEST, fake.info, meter) as stream:
         assert meter.tally.read() == Counters(requests=1)
         list(stream)
     assert (meter.tally.read().completions, meter.tally.read().rows) == (1, 5)
-    with engine.session() as session:
+    with Session(fake._host, fake._check, meter) as session:
         session.generate(REQUEST)
-    assert (engine.counters().requests, engine.counters().completions, engine.counters().rows) == (1, 1, 5)
+    found = meter.tally.read()
+    assert (found.requests, found.completions, found.rows) == (2, 2, 10)
 
 
 def spoil(server: RecordingServer) -> None:
     def respond(handler: Any, payload: Any) -> None:
         rows = RecordingEngine().answer(payload)
-        lose_all_states(rows)
+        lose_a_state_row(rows)
         handler.say((200, rows))
 
     server.respond = respond
@@ -146,7 +149,7 @@ def test_an_update_of_weights(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_batching_counts_with_its_engine(engine: SGLangServer) -> None:
-    with BatchingEngine(engine, batch_size=2) as batching:
+    with BatchingEngine(engine, min_batch_size=1) as batching:
         batching.generate([REQUEST])
         assert batching.counters() == engine.counters() != Counters()
 
@@ -158,6 +161,5 @@ def test_an_engine_of_another_class_counts_nothing() -> None:
 
 
 def test_the_servers_counters_are_summed() -> None:
-    channel = "torchrl_sglang_hidden"
-    states = [{channel: {"counters": {"rows": 3}}}, {channel: {"counters": {"rows": 4, "steps": 1}}}, {}, {channel: 1}]
+    states = [{COUNTERS: {"rows": 3}}, {COUNTERS: {"rows": 4, "steps": 1}}, {}, {COUNTERS: 1}, None]
     assert Meter("it", lambda: states).server() == ServerCounters(rows=7, steps=1)

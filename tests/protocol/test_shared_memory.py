@@ -26,6 +26,7 @@ from torchrl_sglang_hidden.protocol.shared_memory import (
     remove_leftovers,
 )
 
+PREFIX = "torchrl_sglang_hidden"
 DATA = bytes(range(256)) * (MIN_BYTES // 256)
 
 
@@ -201,6 +202,15 @@ def test_what_a_killed_server_left_goes_with_the_next_one(tmp_path: Path) -> Non
     assert len(names(tmp_path)) == len(kept) + 2
     files = SharedFiles(tmp_path)
     assert names(tmp_path) == kept | {files.sign}
+
+
+def test_a_sweep_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / f"{PREFIX}-{'0' * 16}-here").write_text("left")
+    (tmp_path / f"{PREFIX}-{'0' * 16}-3").write_text("left")
+    with caplog.at_level("INFO"):
+        remove_leftovers(tmp_path)
+        remove_leftovers(tmp_path)
+    assert caplog.messages == [f"a server that ended left 2 files in {tmp_path}; they are removed"]
 
 
 def test_leftovers_go_when_somebody_says_so(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_opted_in_it_registers_its_hook(registered: list[Any]) -> None:
     plugin.register()
     assert registered == [(target, hook, "after") for target, hook in plugin.HOOKS.items()]
-    assert len(registered) == 2
+    assert len(registered) == 5
 
 
 def test_it_stays_off_in_another_sglang(registered: list[Any]) -> None:
@@ -72,7 +72,7 @@ def test_a_server_gets_the_route(monkeypatch: pytest.MonkeyPatch) -> None:
     server: Any = sys.modules[SERVER]
     server.app, server.GenerateReqInput, server.model_info, server.server_info = app, None, None, None
     sys.modules["sglang.srt.entrypoints"].http_server = server
-    args = SimpleNamespace(host="127.0.0.1", api_key="sesame", admin_api_key=None)
+    args = SimpleNamespace(host="127.0.0.1", api_key="sesame", admin_api_key=None, enable_metrics=False)
     plugin.after_manager(None, SimpleNamespace(server_args=args), "server_args", "port_args")
 
     async def refuse(http: object) -> None:

@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from torchrl_sglang_hidden._version import __version__
 from torchrl_sglang_hidden.cli.demo import demo
+from torchrl_sglang_hidden.cli.doctor import doctor
 from torchrl_sglang_hidden.cli.options import API_KEY_ENV, SECRET_ARGUMENTS, SECRETS_ENV
 from torchrl_sglang_hidden.cli.record import record
 from torchrl_sglang_hidden.cli.report import report
@@ -51,6 +52,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(record)
 app.command()(report)
+app.command()(doctor)
 # What SGLang's server takes is none of ours.
 app.command(context_settings={"ignore_unknown_options": True})(serve)
 

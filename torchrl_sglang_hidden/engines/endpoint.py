@@ -42,7 +42,7 @@ from torchrl_sglang_hidden.weights.network import NetworkPath
 from torchrl_sglang_hidden.weights.transports import ChosenTransport, Receiver, WeightUpdate, choose_transport, send
 from torchrl_sglang_hidden.weights.validation import Transport, Weights
 
-__all__ = ["Endpoint", "check_open_files", "new_request_ids"]
+__all__ = ["Endpoint", "check_open_files", "new_request_ids", "split_url"]
 
 # uvicorn closes an idle connection after 5 s; a connection reused in that instant would fail.
 KEEPALIVE_S = 2.0
@@ -66,7 +66,7 @@ class Endpoint:
     """
 
     def __init__(self, url: str, api_key: ApiKey | None, connect_timeout_s: float, read_timeout_s: float) -> None:
-        parts = _split(url)
+        parts = split_url(url)
         self._host, self._port = str(parts.hostname), parts.port or (443 if parts.scheme == "https" else 80)
         self._read_timeout_s = read_timeout_s
         self.url = url.rstrip("/")
@@ -367,7 +367,12 @@ async def _abort(client: httpx.AsyncClient, rids: Sequence[str]) -> None:
             await client.post("/abort_request", json={"rid": rid}, timeout=ABORT_TIMEOUT_S)
 
 
-def _split(url: object) -> SplitResult:
+def split_url(url: object) -> SplitResult:
+    """Check a server's address, and return its parts.
+
+    Raises:
+        InputError: it is no HTTP address, or has a password.
+    """
     if not isinstance(url, str):
         raise InputTypeError(f"url={url!r}: expected a string, such as 'http://127.0.0.1:30000'")
     try:

@@ -7,8 +7,10 @@ Knows and checks the arguments that a server is started with. The process is `Se
 from __future__ import annotations
 
 import ipaddress
+import logging
 import os
 import socket
+import time
 import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -40,6 +42,8 @@ from torchrl_sglang_hidden.server.__main__ import (
 )
 
 __all__ = ["LaunchedServer", "launch"]
+
+logger = logging.getLogger(__name__)
 
 DEVICES = ("auto", "cpu", "cuda", "xpu", "hpu", "npu", "musa")
 
@@ -115,6 +119,7 @@ def launch(
     if device != "auto":
         arguments["device"] = device
     secrets = {name: str(arguments.pop(name)) for name in SECRET_ARGUMENTS if arguments.get(name) is not None}
+    start = time.monotonic()
     with ExitStack() as stack:
         log_path = _log_path(log_file, port)
         process = ServerProcess(
@@ -130,6 +135,14 @@ def launch(
         process.wait_until_ready(url, timeout_s=timeout_s, progress=progress)
         server = LaunchedServer(url, process=process, api_key=api_key)
         stack.pop_all()
+    logger.info(
+        "%s serves %s, process %d, after %.0f s; its log: %s",
+        url,
+        model,
+        server.pid,
+        time.monotonic() - start,
+        log_path,
+    )
     return server
 
 
@@ -161,7 +174,9 @@ class LaunchedServer(SGLangServer):
     def close(self) -> None:
         """Close the client and end the server. A second call does nothing."""
         super().close()
-        self._stop()
+        if self._stop.alive:
+            self._stop()
+            logger.info("%s was stopped, process %d", self.url, self.pid)
 
 
 def _check_arguments(

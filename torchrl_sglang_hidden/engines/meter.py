@@ -22,8 +22,8 @@ from torchrl_sglang_hidden.errors import (
     RequestAbortedError,
     RequestRejectedError,
 )
-from torchrl_sglang_hidden.protocol import CHANNEL
 from torchrl_sglang_hidden.records import Completion, Request
+from torchrl_sglang_hidden.server.metrics import COUNTERS
 
 __all__ = ["Meter"]
 
@@ -54,8 +54,7 @@ class Meter:
 
     def server(self) -> ServerCounters:
         """Ask the server half for its counters, summed over data-parallel ranks and servers."""
-        statuses = [state.get(CHANNEL) for state in self._states() if isinstance(state, Mapping)]
-        return ServerCounters.of(status.get("counters") for status in statuses if isinstance(status, Mapping))
+        return ServerCounters.of(state.get(COUNTERS) for state in self._states() if isinstance(state, Mapping))
 
     @contextmanager
     def watching(self, requests: Sequence[Request]) -> Iterator[Took]:

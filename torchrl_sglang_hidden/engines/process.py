@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import re
 import signal
@@ -28,6 +29,8 @@ from torchrl_sglang_hidden.protocol.shared_memory import remove_leftovers
 from torchrl_sglang_hidden.server.__main__ import API_KEY_ENV, PARENT_PID_ENV, SECRETS_ENV
 
 __all__ = ["ServerProcess"]
+
+logger = logging.getLogger(__name__)
 
 _SERVER_MODULE = "torchrl_sglang_hidden.server"
 _TAIL_LINES = 20
@@ -66,6 +69,7 @@ class ServerProcess:
         self.log_path = log_path
         self._secrets = tuple(filter(None, (api_key, *(secrets or {}).values())))
         self._owner_pid = os.getpid()
+        self._is_known_dead = False
         environment = {**os.environ, PARENT_PID_ENV: str(self._owner_pid), "PYTHONUNBUFFERED": "1"}
         environment |= {LAYERS_ENV: layers, **(modules or {})}
         # Not the parent's: the server would want a key that its own client does not send.
@@ -137,6 +141,9 @@ class ServerProcess:
         # Short waits: Python handles a signal that arrives just before a wait only after the wait.
         with suppress(subprocess.TimeoutExpired):
             code = self._process.wait(_POLL_INTERVAL_S)
+            if not self._is_known_dead:
+                self._is_known_dead = True
+                logger.error("the server of process %d ended by itself, with %s", self.pid, _exit_reason(code))
             return (
                 f"the server ended by itself, with {_exit_reason(code)}; read the whole log in {self.log_path}. "
                 f"{self._last_words()}"

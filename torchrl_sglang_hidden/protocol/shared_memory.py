@@ -10,6 +10,7 @@ Used on both sides. Knows nothing of SGLang, nor of what the bytes mean.
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import re
 import secrets
@@ -25,6 +26,8 @@ from torchrl_sglang_hidden.protocol.excerpts import excerpt
 from torchrl_sglang_hidden.records import MAX_ANSWER_BYTES
 
 __all__ = ["SharedFiles", "discard", "fetch", "is_shared", "remove_leftovers"]
+
+logger = logging.getLogger(__name__)
 
 DIRECTORY = Path("/dev/shm")
 _PREFIX = "torchrl_sglang_hidden"
@@ -222,7 +225,9 @@ def remove_leftovers(directory: Path = DIRECTORY) -> None:
             descriptor = os.open(sign, os.O_RDONLY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while the server lives
-                for path in (*directory.glob(f"{sign.name.removesuffix('here')}[0-9]*"), sign):
+                left = [*directory.glob(f"{sign.name.removesuffix('here')}[0-9]*"), sign]
+                for path in left:
                     path.unlink(missing_ok=True)
+                logger.info("a server that ended left %d files in %s; they are removed", len(left), directory)
             finally:
                 os.close(descriptor)

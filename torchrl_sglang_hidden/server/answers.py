@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from torchrl_sglang_hidden.counters import SERVER
 from torchrl_sglang_hidden.errors import SpanError
 from torchrl_sglang_hidden.protocol import PROTOCOL, answer_of
 from torchrl_sglang_hidden.protocol.shared_memory import SharedFiles
@@ -45,11 +46,13 @@ class Unfinished:
     def finish(self) -> Answer:
         """Make the answer, as a list of one. May take long, and runs in any thread that comes behind the row store."""
         if self.tracked.refused:
+            SERVER.add(requests=1, refusals=1)
             return [{"protocol": PROTOCOL, "refused": self.tracked.refused}]
         try:
             return self._make()
         except Exception as error:
             # In the scheduler's thread it would end the server, and in the finisher's the client would wait for ever.
+            SERVER.add(requests=1, refusals=1)
             logger.exception("torchrl_sglang_hidden: an answer could not be made")
             refused = f"the answer could not be made ({error!r}); see the server's log"
             return [{"protocol": PROTOCOL, "refused": refused}]
@@ -61,7 +64,14 @@ class Unfinished:
         pools = tracked.finish(self.response_ids, self.decode, self.value())
         wanted = tracked.logits.wanted
         logits = tracked.logits.finish() if wanted.wants_sampled or wanted.prompt_from is not None else None
-        return [answer_of(pools, tracked.options.way, self.shared.share, logits, tracked.prompt_digest)]
+        answer = answer_of(pools, tracked.options.way, self._share, logits, tracked.prompt_digest)
+        SERVER.add(requests=1, rows=tracked.pools.done + tracked.pools.count, **tracked.prefix_hit)
+        return [answer]
+
+    def _share(self, data: bytes) -> str | None:
+        name = self.shared.share(data)
+        SERVER.add(answer_bytes=len(data), shared_bytes=0 if name is None else len(data))
+        return name
 
 
 def decoder_of(tokenizer: Any) -> Callable[[Sequence[int]], str] | None:

@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 
+from torchrl_sglang_hidden.counters import timed
 from torchrl_sglang_hidden.protocol import Options, digest_prompt, unpack_options
 from torchrl_sglang_hidden.protocol.shared_memory import SharedFiles
 from torchrl_sglang_hidden.reduce.bags import separate
@@ -171,6 +172,7 @@ class Capture:
         # A layer without states would cost the whole step's requests their rows.
         return {-1, *(() if self.taps.problem else self.taps.layers)}.issuperset(layers)
 
+    @timed
     def plan_step(self, batch: Any) -> StepPlan | None:
         """Plan which rows of the coming step are wanted; None when no request of the batch asked."""
         mode = batch.forward_mode.name

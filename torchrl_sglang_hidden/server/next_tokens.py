@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from torchrl_sglang_hidden.counters import timed
 from torchrl_sglang_hidden.records import TokenLogits
 from torchrl_sglang_hidden.reduce.columns import select_rows
 from torchrl_sglang_hidden.reduce.constraining import constrain
@@ -66,10 +67,12 @@ class StepLogits:
     _constrained_rows: tuple[int, ...] = ()
     _choosable_R: torch.Tensor | None = None
 
+    @timed
     def take_raw(self, logits_BV: torch.Tensor) -> None:
         """Take the logits as the head gave them, before SGLang changes them for sampling."""
         self._take(logits_BV, "raw")
 
+    @timed
     def constrain(self, logits_BV: torch.Tensor, temperatures_B1: torch.Tensor | None) -> None:
         """Apply the constraints in place, after all that SGLang does to the logits but before its temperature.
 
@@ -168,6 +171,7 @@ class StepLogits:
         # Counted as on the other ranks: all must give the prefix cache the same limits.
         self._prompt_logits.append(PromptLogits(pieces))
 
+    @timed
     def taken(self) -> DeviceLogits:
         """Hand over what was taken, for SGLang to copy with its other results.
 

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 import torch
 
+from torchrl_sglang_hidden.counters import SERVER, timed
 from torchrl_sglang_hidden.reduce.bags import Bags, separate
 from torchrl_sglang_hidden.reduce.device import on_device
 from torchrl_sglang_hidden.reduce.pooling import NO_VALUE
@@ -114,11 +115,13 @@ class HostRows:
     groups: tuple[GroupRows, ...]
     plan: StepPlan
 
+    @timed
     def consume(self, batch: Any, commits: Sequence[Any]) -> None:
         """Hand the rows to their requests. ``commits[i]`` is None when batch row i committed no token."""
         self.plan.keeper.land_all()
         for rows in self.groups:
             _GroupConsumer(rows, self.plan.keeper, batch.reqs).consume(commits)
+        SERVER.add(steps=1)
 
 
 class _GroupConsumer:
@@ -313,6 +316,7 @@ class StepPlan:
         """The layers that anybody wants."""
         return {layer for group in self.groups for layer in group.slots.layers}
 
+    @timed
     def gather(self, states: Mapping[int, torch.Tensor]) -> DeviceRows | None:
         """Take the planned rows of the step's states, on the device. What is returned aliases none of them.
 

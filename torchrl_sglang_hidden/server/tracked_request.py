@@ -61,6 +61,7 @@ class TrackedRequest:
     Attributes:
         limit: most positions that it may take from the prefix cache; None for any number.
         base: the running value over that many first positions, where one is kept.
+        spared: rows of the prompt that were not computed, since a running value over them was kept.
         closed: whether it was answered, or started over under other weights.
         refused: why no answer can be given; empty while one can.
         slot_index: where the running value over its response is; `DISCARDED` where none is wanted.
@@ -91,6 +92,7 @@ class TrackedRequest:
         self.prompt_digest = prompt_digest
         self.limit: int | None = None
         self.base: tuple[int, torch.Tensor] | None = None
+        self.spared = 0
         self.closed = False
         self.refused = ""
         pools_response = wanted.pooling is not None and reads_response(wanted.segments)
@@ -105,6 +107,12 @@ class TrackedRequest:
         self.row_dtype = wanted.row_dtype if all(isinstance(s, PromptSpan) for s in wanted.spans.values()) else None
         self._pages: StatePages | None = None
         self._store: StateStore | None = None
+
+    @property
+    def prefix_hit(self) -> dict[str, int]:
+        """What the request was spared, as `ServerCounters` count it."""
+        rows = self.spared
+        return {"prefix_hits": 1, "prefix_rows": rows} if rows else {}
 
     @property
     def reads_prompt(self) -> bool:
@@ -142,6 +150,8 @@ class TrackedRequest:
         if position >= self.pools.num_prompt:
             return None
         base_KD = self.base[1] if self.base is not None and self.base[0] == position else None
+        if base_KD is not None and not self.pools.done:
+            self.spared = position
         step = self.pools.plan_prompt(position, position + length, base_KD)
         return None if step is None else PromptSelection(row=row, offset=offset, step=step, tracked=self)
 

@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 
 from torchrl_sglang_hidden.protocol import PLUGIN_ENV
 from torchrl_sglang_hidden.server.__main__ import SECRET_ARGUMENTS
+from torchrl_sglang_hidden.server.metrics import AFTER_METRICS, publish_here
 from torchrl_sglang_hidden.server.plugin import is_served_version
 
 __all__ = ["HOOKS", "after_manager", "after_resolved_dict", "answer_value_error", "register"]
@@ -43,6 +44,7 @@ def after_manager(result: None, manager: Any, *args: Any, **kwargs: Any) -> None
     http_server.app.add_route(PATH, service.respond, methods=["POST"])
     http_server.app.add_exception_handler(ValueError, answer_value_error)
     server_args = manager.server_args
+    publish_here(server_args)
     # Added before SGLang's own, which therefore sees a request first: a key that one overlooks, the other asks for.
     http_server.app.add_middleware(
         AccessGuard,
@@ -69,6 +71,7 @@ def after_resolved_dict(result: dict[str, Any], server_args: Any) -> dict[str, A
 HOOKS: dict[str, Callable[..., Any]] = {
     "sglang.srt.managers.tokenizer_manager.TokenizerManager.__init__": after_manager,
     "sglang.srt.server_args.ServerArgs.resolved_dict": after_resolved_dict,
+    **AFTER_METRICS,
 }
 
 
