@@ -25,7 +25,7 @@ class TestHelp:
     def test_names_the_commands(self) -> None:
         result = invoke("--help")
         assert result.exit_code == 0
-        for word in ("demo", "serve", "record", "report", "--version", "--debug"):
+        for word in ("demo", "serve", "record", "report", "doctor", "--version", "--debug"):
             assert word in result.stdout
 
     @pytest.mark.parametrize(
@@ -38,6 +38,7 @@ class TestHelp:
                 ["DATA", "OUT", "--url", "--model", "--prompt-key", "--prompt", "--segments", "--layers", "--pooling"],
             ),
             ("record", ["--tokens", "--max-new-tokens", "--batch-size", "--every", API_KEY_ENV]),
+            ("doctor", ["URL", "--api-key", "--json", API_KEY_ENV]),
             ("report", ["RECORDING", "--out", "--target", "--against"]),
         ],
     )

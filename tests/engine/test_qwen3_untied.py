@@ -25,10 +25,19 @@ from helpers.policy_checks import (
 from helpers.request_storm import resident_bytes, storm
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from torchrl_sglang_hidden import AuthenticationError, PromptLengthError, SGLangHiddenWrapper, connect, launch
+from torchrl_sglang_hidden import (
+    AuthenticationError,
+    HiddenSpec,
+    PromptLengthError,
+    Request,
+    SGLangHiddenWrapper,
+    connect,
+    launch,
+)
 from torchrl_sglang_hidden.engines.launch import LaunchedServer
 from torchrl_sglang_hidden.protocol import CHANNEL
 from torchrl_sglang_hidden.protocol.shared_memory import DIRECTORY
+from torchrl_sglang_hidden.server.metrics import PREFIX
 from torchrl_sglang_hidden.server.prefix_sums import MAX_BYTES
 
 Policy = Callable[..., SGLangHiddenWrapper]
@@ -53,6 +62,7 @@ def qwen3(qwen3_dir: str, api_key: str, tmp_path_factory: pytest.TempPathFactory
         chunked_prefill_size=CHUNKED_PREFILL_SIZE,
         enable_mixed_chunk=True,
         api_key=api_key,
+        enable_metrics=True,
         max_total_tokens=CRAMPED_TOKENS,
         max_running_requests=24,
         schedule_conservativeness=0.01,  # admit all rows at once, although they will not fit
@@ -185,6 +195,17 @@ def test_the_key_is_not_shown_to_who_has_it(qwen3: LaunchedServer, http: httpx.C
     leader = psutil.Process(qwen3.pid)
     for process in (leader, *leader.children(recursive=True)):
         assert api_key not in " ".join(process.cmdline())
+
+
+def test_the_counters_stand_beside_sglangs(qwen3: LaunchedServer, http: httpx.Client) -> None:
+    qwen3.generate([Request((5, 6, 7), {"max_new_tokens": 2}, hidden=HiddenSpec())])
+    lines = http.get("/metrics").text.splitlines()
+    assert any(line.startswith("sglang:") for line in lines)
+    counted = {line.split("{")[0]: float(line.split()[-1]) for line in lines if line.startswith(PREFIX)}
+    found = qwen3.server_counters()
+    assert counted[f"{PREFIX}rows_total"] == found.rows > 0
+    assert counted[f"{PREFIX}requests_total"] == found.requests > 0
+    assert counted[f"{PREFIX}step_seconds_total"] == pytest.approx(found.step_seconds, rel=0.2)
 
 
 @pytest.mark.parametrize("route", ["update_weights_from_tensor", "load_lora_adapter_from_tensors"])

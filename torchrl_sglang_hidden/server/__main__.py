@@ -246,10 +246,10 @@ def _keep_out_of_logs(secrets: Iterable[str]) -> None:
         record = make_record(*args, **kwargs)
         shown = f"{record.msg}{record.args}"
         if any(secret in shown for secret in hidden):
-            message = record.getMessage()
+            text = record.getMessage()
             for secret in hidden:
-                message = message.replace(secret, "***")
-            record.msg, record.args = message, None
+                text = text.replace(secret, "***")
+            record.msg, record.args = text, None
         return record
 
     if hidden:
