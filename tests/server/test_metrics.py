@@ -56,6 +56,16 @@ def test_a_server_without_metrics_publishes_nothing(monkeypatch: pytest.MonkeyPa
     metrics.publish_here(SimpleNamespace(enable_metrics=False))
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_schedulers_process_publishes_when_it_is_made(enabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    published: list[Any] = []
+    monkeypatch.setattr(metrics, "publish", lambda *call: published.append(call))
+    server_args = SimpleNamespace(enable_metrics=enabled, served_model_name=None, model_path="m")
+    # As SGLang's registry calls it: with what the method returned, and the object.
+    metrics.after_streamer_class(object, SimpleNamespace(server_args=server_args))
+    assert published == ([(metrics.SERVER, "m")] if enabled else [])
+
+
 def test_every_counter_says_what_it_is() -> None:
     assert set(metrics._SAYS) == {field.name for field in fields(ServerCounters)}
 

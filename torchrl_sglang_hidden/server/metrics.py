@@ -78,7 +78,7 @@ def publish_here(server_args: Any) -> None:
         publish(SERVER, str(server_args.served_model_name or server_args.model_path))
 
 
-def after_streamer_class(result: type, streamer_class: type, scheduler: Any) -> None:
+def after_streamer_class(streamer_class: type, scheduler: Any) -> None:
     """Publish the counters of a scheduler's process, when it is made."""
     publish_here(scheduler.server_args)
 
