@@ -65,7 +65,8 @@ class Unfinished:
         wanted = tracked.logits.wanted
         logits = tracked.logits.finish() if wanted.wants_sampled or wanted.prompt_from is not None else None
         answer = answer_of(pools, tracked.options.way, self._share, logits, tracked.prompt_digest)
-        SERVER.add(requests=1, rows=tracked.pools.done + tracked.pools.count, **tracked.prefix_hit)
+        taken = tracked.pools.done + tracked.pools.count - tracked.spared
+        SERVER.add(requests=1, rows=taken, **tracked.prefix_hit)
         return [answer]
 
     def _share(self, data: bytes) -> str | None:
