@@ -120,8 +120,7 @@ class BatchingEngine(Engine):
         if not isinstance(engine, Engine):
             raise InputTypeError(f"BatchingEngine({engine!r:.80}): expected an Engine, such as SGLangServer(url)")
         check_batching(min_batch_size, max_batch_size, timeout_s)
-        self.engine = engine
-        self._meter = engine._meter
+        self.engine, self._meter = engine, engine._meter
         self.min_batch_size = min_batch_size
         self.max_batch_size = max_batch_size
         self.timeout_s = timeout_s
