@@ -60,6 +60,10 @@ def make_processor(parallel: bool, calls: list[tuple[str, int]]) -> Any:
     return processor
 
 
+class Req:
+    """Stands for a request of SGLang's, which a weak reference can be made to."""
+
+
 def run_hook(parallel: bool, fails: bool = False) -> dict[str, Any]:
     """Run `around_logits` for three prompts, the first and last of which want their logits."""
     from sglang.srt.layers.logits_processor import LogitsMetadata, LogitsProcessor
@@ -79,7 +83,7 @@ def run_hook(parallel: bool, fails: bool = False) -> dict[str, Any]:
     wanted = WantedLogits(LogitsSpec(full=True, segments=("prompt",)), prompt_from=1)
     requests = [RequestLogits(wanted, tuple(range(4))), RequestLogits(wanted, tuple(range(3)))]
     parts = (PromptPart(0, 0, 1, 4, requests[0]), PromptPart(2, 6, 1, 3, requests[1]))
-    reqs = (object(), object(), object())
+    reqs = (Req(), Req(), Req())
     step = plugin._capture.running = StepLogits((), parts, reqs, VOCAB, NUM_ROWS)
     metadata = LogitsMetadata(
         forward_mode=ForwardMode.EXTEND, extend_seq_lens=torch.tensor([4, 2, 3]), extend_seq_lens_cpu=[4, 2, 3]

@@ -316,7 +316,7 @@ def test_a_row_that_fails_is_nan_and_listed(tmp_path: Path, monkeypatch: pytest.
         [
             "PromptLengthError: text, row 2: an empty string",
             "PromptLengthError: row 4: ",
-            "EngineError: row 6: 8 of 8 values of 'hidden_states/prompt' are NaN",
+            "EngineError: row 6 (request recorded-0): the states have NaN",
             "InputError: row 8: the prompt cannot be written, KeyError: 8",
         ],
         strict=True,

@@ -205,10 +205,21 @@ def test_an_engine_that_fails_leaves_the_data_as_it_was(late: bool) -> None:
     assert env.step(env.rand_action(td))["next", "hidden_state"].any(), "goes on"
 
 
-def test_states_that_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (torch.nan, r"row 1 \(request .*: the states have NaN; .*dtype='bfloat16'"),
+        (torch.inf, r"row 1: 8 of 8 values of its hidden state are NaN or inf.*'w1 w4 w2': change the"),
+    ],
+)
+def test_states_that_are_not_finite(monkeypatch: pytest.MonkeyPatch, value: float, words: str) -> None:
     made, td = transform(), data(3, 4)
-    monkeypatch.setattr(fake_engine, "states_ND", lambda *ids: states_ND(*ids) / (0 if 4 + 6 in ids[0] else 1))
-    with pytest.raises(EngineError, match=r"row 1: 8 of 8 values of its hidden state are NaN.*'w1 w4 w2': change the"):
+
+    def spoiled(*ids: Any) -> torch.Tensor:
+        return torch.full_like(states_ND(*ids), value) if 4 + 6 in ids[0] else states_ND(*ids)
+
+    monkeypatch.setattr(fake_engine, "states_ND", spoiled)
+    with pytest.raises(EngineError, match=words):
         made(td)
     assert "hidden_state" not in td
 

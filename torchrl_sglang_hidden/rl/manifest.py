@@ -169,7 +169,7 @@ def _shard_of(fields: Mapping[str, Any]) -> Shard:
     _check(isinstance(shard.file, str) and bool(FILE.fullmatch(shard.file)), f"a shard's file is like {FILE.pattern}")
     _check(type(shard.rows) is int and shard.rows >= 1, "a shard has at least 1 row")
     _check(type(shard.nbytes) is int and isinstance(shard.sha256, str), "a shard has a size and a checksum")
-    _check(isinstance(shard.rows_sha256, str), "a digest of rows is a string")
+    _check(isinstance(shard.rows_sha256, str | None), "a digest of rows is a string, or null")
     for failure in shard.failures:
         _check(type(failure.row) is int and isinstance(failure.reason, str), "a failure has a row and a reason")
     return shard

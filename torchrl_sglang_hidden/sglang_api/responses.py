@@ -154,6 +154,7 @@ def _read_row(number: int, request: Request, row: Any, info: EngineInfo, rid: st
         logits = _read_logits(name, request, wanted, None if answer is None else answer.logits, len(response_ids), info)
     log_probs_T = _read_log_probs(name, meta, "output", response_ids) if request.return_log_probs else None
     sampling_mask, routed_experts = read_sampled(name, request, meta, response_ids, info=info, complete=error is None)
+    error = error or _overflow(name, states, logits)
     if request.reads_only:
         text, response_ids, finish_type, versions = "", (), "length", ()
         log_probs_T = None if log_probs_T is None else log_probs_T[:0]
@@ -280,16 +281,24 @@ def _counted(
             f"{name}: the {segment} logits are {rows.values_NC.dtype}, expected {spec.dtype}, or of ids that the model "
             "does not have; use the same version of torchrl_sglang_hidden on both sides"
         )
-    _check_numbers(f"{name}: the {segment} logits", rows.values_NC)
     return rows
 
 
-def _check_numbers(what: str, values: torch.Tensor) -> None:
-    if values.isnan().any():
-        raise EngineError(
-            f"{what} have NaN; the model's numbers overflowed there, as they do in float16: serve the model with "
-            "dtype='bfloat16' or 'float32', and look at its weights"
-        )
+def _overflow(name: str, states: _States | None, logits: FoundLogits | None) -> EngineError | None:
+    """Return the error of a row whose numbers are none: the model's overflowed, for this row and perhaps no other."""
+    found: dict[str, list[torch.Tensor]] = {"states": [], "logits": []}
+    if states is not None:
+        found["states"] = [pooled.vector for pooled in (*states.hidden.values(), *states.spans.values())]
+        found["states"] += [] if states.token_rows is None else [states.token_rows.rows_ND]
+    if logits is not None:
+        found["logits"] = [rows.values_NC for rows in (logits.prompt, logits.response) if rows is not None]
+    for what, tensors in found.items():
+        if any(values.isnan().any() for values in tensors):
+            return EngineError(
+                f"{name}: the {what} have NaN; the model's numbers overflowed there, as they do in float16: serve the "
+                "model with dtype='bfloat16' or 'float32', and look at its weights"
+            )
+    return None
 
 
 def _read_log_probs(
@@ -379,7 +388,6 @@ def _shaped(name: str, states: torch.Tensor, dtype: torch.dtype, spec: HiddenSpe
             f"{name}: states of shape {tuple(states.shape)}, expected [..., {expected[0]}, {expected[1]}], or of "
             f"{states.dtype} instead of {dtype}; use the same version of torchrl_sglang_hidden on both sides"
         )
-    _check_numbers(f"{name}: the states", states)
     return states if isinstance(spec.layers, tuple) else states.squeeze(-2)
 
 
