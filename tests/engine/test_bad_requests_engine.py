@@ -5,7 +5,6 @@ On a server without the guard, 1 of these in 10 ends the whole server.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from typing import Any
 
@@ -112,8 +111,8 @@ class InProcess:
         engine = in_process.engine
 
         def generate(**arguments: Any) -> Any:
-            # The engine's own `generate` runs the loop that runs already, in a thread.
-            return asyncio.run_coroutine_threadsafe(engine.async_generate(**arguments), engine.loop).result(120)
+            # SGLang's own method, in the loop that `SGLangOffline` runs while calls are under way.
+            return in_process._loop.run(lambda: engine.async_generate(**arguments))
 
         good = {"input_ids": [5, 6, 7], "sampling_params": {"max_new_tokens": 4, "temperature": 0}}
         expected = generate(**good)["output_ids"]

@@ -283,17 +283,17 @@ BAD_ROUTES: Mapping[str, Bad] = {
     "update_weights_from_tensor: garbage": Bad(
         "/update_weights_from_tensor",
         {"serialized_named_tensors": ["AAAA"], "flush_cache": True},
-        "update_weights_from_tensor must run between begin_weight_update() and",
+        "unpickles what it is sent, which can run code; use",
     ),
     "update_weights_from_tensor: none": Bad(
         "/update_weights_from_tensor",
         {"serialized_named_tensors": []},
-        "update_weights_from_tensor must run between begin_weight_update() and",
+        "unpickles what it is sent, which can run code; use",
     ),
     "update_weights_from_tensor: an unknown format": Bad(
         "/update_weights_from_tensor",
         {"serialized_named_tensors": ["AAAA"], "load_format": "nonsense"},
-        "update_weights_from_tensor must run between begin_weight_update() and",
+        "unpickles what it is sent, which can run code; use",
     ),
     "update_weights_from_distributed: no group": Bad(
         "/update_weights_from_distributed",
@@ -308,7 +308,7 @@ BAD_ROUTES: Mapping[str, Bad] = {
     "update_weights_from_ipc: garbage": Bad(
         "/update_weights_from_ipc",
         {"zmq_handles": {"x": "y"}},
-        "IPC weight update failed: ImportError checkpoint-engine is not",
+        "unpickles what it is sent, which can run code; use",
     ),
     "destroy_weights_update_group: of none": Bad(
         "/destroy_weights_update_group", {"group_name": "nothing"}, "The group to be destroyed does not exist"
@@ -346,7 +346,7 @@ BAD_ROUTES: Mapping[str, Bad] = {
     "load_lora_adapter_from_tensors: garbage": Bad(
         "/load_lora_adapter_from_tensors",
         {"lora_name": "x", "serialized_tensors": "AAAA", "config_dict": {}},
-        "'type': 'is_instance_of'",
+        "unpickles what it is sent, which can run code; use",
     ),
     "slow_down: of text": Bad("/slow_down", {"forward_sleep_time": "x"}, "'type': 'is_instance_of'"),
     "pause_generation: an unknown mode": Bad("/pause_generation", {"mode": "nonsense"}, "'type': 'is_instance_of'"),
