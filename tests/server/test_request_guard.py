@@ -312,3 +312,15 @@ def test_a_long_text_where_nothing_says_what_fits(manager: Any, tokenizer: Any, 
     manager.tokenizer = manager.tokenizer if truncates else tokenizer
     obj = row(input_ids=None, text="a" * 99)
     assert asyncio.run(guard.around_tokenize(original, manager, obj)) == "tokenized"
+
+
+@pytest.mark.parametrize("priority", ["x", 1.5, True, [1]])
+def test_a_priority_that_sglang_cannot_compare(priority: Any) -> None:
+    seen: list[Any] = []
+    around = guard.around_priority
+    with pytest.raises(ValueError, match=r"priority=.*: expected an integer"):
+        around(lambda manager, obj: seen.append(obj), None, SimpleNamespace(priority=priority))
+    assert seen == []
+    for good in (None, -3, 2**40):
+        around(lambda manager, obj: seen.append(obj.priority), None, SimpleNamespace(priority=good))
+    assert seen == [None, -3, 2**40]

@@ -3,10 +3,11 @@
 What it lets through, the scheduler can read and compute: there most of what is refused here would end the server. The
 error is a ``ValueError`` that names the row, the value and the limit, which SGLang's routes answer with status 400.
 
-Each request passes `around_normalize` as it came, rows and all. `after_init_state` then numbers the rows, and each row
-passes `around_tokenize` as it was sent, `around_validate` when its ids are known, and `around_create` when it is what
-the scheduler will get. Knows SGLang's requests by attribute name; imports of SGLang are inside functions. Knows nothing
-of the scheduler: what only that can find is in `request_isolation`. What is checked is in `request_checks`.
+Each request passes `around_priority` and `around_normalize` as it came, rows and all. `after_init_state` then numbers
+the rows, and each row passes `around_tokenize` as it was sent, `around_validate` when its ids are known, and
+`around_create` when it is what the scheduler will get. Knows SGLang's requests by attribute name; imports of SGLang are
+inside functions. Knows nothing of the scheduler: what only that can find is in `request_isolation`. What is checked is
+in `request_checks`.
 """
 
 from __future__ import annotations
@@ -63,6 +64,14 @@ def refusing(row: int | None) -> Iterator[None]:
 
 
 # --- as it came -------------------------------------------------------------------------------------------------------
+
+
+def around_priority(original: Callable[[Any, Any], None], manager: Any, obj: Any) -> None:
+    """Refuse a priority that is no integer: SGLang compares it with its limits before it looks at anything else."""
+    with refusing(None):
+        if obj.priority is not None and type(obj.priority) is not int:
+            raise InputTypeError(f"priority={obj.priority!r:.200}: expected an integer")
+        original(manager, obj)
 
 
 def around_normalize(original: Callable[[Any], None], obj: Any) -> None:
@@ -168,6 +177,7 @@ AFTER_GUARD: dict[str, Callable[..., Any]] = {f"{_MANAGER}._init_req_state": aft
 AROUND_GUARD: dict[str, Callable[..., Any]] = {
     f"{_INPUTS}.GenerateReqInput.normalize_batch_and_arguments": around_normalize,
     f"{_INPUTS}.EmbeddingReqInput.normalize_batch_and_arguments": around_normalize,
+    f"{_MANAGER}._set_default_priority": around_priority,
     f"{_MANAGER}._tokenize_one_request": around_tokenize,
     f"{_MANAGER}._batch_tokenize_and_process": around_tokenize_batch,
     f"{_MANAGER}._validate_one_request": around_validate,
