@@ -29,6 +29,7 @@ from torchrl_sglang_hidden.errors import (
 )
 from torchrl_sglang_hidden.protocol import LAYERS_ENV
 from torchrl_sglang_hidden.protocol.served_weights import ServedWeights
+from torchrl_sglang_hidden.protocol.server_files import files_of
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
 from torchrl_sglang_hidden.server.weight_routes import list_weights
 from torchrl_sglang_hidden.sglang_api.in_process import translated
@@ -320,7 +321,10 @@ class SGLangOffline(Engine):
     def close(self) -> None:
         """Shut down an engine that this object started; an engine of yours is left running."""
         if not self._closed and self._owned:
+            files = files_of(getattr(self.engine, "port_args", None))
             self.engine.shutdown()
+            for file in files:
+                file.unlink(missing_ok=True)
         self._closed = True
 
     def _check_open(self) -> None:

@@ -13,9 +13,11 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,6 +27,7 @@ from rich.markup import escape
 
 from torchrl_sglang_hidden.errors import EngineError, LaunchError
 from torchrl_sglang_hidden.protocol import ALL_LAYERS, LAYERS_ENV
+from torchrl_sglang_hidden.protocol.server_files import FILES_ENV, ServerFiles
 from torchrl_sglang_hidden.protocol.shared_memory import remove_leftovers
 from torchrl_sglang_hidden.server.__main__ import API_KEY_ENV, PARENT_PID_ENV, SECRETS_ENV
 
@@ -51,6 +54,7 @@ class ServerProcess:
         layers: passed in the environment, as `resolve_layers` writes them.
         modules: environment variables from `resolve_modules`.
         secrets: SGLang's arguments that go the same way as ``api_key``.
+        more: further environment variables.
 
     Raises:
         LaunchError: the log file cannot be written.
@@ -65,13 +69,17 @@ class ServerProcess:
         layers: str = ALL_LAYERS,
         modules: Mapping[str, str] | None = None,
         secrets: Mapping[str, str] | None = None,
+        more: Mapping[str, str] | None = None,
     ) -> None:
         self.log_path = log_path
         self._secrets = tuple(filter(None, (api_key, *(secrets or {}).values())))
         self._owner_pid = os.getpid()
         self._is_known_dead = False
+        # Whoever watches the process and whoever closes it may both end it: the first does.
+        self._ending = threading.RLock()
+        self._ended = False
         environment = {**os.environ, PARENT_PID_ENV: str(self._owner_pid), "PYTHONUNBUFFERED": "1"}
-        environment |= {LAYERS_ENV: layers, **(modules or {})}
+        environment |= {LAYERS_ENV: layers, **(modules or {}), **(more or {})}
         # Not the parent's: the server would want a key that its own client does not send.
         for name in (API_KEY_ENV, SECRETS_ENV):
             environment.pop(name, None)
@@ -79,8 +87,11 @@ class ServerProcess:
             environment[API_KEY_ENV] = api_key
         if secrets:
             environment[SECRETS_ENV] = json.dumps(dict(secrets))
-        with _open_log(log_path) as log:
+        with _open_log(log_path) as log, ExitStack() as stack:
             self._log_start = log.tell()
+            self._files = ServerFiles()
+            stack.callback(self._files.remove)
+            environment |= _temporary(self._files.directory)
             self._process = subprocess.Popen(
                 [sys.executable, "-m", _SERVER_MODULE, *arguments],
                 stdin=subprocess.PIPE,
@@ -90,6 +101,7 @@ class ServerProcess:
                 # A group of its own: Ctrl-C in the terminal is the parent's to handle, and one kill ends all of SGLang.
                 start_new_session=True,
             )
+            stack.pop_all()
 
     @property
     def pid(self) -> int:
@@ -111,6 +123,7 @@ class ServerProcess:
         # A proxy from the environment is never on the way to this machine.
         with httpx.Client(timeout=_PROBE_TIMEOUT_S, trust_env=False) as client, _status_line(progress) as show:
             while not _generates(client, url):
+                self._files.note(self.pid)
                 elapsed_s = time.monotonic() - start
                 if elapsed_s > timeout_s:
                     raise LaunchError(
@@ -125,6 +138,11 @@ class ServerProcess:
                     )
                 last_line = (self.log_tail(1) or ["Python starts"])[0]
                 show(f"Starting SGLang, {elapsed_s:.0f} s: {_without_timestamp(last_line)}")
+        self._files.note(self.pid)
+
+    def join(self) -> None:
+        """Block until the process has ended."""
+        self._process.wait()
 
     def wait(self) -> NoReturn:
         """Block until the process has ended.
@@ -150,6 +168,10 @@ class ServerProcess:
             )
         return ""
 
+    def served_version(self) -> str | None:
+        """Return the version of the weights that the server was given last; None for those of its start."""
+        return self._files.version()
+
     def log_tail(self, limit: int = _TAIL_LINES) -> list[str]:
         """Return the last lines of the log since this start, oldest first, without blank lines and keys."""
         with self.log_path.open("rb") as log:
@@ -164,7 +186,15 @@ class ServerProcess:
         """End the process and its group: SIGINT, then SIGKILL. In a forked child, or when called again, do nothing."""
         if os.getpid() != self._owner_pid:
             return
+        with self._ending:
+            if not self._ended:
+                self._end()
+                # Another group may have the id some day.
+                self._ended = True
+
+    def _end(self) -> None:
         if self._process.poll() is None:
+            self._files.note(self.pid)
             # To the leader alone: SGLang reports a crash when its workers end before the leader. On SIGINT uvicorn ends
             # in about 2 s; on SIGTERM SGLang polls and drains for 5 to 10 s.
             with suppress(ProcessLookupError):
@@ -177,11 +207,19 @@ class ServerProcess:
         self._process.wait()
         if self._process.stdin is not None:
             self._process.stdin.close()
+        self._files.remove()
         remove_leftovers()
 
     def _last_words(self) -> str:
         lines = self.log_tail()
         return "Last log lines:\n" + "\n".join(f"    {line}" for line in lines) if lines else "The log is empty."
+
+
+def _temporary(directory: Path) -> dict[str, str]:
+    """Return the variables that give a server a temporary directory of its own."""
+    # What PyTorch compiles serves the next start too, and so is not among what is removed with this one.
+    compiled = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}"
+    return {"TMPDIR": str(directory), FILES_ENV: str(directory), "TORCHINDUCTOR_CACHE_DIR": compiled}
 
 
 @contextmanager

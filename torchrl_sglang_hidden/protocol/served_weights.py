@@ -14,13 +14,23 @@ from typing import Any
 from torchrl_sglang_hidden.errors import ProtocolError
 from torchrl_sglang_hidden.protocol.excerpts import as_count, excerpt
 
-__all__ = ["PUSHED_PREFIX", "ServedWeights", "is_readable", "read_header", "safetensors_files", "served_weights"]
+__all__ = [
+    "KEPT_ENV",
+    "PUSHED_PREFIX",
+    "ServedWeights",
+    "is_readable",
+    "read_header",
+    "safetensors_files",
+    "served_weights",
+]
 
 # Begins the name of a directory that an engine writes for one update and deletes afterwards. SGLang would go on
 # reporting it as the path of its model.
 PUSHED_PREFIX = "torchrl-sglang-hidden-weights-"
 INDEX = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
+# Names a checkpoint that a server loads over its model's weights when it starts.
+KEPT_ENV = "TORCHRL_SGLANG_HIDDEN_KEPT_WEIGHTS"
 # Ends the version of weights of which a server has a part only.
 INCOMPLETE = "-incomplete"
 # Begins SGLang's message of an update that is done but for the prefix cache, which holds states of the old weights.

@@ -20,6 +20,8 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 # Nothing that imports torch: libraries that come with it read the environment that `main` sets, when they are loaded.
@@ -140,12 +142,24 @@ def _end_with_parent() -> threading.Thread | None:
     # SIGKILL, as nobody is left to wait for a slow end. The whole group, as SGLang's own processes are in it.
     watch = threading.Thread(
         target=watch_parent,
-        args=(int(parent_pid), sys.stdin.fileno(), lambda: os.killpg(os.getpgrp(), signal.SIGKILL)),
+        args=(int(parent_pid), sys.stdin.fileno(), partial(_end_group, int(parent_pid))),
         name="watch-parent",
         daemon=True,
     )
     watch.start()
     return watch
+
+
+def _end_group(parent_pid: int) -> None:
+    """Remove what this server and its parent leave, which nobody else is left to do, and end all of its processes."""
+    try:
+        from torchrl_sglang_hidden.protocol.server_files import FILES_ENV, remove_files, sweep
+
+        if directory := os.environ.get(FILES_ENV):
+            remove_files(Path(directory), session=os.getpgrp())
+            sweep(Path(directory).parent, ended=parent_pid)
+    finally:
+        os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 def _choose_device(chosen: argparse.Namespace) -> bool:

@@ -17,6 +17,7 @@ import torch
 
 from torchrl_sglang_hidden.errors import EngineError
 from torchrl_sglang_hidden.protocol.served_weights import INDEX, PUSHED_PREFIX
+from torchrl_sglang_hidden.protocol.server_files import sweep_checkpoints
 from torchrl_sglang_hidden.weights.control import ControlCall, finish_update, running_requests
 from torchrl_sglang_hidden.weights.trainers import size_of
 from torchrl_sglang_hidden.weights.validation import BUCKET_BYTES, Running
@@ -62,7 +63,7 @@ def checkpoint_directory(size: int) -> Iterator[Path]:
         raise EngineError(
             f"the weights take {size} bytes, and {found} are free; free some, set TMPDIR, or use transport='network'"
         )
-    _sweep(place)
+    sweep_checkpoints(place)
     directory = Path(tempfile.mkdtemp(prefix=f"{PUSHED_PREFIX}{os.getpid()}-", dir=place))
     try:
         yield directory
@@ -117,18 +118,6 @@ class CheckpointWriter:
             next(self._directory.glob("*.safetensors")).rename(self._directory / "model.safetensors")
         else:
             (self._directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": self._file_of}))
-
-
-def _sweep(place: Path) -> None:
-    """Delete the checkpoints of processes that were killed in the middle of an update."""
-    for directory in place.glob(f"{PUSHED_PREFIX}*"):
-        pid = directory.name.removeprefix(PUSHED_PREFIX).split("-")[0]
-        try:
-            os.kill(int(pid), 0)
-        except ProcessLookupError:
-            shutil.rmtree(directory, ignore_errors=True)
-        except (PermissionError, ValueError):
-            continue  # another user's, or nothing of ours
 
 
 def _free_bytes(place: Path) -> int:
