@@ -8,45 +8,36 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import os
-import resource
 import threading
-import uuid
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, aclosing, closing, suppress
+from pathlib import Path
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
 
 import httpx
 
+from torchrl_sglang_hidden.engines.address import LOOPBACK, client_options, split_url
 from torchrl_sglang_hidden.engines.api_key import ApiKey, warn_of_plain_http
+from torchrl_sglang_hidden.engines.attempts import Attempts
 from torchrl_sglang_hidden.engines.base import ask_model
-from torchrl_sglang_hidden.engines.http_answers import read_event, read_json, reason_of, text_of, translated
+from torchrl_sglang_hidden.engines.http_answers import read_control, read_event, read_json, translated
+from torchrl_sglang_hidden.engines.retries import Retries
 from torchrl_sglang_hidden.engines.sessions import SessionHost
-from torchrl_sglang_hidden.errors import (
-    CapabilityError,
-    EngineError,
-    InputError,
-    InputTypeError,
-    ProtocolError,
-    RequestRejectedError,
-)
+from torchrl_sglang_hidden.engines.supervision import Supervision
+from torchrl_sglang_hidden.errors import CapabilityError, EngineError, ProtocolError, RequestRejectedError
 from torchrl_sglang_hidden.protocol import CHANNEL, excerpt
 from torchrl_sglang_hidden.protocol.served_weights import ServedWeights, is_readable, served_weights
 from torchrl_sglang_hidden.records import Completion, Request
 from torchrl_sglang_hidden.sglang_api.payload import to_payload
 from torchrl_sglang_hidden.sglang_api.responses import read_rows
 from torchrl_sglang_hidden.sglang_api.server_info import read_info, warm_up
-from torchrl_sglang_hidden.weights.adapters import Adapter, load
+from torchrl_sglang_hidden.weights.adapters import Adapter, load, unload
 from torchrl_sglang_hidden.weights.network import NetworkPath
 from torchrl_sglang_hidden.weights.transports import ChosenTransport, Receiver, WeightUpdate, choose_transport, send
 from torchrl_sglang_hidden.weights.validation import Transport, Weights
 
-__all__ = ["Endpoint", "check_open_files", "new_request_ids", "split_url"]
+__all__ = ["Endpoint"]
 
-# uvicorn closes an idle connection after 5 s; a connection reused in that instant would fail.
-KEEPALIVE_S = 2.0
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # Longest wait for the answer to one abort: a server that hangs must not hold up whoever gave up on it.
 ABORT_TIMEOUT_S = 3.0
 
@@ -59,33 +50,32 @@ class Endpoint:
         api_key: sent with every call; None for none.
         connect_timeout_s: seconds to reach the server.
         read_timeout_s: seconds to wait for the answer to a request.
+        retries: see `Retries`.
+
+    Attributes:
+        info: the server's description.
+        supervision: what whoever started the server knows of it, who sets it.
 
     Raises:
         InputError: the URL or the API key cannot be used.
         EngineError: the server cannot be reached, or refuses the key.
     """
 
-    def __init__(self, url: str, api_key: ApiKey | None, connect_timeout_s: float, read_timeout_s: float) -> None:
+    def __init__(
+        self, url: str, api_key: ApiKey | None, connect_timeout_s: float, read_timeout_s: float, retries: Retries
+    ) -> None:
         parts = split_url(url)
         self._host, self._port = str(parts.hostname), parts.port or (443 if parts.scheme == "https" else 80)
         self._read_timeout_s = read_timeout_s
         self.url = url.rstrip("/")
         if api_key is not None and parts.scheme == "http" and parts.hostname not in LOOPBACK:
             warn_of_plain_http(self.url)
-        self._options: dict[str, Any] = {
-            "base_url": self.url,
-            "auth": api_key,
-            "timeout": httpx.Timeout(read_timeout_s, connect=connect_timeout_s),
-            "limits": httpx.Limits(max_connections=None, keepalive_expiry=KEEPALIVE_S),
-            # A proxy from the environment is for the world outside, never for this machine.
-            "trust_env": parts.hostname not in LOOPBACK,
-            # Reading the certificates takes longer than connecting, and nothing on this way has one.
-            "verify": parts.scheme == "https" or parts.hostname not in LOOPBACK,
-        }
-        # Whoever started the server sets this: it knows how the process ended, and this client does not.
-        self.how_it_ended: Callable[[], str] = str
+        timeout = httpx.Timeout(read_timeout_s, connect=connect_timeout_s)
+        self._options = {**client_options(parts), "base_url": self.url, "auth": api_key, "timeout": timeout}
+        self.supervision = Supervision()
         # Whoever counts sets this: called with each answer to a batch.
         self.exchanged: Callable[[httpx.Response], None] = lambda response: None
+        self._retries = retries
         self._client = httpx.Client(**self._options)
         # An async connection belongs to the event loop it was opened in.
         self._async_clients: dict[asyncio.AbstractEventLoop, httpx.AsyncClient] = {}
@@ -94,13 +84,7 @@ class Endpoint:
         self._lock = threading.Lock()
         with ExitStack() as stack:
             stack.callback(self._client.close)
-            server_info = self._get("/server_info")
-            payload = warm_up(server_info)
-            if payload is not None:
-                with self._translated():
-                    read_json(self._client.post("/generate", json=payload), self.url)
-                server_info = self._get("/server_info")
-            self.info = read_info(self._get("/model_info"), server_info, ask_model)
+            server_info = self.read_description()
             stack.pop_all()
         self.streams_cumulatively = not server_info.get("incremental_streaming_output")
         ranks = server_info.get("dp_size") or 1
@@ -108,12 +92,23 @@ class Endpoint:
             raise ProtocolError(f"{self.url}/server_info has dp_size={excerpt(ranks)}; is that an SGLang server?")
         self.session_host = SessionHost(lambda: self.info, self.call, self.ask, binary=False, num_ranks=ranks)
 
+    def read_description(self) -> dict[str, Any]:
+        """Read `info` anew, and return SGLang's ``/server_info``: another process may serve at the address now."""
+        server_info = self._get("/server_info")
+        payload = warm_up(server_info)
+        if payload is not None:
+            with self._translated():
+                read_json(self._client.post("/generate", json=payload), self.url)
+            server_info = self._get("/server_info")
+        self.info = read_info(self._get("/model_info"), server_info, ask_model)
+        return server_info
+
     def _translated(self) -> AbstractContextManager[None]:
-        return translated(self.url, self.how_it_ended)
+        return translated(self.url, lambda: self.supervision.how_it_ended())
 
     def _get(self, path: str) -> dict[str, Any]:
         with self._translated():
-            response = self._client.get(path)
+            response = self._retries.run(lambda: self._client.get(path), what=self.url + path, reads=True)
         body = read_json(response, self.url)
         if not isinstance(body, dict):
             raise ProtocolError(f"{self.url}{path} answered {excerpt(body)}; is that an SGLang server?")
@@ -130,19 +125,32 @@ class Endpoint:
         Returns:
             One `Completion` per request; what went wrong with one of them alone is in its ``error``.
         """
-        answer = self.ask({**to_payload(requests, self.info, binary=False), "rid": list(rids)})
-        return read_rows(requests, answer, self.info, numbers=rows, rids=rids)
+        attempts = Attempts({**to_payload(requests, self.info, binary=False), "rid": list(rids)})
+        answer = self._ask(attempts, reads=_only_read(requests))
+        return read_rows(requests, answer, self.info, numbers=rows, rids=attempts.rids)
 
-    def ask(self, payload: dict[str, Any]) -> Any:
-        """Post a payload to SGLang's ``/generate``, and return the JSON of the answer.
+    def ask(self, payload: dict[str, Any], *, reads: bool = False) -> Any:
+        """Post a payload to SGLang's ``/generate``, and return the JSON of the answer; see `Retries` for ``reads``.
 
         Whatever ends the wait for the answer, a timeout or Ctrl-C, aborts the payload's requests on the server.
         """
+        return self._ask(Attempts(payload), reads=reads)
+
+    def _ask(self, attempts: Attempts, *, reads: bool) -> Any:
+        rids = attempts.rids
+
+        def attempt() -> httpx.Response:
+            self.supervision.admit(generates=True)
+            if attempts.may_run:
+                self.abort(rids)
+            with attempts.sending() as sent:
+                return self._client.post("/generate", json=sent)
+
         try:
             with self._translated():
-                response = self._client.post("/generate", json=payload)
+                response = self._retries.run(attempt, what=f"{self.url}/generate", reads=reads)
         except BaseException:
-            self.abort(payload["rid"])
+            self.abort(rids)
             raise
         self.exchanged(response)
         return read_json(response, self.url)
@@ -151,11 +159,19 @@ class Endpoint:
         self, requests: Sequence[Request], rids: Sequence[str], rows: Sequence[int]
     ) -> list[Completion]:
         """Generate as `generate` does, without blocking the event loop. A cancelled task aborts its requests."""
-        payload = {**to_payload(requests, self.info, binary=False), "rid": list(rids)}
+        attempts = Attempts({**to_payload(requests, self.info, binary=False), "rid": list(rids)})
         client = self._async_client()
+
+        async def attempt() -> httpx.Response:
+            await self.supervision.aadmit(generates=True)
+            if attempts.may_run:
+                await _abort(client, rids)
+            with attempts.sending() as sent:
+                return await client.post("/generate", json=sent)
+
         try:
             with self._translated():
-                response = await client.post("/generate", json=payload)
+                response = await self._retries.arun(attempt, what=self.url, reads=_only_read(requests))
         except GeneratorExit:  # the event loop ends, and nothing can be awaited
             raise
         except BaseException:
@@ -165,7 +181,8 @@ class Endpoint:
             task.add_done_callback(self._aborting.discard)
             raise
         self.exchanged(response)
-        return read_rows(requests, read_json(response, self.url), self.info, numbers=rows, rids=rids)
+        answer = read_json(response, self.url)
+        return read_rows(requests, answer, self.info, numbers=rows, rids=attempts.rids)
 
     async def wait_for_aborts(self) -> None:
         """Wait until what was given up in this event loop is aborted on the server, or was not in time."""
@@ -188,27 +205,42 @@ class Endpoint:
 
         Closing the generator closes the connection, whereupon SGLang drops the request.
         """
-        with self._translated(), self._client.stream("POST", "/generate", json=payload) as response:
+
+        def attempt() -> httpx.Response:
+            self.supervision.admit(generates=True)
+            request = self._client.build_request("POST", "/generate", json=payload)
+            response = self._client.send(request, stream=True)
             if response.is_error:
                 response.read()
+            return response
+
+        with self._translated(), closing(self._retries.run(attempt, what=self.url, reads=False)) as response:
+            if response.is_error:
                 read_json(response, self.url)
             yield None
             for line in response.iter_lines():
-                event = read_event(line, self.url)
-                if event is not None:
+                if (event := read_event(line, self.url)) is not None:
                     yield event
 
     async def astream(self, payload: dict[str, Any]) -> AsyncGenerator[Any, None]:
         """Yield what `stream` yields, without blocking the event loop."""
+        client = self._async_client()
+
+        async def attempt() -> httpx.Response:
+            await self.supervision.aadmit(generates=True)
+            response = await client.send(client.build_request("POST", "/generate", json=payload), stream=True)
+            if response.is_error:
+                await response.aread()
+            return response
+
         with self._translated():
-            async with self._async_client().stream("POST", "/generate", json=payload) as response:
+            opened = await self._retries.arun(attempt, what=self.url, reads=False)
+            async with aclosing(opened) as response:
                 if response.is_error:
-                    await response.aread()
                     read_json(response, self.url)
                 yield None
                 async for line in response.aiter_lines():
-                    event = read_event(line, self.url)
-                    if event is not None:
+                    if (event := read_event(line, self.url)) is not None:
                         yield event
 
     def call(self, route: str, payload: dict[str, Any]) -> dict[str, Any]:
@@ -217,24 +249,14 @@ class Endpoint:
         Returns:
             ``success`` and ``message``, whether the route answers in JSON or in words.
         """
+
+        def attempt() -> httpx.Response:
+            self.supervision.admit(generates=route == "open_session")
+            return self._client.post(f"/{route}", json=payload)
+
         with self._translated():
-            response = self._client.post(f"/{route}", json=payload)
-        if response.status_code not in (200, 400):
-            body = read_json(response, self.url)
-            if not isinstance(body, dict):
-                raise ProtocolError(f"{self.url}/{route} answered {excerpt(body)}; is that an SGLang server?")
-            return body
-        try:
-            body = response.json()
-        except (ValueError, RecursionError):
-            return {"success": response.status_code == 200, "message": text_of(response)}
-        if isinstance(body, str):
-            return {"success": response.status_code == 200, "message": body}
-        if not isinstance(body, dict) or (response.status_code == 400 and "success" not in body):
-            raise RequestRejectedError(
-                f"{self.url}/{route} answered {response.status_code}: {reason_of(response)}; look at the server's log"
-            )
-        return body
+            response = self._retries.run(attempt, what=f"{self.url}/{route}", reads=False)
+        return read_control(response, f"{self.url}/{route}")
 
     def internal_states(self) -> list[Any]:
         """Ask for SGLang's internal state at this moment, one for each data-parallel rank."""
@@ -242,6 +264,7 @@ class Endpoint:
 
     def weight_version(self) -> str:
         """Ask for the version of the weights at this moment: another client may have changed them."""
+        self.supervision.admit(generates=False)
         version = self._get("/model_info").get("weight_version")
         if not isinstance(version, str):
             raise ProtocolError(f"{self.url}/model_info has the weight_version {excerpt(version)}; is it SGLang?")
@@ -279,11 +302,22 @@ class Endpoint:
 
     def load(self, transport: ChosenTransport, update: WeightUpdate) -> None:
         """Send checked weights to the server, and note their version."""
+        self.supervision.admit(generates=False)
+        start = self.supervision.start
         send(transport, update, self._receiver())
+        directory = update.directory if self.info.pools_in_server else None
+        self.supervision.keep_weights(directory, update.version, start, is_users=update.is_users)
         self.info = dataclasses.replace(self.info, weight_version=update.version)
 
     def load_adapter(self, name: str, adapter: Adapter, version: str) -> None:
         """Load a checked adapter into the server, and note the version; see `Engine.load_adapter`."""
+        self.supervision.admit(generates=False)
+        start = self.supervision.start
+
+        def taken(directory: Path) -> None:
+            is_users = directory == adapter.directory
+            self.supervision.keep_adapter(name, directory, version, start, is_users=is_users)
+
         models = self._get("/v1/models").get("data")
         if not isinstance(models, list) or not all(isinstance(model, dict) for model in models):
             raise ProtocolError(f"{self.url}/v1/models lists {excerpt(models)}; is that an SGLang server?")
@@ -296,8 +330,14 @@ class Endpoint:
             version,
             server_info=server_info,
             replace=name in loaded,
+            taken=taken,
         )
         self.info = dataclasses.replace(self.info, weight_version=version)
+
+    def unload_adapter(self, name: str) -> None:
+        """Unload an adapter; see `Engine.unload_adapter`."""
+        unload(self.call, name)
+        self.supervision.drop_adapter(name)
 
     def _receiver(self) -> Receiver:
         return Receiver(
@@ -339,25 +379,8 @@ class Endpoint:
         self._async_clients.clear()
 
 
-def new_request_ids(count: int) -> list[str]:
-    """Return names for the requests of one batch. None is the beginning of another: SGLang aborts by beginnings."""
-    batch = uuid.uuid4().hex
-    return [f"{batch}-{index:08d}" for index in range(count)]
-
-
-def check_open_files(count: int) -> None:
-    """Check that this process can open so many connections more.
-
-    Raises:
-        InputError: its limit of open files is too low.
-    """
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    free = limit - len(os.listdir("/dev/fd"))
-    if limit != resource.RLIM_INFINITY and count > free:
-        raise InputError(
-            f"{count} requests side by side, each on a connection of its own: this process can open {max(free, 0)} "
-            f"files more (its limit is {limit}); raise the limit (ulimit -n), or send fewer prompts or samples at once"
-        )
+def _only_read(requests: Sequence[Request]) -> bool:
+    return all(request.reads_only for request in requests)
 
 
 async def _abort(client: httpx.AsyncClient, rids: Sequence[str]) -> None:
@@ -365,25 +388,3 @@ async def _abort(client: httpx.AsyncClient, rids: Sequence[str]) -> None:
     with suppress(httpx.HTTPError, RuntimeError):
         for rid in rids:
             await client.post("/abort_request", json={"rid": rid}, timeout=ABORT_TIMEOUT_S)
-
-
-def split_url(url: object) -> SplitResult:
-    """Check a server's address, and return its parts.
-
-    Raises:
-        InputError: it is no HTTP address, or has a password.
-    """
-    if not isinstance(url, str):
-        raise InputTypeError(f"url={url!r}: expected a string, such as 'http://127.0.0.1:30000'")
-    try:
-        parts = urlsplit(url)
-        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        has_password = parts.username is not None or parts.password is not None
-    except ValueError:  # a port that is no number, an unclosed bracket
-        valid = has_password = False
-    if has_password:
-        # Without the URL, which errors and logs name.
-        raise InputError("url: has a name or a password before '@'; pass http://host:port, and the key as api_key")
-    if not valid:
-        raise InputError(f"url={url!r}: expected http://host:port, such as 'http://127.0.0.1:30000'")
-    return parts

@@ -15,9 +15,11 @@ import httpx
 
 from torchrl_sglang_hidden._version import __version__
 from torchrl_sglang_hidden.counters import ServerCounters
+from torchrl_sglang_hidden.engines.address import LOOPBACK, split_url
 from torchrl_sglang_hidden.engines.api_key import ApiKey
-from torchrl_sglang_hidden.engines.endpoint import LOOPBACK, Endpoint, split_url
+from torchrl_sglang_hidden.engines.endpoint import Endpoint
 from torchrl_sglang_hidden.engines.http_answers import read_json, translated
+from torchrl_sglang_hidden.engines.retries import Retries
 from torchrl_sglang_hidden.errors import AuthenticationError, EngineError, ProtocolError, SGLangHiddenError
 from torchrl_sglang_hidden.protocol import CHANNEL, PLUGIN_ENV, PROTOCOL
 from torchrl_sglang_hidden.records import EngineInfo
@@ -107,7 +109,7 @@ def examine(url: str, api_key: str | None = None) -> Examination:
     _examine_access(found, host, key, server_info)
     speaks = _examine_protocol(found, server_info)
     try:
-        with closing(Endpoint(url, key, CONNECT_TIMEOUT_S, READ_TIMEOUT_S)) as endpoint:
+        with closing(Endpoint(url, key, CONNECT_TIMEOUT_S, READ_TIMEOUT_S, Retries(0))) as endpoint:
             info, server_info = endpoint.info, {**server_info, "internal_states": endpoint.internal_states()}
     # Whatever it says may be of the wrong type, and this is the command to find that out with.
     except (SGLangHiddenError, AttributeError, TypeError) as error:

@@ -17,28 +17,19 @@ from functools import partial
 from typing import Any
 
 from torchrl_sglang_hidden.engines.api_key import ApiKey, key_of_pickle
+from torchrl_sglang_hidden.engines.attempts import check_open_files, new_request_ids
 from torchrl_sglang_hidden.engines.base import Engine
-from torchrl_sglang_hidden.engines.endpoint import ABORT_TIMEOUT_S, Endpoint, check_open_files, new_request_ids
+from torchrl_sglang_hidden.engines.endpoint import ABORT_TIMEOUT_S, Endpoint
 from torchrl_sglang_hidden.engines.meter import Meter
+from torchrl_sglang_hidden.engines.retries import RETRIES, Retries
 from torchrl_sglang_hidden.engines.sessions import Session
 from torchrl_sglang_hidden.engines.sharing import LoadSharing
 from torchrl_sglang_hidden.engines.streams import AsyncStream, Stream, check_stream
-from torchrl_sglang_hidden.errors import (
-    EngineError,
-    InputError,
-    ProtocolError,
-    SGLangHiddenError,
-)
+from torchrl_sglang_hidden.errors import EngineError, InputError, ProtocolError, SGLangHiddenError
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
 from torchrl_sglang_hidden.sglang_api.payload import to_payload
 from torchrl_sglang_hidden.sglang_api.responses import raise_errors
-from torchrl_sglang_hidden.weights.adapters import (
-    AdapterSource,
-    check_adapter,
-    check_adapter_options,
-    open_adapter,
-    unload,
-)
+from torchrl_sglang_hidden.weights.adapters import AdapterSource, check_adapter, check_adapter_options, open_adapter
 from torchrl_sglang_hidden.weights.sharding import update_together
 from torchrl_sglang_hidden.weights.transports import open_update
 from torchrl_sglang_hidden.weights.validation import (
@@ -80,9 +71,13 @@ class SGLangServer(Engine):
             plain text: over http, to another machine.
         connect_timeout_s: seconds to reach a server.
         read_timeout_s: seconds to wait for the answer to a batch; its requests are then aborted on the server.
+        retries: most times that one call of a server is made again, after waits of 0.1, 0.2, 0.4 … seconds and a bit
+            by chance; 0 never does. Only where nothing was generated: the server could not be reached, or answered 503
+            because its queue is full; and where an answer broke off that only read, such as of ``max_new_tokens=0``.
+            An answer that broke off in the middle of sampling is an error at once.
 
     Raises:
-        InputError: ``url`` is no HTTP URL.
+        InputError: ``url`` is no HTTP URL, or ``retries`` is negative.
         EngineUnreachableError: nothing answers at an address.
         AuthenticationError: the server refuses the key, or wants one.
         CapabilityError: the server does not generate text.
@@ -96,17 +91,20 @@ class SGLangServer(Engine):
         api_key: str | ApiKey | None = None,
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
         read_timeout_s: float = READ_TIMEOUT_S,
+        retries: int = RETRIES,
     ) -> None:
         urls: tuple[Any, ...] = tuple(url) if isinstance(url, (list, tuple)) else (url,)
         if not urls:
             raise InputError("SGLangServer(url=()): 0 addresses; pass at least one, such as 'http://127.0.0.1:30000'")
         self._key = api_key if api_key is None or isinstance(api_key, ApiKey) else ApiKey(api_key)
-        self._config = {"connect_timeout_s": connect_timeout_s, "read_timeout_s": read_timeout_s}
+        timeouts = {"connect_timeout_s": connect_timeout_s, "read_timeout_s": read_timeout_s}
+        self._config: dict[str, Any] = {**timeouts, "retries": retries}
         self._meter: Meter = Meter(", ".join(map(str, urls)), self._internal_states)
+        again = Retries(retries, lambda: self._meter.tally.add(retries=1))
         with ExitStack() as stack:
             self._endpoints = []
             for address in urls:
-                self._endpoints.append(Endpoint(address, self._key, connect_timeout_s, read_timeout_s))
+                self._endpoints.append(Endpoint(address, self._key, **timeouts, retries=again))
                 stack.callback(self._endpoints[-1].close)
                 self._endpoints[-1].exchanged = self._meter.exchanged
             stack.pop_all()
@@ -135,6 +133,11 @@ class SGLangServer(Engine):
     def info(self) -> EngineInfo:
         """See `Engine.info`: of the first server, read at connect; the weight version follows `update_weights`."""
         return self._endpoints[0].info
+
+    @property
+    def retried(self) -> int:
+        """How many calls of a server this client has made again, as in `counters`; each is a line in the log too."""
+        return self._meter.tally.read().retries
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """See `Engine.generate`. Several servers share the requests by load.
@@ -231,7 +234,15 @@ class SGLangServer(Engine):
             version = self._new_version(version)
             chosen = [endpoint.choose_transport(transport, weights) for endpoint in self._endpoints]
             ready = stack.enter_context(
-                open_update(chosen, weights, tensors, version=version, running=running, bucket_bytes=bucket_bytes)
+                open_update(
+                    chosen,
+                    weights,
+                    tensors,
+                    version=version,
+                    running=running,
+                    bucket_bytes=bucket_bytes,
+                    keeps=any(endpoint.supervision.keeps for endpoint in self._endpoints),
+                )
             )
             ways = dict(zip(self._endpoints, chosen, strict=True))
             errors = self._everywhere(lambda endpoint: endpoint.load(ways[endpoint], ready))
@@ -260,7 +271,7 @@ class SGLangServer(Engine):
     def unload_adapter(self, name: str) -> None:
         """See `Engine.unload_adapter`. All servers lose the adapter."""
         check_adapter_options(name)
-        for error in self._everywhere(lambda endpoint: unload(endpoint.call, name)):
+        for error in self._everywhere(lambda endpoint: endpoint.unload_adapter(name)):
             if error is not None:
                 raise error
 

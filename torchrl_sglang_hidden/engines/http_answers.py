@@ -22,7 +22,7 @@ from torchrl_sglang_hidden.errors import (
 )
 from torchrl_sglang_hidden.protocol import excerpt
 
-__all__ = ["read_event", "read_json", "reason_of", "text_of", "translated"]
+__all__ = ["read_control", "read_event", "read_json", "reason_of", "text_of", "translated"]
 
 _EVENT = "data: "
 _LAST_EVENT = "data: [DONE]"
@@ -105,6 +105,30 @@ def read_event(line: str, url: str) -> Any:
             f"{url} answered {excerpt(code)}: {_words(refused.get('message', refused))}; look at the server's log"
         )
     return event
+
+
+def read_control(response: httpx.Response, url: str) -> dict[str, Any]:
+    """Return the answer of a control route: ``success`` and ``message``, whether it came in JSON or in words.
+
+    Raises:
+        EngineError: as for `read_json`, where the answer has neither.
+    """
+    if response.status_code not in (200, 400):
+        body = read_json(response, url)
+        if not isinstance(body, dict):
+            raise ProtocolError(f"{url} answered {excerpt(body)}; is that an SGLang server?")
+        return body
+    try:
+        body = response.json()
+    except (ValueError, RecursionError):
+        return {"success": response.status_code == 200, "message": text_of(response)}
+    if isinstance(body, str):
+        return {"success": response.status_code == 200, "message": body}
+    if not isinstance(body, dict) or (response.status_code == 400 and "success" not in body):
+        raise RequestRejectedError(
+            f"{url} answered {response.status_code}: {reason_of(response)}; look at the server's log"
+        )
+    return body
 
 
 def text_of(response: httpx.Response) -> str:

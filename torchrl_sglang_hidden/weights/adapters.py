@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -292,6 +292,7 @@ def load(
     *,
     server_info: Mapping[str, Any],
     replace: bool,
+    taken: Callable[[Path], None] | None = None,
 ) -> None:
     """Load a checked adapter into an engine under a name, and move the version of its weights.
 
@@ -302,6 +303,7 @@ def load(
         version: the new version.
         server_info: SGLang's ``/server_info``.
         replace: whether the engine has an adapter of that name, which is unloaded first.
+        taken: called with the adapter's directory when the engine has it, before the directory is deleted.
 
     Raises:
         CapabilityError: the engine serves no adapters, or none of this rank; or it is not known to read this machine's
@@ -329,6 +331,8 @@ def load(
                 raise
             raise EngineError(f"{error}; the adapter {name!r} of before is unloaded already: load one again") from error
         call("update_weight_version", {"new_version": version, "abort_all_requests": False})
+        if taken is not None:
+            taken(directory)
 
 
 @contextmanager

@@ -60,7 +60,8 @@ class WeightUpdate:
         tensors: the weights, by Hugging Face's checkpoint names.
         version: the name that the engines give them.
         running: what becomes of requests under way; see `Engine.update_weights`.
-        directory: a checkpoint with the same weights; None when no transport reads one.
+        directory: a checkpoint with the same weights; None when no transport reads one and none is kept.
+        is_users: whether the directory is the user's own, which stays.
         bucket_bytes: most bytes that a transport over the network holds at once.
     """
 
@@ -68,6 +69,7 @@ class WeightUpdate:
     version: str
     running: Running
     directory: Path | None
+    is_users: bool = False
     bucket_bytes: int = BUCKET_BYTES
 
 
@@ -114,6 +116,7 @@ def open_update(
     version: str,
     running: Running,
     bucket_bytes: int = BUCKET_BYTES,
+    keeps: bool = False,
 ) -> Iterator[WeightUpdate]:
     """Prepare what the transports read: one checkpoint for all engines, where one of them loads from disk.
 
@@ -125,13 +128,14 @@ def open_update(
         version: their name.
         running: see `WeightUpdate`.
         bucket_bytes: see `WeightUpdate`; of a checkpoint, most bytes that wait in main memory for their file.
+        keeps: whether an engine keeps the weights for its next start, for which a checkpoint is needed too.
 
     Raises:
         EngineError: neither memory nor disk has space for the checkpoint.
     """
     with ExitStack() as stack:
-        directory = None
-        if "disk" in transports:
+        directory, is_users = None, isinstance(weights, (str, os.PathLike))
+        if keeps or "disk" in transports:
             if isinstance(weights, (str, os.PathLike)):
                 directory = Path(weights).expanduser().absolute()
             elif isinstance(tensors, CheckpointDirectory):  # gathered from several processes
@@ -139,7 +143,12 @@ def open_update(
             else:
                 directory = stack.enter_context(checkpoint(tensors, bucket_bytes))
         yield WeightUpdate(
-            tensors=tensors, version=version, running=running, directory=directory, bucket_bytes=bucket_bytes
+            tensors=tensors,
+            version=version,
+            running=running,
+            directory=directory,
+            is_users=is_users,
+            bucket_bytes=bucket_bytes,
         )
 
 
