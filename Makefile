@@ -13,12 +13,14 @@ ENGINE := $(BIN)/python -m pytest -m engine -n 2 --dist loadgroup --no-loadscope
 # For `make compat`: packages with the versions to try, as for pip, and the tests to run with them.
 COMPAT := .compat
 WITH ?= torchrl tensordict
+# For `make kills`.
+KILLS ?= 20
 TESTS ?= $(NO_SERVER)
 # For `make fuzz`: targets by name, and options of tools/fuzz.py.
 FUZZ ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fast images compat fuzz bench tutorials lint docs audit check format clean
+.PHONY: help install demo test fast images kills compat fuzz bench tutorials lint docs audit check format clean
 
 help: ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -44,6 +46,9 @@ fast: $(INSTALLED) ## the tests that need no server
 
 images: $(INSTALLED) ## the tests of images on models that `make test` leaves out: Qwen2-VL
 	TORCHRL_SGLANG_HIDDEN_IMAGE_MODELS=all $(BIN)/python -m pytest -n 0 -k qwen2_vl $(wildcard tests/engine/test_image*_engine.py)
+
+kills: $(INSTALLED) ## a rollout whose server is killed KILLS=20 times at random moments, about 15 minutes
+	TORCHRL_SGLANG_HIDDEN_KILLS=$(KILLS) $(BIN)/python -m pytest -n 0 -s -o timeout=3600 tests/engine/test_started_without_weights.py -k deaths
 
 # For example: make compat WITH="torchrl-nightly tensordict-nightly" TESTS="-m engine -n 0 tests/engine/test_grpo.py"
 compat: $(INSTALLED) ## the fast tests with the newest TorchRL and TensorDict; WITH= and TESTS= choose others

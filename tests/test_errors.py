@@ -46,6 +46,8 @@ EXCEPTIONS: dict[tuple[str, str | None], str] = {
     ("engines.batching.BatchingEngine._wait_for_batch", None): "`cleanup` and `close` say it in `_cancel`",
     ("engines.batching.BatchingEngine._send", None): "a copy of an error that was made by the engine",
     ("engines.process.ServerProcess.wait", None): "`how_it_ended` names the log",
+    ("engines.restarting.Supervisor.wait", None): "`_delay` names the log and the limit",
+    ("engines.restarting.Supervisor._refuse", None): "`_delay` names the log and the limit",
     ("engines.races._race_of_one", None): "a copy of an error that was made by the engine",
     ("engines.streams._Reader.completion", "no completion after … tokens: …"): "the reason, or to read on",
     ("protocol.answer.unpack_answer", "…: …"): "the server half says what to do, in what it refuses",

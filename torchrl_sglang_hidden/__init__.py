@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torchrl_sglang_hidden.engines.http import connect as connect
     from torchrl_sglang_hidden.engines.launch import launch as launch
     from torchrl_sglang_hidden.engines.offline import SGLangOffline as SGLangOffline
+    from torchrl_sglang_hidden.engines.restarting import Restart as Restart
     from torchrl_sglang_hidden.engines.sessions import Session as Session
     from torchrl_sglang_hidden.engines.streams import AsyncStream as AsyncStream
     from torchrl_sglang_hidden.engines.streams import Stream as Stream
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
     from torchrl_sglang_hidden.errors import RecordingError as RecordingError
     from torchrl_sglang_hidden.errors import RequestAbortedError as RequestAbortedError
     from torchrl_sglang_hidden.errors import RequestRejectedError as RequestRejectedError
+    from torchrl_sglang_hidden.errors import RestartError as RestartError
+    from torchrl_sglang_hidden.errors import ServerRestartingError as ServerRestartingError
     from torchrl_sglang_hidden.errors import SGLangHiddenError as SGLangHiddenError
     from torchrl_sglang_hidden.errors import SpanError as SpanError
     from torchrl_sglang_hidden.errors import TokenIdError as TokenIdError
@@ -127,6 +130,7 @@ _MODULES = {
     "demo_model": "demo.model",
     "demo_vision_model": "demo.vision_model",
     "launch": "engines.launch",
+    "Restart": "engines.restarting",
     "logits_from_hidden": "policy.logits_from_hidden",
     "PolicyConfig": "policy.config",
     **dict.fromkeys(("Recording", "load_recording"), "rl.recording"),
@@ -137,8 +141,9 @@ _MODULES = {
             "AlignmentError", "AuthenticationError", "BatchCancelledError", "CapabilityError", "ChatTemplateError",
             "ConstraintError", "DemoModelError", "EngineError", "EngineTimeoutError", "EngineUnreachableError",
             "ImageError", "InputError", "InputTypeError", "LaunchError", "MissingKeyError", "PromptLengthError",
-            "ProtocolError", "RecordingError", "RequestAbortedError", "RequestRejectedError", "SGLangHiddenError",
-            "SpanError", "TokenIdError", "UnknownOptionError", "WeightsError",
+            "ProtocolError", "RecordingError", "RequestAbortedError", "RequestRejectedError", "RestartError",
+            "SGLangHiddenError", "ServerRestartingError", "SpanError", "TokenIdError", "UnknownOptionError",
+            "WeightsError",
         ),
         "errors",
     ),

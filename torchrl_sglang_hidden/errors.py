@@ -13,6 +13,8 @@
     ├── EngineError (RuntimeError)              the engine failed, or could not be reached
     │   ├── LaunchError                         a server that did not start
     │   ├── EngineUnreachableError (ConnectionError) nothing answers, or the engine went away
+    │   │   └── ServerRestartingError           a launched server that is being started again
+    │   ├── RestartError                        a launched server that does not come back, or did so without its weights
     │   ├── EngineTimeoutError (TimeoutError)   no answer in time
     │   ├── AuthenticationError                 a missing or wrong API key
     │   ├── RequestRejectedError                the engine refused the request
@@ -59,7 +61,9 @@ __all__ = [
     "RecordingError",
     "RequestAbortedError",
     "RequestRejectedError",
+    "RestartError",
     "SGLangHiddenError",
+    "ServerRestartingError",
     "SpanError",
     "TokenIdError",
     "UnknownOptionError",
@@ -129,6 +133,14 @@ class LaunchError(EngineError):
 
 class EngineUnreachableError(EngineError, ConnectionError):
     """Nothing answers at the engine's address, or the engine went away while answering."""
+
+
+class ServerRestartingError(EngineUnreachableError):
+    """A launched server ended, is being started again, and was not back within the time that calls wait for it."""
+
+
+class RestartError(EngineError):
+    """A launched server ended too often to be started again, or the weights pushed before could not be brought back."""
 
 
 class EngineTimeoutError(EngineError, TimeoutError):

@@ -3,34 +3,59 @@
 1. The first update gives it weights; names and shapes are held against the model that its config describes.
 2. Large models come in buckets, by disk and over the network, and requests that run meanwhile are of one version.
 3. Adapters are loaded, replaced and unloaded while it serves, and every sample says by its version which it was.
+4. A server that dies in the middle of a rollout comes back with all that it was given, and leaves nothing behind: each
+   call has its right result or a named error. `make kills` kills it 20 times.
 """
 
 from __future__ import annotations
 
 import copy
+import os
+import random
 import shutil
+import signal
+import threading
+import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from helpers import random_models
-from helpers.policy_checks import LOG_PROB_ATOL, SEGMENTS, prompt_of
+from helpers.policy_checks import LOG_PROB_ATOL, SEGMENTS, assert_row, make_policy, prompt_of
+from helpers.process_watch import still_running, watched
+from helpers.rollout import SHARED_MEMORY, Rollout, family_of, scheduler_of, traces_of
 from helpers.sharded_trainer import run_trainer
 from helpers.weight_changes import answers, assert_answered_with, load_trainer, perturb
 from peft import LoraConfig, get_peft_model
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from torchrl_sglang_hidden import EngineError, HiddenSpec, SGLangServer, WeightsError, launch
+from torchrl_sglang_hidden import (
+    EngineError,
+    HiddenSpec,
+    Restart,
+    SGLangHiddenError,
+    SGLangServer,
+    WeightsError,
+    connect,
+    launch,
+)
+from torchrl_sglang_hidden.engines.launch import LaunchedServer
 from torchrl_sglang_hidden.records import Completion, Request
 
 PROMPTS = [prompt_of(7, 1), prompt_of(12, 2)]
+KILLS = int(os.environ.get("TORCHRL_SGLANG_HIDDEN_KILLS", "1"))
+# Most seconds from one answer of the rollout's server to the next kill.
+LONGEST_LIFE_S = 4.0
+BACK_S = 240.0
 
 
 @pytest.fixture(scope="module")
-def rollout_server(qwen3_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangServer]:
+def rollout_server(qwen3_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedServer]:
     directory = tmp_path_factory.mktemp("models") / "no-weights"
     shutil.copytree(qwen3_dir, directory, ignore=shutil.ignore_patterns("*.safetensors*"))
     with launch(
@@ -43,6 +68,7 @@ def rollout_server(qwen3_dir: str, tmp_path_factory: pytest.TempPathFactory) -> 
         lora_target_modules=list(random_models.LORA_TARGETS),
         lora_backend="torch_native",
         sleep_on_idle=True,
+        restart=Restart(limit=KILLS, window_s=3600, backoff_s=0.1, max_backoff_s=0.5, wait_s=BACK_S),
     ) as engine:
         yield engine
 
@@ -221,3 +247,87 @@ def test_two_processes_of_a_trainer_update_it(rollout_server: SGLangServer, qwen
     for completion in answers(rollout_server, PROMPTS, 4):
         assert completion.weight_version == cases[-1]
         assert_answered_with(completion, str(tmp_path))
+
+
+# --- deaths: last in this file, since nothing is left of the server then ---------------------------------------------
+
+
+def test_a_rollout_goes_on_over_deaths_of_its_server(
+    rollout_server: LaunchedServer,
+    tokenizer: PreTrainedTokenizerBase,
+    trained: tuple[PreTrainedModel, str],
+    qwen3_dir: str,
+    tmp_path: Path,
+) -> None:
+    server, (trainer, trained_dir) = rollout_server, trained
+    server.update_weights(trainer)
+    adapter = lora(qwen3_dir, 6)
+    version = server.load_adapter("step", adapter)
+    adapter.load_state_dict(trainer_under(adapter, trainer))
+    merged_dir = saved(adapter, tmp_path / "merged")
+
+    rollout, chance = Rollout(make_policy(server, tokenizer)), random.Random(KILLS)
+    traces: set[Path] = set()
+    down_s, killed = [], Counter[str]()
+    with rollout.running(callers=3):
+        for restarts in range(1, KILLS + 1):
+            leader = psutil.Process(server.pid)
+            traces |= traces_of(leader)
+            threading.Event().wait(chance.uniform(0, LONGEST_LIFE_S))
+            whole = chance.random() < 0.5
+            killed["server" if whole else "scheduler"] += 1
+            with watched([process.pid for process in family_of(leader)]) as handles:
+                begun = time.monotonic()
+                os.kill(leader.pid if whole else scheduler_of(leader), signal.SIGKILL)
+                assert still_running(handles, timeout_s=60) == []
+            (completion,) = patiently(server)
+            down_s.append(time.monotonic() - begun)
+            assert (server.restarts, completion.weight_version) == (restarts, version)
+            assert_answered_with(completion, trained_dir)
+
+    print(
+        f"\n{KILLS} kills {dict(killed)}: {rollout.calls} calls, {len(rollout.rows)} rows, "
+        f"{dict(Counter(type(error).__name__ for error in rollout.errors))}, "
+        f"down for {min(down_s):.1f} to {max(down_s):.1f} s, {server.retried} retries"
+    )
+    assert [error for error in rollout.errors if not isinstance(error, SGLangHiddenError)] == []
+    assert len(rollout.rows) == 2 * (rollout.calls - len(rollout.errors)) > 0
+    for prompt, row in rollout.rows:
+        assert (row.prompt_ids, row.weight_version) == (prompt, version)
+        assert_row(row, trained_dir)
+    with connect(server.url) as other:
+        assert other.info.weight_version == server.info.weight_version == version
+        for name, directory in ((None, trained_dir), ("step", merged_dir)):
+            for completion in under(other, name):
+                assert_answered_with(completion, directory)
+
+    leader = psutil.Process(server.pid)
+    traces |= traces_of(leader)
+    assert any(path.name.startswith("sglang_loads_") for path in traces)
+    assert sum("-kept-" in path.name for path in traces) == 2, "the weights and the adapter"
+    with watched([process.pid for process in family_of(leader)]) as handles:
+        server.close()
+        assert still_running(handles, timeout_s=10) == []
+    assert [path for path in traces if path.exists()] == []
+    assert list(SHARED_MEMORY.glob(f"torchrl-sglang-hidden-weights-{os.getpid()}-*")) == []
+    assert not [child for child in psutil.Process().children() if "torchrl_sglang_hidden.server" in child.cmdline()]
+
+
+def trainer_under(adapter: Any, trainer: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return an adapted model's state with a trainer's weights under the adapter."""
+    state = dict(adapter.state_dict())
+    for name, value in trainer.state_dict().items():
+        path, _, last = f"base_model.model.{name}".rpartition(".")
+        state[f"{path}.{last}" if f"{path}.{last}" in state else f"{path}.base_layer.{last}"] = value
+    return state
+
+
+def patiently(server: LaunchedServer) -> list[Completion]:
+    """Call until the server answers: a call that begins in the moment before its death is noticed may fail."""
+    deadline = time.monotonic() + BACK_S
+    while True:
+        try:
+            return answers(server, PROMPTS[:1], 4)
+        except SGLangHiddenError:
+            if time.monotonic() > deadline:
+                raise

@@ -12,34 +12,41 @@ import os
 import socket
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
 import platformdirs
 
+from torchrl_sglang_hidden.engines.endpoint import Endpoint
 from torchrl_sglang_hidden.engines.http import SGLangServer
 from torchrl_sglang_hidden.engines.process import ServerProcess
+from torchrl_sglang_hidden.engines.restarting import Restart, Start, Supervisor
 from torchrl_sglang_hidden.engines.server_options import (
     require_sglang,
     resolve_layers,
     resolve_model,
     resolve_modules,
 )
+from torchrl_sglang_hidden.engines.supervision import Supervision
 from torchrl_sglang_hidden.errors import (
     InputError,
+    InputTypeError,
     LaunchError,
     UnknownOptionError,
 )
+from torchrl_sglang_hidden.protocol.served_weights import INCOMPLETE, KEPT_ENV
 from torchrl_sglang_hidden.server.__main__ import (
     SECRET_ARGUMENTS,
     check_tokenizer_processes,
     command_line,
     is_loopback,
 )
+from torchrl_sglang_hidden.weights.kept import Resumption
 
 __all__ = ["LaunchedServer", "launch"]
 
@@ -68,6 +75,7 @@ def launch(
     timeout_s: float = 600.0,
     log_file: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    restart: bool | Restart = False,
     **server_args: Any,
 ) -> LaunchedServer:
     """Start an SGLang server with hidden-state pooling on this machine, and return a client once the server generates.
@@ -93,6 +101,10 @@ def launch(
         log_file: file to which the server's stdout and stderr are appended; by default a new file in the user's log
             directory.
         progress: show a status line while the server starts, in terminals and notebooks.
+        restart: start the server again, with the same arguments and at the same port, when it has died; True is
+            `Restart()`, which says how often, after which waits, and where pushed weights are kept. The new process has
+            the last weights that were pushed through this client, its adapters and the weight version before it answers
+            anybody. A call under way at the death raises; one that begins while the server is coming back waits.
         **server_args: SGLang server arguments by their Python names: ``chunked_prefill_size=64`` becomes
             ``--chunked-prefill-size 64``. ``True`` is the bare flag, ``False`` and ``None`` leave it out, lists are
             several values, mappings become JSON. A name that SGLang does not know fails the start. A key or a
@@ -110,6 +122,8 @@ def launch(
             lines.
     """
     _check_arguments(device=device, host=host, port=port, api_key=api_key, timeout_s=timeout_s, server_args=server_args)
+    if not isinstance(restart, (bool, Restart)):
+        raise InputTypeError(f"launch(restart={restart!r:.80}): expected True, False or a Restart(…)")
     model = resolve_model(model)
     chosen_layers = resolve_layers(layers, model)
     modules = resolve_modules(constraint_modules)
@@ -119,28 +133,34 @@ def launch(
     if device != "auto":
         arguments["device"] = device
     secrets = {name: str(arguments.pop(name)) for name in SECRET_ARGUMENTS if arguments.get(name) is not None}
-    start = time.monotonic()
-    with ExitStack() as stack:
-        log_path = _log_path(log_file, port)
-        process = ServerProcess(
-            command_line(arguments),
+    log_path = _log_path(log_file, port)
+    began = time.monotonic()
+
+    def start(resumption: Resumption) -> ServerProcess:
+        return ServerProcess(
+            command_line(resumed_arguments(arguments, resumption)),
             log_path=log_path,
             api_key=api_key,
             layers=chosen_layers,
             modules=modules,
             secrets=secrets,
+            more={} if resumption.weights is None else {KEPT_ENV: str(resumption.weights)},
         )
+
+    with ExitStack() as stack:
+        process = start(Resumption())
         stack.callback(process.stop)
         url = f"http://{_client_host(host)}:{port}"
         process.wait_until_ready(url, timeout_s=timeout_s, progress=progress)
-        server = LaunchedServer(url, process=process, api_key=api_key)
+        supervisor = _supervisor(restart, start, process, url=url, timeout_s=timeout_s)
+        server = LaunchedServer(url, process=process, api_key=api_key, supervisor=supervisor)
         stack.pop_all()
     logger.info(
         "%s serves %s, process %d, after %.0f s; its log: %s",
         url,
         model,
         server.pid,
-        time.monotonic() - start,
+        time.monotonic() - began,
         log_path,
     )
     return server
@@ -150,25 +170,44 @@ class LaunchedServer(SGLangServer):
     """A client that owns its server. `launch` makes one; ``close()`` closes the client and ends the server.
 
     Attributes:
-        pid: the server's process id, which is also the id of its process group and session.
         log_path: file with the server's stdout and stderr.
     """
 
-    def __init__(self, url: str, *, process: ServerProcess, api_key: str | None) -> None:
-        self.pid = process.pid
+    def __init__(
+        self, url: str, *, process: ServerProcess, api_key: str | None, supervisor: Supervisor | None = None
+    ) -> None:
         self.log_path = process.log_path
         # Runs once: at close, when the last reference goes, or when the interpreter exits.
-        self._stop = weakref.finalize(self, process.stop)
-        self._process = process
+        self._stop = weakref.finalize(self, process.stop if supervisor is None else supervisor.stop)
+        self._process, self._supervisor = process, supervisor
         super().__init__(url, api_key=api_key)
-        self._endpoints[0].how_it_ended = process.how_it_ended
+        (endpoint,) = self._endpoints
+        if supervisor is None:
+            endpoint.supervision = _Owned(process)
+        else:
+            endpoint.supervision = supervisor
+            # The thread must not keep the client, which ends the server when nobody has it any more.
+            supervisor.watch(partial(_read_again, weakref.ref(endpoint)))
+
+    @property
+    def pid(self) -> int:
+        """The server's process id, which is also the id of its process group and session; another after a restart."""
+        return self._process.pid if self._supervisor is None else self._supervisor.process.pid
+
+    @property
+    def restarts(self) -> int:
+        """How often the server was started again."""
+        return 0 if self._supervisor is None else self._supervisor.start
 
     def wait(self) -> NoReturn:
-        """Block for as long as the server runs.
+        """Block for as long as the server runs, restarts included.
 
         Raises:
-            EngineError: the server ended by itself; the message has exit code, log file and last log lines.
+            EngineError: the server ended by itself, and does not come back; the message has exit code, log file and
+                last log lines.
         """
+        if self._supervisor is not None:
+            self._supervisor.wait()
         self._process.wait()
 
     def close(self) -> None:
@@ -177,6 +216,30 @@ class LaunchedServer(SGLangServer):
         if self._stop.alive:
             self._stop()
             logger.info("%s was stopped, process %d", self.url, self.pid)
+
+
+def _supervisor(
+    restart: bool | Restart, start: Start, process: ServerProcess, *, url: str, timeout_s: float
+) -> Supervisor | None:
+    if restart is False:
+        return None
+    settings = Restart() if restart is True else restart
+    return Supervisor(start, process, settings, url=url, timeout_s=timeout_s)
+
+
+class _Owned(Supervision):
+    """The supervision of a server that is not started again."""
+
+    def __init__(self, process: ServerProcess) -> None:
+        self.how_it_ended = process.how_it_ended  # type: ignore[method-assign]
+
+
+def _read_again(endpoint: weakref.ReferenceType[Endpoint]) -> str:
+    alive = endpoint()
+    if alive is None:
+        return ""
+    alive.read_description()
+    return alive.info.weight_version
 
 
 def _check_arguments(
@@ -204,6 +267,30 @@ def _check_arguments(
             "send, so that whoever has the key runs code on this machine; leave it out and define a LogitConstraint "
             "with constraint_modules=…, or keep to host='127.0.0.1'"
         )
+
+
+def resumed_arguments(arguments: dict[str, Any], resumption: Resumption) -> dict[str, Any]:
+    """Return the arguments of a server that is to have what another had been given.
+
+    The weights themselves travel in the environment: SGLang's arguments stay those of the model. A version of which
+    something is lost is called incomplete, for whoever else asks this server.
+    """
+    if resumption.version is None:
+        return arguments
+    version = resumption.version.removesuffix(INCOMPLETE) + (INCOMPLETE if resumption.lost else "")
+    given = arguments.get("lora_paths") or []
+    given = [given] if isinstance(given, str) else list(given)
+    gone = resumption.adapters.keys() | resumption.lost.keys() | resumption.dropped
+    adapters = [entry for entry in given if _adapter_name(entry) not in gone]
+    adapters += [f"{name}={path}" for name, path in resumption.adapters.items()]
+    return {**arguments, "weight_version": version, "lora_paths": adapters or None}
+
+
+def _adapter_name(entry: Any) -> str:
+    """Return the name of one of SGLang's ``lora_paths``: ``name=path``, a path that is its own name, or a mapping."""
+    if isinstance(entry, Mapping):
+        return str(entry.get("lora_name"))
+    return str(entry).partition("=")[0]
 
 
 def _client_host(host: str) -> str:

@@ -25,11 +25,12 @@ from torchrl_sglang_hidden.protocol import CHANNEL, CONSTRAINTS_ENV, PLUGIN_ENV,
 from torchrl_sglang_hidden.server.capture import Capture
 from torchrl_sglang_hidden.server.guards import AFTER_GUARDS, AROUND_GUARDS, BEFORE_GUARDS
 from torchrl_sglang_hidden.server.images import AROUND_IMAGES, forget_embeddings, image_token_of
+from torchrl_sglang_hidden.server.kept_weights import after_scheduler_start, after_version
 from torchrl_sglang_hidden.server.layer_setup import attach_taps
 from torchrl_sglang_hidden.server.next_tokens import plan_logits
 from torchrl_sglang_hidden.server.output_stream import MessageGate, make_streamer_class
 from torchrl_sglang_hidden.server.prompt_head import take_prompt_logits
-from torchrl_sglang_hidden.server.rank_agreement import after_adapter_load, after_weight_update
+from torchrl_sglang_hidden.server.rank_agreement import AFTER_UPDATES
 from torchrl_sglang_hidden.server.request_isolation import REQUESTS, IsolatedOutput, isolated, take_in
 from torchrl_sglang_hidden.server.settings import read_settings
 from torchrl_sglang_hidden.server.start import BEFORE_START
@@ -244,6 +245,7 @@ def after_weight_version(result: Any, scheduler: Any, *args: Any, **kwargs: Any)
     """Drop the prefix sums and embeddings of the old weights, even where an update keeps the prefix cache."""
     _capture.forget_sums()
     forget_embeddings()
+    after_version(*args, **kwargs)
 
 
 def after_streamer_class(streamer_class: Any, scheduler: Any) -> type:
@@ -330,21 +332,19 @@ def _refusal(scheduler: Any) -> str:
     return next((reason for reason, holds in reasons.items() if holds), "")
 
 
-_UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 _RUNNERS = "sglang.srt.model_executor.runner"
 _BEFORE: dict[str, Callable[..., Any]] = {**BEFORE_START, **BEFORE_GUARDS}
 _AFTER: dict[str, Callable[..., Any]] = {
     **AFTER_GUARDS,
+    **AFTER_UPDATES,
     "sglang.srt.model_executor.model_runner.ModelRunner.load_model": after_load_model,
     "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new": after_forward_batch,
     "sglang.srt.layers.sampler.Sampler._preprocess_logits": after_preprocess,
     "sglang.srt.layers.logits_processor.LogitsProcessor._get_hidden_states_to_store": after_states_to_store,
     "sglang.srt.managers.schedule_batch.Req._compute_max_prefix_len": after_max_prefix_len,
+    "sglang.srt.managers.scheduler.Scheduler.__init__": after_scheduler_start,
     "sglang.srt.managers.scheduler.Scheduler.flush_cache": after_flush_cache,
     "sglang.srt.managers.scheduler.Scheduler.record_weight_version_change": after_weight_version,
-    f"{_UPDATER}.update_weights_from_disk": after_weight_update,
-    f"{_UPDATER}.update_weights_from_distributed": after_weight_update,
-    "sglang.srt.managers.scheduler.Scheduler.load_lora_adapter": after_adapter_load,
     "sglang.srt.managers.scheduler.Scheduler.get_output_streamer_class": after_streamer_class,
     "sglang.srt.managers.scheduler.Scheduler.get_internal_state": after_internal_state,
     "sglang.srt.managers.tokenizer_manager.TokenizerManager.update_request_meta_info": after_update_meta_info,

@@ -9,13 +9,14 @@ Knows SGLang's results by their fields, and nothing of states, logits or request
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from torchrl_sglang_hidden.protocol.served_weights import INCOMPLETE, NOT_FLUSHED
 
-__all__ = ["after_adapter_load", "after_weight_update"]
+__all__ = ["AFTER_UPDATES", "after_adapter_load", "after_weight_update"]
 
 
 def after_weight_update(result: Any, updater: Any, request: Any) -> None:
@@ -62,3 +63,11 @@ def _failures(failure: str, group: Any) -> str:
     if all(told) or not any(told):
         return ""
     return "".join(f"rank {rank} of {size} failed: {text}; " for rank, text in enumerate(told) if text)
+
+
+_UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+AFTER_UPDATES: dict[str, Callable[..., Any]] = {
+    f"{_UPDATER}.update_weights_from_disk": after_weight_update,
+    f"{_UPDATER}.update_weights_from_distributed": after_weight_update,
+    "sglang.srt.managers.scheduler.Scheduler.load_lora_adapter": after_adapter_load,
+}
