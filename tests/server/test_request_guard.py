@@ -12,6 +12,7 @@ import msgspec
 import pytest
 import torch
 
+from torchrl_sglang_hidden.counters import SERVER
 from torchrl_sglang_hidden.protocol import CHANNEL, PROTOCOL
 from torchrl_sglang_hidden.server import request_guard as guard
 
@@ -275,9 +276,11 @@ def test_errors_name_the_row_of_the_batch(manager: Any) -> None:
     guard.after_init_state(None, manager, rows)
     guard.after_init_state(None, manager, rows[3])  # SGLang does this for each sample
     tokenized = Tokenized(input_ids=array("q", [VOCAB]))
+    before = SERVER.read().refusals
     for index, number in enumerate([0, 1, 0, 1]):
-        with pytest.raises(ValueError, match=f"row {number}: token id 10"):
+        with pytest.raises(ValueError, match=f"row {number}: token id 10"), guard.refusing(None):
             guard.around_create(lambda *args: tokenized, manager, rows[index])
+    assert SERVER.read().refusals == before + 4, "each once, however many of SGLang's steps it ends"
     plain, grammar = "no such regex", "Grammar accept_token failed: 0"
     said_of = [
         (400, plain, f"row 1: {plain}"),

@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers.fake_scheduler import Scheduler, asking
 
+from torchrl_sglang_hidden.counters import SERVER
 from torchrl_sglang_hidden.protocol import CHANNEL, PROTOCOL, Options, pack_options
 from torchrl_sglang_hidden.reduce.wanted import Wanted
 from torchrl_sglang_hidden.server import request_isolation as isolation
@@ -100,8 +101,10 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
 def test_what_cannot_be_read_is_aborted(what: str) -> None:
     fields, words = BROKEN[what]
     scheduler, recv_req = SGLangScheduler(), request(**fields)
+    before = SERVER.read().refusals
     take(scheduler, recv_req, lambda *args: pytest.fail("it was taken in"))
     assert re.search(words, refusal(scheduler, recv_req))
+    assert SERVER.read().refusals == before + 1
 
 
 def test_options_are_read_once() -> None:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torchrl_sglang_hidden.counters import SERVER
 from torchrl_sglang_hidden.errors import InputError, InputTypeError
 from torchrl_sglang_hidden.server.request_checks import (
     MAX_REQUESTS,
@@ -59,6 +60,7 @@ def refusing(row: int | None) -> Iterator[None]:
             reason = f"row {row}: {reason}"
         if type(error) is ValueError and reason == str(error):
             raise
+        SERVER.add(refusals=1)
         logger.info("torchrl_sglang_hidden: a request is refused: %s", reason)
         raise ValueError(reason) from error
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from torchrl_sglang_hidden.counters import SERVER
 from torchrl_sglang_hidden.errors import InputError
 from torchrl_sglang_hidden.protocol import CHANNEL, read_options
 from torchrl_sglang_hidden.server.capture import Capture
@@ -94,6 +95,7 @@ def _abort(scheduler: Any, recv_req: Any, message: str) -> None:
     from sglang.srt.managers.io_struct import AbortReq
     from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
+    SERVER.add(refusals=1)
     logger.info("torchrl_sglang_hidden: the request %s is refused: %s", recv_req.rid, message)
     scheduler.waiting_queue[:] = [req for req in scheduler.waiting_queue if req.rid != recv_req.rid]
     session_params = getattr(recv_req, "session_params", None)
