@@ -5,25 +5,23 @@ Knows how rows, streams, sessions and weights are spread over servers; one serve
 
 from __future__ import annotations
 
-import asyncio
-import itertools
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 from torchrl_sglang_hidden.engines.api_key import ApiKey, key_of_pickle
-from torchrl_sglang_hidden.engines.attempts import check_open_files, new_request_ids
+from torchrl_sglang_hidden.engines.attempts import check_open_files
 from torchrl_sglang_hidden.engines.base import Engine
-from torchrl_sglang_hidden.engines.endpoint import ABORT_TIMEOUT_S, Endpoint
+from torchrl_sglang_hidden.engines.endpoint import Endpoint
+from torchrl_sglang_hidden.engines.fleet import Fleet
 from torchrl_sglang_hidden.engines.meter import Meter
 from torchrl_sglang_hidden.engines.retries import RETRIES, Retries
+from torchrl_sglang_hidden.engines.router import open_endpoints
 from torchrl_sglang_hidden.engines.sessions import Session
-from torchrl_sglang_hidden.engines.sharing import LoadSharing
 from torchrl_sglang_hidden.engines.streams import AsyncStream, Stream, check_stream
 from torchrl_sglang_hidden.errors import EngineError, InputError, ProtocolError, SGLangHiddenError
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
@@ -66,7 +64,10 @@ class SGLangServer(Engine):
     Args:
         url: ``"http://host:port"``, or a sequence of them. Several servers must serve the same model, and share the
             rows of each batch by load: by the tokens of prompts, and those to sample, that this client has under way
-            on each. Rows of one prompt stay together where that is even enough.
+            on each. Rows of one prompt stay together where that is even enough. A server that cannot be reached any
+            more is left out until it is back with the weights of the others: rows go to the others, except those that
+            it was sampling, which are errors. The address of SGLang's router stands for the servers behind it, to which
+            the client connects itself.
         api_key: sent as a bearer token. It is in no repr, error or pickle. A warning says where it would travel in
             plain text: over http, to another machine.
         connect_timeout_s: seconds to reach a server.
@@ -101,17 +102,22 @@ class SGLangServer(Engine):
         self._config: dict[str, Any] = {**timeouts, "retries": retries}
         self._meter: Meter = Meter(", ".join(map(str, urls)), self._internal_states)
         again = Retries(retries, lambda: self._meter.tally.add(retries=1))
+
+        def make(address: str) -> Endpoint:
+            endpoint = Endpoint(address, self._key, **timeouts, retries=again)
+            endpoint.exchanged = self._meter.exchanged
+            return endpoint
+
         with ExitStack() as stack:
-            self._endpoints = []
+            self._endpoints: list[Endpoint] = []
             for address in urls:
-                self._endpoints.append(Endpoint(address, self._key, **timeouts, retries=again))
-                stack.callback(self._endpoints[-1].close)
-                self._endpoints[-1].exchanged = self._meter.exchanged
+                for endpoint in open_endpoints(address, make, self._key, connect_timeout_s):
+                    self._endpoints.append(endpoint)
+                    stack.callback(endpoint.close)
             stack.pop_all()
         if self._key is not None:
             self._key.remember(self.urls)
-        self._turns = itertools.count()
-        self._sharing = LoadSharing(len(self._endpoints))
+        self._fleet = Fleet(self._endpoints, self._is_updating)
         models = {(e.info.model_path, e.info.vocab_size, e.info.hidden_size) for e in self._endpoints}
         if len(models) > 1:
             self.close()
@@ -140,34 +146,30 @@ class SGLangServer(Engine):
         return self._meter.tally.read().retries
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """See `Engine.generate`. Several servers share the requests by load.
+        """See `Engine.generate`. Several servers share the requests by load, see `Fleet`.
 
         A timeout or Ctrl-C aborts the requests on all of them, and so does the failure of one.
         """
-        with self._share(requests) as shares:
-            if len(shares) == 1:
-                parts = [shares[0].endpoint.generate(shares[0].requests, shares[0].rids, shares[0].rows)]
-            else:
-                parts = _generate_in_threads(shares)
-            return self._in_order(requests, shares, parts)
+        self._check_everywhere(requests)
+        with self._meter.watching(requests) as took:
+            completions = self._fleet.generate(requests)
+            took(completions)
+            raise_errors(requests, completions)
+        return completions
 
     async def agenerate(self, requests: Sequence[Request]) -> list[Completion]:
         """See `Engine.agenerate`. A cancelled task aborts its requests on the servers."""
-        with self._share(requests) as shares:
-            calls = [
-                asyncio.ensure_future(share.endpoint.agenerate(share.requests, share.rids, share.rows))
-                for share in shares
-            ]
-            try:
-                parts = await asyncio.gather(*calls)
-            finally:
-                # After one failure the other answers are of no use. Cancelling a task that is done does nothing.
-                for call in calls:
-                    call.cancel()
-                # They abort their requests, for which the event loop must go on.
-                await asyncio.wait(calls, timeout=ABORT_TIMEOUT_S)
-                await asyncio.gather(*(share.endpoint.wait_for_aborts() for share in shares))
-            return self._in_order(requests, shares, parts)
+        self._check_everywhere(requests)
+        with self._meter.watching(requests) as took:
+            completions = await self._fleet.agenerate(requests)
+            took(completions)
+            raise_errors(requests, completions)
+        return completions
+
+    def _check_everywhere(self, requests: Sequence[Request]) -> None:
+        # All rows are checked before any is sent: a bad one must not leave half a batch running.
+        for endpoint in self._endpoints:
+            self._check(requests, endpoint.info)
 
     def check_calls(self, count: int) -> None:
         """See `Engine.check_calls`."""
@@ -180,15 +182,21 @@ class SGLangServer(Engine):
 
     def stream(self, request: Request) -> Stream:
         """See `Engine.stream`."""
-        endpoint = self._next_endpoint()
-        payload = self._stream_payload(request, endpoint)
-        return Stream(endpoint.stream(payload), request, endpoint.info, self._meter)
+
+        def opened(endpoint: Endpoint) -> Stream:
+            rows = endpoint.stream(self._stream_payload(request, endpoint))
+            return Stream(rows, request, endpoint.info, self._meter)
+
+        return self._fleet.open(opened)
 
     async def astream(self, request: Request) -> AsyncStream:
         """See `Engine.astream`."""
-        endpoint = self._next_endpoint()
-        payload = self._stream_payload(request, endpoint)
-        return await AsyncStream.open(endpoint.astream(payload), request, endpoint.info, self._meter)
+
+        async def opened(endpoint: Endpoint) -> AsyncStream:
+            rows = endpoint.astream(self._stream_payload(request, endpoint))
+            return await AsyncStream.open(rows, request, endpoint.info, self._meter)
+
+        return await self._fleet.aopen(opened)
 
     def _stream_payload(self, request: Request, endpoint: Endpoint) -> dict[str, Any]:
         check_stream(request, endpoint.info, cumulative=endpoint.streams_cumulatively)
@@ -197,13 +205,10 @@ class SGLangServer(Engine):
 
     def session(self) -> Session:
         """See `Engine.session`."""
-        return Session(self._next_endpoint().session_host, self._check, self._meter)
+        return self._fleet.open(lambda endpoint: Session(endpoint.session_host, self._check, self._meter))
 
     def _internal_states(self) -> list[Any]:
         return [state for endpoint in self._endpoints for state in endpoint.internal_states()]
-
-    def _next_endpoint(self) -> Endpoint:
-        return self._endpoints[next(self._turns) % len(self._endpoints)]
 
     def weight_version(self) -> str:
         """See `Engine.weight_version`; of several servers that differ, all versions with ``and`` between them."""
@@ -275,6 +280,9 @@ class SGLangServer(Engine):
             if error is not None:
                 raise error
 
+    def _is_updating(self) -> bool:
+        return any(_UPDATING[url].locked() for url in self.urls)
+
     def _new_version(self, version: str | None) -> str:
         """Return the version of new weights, which no server may have."""
         before = [endpoint.weight_version() for endpoint in self._endpoints]
@@ -296,6 +304,7 @@ class SGLangServer(Engine):
     def _all_updated(self, version: str, errors: Sequence[BaseException | None]) -> str:
         failed = [(url, error) for url, error in zip(self.urls, errors, strict=True) if error is not None]
         if not failed:
+            self._fleet.bring_back()
             return version
         unforeseen = next((error for _, error in failed if not isinstance(error, SGLangHiddenError)), None)
         if unforeseen is not None or len(errors) == 1:
@@ -311,33 +320,6 @@ class SGLangServer(Engine):
         for endpoint in self._endpoints:
             endpoint.close()
 
-    @contextmanager
-    def _share(self, requests: Sequence[Request]) -> Iterator[list[_Share]]:
-        """Share the rows of a batch among the servers, for as long as the ``with`` block lasts."""
-        # All rows are checked before any is sent: a bad one must not leave half a batch running.
-        for endpoint in self._endpoints:
-            self._check(requests, endpoint.info)
-        with self._meter.watching(requests), self._sharing.share(requests) as rows_of_servers:
-            yield [
-                _Share(endpoint, rows, [requests[row] for row in rows], new_request_ids(len(rows)))
-                for endpoint, rows in zip(self._endpoints, rows_of_servers, strict=True)
-                if rows
-            ]
-
-    def _in_order(
-        self, requests: Sequence[Request], shares: Sequence[_Share], parts: Sequence[Sequence[Completion]]
-    ) -> list[Completion]:
-        """Return the completions of all shares in the requests' order, or raise what went wrong with one of them."""
-        found = {
-            row: one
-            for share, part in zip(shares, parts, strict=True)
-            for row, one in zip(share.rows, part, strict=True)
-        }
-        completions = [found[row] for row in range(len(requests))]
-        self._meter.took(completions)
-        raise_errors(requests, completions)
-        return completions
-
     def __reduce__(self) -> tuple[Any, ...]:
         return (_reconnect, (self.urls, self._config))
 
@@ -349,45 +331,6 @@ class SGLangServer(Engine):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(self.urls)})"
-
-
-@dataclass(frozen=True, slots=True)
-class _Share:
-    """One server's part of a batch.
-
-    Args:
-        endpoint: the server.
-        rows: where its requests stand in the batch.
-        requests: its requests.
-        rids: their names on the server.
-    """
-
-    endpoint: Endpoint
-    rows: list[int]
-    requests: list[Request]
-    rids: list[str]
-
-
-def _generate_in_threads(shares: Sequence[_Share]) -> list[list[Completion]]:
-    # For each share a thread that waits for its answer, and one that may abort it.
-    pool = ThreadPoolExecutor(2 * len(shares), thread_name_prefix="sglang-server")
-    calls = [pool.submit(share.endpoint.generate, share.requests, share.rids, share.rows) for share in shares]
-    try:
-        waits = True
-        while waits:
-            # A failed server is reported at once, not when the slowest of the others is done. Short waits: Python
-            # handles a Ctrl-C that comes just before a wait only after the wait.
-            done, others = wait(calls, timeout=INTERRUPT_S, return_when=FIRST_EXCEPTION)
-            waits = bool(others) and not any(call.exception() for call in done)
-        for call in calls:
-            if call.done() and (error := call.exception()) is not None:
-                raise error
-        return [call.result() for call in calls]
-    finally:
-        for share, call in zip(shares, calls, strict=True):
-            if not call.done():
-                pool.submit(share.endpoint.abort, share.rids)
-        pool.shutdown(wait=False)
 
 
 def connect(url: str | Sequence[str], *, api_key: str | None = None) -> SGLangServer:

@@ -22,7 +22,7 @@ from torchrl_sglang_hidden.errors import (
 )
 from torchrl_sglang_hidden.protocol import excerpt
 
-__all__ = ["read_control", "read_event", "read_json", "reason_of", "text_of", "translated"]
+__all__ = ["reached", "read_control", "read_event", "read_json", "reason_of", "text_of", "translated"]
 
 _EVENT = "data: "
 _LAST_EVENT = "data: [DONE]"
@@ -54,6 +54,11 @@ def translated(url: str, how_it_ended: Callable[[], str] = str) -> Iterator[None
         if "client has been closed" not in str(error):
             raise
         raise EngineError(f"the connection to {url} was closed by close(); connect again") from error
+
+
+def reached(error: EngineUnreachableError) -> bool:
+    """Return whether the server may have got something of a call that ended in this error."""
+    return not isinstance(error.__cause__, (httpx.ConnectError, httpx.ConnectTimeout))
 
 
 def read_json(response: httpx.Response, url: str) -> Any:

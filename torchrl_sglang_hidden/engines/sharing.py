@@ -39,7 +39,7 @@ class LoadSharing:
         self._lock = threading.Lock()
 
     @contextmanager
-    def share(self, requests: Sequence[Request]) -> Iterator[list[list[int]]]:
+    def share(self, requests: Sequence[Request], among: Sequence[int] | None = None) -> Iterator[list[list[int]]]:
         """Assign each row to a server; the rows count as under way until the ``with`` block ends.
 
         The longest rows go first, each to the server with the fewest tokens under way. Rows of one prompt stay
@@ -47,13 +47,14 @@ class LoadSharing:
 
         Args:
             requests: one for each row.
+            among: numbers of the servers that may get rows; None for all.
 
         Yields:
             For each server its rows in ascending order, none for a server that gets no row.
         """
         costs = [tokens_of(request) for request in requests]
         with self._lock:
-            shares = self._assign(requests, costs)
+            shares = self._assign(requests, costs, range(len(self._tokens)) if among is None else among)
         taken = [sum(costs[row] for row in rows) for rows in shares]
         try:
             yield shares
@@ -61,24 +62,29 @@ class LoadSharing:
             with self._lock:
                 self._tokens = [before - tokens for before, tokens in zip(self._tokens, taken, strict=True)]
 
-    def _assign(self, requests: Sequence[Request], costs: Sequence[int]) -> list[list[int]]:
+    def _assign(self, requests: Sequence[Request], costs: Sequence[int], among: Sequence[int]) -> list[list[int]]:
         tokens = self._tokens
+
+        def least() -> int:
+            return min(among, key=tokens.__getitem__)
+
         shares: list[list[int]] = [[] for _ in tokens]
-        fair = (sum(tokens) + sum(costs)) / len(tokens)
+        fair = (sum(tokens[server] for server in among) + sum(costs)) / len(among)
         groups: defaultdict[tuple[object, ...], list[int]] = defaultdict(list)
         for row, request in enumerate(requests):
             # The same ids around other images are another prompt.
             groups[request.prompt_ids, request.images and request.images.data].append(row)
         for prompt, rows in sorted(groups.items(), key=lambda group: -sum(costs[row] for row in group[1])):
             key = hash(prompt)
-            server = self._server_of.get(key, tokens.index(min(tokens)))
+            server = self._server_of.get(key, -1)
+            server = server if server in among else least()
             whole = sum(costs[row] for row in rows)
             if tokens[server] + whole > TOLERANCE * fair:
-                server = tokens.index(min(tokens))
+                server = least()
             limit = TOLERANCE * fair if tokens[server] + whole <= TOLERANCE * fair else fair
             for row in rows:
                 if tokens[server] + costs[row] > limit:
-                    server = tokens.index(min(tokens))
+                    server = least()
                 tokens[server] += costs[row]
                 shares[server].append(row)
             self._server_of[key] = server

@@ -1,0 +1,172 @@
+"""Two real servers: by their addresses, by the address of SGLang's router, and when one of them is killed.
+
+The session's server is one of the two; the other is this file's own, and the last test kills it.
+"""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+import httpx
+import psutil
+import pytest
+from helpers.policy_checks import CHUNKED_PREFILL_SIZE, LOG_PROB_ATOL, STATE_RTOL, prompt_of, relative_error
+
+from torchrl_sglang_hidden import HiddenSpec, SGLangServer, connect, launch
+from torchrl_sglang_hidden.engines.launch import LaunchedServer
+from torchrl_sglang_hidden.errors import EngineUnreachableError
+from torchrl_sglang_hidden.protocol import CHANNEL
+from torchrl_sglang_hidden.records import Completion, Request
+from torchrl_sglang_hidden.sglang_api.payload import to_payload
+
+START_TIMEOUT_S = 120.0
+
+
+@pytest.fixture(scope="module")
+def other(smol_dir: str, smol: SGLangServer) -> Iterator[LaunchedServer]:
+    with launch(smol_dir, dtype="float32", chunked_prefill_size=CHUNKED_PREFILL_SIZE, sleep_on_idle=True) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def fleet(smol: SGLangServer, other: LaunchedServer) -> Iterator[SGLangServer]:
+    with connect([smol.url, other.url]) as engine:
+        yield engine
+
+
+def requests_of(count: int, new_tokens: int, **options: bool) -> list[Request]:
+    sampling = {"max_new_tokens": new_tokens, "temperature": 0.0, "ignore_eos": True}
+    spec = HiddenSpec(("prompt", "response"))
+    return [
+        Request(tuple(prompt_of(5 + row, seed=row)), sampling, return_log_probs=True, hidden=spec, **options)
+        for row in range(count)
+    ]
+
+
+def assert_same(found: Completion, expected: Completion) -> None:
+    assert found.prompt_ids == expected.prompt_ids
+    assert found.response_ids == expected.response_ids
+    assert found.log_probs_T is not None
+    assert expected.log_probs_T is not None
+    assert float((found.log_probs_T - expected.log_probs_T).abs().max()) < LOG_PROB_ATOL
+    for name, pooled in expected.hidden.items():
+        assert found.hidden[name].count == pooled.count
+        assert relative_error(found.hidden[name].vector, pooled.vector) < STATE_RTOL
+
+
+def prefills(server: LaunchedServer) -> int:
+    """Return how many batches of prompts the server has taken in."""
+    return server.log_path.read_text().count("Prefill batch")
+
+
+def wait_until(holds: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def router(smol: SGLangServer, other: LaunchedServer) -> Iterator[str]:
+    """The address of SGLang's own router before the two servers."""
+    with socket.socket() as one, socket.socket() as two:
+        for free in (one, two):
+            free.bind(("127.0.0.1", 0))
+        port, metrics = one.getsockname()[1], two.getsockname()[1]
+    command = [sys.executable, "-m", "sglang_router.launch_router", "--policy", "round_robin"]
+    listen = ["--host", "127.0.0.1", "--port", str(port)]
+    listen += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics)]
+    process = subprocess.Popen([*command, *listen, "--worker-urls", smol.url, other.url], stdout=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+
+    def has_both() -> bool:
+        assert process.poll() is None
+        with suppress(httpx.TransportError):
+            workers = httpx.get(f"{url}/workers", trust_env=False).json()["workers"]
+            return sum(worker["is_healthy"] for worker in workers) == 2
+        return False
+
+    try:
+        wait_until(has_both, START_TIMEOUT_S)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def test_rows_are_spread_and_right(smol: SGLangServer, other: LaunchedServer, fleet: SGLangServer) -> None:
+    requests, before = requests_of(6, 3), prefills(other)
+    expected = [smol.generate([request])[0] for request in requests]
+    for found, alone in zip(fleet.generate(requests), expected, strict=True):
+        assert_same(found, alone)
+    assert prefills(other) > before
+
+
+def test_the_routers_address_stands_for_both(smol: SGLangServer, other: LaunchedServer, router: str) -> None:
+    requests = requests_of(4, 2)
+    with connect(router) as engine:
+        assert sorted(engine.urls) == sorted([smol.url, other.url])
+        for found, expected in zip(engine.generate(requests), smol.generate(requests), strict=True):
+            assert_same(found, expected)
+
+
+def test_what_the_router_itself_does_with_a_request(smol: SGLangServer, router: str) -> None:
+    """docs/serving.md says all of this. Where a newer router passes more on, it may stand between."""
+    payload = to_payload(requests_of(1, 1), smol.info, binary=False)
+    assert CHANNEL in payload["sampling_params"][0]["custom_params"]
+    with httpx.Client(base_url=router, trust_env=False, timeout=60) as client:
+        refused = client.post("/generate", json=payload)
+        assert (refused.status_code, "sampling_params" in refused.text) == (422, True)
+        single = {name: value[0] for name, value in payload.items()}
+        meta = client.post("/generate", json=single).raise_for_status().json()["meta_info"]
+        assert CHANNEL not in meta, "the states that were asked for do not come back, and nobody says so"
+        for path in ("/server_info", "/model_info"):
+            assert client.get(path).status_code == 404
+        for path in ("/v1/hidden_states", "/open_session", "/abort_request", "/update_weights_from_disk"):
+            assert client.post(path, json={}).status_code == 404
+
+
+def test_one_of_the_two_is_killed(
+    smol: SGLangServer, other: LaunchedServer, fleet: SGLangServer, smol_dir: str
+) -> None:
+    sessions = [fleet.session(), fleet.session()]
+    for session in sessions:
+        session.generate(Request(tuple(prompt_of(4, seed=1)), {"max_new_tokens": 1}))
+    requests, before = requests_of(4, 48, return_errors=True), prefills(other)
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(fleet.generate, requests)
+        wait_until(lambda: prefills(other) > before)
+        for process in [*psutil.Process(other.pid).children(recursive=True), psutil.Process(other.pid)]:
+            with suppress(psutil.NoSuchProcess):  # the others end with the first
+                process.kill()
+        completions = call.result(120)
+    lost = [one for one in completions if one.error is not None]
+    assert len(lost) == 2
+    for row, one in enumerate(completions):
+        assert one.prompt_ids == requests[row].prompt_ids
+        if one.error is None:
+            assert_same(one, smol.generate([requests[row]])[0])
+        else:
+            assert isinstance(one.error, EngineUnreachableError)
+            assert str(one.error).startswith(f"row {row}: {other.url} went away while answering")
+            assert (one.response_ids, one.hidden) == ((), {})
+    requests = requests_of(6, 2)
+    for found, expected in zip(fleet.generate(requests), smol.generate(requests), strict=True):
+        assert_same(found, expected)
+    goes_on = []
+    for session in sessions:
+        with suppress(EngineUnreachableError):
+            goes_on.append(session.generate(Request((7, 8), {"max_new_tokens": 1})))
+        session.close()
+    assert len(goes_on) == 1, "a session stays with its server"
+    version = smol.info.weight_version
+    with pytest.raises(EngineUnreachableError, match=other.url):
+        fleet.update_weights(smol_dir, transport="disk")
+    with connect(smol.url) as again:
+        assert again.info.weight_version == version, "all of the servers or none"
