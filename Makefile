@@ -20,7 +20,7 @@ TESTS ?= $(NO_SERVER)
 FUZZ ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fast images kills compat fuzz bench tutorials lint docs audit check format clean
+.PHONY: help install demo test fast images kills compat fuzz bench load tutorials lint docs audit check format clean
 
 help: ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -62,6 +62,9 @@ fuzz: $(INSTALLED) ## a million broken and hostile answers, requests and files; 
 
 bench: $(INSTALLED) ## the speed table: against stock SGLang, TorchRL and Hugging Face, about 16 minutes
 	$(BIN)/python benchmarks/speed_table.py --write
+
+load: $(INSTALLED) ## many callers of one server, about 15 minutes: right answers, and nothing that grows
+	$(BIN)/python benchmarks/soak.py --write
 
 tutorials: $(INSTALLED) ## execute every lesson, and keep what it shows
 	$(BIN)/python tools/execute_lessons.py

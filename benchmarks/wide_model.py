@@ -22,12 +22,20 @@ CHAT_TEMPLATE = (
 INITIALIZER_RANGE = 0.05
 
 
-def save_random_wide(directory: Path, layers: int = 1) -> Path:
+def save_random_wide(
+    directory: Path,
+    layers: int = 1,
+    *,
+    hidden_size: int = HIDDEN_SIZE,
+    initializer_range: float = INITIALIZER_RANGE,
+) -> Path:
     """Write the checkpoint in float32, about 24 MB a layer, and a tokenizer with one token for each byte of text.
 
     Args:
         directory: is made.
         layers: decoder layers.
+        hidden_size: D; a small one makes a model that is quick in every way.
+        initializer_range: the spread of the weights: the narrower the model, the larger, or its logits nearly tie.
 
     Returns:
         ``directory``.
@@ -44,14 +52,14 @@ def save_random_wide(directory: Path, layers: int = 1) -> Path:
     tokenizer.chat_template = CHAT_TEMPLATE
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=HIDDEN_SIZE,
+        hidden_size=hidden_size,
         intermediate_size=64,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=64,
         max_position_embeddings=CONTEXT_LENGTH,
-        initializer_range=INITIALIZER_RANGE,
+        initializer_range=initializer_range,
         tie_word_embeddings=False,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
