@@ -218,9 +218,74 @@ def test_a_server_that_is_back_with_other_weights_gets_none_until_an_update(
     assert len(generate(engine, way, requests_of(4))) == 4
     assert again.sent_rows == []
     assert "is back with weights of version 'default', and the others serve 'v7'" in caplog.text
+    again.pages["/model_info"] = servers[1].pages["/model_info"]
     engine._all_updated("v7", [None, None])
     generate(engine, way, requests_of(4))
     assert len(again.sent_rows) == 2
+
+
+def test_an_update_brings_back_who_answers(
+    make_server: Make, servers: list[RecordingServer], engine: SGLangServer
+) -> None:
+    port = servers[0].server_address[1]
+    servers[0].stop()
+    engine.generate(requests_of(4))
+    engine._all_updated("v7", [None, None])
+    engine.generate(requests_of(4))
+    assert len(servers[1].sent_rows) == 8, "it took the weights, and was gone right after"
+    again = make_server(port=port)
+    engine._all_updated("v7", [None, None])
+    engine.generate(requests_of(4))
+    assert len(again.sent_rows) == 2
+
+
+def test_what_is_known_of_a_server_that_is_back_is_read_anew(
+    make_server: Make, servers: list[RecordingServer], engine: SGLangServer, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(fleet, "AWAY_S", 0.0)
+    port, page = servers[0].server_address[1], servers[0].pages["/model_info"][1]
+    servers[0].stop()
+    engine.generate(requests_of(4))
+    again = make_server(port=port)
+    again.pages["/model_info"] = (200, {**page, "model_path": "another"})
+    engine.generate(requests_of(4))
+    assert again.sent_rows == []
+    assert "is back with another model, another; it gets no rows" in caplog.text
+    again.pages["/model_info"] = (200, page)
+    engine.generate(requests_of(4))
+    assert len(again.sent_rows) == 2
+    assert engine._endpoints[0].info.model_path == engine._endpoints[1].info.model_path
+
+
+@WAYS
+@pytest.mark.parametrize("back", [[0], [1], [0, 1]])
+def test_after_all_were_lost_those_that_are_back_take_the_rows(
+    make_server: Make, servers: list[RecordingServer], engine: SGLangServer, way: str, back: list[int]
+) -> None:
+    ports = [server.server_address[1] for server in servers]
+    for server in servers:
+        server.stop()
+    with pytest.raises(EngineUnreachableError):
+        generate(engine, way, requests_of(4))
+    again = [make_server(port=ports[number]) for number in back]
+    assert len(generate(engine, way, requests_of(4))) == 4
+    assert [len(server.sent_rows) for server in again] == [4 // len(back)] * len(back)
+
+
+def test_after_all_were_lost_they_are_back_with_different_weights(
+    make_server: Make, servers: list[RecordingServer], engine: SGLangServer
+) -> None:
+    ports = [server.server_address[1] for server in servers]
+    for server in servers:
+        server.stop()
+    with pytest.raises(EngineUnreachableError):
+        engine.generate(requests_of(4))
+    again = [make_server(port=port) for port in ports]
+    again[0].pages["/model_info"] = (200, {**model_page("m"), "weight_version": "default"})
+    with pytest.raises(EngineError, match=r"different weights, .*'default'.*'v7'"):
+        engine.generate(requests_of(4))
+    assert [server.sent_rows for server in again] == [[], []]
 
 
 def test_a_lost_server_is_asked_less_and_less_often(
@@ -232,7 +297,8 @@ def test_a_lost_server_is_asked_less_and_less_often(
     servers[0].stop()
     engine.generate(requests_of(2))
     lost = engine._endpoints[0]
-    monkeypatch.setattr(lost, "weight_version", lambda: (asked.append(clock[0] - 1000), lost._get("/model_info"))[1])
+    read = lost.read_description
+    monkeypatch.setattr(lost, "read_description", lambda *once: (asked.append(clock[0] - 1000), read(*once))[1])
     for _ in range(80):
         clock[0] += 5
         engine.generate(requests_of(1))

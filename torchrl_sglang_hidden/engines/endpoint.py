@@ -92,9 +92,13 @@ class Endpoint:
             raise ProtocolError(f"{self.url}/server_info has dp_size={excerpt(ranks)}; is that an SGLang server?")
         self.session_host = SessionHost(lambda: self.info, self.call, self.ask, binary=False, num_ranks=ranks)
 
-    def read_description(self) -> dict[str, Any]:
-        """Read `info` anew, and return SGLang's ``/server_info``: another process may serve at the address now."""
-        server_info = self._get("/server_info")
+    def read_description(self, retries: Retries | None = None) -> dict[str, Any]:
+        """Read `info` anew, and return SGLang's ``/server_info``: another process may serve at the address now.
+
+        Args:
+            retries: of the first call, which shows whether the server is there; None for those of all calls.
+        """
+        server_info = self._get("/server_info", retries)
         payload = warm_up(server_info)
         if payload is not None:
             with self._translated():
@@ -106,9 +110,10 @@ class Endpoint:
     def _translated(self) -> AbstractContextManager[None]:
         return translated(self.url, lambda: self.supervision.how_it_ended())
 
-    def _get(self, path: str) -> dict[str, Any]:
+    def _get(self, path: str, retries: Retries | None = None) -> dict[str, Any]:
         with self._translated():
-            response = self._retries.run(lambda: self._client.get(path), what=self.url + path, reads=True)
+            run = (retries or self._retries).run
+            response = run(lambda: self._client.get(path), what=self.url + path, reads=True)
         body = read_json(response, self.url)
         if not isinstance(body, dict):
             raise ProtocolError(f"{self.url}{path} answered {excerpt(body)}; is that an SGLang server?")

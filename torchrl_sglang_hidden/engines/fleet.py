@@ -21,11 +21,12 @@ from typing import TypeVar
 from torchrl_sglang_hidden.engines.attempts import new_request_ids
 from torchrl_sglang_hidden.engines.endpoint import ABORT_TIMEOUT_S, Endpoint
 from torchrl_sglang_hidden.engines.http_answers import reached
+from torchrl_sglang_hidden.engines.retries import Retries
 from torchrl_sglang_hidden.engines.sharing import LoadSharing
 from torchrl_sglang_hidden.errors import EngineError, EngineUnreachableError
-from torchrl_sglang_hidden.records import Completion, Request, failed_completion
+from torchrl_sglang_hidden.records import Completion, EngineInfo, Request, failed_completion
 
-__all__ = ["Fleet"]
+__all__ = ["Fleet", "model_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class Fleet:
     def __init__(self, endpoints: Sequence[Endpoint], is_updating: Callable[[], bool]) -> None:
         self._endpoints = tuple(endpoints)
         self._is_updating = is_updating
+        self._model = model_of(endpoints[0].info)
         self._sharing = LoadSharing(len(endpoints))
         self._turns = itertools.count()
         self._away: dict[Endpoint, _Absence] = {}
@@ -69,9 +71,10 @@ class Fleet:
         return up or list(range(len(self._endpoints)))
 
     def bring_back(self) -> None:
-        """Let every server take calls again: all of them just answered."""
+        """Let the lost servers that answer take calls again: an update of the weights just reached them all."""
         with self._lock:
-            self._away.clear()
+            away = list(self._away)
+        self._ask_whether_back(away)
 
     def _lose(self, endpoint: Endpoint, error: EngineUnreachableError) -> None:
         with self._lock:
@@ -89,8 +92,7 @@ class Fleet:
         """
         if len(self._endpoints) == 1 or self._is_updating():
             return
-        for endpoint in self._due():
-            self._ask_whether_back(endpoint)
+        self._ask_whether_back(self._due())
         present = [self._endpoints[number] for number in self.present()]
         if len({endpoint.info.weight_version for endpoint in present}) == 1:
             return
@@ -109,32 +111,43 @@ class Fleet:
         now = monotonic()
         with self._lock:
             if len(self._away) == len(self._endpoints):
-                return []  # the call itself asks them
+                return list(self._endpoints)  # nobody to wait for them with
             due = [endpoint for endpoint, absence in self._away.items() if absence.ask_at <= now]
             for endpoint in due:
                 wait_s = min(2 * self._away[endpoint].wait_s, MAX_AWAY_S)
                 self._away[endpoint] = _Absence(now + wait_s, wait_s)
         return due
 
-    def _ask_whether_back(self, endpoint: Endpoint) -> None:
-        witness = self._endpoints[self.present()[0]]
-        try:
-            version, expected = endpoint.weight_version(), witness.weight_version()
-        except EngineError as error:
-            logger.info("%s is not back: %s", endpoint.url, error)
-            return
-        if version != expected:
-            logger.warning(
-                "%s is back with weights of version %r, and the others serve %r; it gets no rows until an update "
-                "reaches all servers",
-                endpoint.url,
-                version,
-                expected,
-            )
-            return
+    def _ask_whether_back(self, absent: Sequence[Endpoint]) -> None:
+        """Let those of the lost servers take calls again that serve what the present ones serve."""
         with self._lock:
-            self._away.pop(endpoint, None)
-        logger.warning("%s is back, and takes rows again", endpoint.url)
+            present = [endpoint for endpoint in self._endpoints if endpoint not in self._away]
+        for endpoint in absent:
+            try:
+                # Another process, which may have another model, other weights and other features. Asked once: the rows
+                # of a call wait for it.
+                endpoint.read_description(Retries(0))
+                found = endpoint.info
+                # Where all were lost there is nothing to compare with, and `_prepare` compares those that are back.
+                expected = present[0].weight_version() if present else found.weight_version
+            except EngineError as error:
+                logger.info("%s is not back: %s", endpoint.url, error)
+                continue
+            if model_of(found) != self._model:
+                logger.warning("%s is back with another model, %s; it gets no rows", endpoint.url, found.model_path)
+                continue
+            if found.weight_version != expected:
+                logger.warning(
+                    "%s is back with weights of version %r, and the others serve %r; it gets no rows until an update "
+                    "reaches all servers",
+                    endpoint.url,
+                    found.weight_version,
+                    expected,
+                )
+                continue
+            with self._lock:
+                self._away.pop(endpoint, None)
+            logger.warning("%s is back, and takes rows again", endpoint.url)
 
     # --- one request on one server ----------------------------------------------------------------------------------
 
@@ -322,6 +335,11 @@ class Share:
     rows: list[int]
     requests: list[Request]
     rids: list[str]
+
+
+def model_of(info: EngineInfo) -> tuple[object, ...]:
+    """Return what servers that share rows must have in common."""
+    return info.model_path, info.vocab_size, info.hidden_size
 
 
 def _in_threads(generate: Callable[[Share], T], shares: Sequence[Share]) -> list[T]:

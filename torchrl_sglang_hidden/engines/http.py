@@ -17,7 +17,7 @@ from torchrl_sglang_hidden.engines.api_key import ApiKey, key_of_pickle
 from torchrl_sglang_hidden.engines.attempts import check_open_files
 from torchrl_sglang_hidden.engines.base import Engine
 from torchrl_sglang_hidden.engines.endpoint import Endpoint
-from torchrl_sglang_hidden.engines.fleet import Fleet
+from torchrl_sglang_hidden.engines.fleet import Fleet, model_of
 from torchrl_sglang_hidden.engines.meter import Meter
 from torchrl_sglang_hidden.engines.retries import RETRIES, Retries
 from torchrl_sglang_hidden.engines.router import open_endpoints
@@ -118,7 +118,7 @@ class SGLangServer(Engine):
         if self._key is not None:
             self._key.remember(self.urls)
         self._fleet = Fleet(self._endpoints, self._is_updating)
-        models = {(e.info.model_path, e.info.vocab_size, e.info.hidden_size) for e in self._endpoints}
+        models = {model_of(endpoint.info) for endpoint in self._endpoints}
         if len(models) > 1:
             self.close()
             raise ProtocolError(
