@@ -1,4 +1,8 @@
-"""`sglang.Engine` in process against Hugging Face: one that `SGLangOffline` starts, and one that a user made."""
+"""`sglang.Engine` in process against Hugging Face: one that `SGLangOffline` starts, and one that a user made.
+
+The user's reads images too: an engine of its own for them would have to stand in one more process, since SGLang has one
+in each.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.offline_images import CHECKS
 from helpers.policy_checks import CHUNKED_PREFILL_SIZE, POOLINGS, SEGMENTS, Row, assert_row, prompt_of
 from helpers.user_engine_program import run_cases
+from helpers.vlm_models import SAVERS
 from transformers import PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden import SGLangOffline
@@ -42,12 +48,17 @@ CASES: list[dict[str, Any]] = [
 
 
 @pytest.fixture(scope="module")
-def given(qwen3_dir: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Return what user_engine_program.py found with Qwen3 in an engine that the user made."""
+def vision_dir(smol_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(SAVERS["qwen2_5_vl"](tmp_path_factory.mktemp("vision") / "qwen2_5_vl", smol_dir))
+
+
+@pytest.fixture(scope="module")
+def given(vision_dir: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Return what user_engine_program.py found with Qwen2.5-VL in an engine that the user made."""
     directory = tmp_path_factory.mktemp("offline")
     job, result, log = directory / "job.json", directory / "result.json", directory / "log.txt"
     server_args = {"dtype": "float32", "chunked_prefill_size": CHUNKED_PREFILL_SIZE}
-    job.write_text(json.dumps({"model_dir": qwen3_dir, "server_args": server_args, "cases": CASES}))
+    job.write_text(json.dumps({"model_dir": vision_dir, "server_args": server_args, "cases": CASES}))
     environment = {**os.environ, "PYTHONPATH": str(TESTS)}
     with log.open("w") as output:
         done = subprocess.run(
@@ -108,10 +119,15 @@ def test_in_process(in_process_log: str) -> None:
 @pytest.mark.parametrize("index", range(len(CASES)))
 @pytest.mark.parametrize("pass_name", ["results", "from_threads"])
 def test_an_engine_of_the_user_equals_hugging_face(
-    given: dict[str, Any], qwen3_dir: str, pass_name: str, index: int
+    given: dict[str, Any], vision_dir: str, pass_name: str, index: int
 ) -> None:
     """The second pass comes from two threads at once, with every prompt in the prefix cache."""
-    check_case(CASES[index], given[pass_name][index], qwen3_dir)
+    check_case(CASES[index], given[pass_name][index], vision_dir)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_an_engine_of_the_user_reads_images(given: dict[str, Any], check: str) -> None:
+    assert given["image_failures"][check] == ""
 
 
 def test_an_engine_of_the_user_is_fed_as_ours_is(given: dict[str, Any]) -> None:

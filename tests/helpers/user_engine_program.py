@@ -11,7 +11,8 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from helpers.offline_images import CHECKS
 from helpers.policy_checks import make_policy, rows_of, tokens_input
 from torchrl_sglang_hidden import InputError, SGLangOffline
 from torchrl_sglang_hidden.server.cpu import has_accelerator, use_cpu_engine
@@ -80,6 +82,16 @@ def outcome(future: Future[list[Any]]) -> list[Any] | str:
     return future.result() if error is None else f"{type(error).__name__}: {error}"
 
 
+def failures(checks: dict[str, Callable[[SGLangOffline, str], None]], engine: Any, model_dir: str) -> dict[str, str]:
+    """Return what each check failed with, "" where it passed, so that all are reported."""
+    found = {}
+    with ThreadPoolExecutor(1) as pool, SGLangOffline(engine) as wrapped:
+        for name, check in checks.items():
+            error = pool.submit(check, wrapped, model_dir).exception()
+            found[name] = "" if error is None else "".join(traceback.format_exception(error))
+    return found
+
+
 def main(job_path: str, result_path: str) -> None:
     job = json.loads(Path(job_path).read_text())
     tokenizer = AutoTokenizer.from_pretrained(job["model_dir"])
@@ -94,6 +106,7 @@ def main(job_path: str, result_path: str) -> None:
     engine = sglang.Engine(model_path=job["model_dir"], **by_hand)
     # Every policy wraps the engine anew, those of two threads at once too.
     found = run_cases(engine, engine, tokenizer, job["cases"])
+    found["image_failures"] = failures(CHECKS, engine, job["model_dir"])
     SGLangOffline(engine).close()
     alive = engine.generate(input_ids=[5, 6], sampling_params={"max_new_tokens": 2})
     found["alive_after_close"] = alive["meta_info"]["completion_tokens"] == 2
