@@ -198,9 +198,16 @@ def _check_length(name: str, request: Request, num_prompt: int | None) -> None:
             f"{name}: sent a prompt of {len(request.prompt_ids)} tokens and the engine took {num_prompt}; start the "
             "server without --allow-auto-truncate"
         )
+    # SGLang looks for Qwen's placeholders between <|vision_start|> and <|vision_end|>, and for no others.
+    left_out = num_prompt == len(request.images.sent_ids)
+    remedy = (
+        "as many as without them; write around each image what the chat template of the served model writes there"
+        if left_out
+        else "use the processor of the served model to expand them"
+    )
     raise AlignmentError(
-        f"{name}: the prompt's images make it {len(request.prompt_ids)} rows, and the engine took {num_prompt}; use "
-        "the processor of the served model to expand them"
+        f"{name}: the prompt's images make it {len(request.prompt_ids)} rows, and the engine took {num_prompt}; "
+        f"{remedy}"
     )
 
 
