@@ -145,7 +145,8 @@ def save_random_qwen2_vl(directory: Path, tokenizer_dir: str) -> Path:
         tie_word_embeddings=False,
         **qwen_image_ids(tokenizer),
     )
-    images = Qwen2VLImageProcessor(min_pixels=(2 * patch) ** 2, max_pixels=64 * (2 * patch) ** 2, patch_size=patch)
+    # SGLang takes these limits for every Qwen2-VL, whatever its processor says.
+    images = Qwen2VLImageProcessor(min_pixels=3136, max_pixels=1003520, patch_size=patch)
     template = chatml_with_images("<|vision_start|><|image_pad|><|vision_end|>")
     processor = Qwen2VLProcessor(images, tokenizer, Qwen2VLVideoProcessor(), chat_template=template)
     saved = save_random(Qwen2VLForConditionalGeneration(config), processor, directory)
