@@ -25,6 +25,8 @@ T = TypeVar("T")
 
 # The processors of models whose ids SGLang keeps as they are sent (its SGLANG_MM_AVOID_RETOKENIZE).
 KEEPS_IDS = ("Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor")
+# To how few and how many pixels SGLang brings an image, of a model whose processor it does not ask: by `model_type`.
+SIZES = {"qwen2_vl": {"shortest_edge": 3136, "longest_edge": 1003520}}
 # What to do about a prompt whose ids would not stay.
 GIVE_TEXT = "give the text instead of ids, in history mode with chat='render' and prefer_tokens=False"
 # The token that stands before each placeholder of these models. SGLang counts images by it: one without it has the
@@ -219,10 +221,11 @@ def _made(given: Any, path: str, takes_images: bool, max_images: int | None) -> 
 
 def _load(path: str) -> Any:
     # Here and not above: transformers takes longer to import than the rest of this package together.
-    from transformers import AutoProcessor
+    from transformers import AutoConfig, AutoProcessor
 
     try:
-        found = AutoProcessor.from_pretrained(path)
+        size = SIZES.get(AutoConfig.from_pretrained(path).model_type)
+        found = AutoProcessor.from_pretrained(path, **({} if size is None else {"size": size}))
     except (OSError, ValueError, ImportError) as error:
         raise CapabilityError(
             f"no processor can be read at {path!r} ({error}); pass tokenizer=, the model's Hugging Face processor"
