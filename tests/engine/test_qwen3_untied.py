@@ -182,7 +182,7 @@ def test_without_the_key_nothing_is_said(qwen3: LaunchedServer, api_key: str) ->
         assert stranger.get("/metrics").status_code == 401
         upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
         socket = stranger.get("/v1/realtime", headers={**upgrade, "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA=="})
-        assert socket.status_code == 403
+        assert socket.status_code in (401, 403)  # as uvicorn has a library for WebSockets or not
         assert stranger.get("/server_info", headers={"Host": "x/health?"}).status_code in (400, 401)
         assert stranger.get("/health").status_code == 200
 
