@@ -73,11 +73,11 @@ def _recorded(monkeypatch: pytest.MonkeyPatch, cached: list[int]) -> Callable[[]
     calls = 0
     original = endpoint.read_rows
 
-    def note(requests, rows, info, *, numbers):  # type: ignore[no-untyped-def]
+    def note(requests, rows, info, **options):  # type: ignore[no-untyped-def]
         nonlocal calls
         calls += 1
         cached.extend(row["meta_info"]["cached_tokens"] for row in rows)
-        return original(requests, rows, info, numbers=numbers)
+        return original(requests, rows, info, **options)
 
     monkeypatch.setattr(endpoint, "read_rows", note)
     return lambda: calls

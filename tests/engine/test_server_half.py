@@ -66,10 +66,13 @@ def test_a_request_that_does_not_ask_sees_nothing_of_it(http: httpx.Client) -> N
         {CHANNEL: {"protocol": PROTOCOL, "options": GOOD["options"].replace("prompt", "everything")}},
     ],
 )
-def test_options_that_make_no_sense_are_not_answered_and_harm_nobody(http: httpx.Client, custom: object) -> None:
-    row = generate(http, input_ids=[prompt_of(5, seed=3)], sampling_params=[sampling(custom)])[0]
-    assert CHANNEL not in row["meta_info"]
-    assert len(row["output_ids"]) == 4
+def test_options_that_make_no_sense_are_refused_and_harm_nobody(http: httpx.Client, custom: object) -> None:
+    """A client of another version would otherwise get an answer without what it asked for."""
+    prompts = [prompt_of(5, seed=3), prompt_of(6, seed=4)]
+    answer = http.post("/generate", json={"input_ids": prompts, "sampling_params": [sampling(), sampling(custom)]})
+    assert answer.status_code == 400
+    assert "row 1" in answer.text
+    assert len(generate(http, input_ids=prompts[:1], sampling_params=[sampling()])[0]["output_ids"]) == 4
 
 
 def test_nothing_is_left_after_requests_finish_or_are_aborted(http: httpx.Client) -> None:
