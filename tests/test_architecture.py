@@ -33,7 +33,7 @@ FLOORS: list[list[set[str]]] = [
     ],
     [
         {"server", "sglang_api", "weights"},
-        {"sglang_api.fields"},
+        {"sglang_api.fields", "sglang_api.overflow"},
         {
             "sglang_api.sampling",
             "sglang_api.payload",

@@ -100,7 +100,7 @@ IN_PROCESS: dict[str, tuple[dict[str, Any], str]] = {
     "log-probs": ({"input_ids": [5], "return_logprob": True, "top_logprobs_num": VOCAB + 1}, "top_logprobs_num=49153"),
     "a priority": ({"input_ids": [5], "priority": "x"}, "priority"),
     "a name": ({"input_ids": [5], "rid": 5}, "rid=5"),
-    "a session": ({"input_ids": [5], "session_params": {"id": 5}}, "session_params"),
+    "a session": ({"input_ids": [5], "session_params": {"id": 5}}, r"row 0: session_params\.id=5"),
 }
 
 

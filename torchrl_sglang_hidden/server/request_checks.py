@@ -275,7 +275,14 @@ def _name_field(probe: Any) -> str:
     """Say which field cannot be read, with its value; empty where it is none of them alone."""
     from sglang.srt.managers.io_struct import dec_hook, enc_hook, ext_hook
 
-    for struct in (probe.sampling_params, probe):
+    inner = {
+        f"{name}.": value
+        for name in probe.__struct_fields__
+        if isinstance(value := getattr(probe, name), msgspec.Struct)
+    }
+    # A request's options stand in its `sampling_params`; their names alone say where.
+    inner = {"" if prefix == "sampling_params." else prefix: struct for prefix, struct in inner.items()}
+    for prefix, struct in (*inner.items(), ("", probe)):
         for field in msgspec.structs.fields(struct):
             value = getattr(struct, field.name)
             if isinstance(value, msgspec.Struct):
@@ -284,5 +291,5 @@ def _name_field(probe: Any) -> str:
                 written = msgspec.msgpack.encode(value, enc_hook=enc_hook)
                 msgspec.msgpack.Decoder(field.type, dec_hook=dec_hook, ext_hook=ext_hook).decode(written)
             except OF_BAD_REQUESTS as error:
-                return f"{field.name}={value!r:.200}: {error}"
+                return f"{prefix}{field.name}={value!r:.200}: {error}"
     return ""

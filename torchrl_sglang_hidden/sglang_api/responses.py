@@ -33,6 +33,7 @@ from torchrl_sglang_hidden.reduce.wanted_logits import FoundLogits, WantedLogits
 from torchrl_sglang_hidden.sglang_api.fields import read_fields
 from torchrl_sglang_hidden.sglang_api.images import check_computed
 from torchrl_sglang_hidden.sglang_api.log_probs import read_log_probs
+from torchrl_sglang_hidden.sglang_api.overflow import overflow_of
 from torchrl_sglang_hidden.sglang_api.payload import logits_of, row_dtype_of, shares, wanted_of
 from torchrl_sglang_hidden.sglang_api.sampled import read_sampled
 from torchrl_sglang_hidden.sglang_api.stock_states import pool_stock
@@ -292,20 +293,13 @@ def _counted(
 
 
 def _overflow(name: str, states: _States | None, logits: FoundLogits | None) -> EngineError | None:
-    """Return the error of a row whose numbers are none: the model's overflowed, for this row and perhaps no other."""
-    found: dict[str, list[torch.Tensor]] = {"states": [], "logits": []}
-    if states is not None:
-        found["states"] = [pooled.vector for pooled in (*states.hidden.values(), *states.spans.values())]
-        found["states"] += [] if states.token_rows is None else [states.token_rows.rows_ND]
-    if logits is not None:
-        found["logits"] = [rows.values_NC for rows in (logits.prompt, logits.response) if rows is not None]
-    for what, tensors in found.items():
-        if any(values.isnan().any() for values in tensors):
-            return EngineError(
-                f"{name}: the {what} have NaN; the model's numbers overflowed there, as they do in float16: serve the "
-                "model with dtype='bfloat16' or 'float32', and look at its weights"
-            )
-    return None
+    pooled = [] if states is None else [*states.hidden.values(), *states.spans.values()]
+    rows = None if states is None else states.token_rows
+    return overflow_of(
+        name,
+        states=[*(one.vector for one in pooled), *([] if rows is None else [rows.rows_ND])],
+        logits=[] if logits is None else [one.values_NC for one in (logits.prompt, logits.response) if one is not None],
+    )
 
 
 def _read_log_probs(
