@@ -11,7 +11,6 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-import soak
 from helpers.policy_checks import CHUNKED_PREFILL_SIZE
 from helpers.request_storm import resident_bytes, storm
 
@@ -67,15 +66,3 @@ def test_every_answer_of_a_crowd_is_right(crowded: LaunchedServer, http: httpx.C
     assert 0 < after["prefix_bytes"] <= MAX_BYTES
     token = str(after["shared"]).removesuffix("-here")
     assert [path.name for path in DIRECTORY.glob(f"{token}-*")] == [after["shared"]]
-
-
-def test_many_callers_get_what_each_would_get_alone(crowded: LaunchedServer) -> None:
-    """The soak of `make load` in short."""
-    sizes = {"threads": 64, "rows": 512, "concurrent": 128, "kinds": 32, "most_prompt": 48, "most_new": 6}
-    run, figures = soak.soak(crowded, crowded.pid, seconds=8.0, seed=0, **sizes)
-    record, _ = soak.summarize(run, figures, most_bytes=NOISE_BYTES, most_count=64)
-    assert record["wrong"] == []
-    assert record["right"] > 900
-    assert record["ties"] < 20
-    assert record["left_over"] == {"open_pools": 0, "shared_files": 0}
-    assert record["grew"] == []
