@@ -141,9 +141,9 @@ def cached(smol: SGLangServer, monkeypatch: pytest.MonkeyPatch) -> list[tuple[in
     found: list[tuple[int, int]] = []
     original = endpoint.read_rows
 
-    def note(requests, rows, info, *, numbers):  # type: ignore[no-untyped-def]
+    def note(requests, rows, info, **options):  # type: ignore[no-untyped-def]
         found.extend((row["meta_info"]["prompt_tokens"], row["meta_info"]["cached_tokens"]) for row in rows)
-        return original(requests, rows, info, numbers=numbers)
+        return original(requests, rows, info, **options)
 
     monkeypatch.setattr(endpoint, "read_rows", note)
     # Other runs against the same server may have left these prompts in its cache.
