@@ -196,7 +196,9 @@ def _hooked_objects() -> dict[str, dict[str, str]]:
         names = [name for name in inspect.signature(hook).parameters if name not in ("args", "kwargs", "cls")]
         # Hooks before have the method's parameters, the others one in front of them.
         place = 0 if target in plugin._BEFORE else 1
-        if len(names) > place and not target.endswith("ForwardBatch.init_new"):
+        owner = target.split(".")[-2]
+        # A function of a module has no object.
+        if len(names) > place and owner[0].isupper() and not target.endswith("ForwardBatch.init_new"):
             found[hook.__name__] = {names[place]: target.rpartition(".")[0]}
     return found
 

@@ -291,14 +291,25 @@ def test_what_the_server_refuses(image_site: ImageSite) -> None:
         with pytest.raises(RequestRejectedError, match=r"\w"):
             image_site.server.generate([replace(good, images=replace(good.images, data=(uri,)))])
     image_site.check([good], image_site.server.generate([good]))
-    end = len(image_site.writer.ids_of(image_site.writer.around[1]))
-    if end:
-        # A prompt that ends with an image, which SGLang does not see as one.
-        cut = image_site.writer.request(START, image_site.writer.picture(1))
-        assert cut.images is not None
-        images = replace(cut.images, sent_ids=cut.images.sent_ids[:-end])
-        with pytest.raises(AlignmentError, match="as many as without them; write around each image"):
-            image_site.server.generate([replace(cut, prompt_ids=cut.prompt_ids[:-end], images=images)])
+
+
+def ends_with_image(site: ImageSite, *parts: Any, **fields: Any) -> Request:
+    """Return a request whose last row is one of an image: without the token that closes it."""
+    whole = site.writer.request(site.first_ids, START, *parts, **fields)
+    behind = len(site.writer.ids_of(site.writer.around[1]))
+    assert whole.images is not None
+    images = replace(whole.images, sent_ids=whole.images.sent_ids[: len(whole.images.sent_ids) - behind])
+    return replace(whole, prompt_ids=whole.prompt_ids[: len(whole.prompt_ids) - behind], images=images)
+
+
+def test_a_prompt_that_ends_with_an_image(image_site: ImageSite) -> None:
+    """Is right; of Qwen2.5-VL it is an error, for SGLang sees no image there."""
+    request = ends_with_image(image_site, image_site.writer.picture(1), sampling=GREEDY, hidden=EVERYTHING)
+    if image_site.writer.kind in ("pixtral", "qwen3_vl"):
+        image_site.check([request], image_site.server.generate([request]))
+        return
+    with pytest.raises(AlignmentError, match="as many as without them; write around each image"):
+        image_site.server.generate([request])
 
 
 def test_what_is_not_sent(image_site: ImageSite) -> None:
@@ -348,6 +359,10 @@ def test_rows_that_the_server_took_back_and_computed_again(image_site: ImageSite
     spec = HiddenSpec(("prompt", "response", "full"), layers=(0, -1))
     writer, fields = image_site.writer, {"sampling": sampling, "hidden": spec, "return_log_probs": False}
     requests = [image_site.request(writer.picture(row % 3, 2, 4), f"{row}?", **fields) for row in range(24)]
+    if writer.kind == "qwen3_vl":
+        # SGLang counts a response that it took back from the first axis of the last row, which is an image's here.
+        ended = [ends_with_image(image_site, f"{row}?", writer.picture(row % 3, 2, 4), **fields) for row in range(12)]
+        requests[:12] = ended
     assert sum(64 for _ in requests) > CACHE_TOKENS
     image_site.check(requests, image_site.server.generate(requests))
     assert retractions(image_site) > before, "nothing was taken back: tests nothing"

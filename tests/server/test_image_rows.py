@@ -23,6 +23,7 @@ from torchrl_sglang_hidden.server.images import (
     EMBEDDINGS_MODULE,
     around_clear_preprocessed,
     around_pad_value,
+    around_retracted_positions,
     image_token_of,
     tokens_of_prompt,
 )
@@ -152,6 +153,30 @@ def test_a_processor_around_another_empties_its_cache() -> None:
     for processor in (plain, SimpleNamespace(inner=plain)):
         around_clear_preprocessed(cleared.append, processor)
     assert cleared == [plain, plain]
+
+
+def extend(positions: torch.Tensor, num_output: int) -> torch.Tensor:
+    """Append positions as SGLang does, from the first axis of the last row on."""
+    if num_output <= 0:
+        return positions
+    start = int(positions[0, -1]) + 1
+    return torch.cat([positions, torch.arange(start, start + num_output).expand(3, -1)], dim=1)
+
+
+@pytest.mark.parametrize("text", [0, 2])
+def test_a_retracted_response_goes_on_behind_the_image(text: int) -> None:
+    """One row of text, and an image of two lines of three: a response is at 4 and on, or behind the text behind it."""
+    image = torch.tensor([[1] * 6, [1, 1, 1, 2, 2, 2], [1, 2, 3, 1, 2, 3]])
+    positions = torch.cat([torch.zeros(3, 1, dtype=torch.int64), image, torch.arange(4, 4 + text).expand(3, -1)], 1)
+    kept = positions.clone()
+    once = around_retracted_positions(extend, positions, 2)
+    assert once[:, 7 + text :].tolist() == [[4 + text, 5 + text]] * 3
+    # SGLang appends at every match, to what is there.
+    twice = around_retracted_positions(extend, once, 3)
+    assert twice[:, 7:].tolist() == [list(range(4, 9 + text))] * 3
+    assert torch.equal(twice[:, : 7 + text], kept)
+    assert torch.equal(positions, kept)
+    assert around_retracted_positions(extend, positions, 0) is positions
 
 
 class Item:

@@ -88,6 +88,26 @@ def _inmost(image_processor: Any) -> Any:
     return getattr(image_processor, "inner", image_processor)
 
 
+def around_retracted_positions(original: Callable[..., Any], positions: Any, num_output: int) -> Any:
+    """Count the positions of a retracted request's response from the largest of its prompt on.
+
+    SGLang counts from the first axis of the prompt's last row: of a row of an image that is the image's first position,
+    and what was sampled behind a prompt that ends with an image would be computed again with others than at first.
+
+    Args:
+        original: SGLang's function, which appends.
+        positions: M-RoPE's, ``[3, P]``.
+        num_output: tokens sampled so far.
+
+    Returns:
+        ``[3, P + num_output]``.
+    """
+    extended = original(positions, num_output)
+    if num_output > 0:
+        extended[:, positions.shape[1] :] += positions.max() - positions[0, -1]
+    return extended
+
+
 def forget_embeddings() -> None:
     """Empty SGLang's cache of what its vision tower made of each image.
 
@@ -103,5 +123,6 @@ _PROCESSOR = "sglang.srt.multimodal.processors.base_processor.BaseMultimodalProc
 # Hooks around SGLang's functions, by their names.
 AROUND_IMAGES: dict[str, Callable[..., Any]] = {
     "sglang.srt.managers.schedule_batch.MultimodalDataItem.set_pad_value": around_pad_value,
+    "sglang.srt.managers.mm_utils.extend_mrope_positions_for_retracted_request": around_retracted_positions,
     f"{_PROCESSOR}.clear_preprocess_cache": around_clear_preprocessed,
 }
