@@ -14,7 +14,14 @@ import pytest
 
 from torchrl_sglang_hidden.protocol import server_files
 from torchrl_sglang_hidden.protocol.served_weights import PUSHED_PREFIX
-from torchrl_sglang_hidden.protocol.server_files import ServerFiles, remove_files, sweep
+from torchrl_sglang_hidden.protocol.server_files import (
+    FILES_ENV,
+    ServerFiles,
+    lock_directory,
+    remove_files,
+    sweep,
+    sweep_checkpoints,
+)
 
 # Holds a file of each name in memory, in a session of its own, until its input ends.
 HOLDS = """
@@ -175,3 +182,68 @@ def test_checkpoints_of_processes_that_have_ended(places: tuple[Path, Path]) -> 
     finally:
         os.waitpid(process, 0)
     assert (memory, temporary) == places
+
+
+def test_weights_are_kept_while_they_are_written(tmp_path: Path) -> None:
+    """Locked by a living process; or just made by one, and not yet locked."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    locked, fresh, left, reused = (
+        tmp_path / f"{PUSHED_PREFIX}{pid}-{name}"
+        for pid, name in ((gone.pid, "a"), (os.getpid(), "b"), (gone.pid, "c"), (os.getpid(), "d"))
+    )
+    for directory in (locked, fresh, left, reused):
+        directory.mkdir()
+    os.utime(reused, (0, 0))
+    lock = lock_directory(locked)
+    assert lock is not None
+    assert lock_directory(locked) is None
+    sweep_checkpoints(tmp_path)
+    assert set(tmp_path.iterdir()) == {locked, fresh}
+    os.close(lock)
+    sweep_checkpoints(tmp_path)
+    assert set(tmp_path.iterdir()) == {fresh}
+
+
+STARTED_BY_HAND = """
+import os, sys, tempfile
+from pathlib import Path
+from torchrl_sglang_hidden.protocol import server_files
+server_files.SHARED_MEMORY = Path(sys.argv[1])
+tempfile.tempdir = sys.argv[2]
+files = server_files.ServerFiles()
+os.environ[server_files.FILES_ENV] = str(files.directory)
+exec(sys.argv[3])
+server_files.note_shared_memory()
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_killed_server_that_nobody_launched_has_noted_its_memory(places: tuple[Path, Path]) -> None:
+    memory, temporary = places
+    (memory / "sem.mp-of_another").touch()
+    holds = HOLDS.replace("sys.argv[1:]", repr([str(memory / name) for name in NAMES])).replace("sys.stdin.read()", "")
+    arguments = [sys.executable, "-c", STARTED_BY_HAND, str(memory), str(temporary), holds]
+    subprocess.run(arguments, check=False, timeout=240, stdout=subprocess.DEVNULL)
+    assert len(list(memory.iterdir())) == len(NAMES) + 1
+    sweep()
+    assert [path.name for path in memory.iterdir()] == ["sem.mp-of_another"]
+    assert list(temporary.iterdir()) == []
+
+
+def test_a_server_sweeps_where_its_owner_has_temporary_files(
+    places: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, temporary = places
+    own = temporary / "torchrl-sglang-hidden-server-own"
+    own.mkdir()
+    left = temporary / f"{PUSHED_PREFIX}1-of-a-trainer"
+    left.mkdir()
+    os.utime(left, (0, 0))
+    lock = lock_directory(own)
+    assert lock is not None
+    monkeypatch.setenv(FILES_ENV, str(own))
+    monkeypatch.setattr(tempfile, "tempdir", str(own))
+    sweep()
+    assert list(temporary.iterdir()) == [own]
+    os.close(lock)

@@ -6,7 +6,6 @@ import errno
 import multiprocessing
 import os
 import random
-import resource
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 from helpers.fake_engine import RecordingServer
+from helpers.full_disks import files_of_at_most
 from helpers.policy_batches import make
 from helpers.recordings import PROMPT, SEGMENTS, assert_same, data_rows, ids_of, record_slowly
 
@@ -202,17 +202,6 @@ def test_a_full_disk_at_each_step_loses_nothing(tmp_path: Path, monkeypatch: pyt
         ):
             recorded(path)
         assert_same(recorded(path).tensordict, expected)
-
-
-@contextmanager
-def files_of_at_most(nbytes: int) -> Iterator[None]:
-    """Let the system refuse files over a size, as it refuses them on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("nbytes", [0, 100, 3000, 6000, 9000, 12000])

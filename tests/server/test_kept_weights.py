@@ -12,7 +12,7 @@ import pytest
 from torchrl_sglang_hidden.protocol import server_files
 from torchrl_sglang_hidden.protocol.served_weights import KEPT_ENV
 from torchrl_sglang_hidden.protocol.server_files import FILES_ENV, ServerFiles
-from torchrl_sglang_hidden.server import plugin
+from torchrl_sglang_hidden.server import kept_weights, plugin
 from torchrl_sglang_hidden.server.kept_weights import after_scheduler_start, after_version
 
 
@@ -45,6 +45,13 @@ def test_a_server_without_kept_weights_loads_nothing(requests: list[Any], monkey
     monkeypatch.delenv(KEPT_ENV, raising=False)
     after_scheduler_start(None, scheduler(requests))
     assert requests == []
+
+
+def test_a_scheduler_that_is_complete_notes_its_memory(requests: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = list[bool]()
+    monkeypatch.setattr(kept_weights, "note_shared_memory", lambda: calls.append(True))
+    after_scheduler_start(None, scheduler(requests))
+    assert calls == [True]
 
 
 def test_old_weights_are_not_served_in_their_place(requests: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:

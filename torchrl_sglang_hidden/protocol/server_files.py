@@ -1,9 +1,10 @@
-"""Keeps what a launched server leaves on this machine in one place, and removes it however the server ended.
+"""Keeps what a server leaves on this machine in one place, and removes it however the server ended.
 
 SGLang unlinks few of its files: a server that ends, and more so one that is killed, leaves its ZeroMQ sockets among the
 temporary files and its load table in shared memory. `ServerFiles` gives each server a temporary directory of its own,
 and notes there what the server has in shared memory. The directory is locked while its owner lives, so that `sweep` can
-remove what belongs to servers whose owner was killed, and nothing else.
+remove what belongs to servers whose owner was killed, and nothing else. A server that is started by hand is its own
+owner. Checkpoints on their way to a server are locked while their trainer lives.
 
 Used on both sides. Knows nothing of SGLang but the names of its files, and imports no torch.
 """
@@ -14,6 +15,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +23,17 @@ from typing import Any
 
 from torchrl_sglang_hidden.protocol.served_weights import PUSHED_PREFIX
 
-__all__ = ["FILES_ENV", "ServerFiles", "files_of", "note_version", "remove_files", "sweep", "sweep_checkpoints"]
+__all__ = [
+    "FILES_ENV",
+    "ServerFiles",
+    "files_of",
+    "lock_directory",
+    "note_shared_memory",
+    "note_version",
+    "remove_files",
+    "sweep",
+    "sweep_checkpoints",
+]
 
 # Names the directory to the server, which removes it when its owner was killed.
 FILES_ENV = "TORCHRL_SGLANG_HIDDEN_FILES"
@@ -35,6 +47,8 @@ _FAMILIES = re.compile(
     r"sglang_loads_\S+|sglang_host_pool_\S+|sgl_shm_\S+|multi_tokenizer_args_\d+|sem\.mp-\S+|psm_\S+"
 )
 _PROCESSES = Path("/proc")
+# Longer than it takes to lock a directory that was just made.
+_UNLOCKED_S = 60.0
 
 
 class ServerFiles:
@@ -48,7 +62,7 @@ class ServerFiles:
         sweep()
         # Locked before it has the name by which `sweep` finds it.
         unnamed = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}"))
-        self._lock = _lock(unnamed)
+        self._lock = lock_directory(unnamed)
         self.directory = unnamed.with_name(unnamed.name.removeprefix("."))
         unnamed.rename(self.directory)
 
@@ -72,6 +86,15 @@ class ServerFiles:
         if lock is not None:
             remove_files(self.directory)
             os.close(lock)
+
+
+def note_shared_memory() -> None:
+    """Write down, in the server, what it has in shared memory; nothing where no owner asks."""
+    directory = os.environ.get(FILES_ENV)
+    if directory:
+        with suppress(OSError):
+            found = {path for pid in (os.getpid(), os.getppid()) for path in _mapped(pid)}
+            _append(Path(directory), found - set(_noted(Path(directory))))
 
 
 def note_version(version: str) -> None:
@@ -105,16 +128,19 @@ def sweep(temporary: Path | None = None, *, ended: int | None = None) -> None:
     """Remove the files of this user's servers and trainers that have ended, however they ended, and no others.
 
     Args:
-        temporary: where servers have their directories; None is where temporary files are.
+        temporary: where servers have their directories; None is where temporary files of their owners are.
         ended: a process that has ended, although the system may not say so yet.
     """
-    temporary = temporary or Path(tempfile.gettempdir())
+    if temporary is None:
+        # In a server that was launched, the directory of temporary files is its own.
+        own = os.environ.get(FILES_ENV)
+        temporary = Path(own).parent if own else Path(tempfile.gettempdir())
     for directory in temporary.glob(f"{_PREFIX}*"):
         # Another process may be removing the same files, or another user's directory may have the name.
         with suppress(OSError):
             if directory.lstat().st_uid != os.getuid():
                 continue
-            lock = _lock(directory)
+            lock = lock_directory(directory)
             if lock is not None:
                 try:
                     remove_files(directory)
@@ -133,9 +159,22 @@ def sweep_checkpoints(place: Path, *, ended: int | None = None) -> None:
     """
     for directory in place.glob(f"{PUSHED_PREFIX}*"):
         pid = directory.name.removeprefix(PUSHED_PREFIX).split("-")[0]
+        # Another user's directory, or one that another process removes at the moment.
         with suppress(OSError):
-            if pid.isdigit() and directory.lstat().st_uid == os.getuid() and (int(pid) == ended or _has_ended(pid)):
+            found = directory.lstat()
+            if not pid.isdigit() or found.st_uid != os.getuid():
+                continue
+            if int(pid) == ended:
                 shutil.rmtree(directory, ignore_errors=True)
+                continue
+            # A process id alone says little: another process may have it by now, or a process of another container.
+            just_made = time.time() - found.st_mtime < _UNLOCKED_S
+            if just_made and not _has_ended(pid):
+                continue
+            lock = lock_directory(directory)
+            if lock is not None:
+                shutil.rmtree(directory, ignore_errors=True)
+                os.close(lock)
 
 
 def _has_ended(pid: str) -> bool:
@@ -151,17 +190,25 @@ def _has_ended(pid: str) -> bool:
     return False
 
 
-def _lock(directory: Path) -> int | None:
-    """Return a descriptor that holds the lock of a directory; None where another process has it.
+def lock_directory(directory: Path) -> int | None:
+    """Lock a directory for as long as this process lives, so that nobody removes it.
 
     A lock ends with the process that holds it, even when that process is killed.
-    """
-    import fcntl
 
+    Returns:
+        The descriptor to close afterwards; None where there are no such locks, or another process has this one.
+
+    Raises:
+        OSError: there is no such directory, or it is a link.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError:  # some file systems have no locks
         os.close(descriptor)
         return None
     return descriptor

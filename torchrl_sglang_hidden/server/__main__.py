@@ -189,6 +189,7 @@ def _peek(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _run_server(arguments: list[str], secrets: Mapping[str, str], *, on_cpu: bool, harmless: frozenset[int]) -> None:
     from torchrl_sglang_hidden.protocol import PLUGIN_ENV
+    from torchrl_sglang_hidden.protocol.server_files import FILES_ENV, ServerFiles
     from torchrl_sglang_hidden.protocol.shared_memory import remove_leftovers
     from torchrl_sglang_hidden.server.forking import fork_children
     from torchrl_sglang_hidden.server.model_files import offer_model
@@ -200,6 +201,10 @@ def _run_server(arguments: list[str], secrets: Mapping[str, str], *, on_cpu: boo
     from sglang.srt.utils import kill_process_tree
 
     load_plugins()
+    # Whoever launches a server owns its files. One that is started by hand owns them itself.
+    own_files = None if FILES_ENV in os.environ else ServerFiles()
+    if own_files is not None:
+        os.environ[FILES_ENV] = str(own_files.directory)
     if on_cpu:
         fork_children(harmless)
     arguments = _merge_config_file(arguments)
@@ -227,6 +232,8 @@ def _run_server(arguments: list[str], secrets: Mapping[str, str], *, on_cpu: boo
         _stop_watchdog()
         kill_process_tree(os.getpid(), include_parent=False)
         remove_leftovers()
+        if own_files is not None:
+            own_files.remove()
 
 
 def _stop_watchdog() -> None:

@@ -11,7 +11,7 @@ import os
 from typing import Any
 
 from torchrl_sglang_hidden.protocol.served_weights import KEPT_ENV
-from torchrl_sglang_hidden.protocol.server_files import note_version
+from torchrl_sglang_hidden.protocol.server_files import note_shared_memory, note_version
 
 __all__ = ["after_scheduler_start", "after_version"]
 
@@ -19,9 +19,12 @@ __all__ = ["after_scheduler_start", "after_version"]
 def after_scheduler_start(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
     """Load the kept checkpoint when a scheduler is complete, and before it reads its first request.
 
+    And write down what it has in shared memory, for whoever cleans up when the server was killed.
+
     Raises:
         RuntimeError: the checkpoint cannot be loaded. It ends the server: old weights must not be served.
     """
+    note_shared_memory()
     directory = os.environ.get(KEPT_ENV)
     if not directory:
         return

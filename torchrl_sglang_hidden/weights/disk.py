@@ -17,7 +17,7 @@ import torch
 
 from torchrl_sglang_hidden.errors import EngineError
 from torchrl_sglang_hidden.protocol.served_weights import INDEX, PUSHED_PREFIX
-from torchrl_sglang_hidden.protocol.server_files import sweep_checkpoints
+from torchrl_sglang_hidden.protocol.server_files import lock_directory, sweep_checkpoints
 from torchrl_sglang_hidden.weights.control import ControlCall, finish_update, running_requests
 from torchrl_sglang_hidden.weights.trainers import size_of
 from torchrl_sglang_hidden.weights.validation import BUCKET_BYTES, Running
@@ -39,7 +39,7 @@ def checkpoint(tensors: Mapping[str, torch.Tensor], bucket_bytes: int = BUCKET_B
         The checkpoint's directory, which is deleted at the end of the block.
 
     Raises:
-        EngineError: neither memory nor disk has space for the checkpoint.
+        EngineError: neither memory nor disk has space for the checkpoint, or it ended meanwhile.
     """
     with checkpoint_directory(sum(size_of(tensors, name) for name in tensors)) as directory:
         writer = CheckpointWriter(directory, bucket_bytes)
@@ -65,10 +65,13 @@ def checkpoint_directory(size: int) -> Iterator[Path]:
         )
     sweep_checkpoints(place)
     directory = Path(tempfile.mkdtemp(prefix=f"{PUSHED_PREFIX}{os.getpid()}-", dir=place))
+    lock = lock_directory(directory)
     try:
         yield directory
     finally:
         shutil.rmtree(directory)
+        if lock is not None:
+            os.close(lock)
 
 
 class CheckpointWriter:
@@ -104,7 +107,8 @@ class CheckpointWriter:
 
         self._files += 1
         file = f"model-{self._files:05d}.safetensors"
-        save_file(self._waiting, self._directory / file, metadata={"format": "pt"})
+        with _named(self._directory):
+            save_file(self._waiting, self._directory / file, metadata={"format": "pt"})
         self._file_of |= dict.fromkeys(self._waiting, file)
         self._waiting.clear()
         self._storages.clear()
@@ -117,7 +121,22 @@ class CheckpointWriter:
         if self._files == 1:
             next(self._directory.glob("*.safetensors")).rename(self._directory / "model.safetensors")
         else:
-            (self._directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": self._file_of}))
+            with _named(self._directory):
+                (self._directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": self._file_of}))
+
+
+@contextmanager
+def _named(directory: Path) -> Iterator[None]:
+    """Turn the system's refusal to write into this package's error: space may end after it was looked for."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise EngineError(
+            f"the weights cannot be written to {directory} ({error}); free some space there, set TMPDIR, or use "
+            "transport='network'"
+        ) from error
 
 
 def _free_bytes(place: Path) -> int:

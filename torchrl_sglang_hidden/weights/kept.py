@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torchrl_sglang_hidden.errors import InputError, InputTypeError
 from torchrl_sglang_hidden.protocol.served_weights import PUSHED_PREFIX
-from torchrl_sglang_hidden.protocol.server_files import sweep_checkpoints
+from torchrl_sglang_hidden.protocol.server_files import lock_directory, sweep_checkpoints
 
 __all__ = ["BASE", "KeptWeights", "Resumption", "check_keep"]
 
@@ -46,12 +46,16 @@ class Resumption:
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """One checkpoint: where it is, whether it is to be deleted, and what it was, or why it is not there."""
+    """One checkpoint: where it is, whether it is to be deleted, and what it was, or why it is not there.
+
+    ``lock`` is the descriptor that keeps others from sweeping it.
+    """
 
     directory: Path | None
     is_users: bool
     files: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     problem: str = ""
+    lock: int | None = None
 
 
 class KeptWeights:
@@ -124,16 +128,18 @@ class KeptWeights:
         if directory is None or (self._place == "nothing" and not is_users):
             return _Kept(None, is_users, problem="Restart(keep='nothing') keeps none")
         try:
+            lock = None
             if not is_users:
-                directory = self._copy(directory)
-            return _Kept(directory, is_users, _fingerprint(directory))
+                directory, lock = self._copy(directory)
+            return _Kept(directory, is_users, _fingerprint(directory), lock=lock)
         except OSError as error:
             return _Kept(None, is_users, problem=f"it could not be kept: {error}")
 
-    def _copy(self, directory: Path) -> Path:
+    def _copy(self, directory: Path) -> tuple[Path, int | None]:
         # In its name this process's id, so that another process can sweep it when this one was killed.
         place = directory.parent if self._place == "memory" else Path(self._place)
         kept = Path(tempfile.mkdtemp(prefix=f"{PUSHED_PREFIX}{os.getpid()}-kept-", dir=place))
+        lock = lock_directory(kept)
         try:
             for file in directory.iterdir():
                 if self._place == "memory":
@@ -142,8 +148,10 @@ class KeptWeights:
                     shutil.copy2(file, kept)
         except OSError:
             shutil.rmtree(kept, ignore_errors=True)
+            if lock is not None:
+                os.close(lock)
             raise
-        return kept
+        return kept, lock
 
 
 def check_keep(place: object) -> None:
@@ -184,3 +192,5 @@ def _delete(kept: _Kept | None) -> None:
     if kept is not None and kept.directory is not None and not kept.is_users:
         with suppress(OSError):
             shutil.rmtree(kept.directory)
+        if kept.lock is not None:
+            os.close(kept.lock)
