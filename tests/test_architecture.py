@@ -27,7 +27,8 @@ FLOORS: list[list[set[str]]] = [
     [{"reduce", "images"}, {"images.expansion", "images.messages"}],
     [
         {"protocol.excerpts"},
-        {"protocol.shared_memory", "protocol.served_weights", "protocol.status"},
+        {"protocol.served_weights", "protocol.status", "protocol.update_lease"},
+        {"protocol.shared_memory"},
         {"protocol.tensors"},
         {"protocol"},
     ],
@@ -47,7 +48,7 @@ FLOORS: list[list[set[str]]] = [
         {"weights.trainers"},
         {"weights.validation"},
         {"weights.control"},
-        {"weights.disk", "weights.network"},
+        {"weights.disk", "weights.network", "weights.lease"},
         {"weights.transports", "weights.sharding"},
         {"weights.adapters"},
     ],

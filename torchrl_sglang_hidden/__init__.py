@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from torchrl_sglang_hidden.errors import EngineTimeoutError as EngineTimeoutError
     from torchrl_sglang_hidden.errors import EngineUnreachableError as EngineUnreachableError
     from torchrl_sglang_hidden.errors import ImageError as ImageError
+    from torchrl_sglang_hidden.errors import IncompleteWeightsError as IncompleteWeightsError
     from torchrl_sglang_hidden.errors import InputError as InputError
     from torchrl_sglang_hidden.errors import InputTypeError as InputTypeError
     from torchrl_sglang_hidden.errors import LaunchError as LaunchError
@@ -140,10 +141,10 @@ _MODULES = {
         (
             "AlignmentError", "AuthenticationError", "BatchCancelledError", "CapabilityError", "ChatTemplateError",
             "ConstraintError", "DemoModelError", "EngineError", "EngineTimeoutError", "EngineUnreachableError",
-            "ImageError", "InputError", "InputTypeError", "LaunchError", "MissingKeyError", "PromptLengthError",
-            "ProtocolError", "RecordingError", "RequestAbortedError", "RequestRejectedError", "RestartError",
-            "SGLangHiddenError", "ServerRestartingError", "SpanError", "TokenIdError", "UnknownOptionError",
-            "WeightsError",
+            "ImageError", "IncompleteWeightsError", "InputError", "InputTypeError", "LaunchError", "MissingKeyError",
+            "PromptLengthError", "ProtocolError", "RecordingError", "RequestAbortedError", "RequestRejectedError",
+            "RestartError", "SGLangHiddenError", "ServerRestartingError", "SpanError", "TokenIdError",
+            "UnknownOptionError", "WeightsError",
         ),
         "errors",
     ),

@@ -19,6 +19,7 @@
     │   ├── AuthenticationError                 a missing or wrong API key
     │   ├── RequestRejectedError                the engine refused the request
     │   ├── RequestAbortedError                 the engine gave up on a request midway
+    │   ├── IncompleteWeightsError              an answer of weights that an update left half new
     │   ├── BatchCancelledError (CancelledError) a batch that was given up before it was sent
     │   ├── CapabilityError                     the engine lacks what the call needs
     │   └── ProtocolError                       an answer that cannot be read
@@ -52,6 +53,7 @@ __all__ = [
     "EngineTimeoutError",
     "EngineUnreachableError",
     "ImageError",
+    "IncompleteWeightsError",
     "InputError",
     "InputTypeError",
     "LaunchError",
@@ -157,6 +159,10 @@ class RequestRejectedError(EngineError):
 
 class RequestAbortedError(EngineError):
     """The engine dropped a request before its response was complete; ``completions`` has what was sampled."""
+
+
+class IncompleteWeightsError(EngineError):
+    """An update ended in the middle, and the engine answers with a mixture of old and new weights; update again."""
 
 
 class BatchCancelledError(EngineError, CancelledError):

@@ -18,7 +18,7 @@ from helpers.fake_engine import RecordingServer, model_page, server_page
 
 from torchrl_sglang_hidden import __version__
 from torchrl_sglang_hidden.engines.examination import Examination, _ranges, examine
-from torchrl_sglang_hidden.protocol import CHANNEL
+from torchrl_sglang_hidden.protocol import CHANNEL, PROTOCOL
 from torchrl_sglang_hidden.server.metrics import COUNTERS
 
 Serve = Callable[..., str]
@@ -139,7 +139,7 @@ def test_what_is_no_sglang(serve: Serve, other: dict[str, Any]) -> None:
         {"internal_states": [{CHANNEL: {}}]},
         {"internal_states": "many"},
         {"max_req_input_len": None},
-        {"internal_states": [{CHANNEL: {"protocol": 7}}]},
+        {"internal_states": [{CHANNEL: {"protocol": PROTOCOL}}]},
     ],
 )
 def test_pages_that_are_not_whole(serve: Serve, changes: dict[str, Any]) -> None:

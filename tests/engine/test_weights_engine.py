@@ -443,10 +443,7 @@ def test_a_trainer_that_dies_while_it_sends(trainee: SGLangServer, smol_dir: str
     (after,) = answers(trainee, [chat_ids(QUESTIONS[0])], 2)
     assert_answered_with(after, smol_dir)
     assert after.weight_version == version
-    # What it left open is told with its remedy. The way by disk needs no session.
-    with pytest.raises(EngineError, match=r"already open.*POST /end_weight_update once"):
-        trainee.update_weights(smol_dir, transport="network")
-    assert httpx.post(f"{trainee.url}/end_weight_update", json={}).json()["success"]
+    # What it left open, the server half has closed.
     assert trainee.update_weights(smol_dir, transport="network") == trainee.info.weight_version != version
 
 

@@ -355,7 +355,8 @@ BAD: Mapping[str, Bad] = {
         {"protocol": PROTOCOL, "options": "{}"}, "row 0: custom_params['torchrl_sglang_hidden'] cannot be read: '{}"
     ),
     "options: a number for the text": options(
-        {"protocol": PROTOCOL, "options": 5}, "row 0: custom_params['torchrl_sglang_hidden'] has protocol=7 and"
+        {"protocol": PROTOCOL, "options": 5},
+        f"row 0: custom_params['torchrl_sglang_hidden'] has protocol={PROTOCOL} and",
     ),
     "options: a layer that is none": options(
         {

@@ -30,6 +30,7 @@ from torchrl_sglang_hidden.engines.sessions import Session, SessionHost
 from torchrl_sglang_hidden.engines.streams import AsyncStream, Stream, check_stream
 from torchrl_sglang_hidden.errors import RequestRejectedError
 from torchrl_sglang_hidden.protocol import CHANNEL, Status, digest_prompt, pack_answer, unpack_options
+from torchrl_sglang_hidden.protocol.update_lease import LeaseCall
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Request, TokenLogits
 from torchrl_sglang_hidden.reduce.columns import select_columns
 from torchrl_sglang_hidden.reduce.constraining import constrain
@@ -462,6 +463,15 @@ class Handler(BaseHTTPRequestHandler):
             self.server.aborted.append(payload["rid"])
             self.server.abort_came.release()
             return
+        lease_call = LeaseCall.unpack(payload.get("name"))
+        if lease_call is not None:
+            self.server.lease_steps.append(lease_call.step)
+            if lease_call.step == "hold":
+                self.server.lease_over.wait(lease_call.hold_s)
+            elif lease_call.step == "give_back":
+                self.server.lease_over.set()
+            self.say((200, {"success": True, "leased": self.server.leases}))
+            return
         self.server.payloads.append(payload)
         self.server.respond(self, payload)
 
@@ -478,7 +488,10 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class RecordingServer(ThreadingHTTPServer):
-    """Serves a `RecordingEngine` as SGLang would. Set `pages` and `respond` to serve something else."""
+    """Serves a `RecordingEngine` as SGLang would. Set `pages` and `respond` to serve something else.
+
+    Whoever updates its weights is told of its lease what `leases` says, and `lease_steps` has what was asked.
+    """
 
     daemon_threads = True
 
@@ -496,6 +509,7 @@ class RecordingServer(ThreadingHTTPServer):
         self.payloads: list[dict[str, Any]] = []
         self.aborted: list[str] = []
         self.abort_came = threading.Semaphore(0)
+        self.leases, self.lease_steps, self.lease_over = True, list[str](), threading.Event()
         self.connections: list[socket.socket] = []
         self.thread = threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True)
         self.thread.start()

@@ -28,6 +28,7 @@ from torchrl_sglang_hidden.errors import InputError, SGLangHiddenError
 from torchrl_sglang_hidden.images.expansion import ImageProcessor
 from torchrl_sglang_hidden.images.image_data import ImageData, read_image
 from torchrl_sglang_hidden.protocol import CHANNEL, Options, unpack_options
+from torchrl_sglang_hidden.protocol.update_lease import LOST_S, LeaseCall
 from torchrl_sglang_hidden.reduce.wanted import Wanted
 from torchrl_sglang_hidden.reduce.wanted_logits import WantedLogits
 from torchrl_sglang_hidden.server.weight_routes import after_get_weights, after_model_path, read_adapters
@@ -274,9 +275,22 @@ async def _nothing() -> None:
     return None
 
 
+def _check_lease(name: str) -> None:
+    found = LeaseCall.unpack(name)
+    if found is not None:
+        assert found.step in ("take", "hold", "give_back")
+        assert isinstance(found.holder, str)
+        assert isinstance(found.version, str)
+        assert 0 <= found.hold_s <= LOST_S
+        assert LeaseCall.unpack(found.pack()) == found
+
+
 def call_weight_routes(choices: Choices) -> None:
     """Call SGLang's routes for weights with any names, paths and options."""
     name, path, options = (spoil(good, choices) for good in ("lm_head.weight", "/models/m", {"load_config": None}))
+    prefix, word, fields = LeaseCall("hold", "7f", "v8", 2.5).pack().partition("lease:")
+    changed = json.dumps(spoil(json.loads(fields), choices), default=str)
+    _check_lease(f"{prefix}{word}{choices.pick((changed, spoil(fields, choices)))}")
     coroutine = _nothing()
     if isinstance(name, str) and name not in (CHANNEL, "torchrl_sglang_hidden:drain"):
         assert after_get_weights(coroutine, SimpleNamespace(), SimpleNamespace(name=name)) is None

@@ -33,7 +33,13 @@ from helpers.sample_requests import (
     spoiled,
 )
 
-from torchrl_sglang_hidden import AlignmentError, HiddenSpec, ProtocolError, RequestAbortedError
+from torchrl_sglang_hidden import (
+    AlignmentError,
+    HiddenSpec,
+    IncompleteWeightsError,
+    ProtocolError,
+    RequestAbortedError,
+)
 from torchrl_sglang_hidden.errors import (
     EngineError,
     SGLangHiddenError,
@@ -196,6 +202,11 @@ BAD_ANSWERS: dict[str, tuple[Spoil, type[SGLangHiddenError], str]] = {
         RequestAbortedError,
         r"row 0 \(request recorded-0\).*'abort' after \d tokens: no room",
     ),
+    "a mixture of weights": (
+        lambda row: row["meta_info"].update(weight_version="7-incomplete"),
+        IncompleteWeightsError,
+        r"row 0 .*weight_version='7-incomplete' is a mixture .*; update the weights again",
+    ),
     "truncated prompt": (
         lambda row: row["meta_info"].update(prompt_tokens=3),
         AlignmentError,
@@ -285,7 +296,7 @@ def resend(answer: dict[str, Any], fields: dict[str, Any], value: float) -> None
 
 # The answer's places are the segments prompt, response, full, then the spans mask, tail.
 BAD_CHANNELS: dict[str, tuple[Callable[[dict[str, Any]], Any], type[SGLangHiddenError], str]] = {
-    "other protocol": (lambda a: a.update(protocol=3), ProtocolError, r"row 0 .*protocol 3 and this client 7; install"),
+    "other protocol": (lambda a: a.update(protocol=3), ProtocolError, r"row 0 .*protocol 3 and this client 8; install"),
     "no data": (lambda a: a.pop("data"), ProtocolError, r"row 0 .*cannot be read"),
     "cut base64": (lambda a: a.update(data=a["data"][:-3]), ProtocolError, r"cannot be read.*cut short"),
     "no places": (lambda a: a.update(places=None), ProtocolError, r"cannot be read"),

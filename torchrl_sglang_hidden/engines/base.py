@@ -159,11 +159,12 @@ class Engine(ABC):
                 tokens and log-probs so far stay, and the rest is sampled with the new weights from a prefix that is
                 computed again; the sample says so in ``mixed_weights``. Pooled states follow the tokens: the row
                 of a response token is of the weights that sampled the token, a prompt row of the weights that first
-                read the prompt. If this process dies during such an update, the server stays paused until the next one.
+                read the prompt. If this process dies during an update, the server half ends the update and lets
+                requests go on; a server without the server half stays paused until the next update.
             bucket_bytes: most bytes of weights that wait in this process's main memory for their file or their turn,
                 one tensor more at most. Over the network the server takes one such bucket after another, and computes
                 nothing in between; if that breaks off, the error says so, and until the next update the version ends
-                in ``-incomplete``.
+                in ``-incomplete`` and answers raise `IncompleteWeightsError`.
 
         Returns:
             The new version.

@@ -9,7 +9,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,7 @@ from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
 from torchrl_sglang_hidden.sglang_api.payload import to_payload
 from torchrl_sglang_hidden.sglang_api.responses import raise_errors
 from torchrl_sglang_hidden.weights.adapters import AdapterSource, check_adapter, check_adapter_options, open_adapter
+from torchrl_sglang_hidden.weights.lease import Leases, leased
 from torchrl_sglang_hidden.weights.sharding import update_together
 from torchrl_sglang_hidden.weights.transports import open_update
 from torchrl_sglang_hidden.weights.validation import (
@@ -38,7 +39,7 @@ from torchrl_sglang_hidden.weights.validation import (
     Weights,
     check_options,
     check_weights,
-    new_version,
+    choose_version,
     open_weights,
 )
 
@@ -101,6 +102,7 @@ class SGLangServer(Engine):
         timeouts = {"connect_timeout_s": connect_timeout_s, "read_timeout_s": read_timeout_s}
         self._config: dict[str, Any] = {**timeouts, "retries": retries}
         self._meter: Meter = Meter(", ".join(map(str, urls)), self._internal_states)
+        self._read_timeout_s = read_timeout_s
         again = Retries(retries, lambda: self._meter.tally.add(retries=1))
 
         def make(address: str) -> Endpoint:
@@ -236,7 +238,9 @@ class SGLangServer(Engine):
                 stack.enter_context(_UPDATING[url])
             updated = stack.enter_context(self._meter.updating())
             tensors = check_weights(opened, self._endpoints[0].served_weights())
+            leases = stack.enter_context(self._leases())
             version = self._new_version(version)
+            leases.hold(version)
             chosen = [endpoint.choose_transport(transport, weights) for endpoint in self._endpoints]
             ready = stack.enter_context(
                 open_update(
@@ -269,7 +273,9 @@ class SGLangServer(Engine):
                 stack.enter_context(_UPDATING[url])
             updated = stack.enter_context(self._meter.updating())
             check_adapter(opened, self._endpoints[0].served_weights())
-            version = self._new_version(version)
+            leases = stack.enter_context(self._leases())
+            version = self._new_version(version, whole=True)
+            leases.hold(version)
             errors = self._everywhere(lambda endpoint: endpoint.load_adapter(name, opened, version))
             return updated(self._all_updated(version, errors))
 
@@ -283,17 +289,14 @@ class SGLangServer(Engine):
     def _is_updating(self) -> bool:
         return any(_UPDATING[url].locked() for url in self.urls)
 
-    def _new_version(self, version: str | None) -> str:
-        """Return the version of new weights, which no server may have."""
-        before = [endpoint.weight_version() for endpoint in self._endpoints]
-        if version is None:
-            return new_version(before)
-        if set(before) == {version}:
-            raise InputError(
-                f"version={version!r} is that of the weights already served, so that no sample could tell the two "
-                "apart; pass another, or None"
-            )
-        return version
+    def _leases(self) -> AbstractContextManager[Leases]:
+        """Keep other trainers from the servers' weights, and let the servers know that this process lives."""
+        endpoints = sorted(self._endpoints, key=lambda endpoint: endpoint.url)
+        return leased([one.call for one in endpoints if one.info.pools_in_server], self._read_timeout_s)
+
+    def _new_version(self, version: str | None, *, whole: bool = False) -> str:
+        """See `choose_version`."""
+        return choose_version(version, [endpoint.weight_version() for endpoint in self._endpoints], whole=whole)
 
     def _everywhere(self, call: Callable[[Endpoint], None]) -> list[BaseException | None]:
         """Call something of every server at the same time, and return what each raised."""

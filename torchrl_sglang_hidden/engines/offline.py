@@ -24,7 +24,6 @@ from torchrl_sglang_hidden.engines.streams import AsyncStream, Stream, check_str
 from torchrl_sglang_hidden.errors import (
     CapabilityError,
     EngineError,
-    InputError,
     InputTypeError,
 )
 from torchrl_sglang_hidden.protocol import LAYERS_ENV
@@ -54,7 +53,7 @@ from torchrl_sglang_hidden.weights.validation import (
     Weights,
     check_options,
     check_weights,
-    next_version,
+    choose_version,
     open_weights,
 )
 
@@ -287,10 +286,7 @@ class SGLangOffline(Engine):
             ) from error
 
     def _new_version(self, version: str | None) -> str:
-        before = str(self.engine.get_model_info()["weight_version"])
-        if version == before:
-            raise InputError(f"version={version!r} is that of the weights already served; pass another, or None")
-        return next_version(before) if version is None else version
+        return choose_version(version, [str(self.engine.get_model_info()["weight_version"])])
 
     def _call(self, route: str, payload: dict[str, Any]) -> dict[str, Any]:
         """Call one of SGLang's control routes, as SGLang's HTTP server does."""

@@ -34,7 +34,8 @@ from torchrl_sglang_hidden.server.rank_agreement import AFTER_UPDATES
 from torchrl_sglang_hidden.server.request_isolation import REQUESTS, IsolatedOutput, isolated, take_in
 from torchrl_sglang_hidden.server.settings import read_settings
 from torchrl_sglang_hidden.server.start import BEFORE_START
-from torchrl_sglang_hidden.server.weight_routes import after_get_weights, after_model_path
+from torchrl_sglang_hidden.server.update_watch import AROUND_JOIN
+from torchrl_sglang_hidden.server.weight_routes import AFTER_WEIGHT_ROUTES
 from torchrl_sglang_hidden.spec.constraints import known_constraints
 
 logger = logging.getLogger(__name__)
@@ -348,13 +349,13 @@ _AFTER: dict[str, Callable[..., Any]] = {
     "sglang.srt.managers.scheduler.Scheduler.get_output_streamer_class": after_streamer_class,
     "sglang.srt.managers.scheduler.Scheduler.get_internal_state": after_internal_state,
     "sglang.srt.managers.tokenizer_manager.TokenizerManager.update_request_meta_info": after_update_meta_info,
-    "sglang.srt.managers.tokenizer_manager.TokenizerManager._update_model_path_info": after_model_path,
-    "sglang.srt.managers.tokenizer_manager.TokenizerManager.get_weights_by_name": after_get_weights,
+    **AFTER_WEIGHT_ROUTES,
 }
 _AROUND: dict[str, Callable[..., Any]] = {
     **AROUND_IMAGES,
     **AROUND_GUARDS,
     "sglang.srt.managers.scheduler.Scheduler.handle_generate_request": around_generate,
+    **AROUND_JOIN,
     "sglang.srt.managers.schedule_batch.Req.init_next_round_input": around_match_prefix,
     "sglang.srt.model_executor.model_runner.ModelRunner.forward": around_forward,
     f"{_RUNNERS}.decode_cuda_graph_runner.DecodeCudaGraphRunner.capture_one_shape": around_capture,

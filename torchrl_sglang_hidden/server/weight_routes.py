@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import dataclasses
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import PurePath
 from typing import Any
 
@@ -20,8 +20,19 @@ from torchrl_sglang_hidden.protocol.served_weights import (
     ServedWeights,
     served_weights,
 )
+from torchrl_sglang_hidden.protocol.update_lease import LeaseCall
+from torchrl_sglang_hidden.server.update_watch import UpdateWatch
 
-__all__ = ["after_get_weights", "after_model_path", "list_weights", "read_adapters"]
+__all__ = [
+    "AFTER_WEIGHT_ROUTES",
+    "after_get_weights",
+    "after_model_path",
+    "after_weight_control",
+    "list_weights",
+    "read_adapters",
+]
+
+_watch = UpdateWatch()
 
 
 def after_model_path(result: None, manager: Any, model_path: str, load_format: str) -> None:
@@ -35,15 +46,25 @@ def after_model_path(result: None, manager: Any, model_path: str, load_format: s
 
 
 def after_get_weights(result: Coroutine[Any, Any, Any], manager: Any, obj: Any, request: Any = None) -> Any:
-    """Answer requests for two weights that no model has.
+    """Answer requests for weights that no model has.
 
     `CHANNEL` stands for the list of weights that a client may send, see `ServedWeights`; `DRAIN` for the end of the
-    requests under way.
+    requests under way; a `LeaseCall` for the right to change the weights.
     """
-    if obj.name not in (CHANNEL, DRAIN):
+    lease_call = LeaseCall.unpack(obj.name)
+    if lease_call is None and obj.name not in (CHANNEL, DRAIN):
         return None
     result.close()
-    return _drain(manager) if obj.name == DRAIN else _list(manager)
+    if lease_call is not None:
+        return _watch.answer(lease_call, manager, request)
+    return _watch.noted(_drain(manager), obj) if obj.name == DRAIN else _list(manager)
+
+
+def after_weight_control(
+    result: Coroutine[Any, Any, Any], manager: Any, obj: Any, request: Any = None
+) -> Coroutine[Any, Any, Any]:
+    """Note what a trainer does to the weights, so that its update can be ended should it die."""
+    return _watch.noted(result, obj)
 
 
 async def _list(manager: Any) -> dict[str, Any]:
@@ -82,3 +103,15 @@ def read_adapters(options: dict[str, Any]) -> dict[str, Any]:
     config = copy.copy(config)
     config.load_format = type(config.load_format)("auto")
     return {**options, "load_config": config}
+
+
+_MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+_CONTROLS = (
+    "pause_generation", "init_weights_update_group", "destroy_weights_update_group", "begin_weight_update",
+    "end_weight_update", "update_weights_from_distributed", "update_weights_from_disk", "update_weight_version",
+)  # fmt: skip
+AFTER_WEIGHT_ROUTES: dict[str, Callable[..., Any]] = {
+    f"{_MANAGER}._update_model_path_info": after_model_path,
+    f"{_MANAGER}.get_weights_by_name": after_get_weights,
+    **{f"{_MANAGER}.{name}": after_weight_control for name in _CONTROLS},
+}

@@ -8,16 +8,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from torchrl_sglang_hidden.errors import ProtocolError, RequestAbortedError, SGLangHiddenError
+from torchrl_sglang_hidden.errors import (
+    IncompleteWeightsError,
+    ProtocolError,
+    RequestAbortedError,
+    SGLangHiddenError,
+)
 from torchrl_sglang_hidden.protocol import excerpt
 from torchrl_sglang_hidden.protocol.excerpts import as_count
+from torchrl_sglang_hidden.protocol.served_weights import INCOMPLETE
 from torchrl_sglang_hidden.records import EngineInfo
 
 __all__ = ["AnswerFields", "read_fields", "read_ids"]
 
 
 class AnswerFields(NamedTuple):
-    """Holds SGLang's own fields of one answer. ``error`` says that the engine gave up on the request."""
+    """Holds SGLang's own fields of one answer. ``error`` says why they are not what was asked for."""
 
     name: str
     text: str
@@ -64,7 +70,7 @@ def read_fields(number: int, row: Any, info: EngineInfo, rid: str | None = None)
         _text("text", text)
         if rid is not None and request_id != rid:
             raise ValueError(f"it answers {excerpt(request_id)}, and {rid!r} was sent")
-        error = None
+        error: SGLangHiddenError | None = None
         _text("finish_reason's type", finish_type)
         if finish_type not in ("stop", "length"):
             message = meta["finish_reason"].get("message", "")
@@ -77,14 +83,19 @@ def read_fields(number: int, row: Any, info: EngineInfo, rid: str | None = None)
             meta = {"weight_version": info.weight_version, "prompt_tokens": None, **meta}
             finish_type = "abort"
         version = _text("weight_version", meta["weight_version"])
+        if version.endswith(INCOMPLETE):
+            error = IncompleteWeightsError(
+                f"{name}: weight_version={excerpt(version)} is a mixture of old and new weights, left by an update "
+                "that ended in the middle; update the weights again, and send it again"
+            )
         num_prompt = None if meta["prompt_tokens"] is None else as_count(meta["prompt_tokens"], "prompt_tokens")
         versions = _read_versions(meta.get("weight_versions"), version, len(response_ids))
         return AnswerFields(name, text, response_ids, finish_type, num_prompt, version, versions, meta, error)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        wrong = f"lacks {error}" if isinstance(error, KeyError) else f"is wrong, {error}"
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as fault:
+        wrong = f"lacks {fault}" if isinstance(fault, KeyError) else f"is wrong, {fault}"
         raise ProtocolError(
             f"row {number}: the answer {wrong}: {excerpt(row, 200)}; is that an SGLang server?"
-        ) from error
+        ) from fault
 
 
 def _text(name: str, value: Any) -> str:

@@ -70,6 +70,7 @@ def raise_errors(requests: Sequence[Request], completions: Sequence[Completion |
 
     Raises:
         RequestAbortedError: the engine gave up on a request.
+        IncompleteWeightsError: the engine has a part of new weights.
         SpanError: a response does not have a span.
         ConstraintError: constraints left no token.
     """

@@ -21,6 +21,7 @@ import torch.distributed
 
 from torchrl_sglang_hidden.errors import CapabilityError, EngineError
 from torchrl_sglang_hidden.protocol.served_weights import INCOMPLETE, NOT_FLUSHED
+from torchrl_sglang_hidden.protocol.update_lease import GROUP_PREFIX
 from torchrl_sglang_hidden.weights.control import (
     ControlCall,
     drained,
@@ -243,7 +244,7 @@ def _group(
     Raises:
         EngineError: the server did not connect in time.
     """
-    name, timeout = f"torchrl-sglang-hidden-{uuid.uuid4().hex}", timedelta(seconds=timeout_s)
+    name, timeout = f"{GROUP_PREFIX}{uuid.uuid4().hex}", timedelta(seconds=timeout_s)
     # A listener of our own: torch's would be open on every interface, to whoever comes.
     listener = socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
     port = listener.getsockname()[1]

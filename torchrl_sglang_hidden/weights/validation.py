@@ -16,7 +16,13 @@ from typing import Literal, get_args
 
 import torch
 
-from torchrl_sglang_hidden.errors import CapabilityError, InputError, InputTypeError, WeightsError
+from torchrl_sglang_hidden.errors import (
+    CapabilityError,
+    IncompleteWeightsError,
+    InputError,
+    InputTypeError,
+    WeightsError,
+)
 from torchrl_sglang_hidden.protocol.served_weights import INCOMPLETE, ServedWeights, read_header, safetensors_files
 from torchrl_sglang_hidden.weights.trainers import LazyWeights, inner_model, named_weights, plain_names, to_checkpoint
 
@@ -29,6 +35,7 @@ __all__ = [
     "Weights",
     "check_options",
     "check_weights",
+    "choose_version",
     "new_version",
     "next_version",
     "open_weights",
@@ -65,10 +72,39 @@ def check_options(version: object, transport: object, running: object, bucket_by
         raise InputError(f"bucket_bytes={bucket_bytes}: expected at least 1, such as 2 * 1024**3")
     if version is not None and not (isinstance(version, str) and version.strip()):
         raise InputTypeError(f"version={version!r}: expected a name, such as 'step-10', or None to count on")
+    if version is not None and version.endswith(INCOMPLETE):
+        raise InputError(f"version={version!r}: {INCOMPLETE!r} at the end is for weights of two versions; leave it out")
     if transport not in get_args(Transport):
         raise InputError(f"transport={transport!r}: expected one of {get_args(Transport)}")
     if running not in get_args(Running):
         raise InputError(f"running={running!r}: expected one of {get_args(Running)}")
+
+
+def choose_version(version: str | None, served: Collection[str], *, whole: bool = False) -> str:
+    """Return the version of new weights, which no server may have.
+
+    Args:
+        version: the user's name for it; None counts on.
+        served: as for `new_version`.
+        whole: whether the new weights come beside the served ones, which must then be whole.
+
+    Raises:
+        InputError: the servers have that version already.
+        IncompleteWeightsError: an adapter would give a mixture of weights another name.
+    """
+    if whole and any(one.endswith(INCOMPLETE) for one in served):
+        raise IncompleteWeightsError(
+            f"the servers' weights are of versions {list(served)}, of which a mixture would get another name with the "
+            "adapter; call update_weights first"
+        )
+    if version is None:
+        return new_version(served)
+    if set(served) == {version}:
+        raise InputError(
+            f"version={version!r} is that of the weights already served, so that no sample could tell the two apart; "
+            "pass another, or None"
+        )
+    return version
 
 
 def new_version(served: Collection[str]) -> str:
