@@ -20,7 +20,7 @@ TESTS ?= $(NO_SERVER)
 FUZZ ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fast images kills compat fuzz bench load tutorials lint docs audit check format clean
+.PHONY: help install demo test fast soak images kills compat fuzz bench load tutorials lint docs audit check format clean
 
 help: ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -43,6 +43,11 @@ test: $(INSTALLED) ## every test, those with a real server included
 
 fast: $(INSTALLED) ## the tests that need no server
 	$(FAST)
+
+soak: export TORCHRL_SGLANG_HIDDEN_FAULT_ROUNDS ?= 20
+soak: export TORCHRL_SGLANG_HIDDEN_STORM_FAULTS ?= 10
+soak: $(INSTALLED) ## every fault twenty times at random moments, about 45 minutes; SEED= in TORCHRL_SGLANG_HIDDEN_FAULT_SEED
+	$(BIN)/python -m pytest -m engine -n 0 -s tests/engine/test_faults_engine.py tests/engine/test_storm_engine.py
 
 images: $(INSTALLED) ## the tests of images on models that `make test` leaves out: Qwen2-VL
 	TORCHRL_SGLANG_HIDDEN_IMAGE_MODELS=all $(BIN)/python -m pytest -n 0 -k qwen2_vl $(wildcard tests/engine/test_image*_engine.py)

@@ -6,21 +6,28 @@ Every answer is held against Hugging Face: no row wrong, none missing, none of a
 
 from __future__ import annotations
 
+import asyncio
+import json
 import random
+import socket
+import struct
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
 
 import httpx
 import psutil
 import torch
 
+from helpers.bad_link import bad_link
 from helpers.completion_checks import assert_completion
 from helpers.policy_checks import prompt_of
-from torchrl_sglang_hidden import HiddenSpec, LastTokens, TokenMask
+from torchrl_sglang_hidden import EngineUnreachableError, HiddenSpec, LastTokens, SGLangServer, TokenMask
 from torchrl_sglang_hidden.engines.launch import LaunchedServer
 from torchrl_sglang_hidden.records import Request
-from torchrl_sglang_hidden.sglang_api.payload import sent_ids_of
+from torchrl_sglang_hidden.sglang_api.payload import sent_ids_of, to_payload
 from torchrl_sglang_hidden.spec.hidden import POOLINGS, SEGMENTS
 from torchrl_sglang_hidden.spec.spans import PromptSpan
 
@@ -88,6 +95,53 @@ def _intervals(places: list[int]) -> tuple[tuple[int, int], ...]:
     return tuple(intervals)
 
 
+# --- clients that are struck in the middle of a call ------------------------------------------------------------------
+
+
+def _without_rows(request: Request) -> Request:
+    """Return a request whose answer is small: a large one that nobody fetches stays in shared memory for minutes."""
+    return request if request.hidden is None else replace(request, hidden=replace(request.hidden, tokens=False))
+
+
+def cut_a_connection(server: LaunchedServer, requests: list[Request], chance: random.Random) -> None:
+    """Cut the link of a call at a moment: its client is told, or it was done."""
+    with bad_link(httpx.URL(server.url).port or 0) as link, SGLangServer(link.url) as client:
+        timer = threading.Timer(chance.uniform(0, 2), link.cut)
+        timer.start()
+        with suppress(EngineUnreachableError):
+            client.generate(requests)
+        timer.join()
+
+
+def cancel_a_call(server: LaunchedServer, requests: list[Request], chance: random.Random) -> None:
+    """Give a call up at a moment, as a task that is cancelled does."""
+
+    async def run() -> None:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(client.agenerate(requests), chance.uniform(0, 2))
+
+    with SGLangServer(server.url) as client:
+        asyncio.run(run())
+
+
+def kill_a_client(server: LaunchedServer, requests: list[Request], chance: random.Random) -> None:
+    """Reset the connection of a call, as the system does with those of a process that was killed."""
+    body = json.dumps(to_payload(requests, server.info, binary=False)).encode()
+    head = (
+        f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    url = httpx.URL(server.url)
+    with socket.create_connection((url.host, url.port or 0)) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.sendall(head.encode() + body)
+        connection.settimeout(chance.uniform(0.01, 2))
+        with suppress(TimeoutError):
+            connection.recv(1)
+
+
+STRIKES = (cut_a_connection, cancel_a_call, kill_a_client)
+
+
 def storm(
     server: LaunchedServer,
     http: httpx.Client,
@@ -99,6 +153,7 @@ def storm(
     callers: int = 12,
     aborts: int = ABORTS,
     draw: Callable[[random.Random], Request] = draw_request,
+    faults: int = 0,
 ) -> int:
     """Send all requests, check every answer, and return how many there were.
 
@@ -112,6 +167,7 @@ def storm(
         callers: calls at the same time.
         aborts: requests that are aborted meanwhile.
         draw: draws a request.
+        faults: calls of clients that are struck meanwhile, of each kind of `STRIKES`.
     """
     chance = random.Random(seed)
     batches = [[draw(chance) for _ in range(chance.randint(1, most_rows))] for _ in range(calls)]
@@ -135,9 +191,21 @@ def storm(
 
     with ThreadPoolExecutor(callers) as pool:
         aborting = pool.submit(abort_some)
+        striking = [
+            pool.submit(
+                strike,
+                server,
+                [_without_rows(draw(chance)) for _ in range(4)],
+                random.Random(f"{seed} {strike.__name__} {number}"),
+            )
+            for strike in STRIKES
+            for number in range(faults)
+        ]
         answers = list(pool.map(server.generate, batches))
         done.set()
         aborting.result()
+        for one in striking:
+            one.result()
     for requests, completions in zip(batches, answers, strict=True):
         for request, completion in zip(requests, completions, strict=True):
             assert_completion(request, completion, model_dir, NUM_LAYERS)
