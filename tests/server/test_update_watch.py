@@ -211,6 +211,23 @@ def test_a_trainer_that_is_heard_of_may_take_its_time(monkeypatch: pytest.Monkey
     asyncio.run(run())
 
 
+def test_a_call_from_before_the_version_was_chosen_does_not_undo_it() -> None:
+    async def run() -> str:
+        watch, connection = UpdateWatch(), Connection()
+        manager = Manager(watch)
+        await watch.answer(LeaseCall("take", "me"), manager, connection)
+        early = asyncio.ensure_future(watch.answer(LeaseCall("hold", "me"), manager, connection))
+        assert (await watch.answer(LeaseCall("hold", "me", "7", hold_s=0.0), manager, connection))["leased"]
+        await asyncio.sleep(0.02)  # polls of the first one
+        assert watch._lease is not None
+        version = watch._lease.version
+        await watch.answer(LeaseCall("give_back", "me"), manager, connection)
+        await early
+        return version
+
+    assert asyncio.run(run()) == "7"
+
+
 def test_a_cut_connection_may_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(update_watch, "GRACE_S", SOON_S)
 

@@ -207,6 +207,13 @@ BAD_ANSWERS: dict[str, tuple[Spoil, type[SGLangHiddenError], str]] = {
         IncompleteWeightsError,
         r"row 0 .*weight_version='7-incomplete' is a mixture .*; update the weights again",
     ),
+    "a token of a mixture": (
+        lambda row: row["meta_info"].update(
+            weight_version="8", weight_versions=[{"version": "7-incomplete", "start": 0, "end": 1}]
+        ),
+        IncompleteWeightsError,
+        r"row 0 .*weight_version='7-incomplete' is a mixture .*; update the weights again",
+    ),
     "truncated prompt": (
         lambda row: row["meta_info"].update(prompt_tokens=3),
         AlignmentError,

@@ -240,7 +240,7 @@ class SGLangServer(Engine):
             tensors = check_weights(opened, self._endpoints[0].served_weights())
             leases = stack.enter_context(self._leases())
             version = self._new_version(version)
-            leases.hold(version)
+            leases.name(version)
             chosen = [endpoint.choose_transport(transport, weights) for endpoint in self._endpoints]
             ready = stack.enter_context(
                 open_update(
@@ -275,7 +275,7 @@ class SGLangServer(Engine):
             check_adapter(opened, self._endpoints[0].served_weights())
             leases = stack.enter_context(self._leases())
             version = self._new_version(version, whole=True)
-            leases.hold(version)
+            leases.name(version)
             errors = self._everywhere(lambda endpoint: endpoint.load_adapter(name, opened, version))
             return updated(self._all_updated(version, errors))
 

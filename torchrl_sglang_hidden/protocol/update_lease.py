@@ -39,7 +39,7 @@ class LeaseCall:
             answered after ``hold_s``, ``"give_back"`` ends the lease.
         holder: names the update. Two takes of one holder are one lease, given back twice: a server may have two
             addresses.
-        version: of the new weights; empty in a ``"take"``.
+        version: of the new weights; empty until it is chosen.
         hold_s: seconds until the answer to a ``"hold"``.
     """
 

@@ -142,7 +142,8 @@ class UpdateWatch:
     async def _hold(self, call: LeaseCall, request: Any) -> bool:
         until = time.monotonic() + call.hold_s
         while (lease := self._held_by(call)) is not None:
-            lease.version, lease.deadline = call.version, time.monotonic() + LOST_S
+            # Of two calls at a time, one may be from before the version was chosen.
+            lease.version, lease.deadline = call.version or lease.version, time.monotonic() + LOST_S
             if await _is_gone(request):
                 lease.deadline = time.monotonic() + GRACE_S
                 return False

@@ -5,7 +5,7 @@ Knows nothing of states and logits, nor of what was asked.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from torchrl_sglang_hidden.errors import (
@@ -83,19 +83,26 @@ def read_fields(number: int, row: Any, info: EngineInfo, rid: str | None = None)
             meta = {"weight_version": info.weight_version, "prompt_tokens": None, **meta}
             finish_type = "abort"
         version = _text("weight_version", meta["weight_version"])
-        if version.endswith(INCOMPLETE):
-            error = IncompleteWeightsError(
-                f"{name}: weight_version={excerpt(version)} is a mixture of old and new weights, left by an update "
-                "that ended in the middle; update the weights again, and send it again"
-            )
         num_prompt = None if meta["prompt_tokens"] is None else as_count(meta["prompt_tokens"], "prompt_tokens")
         versions = _read_versions(meta.get("weight_versions"), version, len(response_ids))
+        error = _find_mixture(name, (*versions, (version, 1))) or error
         return AnswerFields(name, text, response_ids, finish_type, num_prompt, version, versions, meta, error)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as fault:
         wrong = f"lacks {fault}" if isinstance(fault, KeyError) else f"is wrong, {fault}"
         raise ProtocolError(
             f"row {number}: the answer {wrong}: {excerpt(row, 200)}; is that an SGLang server?"
         ) from fault
+
+
+def _find_mixture(name: str, versions: Iterable[tuple[str, int]]) -> IncompleteWeightsError | None:
+    """Return an error where some tokens are of weights that an update left half new, even if others came since."""
+    for version, num_tokens in versions:
+        if num_tokens and version.endswith(INCOMPLETE):
+            return IncompleteWeightsError(
+                f"{name}: weight_version={excerpt(version)} is a mixture of old and new weights, left by an update "
+                "that ended in the middle; update the weights again, and send it again"
+            )
+    return None
 
 
 def _text(name: str, value: Any) -> str:
