@@ -23,6 +23,7 @@ from torchrl_sglang_hidden import SGLangServer, connect
 from torchrl_sglang_hidden.engines import fleet
 from torchrl_sglang_hidden.errors import EngineError, EngineUnreachableError
 from torchrl_sglang_hidden.records import Completion, Request
+from torchrl_sglang_hidden.server.metrics import COUNTERS
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec
 
 Make = Callable[..., RecordingServer]
@@ -130,9 +131,31 @@ def test_streams_and_sessions_open_on_the_other(servers: list[RecordingServer], 
             assert (await anext(stream)).ids
 
     asyncio.run(open_one())
+    counted = engine.counters()
+    assert (counted.requests, counted.failures) == (3, 0), "the first try of a stream that went to the other is none"
     servers[1].respond = lambda handler, payload: handler.say((200, ""))
     with engine.session(), engine.session():
         assert len(servers[1].payloads) == 5
+
+
+def test_the_counters_of_those_that_are_left(
+    servers: list[RecordingServer], engine: SGLangServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number, server in enumerate(servers):
+        status, page = server.pages["/server_info"]
+        (state,) = page["internal_states"]
+        server.pages["/server_info"] = (
+            status,
+            {**page, "internal_states": [{**state, COUNTERS: {"rows": 3 + number}}]},
+        )
+    assert engine.server_counters().rows == 7
+    servers[0].stop()
+    assert engine.server_counters().rows == 4
+    assert caplog.messages[-1].startswith(f"nothing answers at {servers[0].url}")
+    assert caplog.messages[-1].endswith("its counters are not in the sums of the others")
+    servers[1].stop()
+    with pytest.raises(EngineUnreachableError, match="nothing answers at"):
+        engine.server_counters()
 
 
 # --- 2. gone in the middle --------------------------------------------------------------------------------------------

@@ -205,6 +205,9 @@ BAD_ROUTES: Mapping[str, Bad] = {
     "tokenize: a number": Bad("/tokenize", {"prompt": 5}, "'type': 'list_type'"),
     "tokenize: a lone surrogate": Bad("/tokenize", {"prompt": "\ud800"}, "'type': 'json_invalid'"),
     "detokenize: 2**70": Bad("/detokenize", {"tokens": [2**70]}, "'type': 'int_parsing_size'"),
+    "detokenize: a negative id": Bad(
+        "/detokenize", {"tokens": [5, -1]}, "row 0: token id -1 at position 1 is outside the vocabulary of 49152"
+    ),
     "ollama: no prompt": Bad("/api/generate", {"model": "x"}, "'type': 'missing'"),
     "ollama: an empty prompt": Bad("/api/generate", {"model": "x", "prompt": "", "stream": False}),
     "sagemaker: no messages": Bad("/invocations", {"model": "default", "messages": []}, "Messages cannot be empty"),

@@ -71,6 +71,7 @@ def test_a_server_gets_the_route(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     server: Any = sys.modules[SERVER]
     server.app, server.GenerateReqInput, server.model_info, server.server_info = app, None, None, None
+    server.OpenAIServingDetokenize = type("OpenAIServingDetokenize", (), {})
     sys.modules["sglang.srt.entrypoints"].http_server = server
     args = SimpleNamespace(host="127.0.0.1", api_key="sesame", admin_api_key=None, enable_metrics=False)
     plugin.after_manager(None, SimpleNamespace(server_args=args), "server_args", "port_args")
@@ -90,6 +91,20 @@ def test_a_server_gets_the_route(monkeypatch: pytest.MonkeyPatch) -> None:
         response = asyncio.run(post(path, Authorization="Bearer sesame"))
         assert response.status_code == 400
         assert words in response.json()["error"]["message"]
+
+
+def test_ids_that_no_token_has_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    serving = SimpleNamespace(tokenizer_manager=SimpleNamespace(model_config=SimpleNamespace(vocab_size=10)))
+    for tokens, words in (
+        ([], None),
+        ([0, 9], None),
+        ([[0], [], [9]], None),
+        ([5, -1], "row 0: token id -1 at position 1 is outside the vocabulary of 10"),
+        ([[5], [10]], "row 1: token id 10 at position 0 is outside the vocabulary of 10"),
+    ):
+        said = plugin.refuse_ids(serving, SimpleNamespace(tokens=tokens))
+        assert (said is None) == (words is None)
+        assert words is None or (said is not None and words in said)
 
 
 def test_keys_are_hidden_where_sglang_shows_its_arguments() -> None:

@@ -229,11 +229,13 @@ class Engine(ABC):
     def server_counters(self) -> ServerCounters:
         """Ask the engine's server half what it counted since its start, for all clients; zeros without one.
 
-        Over several servers and data-parallel ranks these are sums. SGLang's ``/metrics`` has the same numbers.
+        Over several servers and data-parallel ranks these are sums. A server that cannot be reached is named in a
+        warning of the log, and the sums are of the others. SGLang's ``/metrics`` has the same numbers.
 
         Raises:
             CapabilityError: as for `counters`.
-            EngineError: a server could not be asked.
+            EngineUnreachableError: no server can be reached.
+            EngineError: a server answered what is no state.
         """
         return self._counting().server()
 

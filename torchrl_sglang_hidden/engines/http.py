@@ -5,6 +5,7 @@ Knows how rows, streams, sessions and weights are spread over servers; one serve
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -23,7 +24,13 @@ from torchrl_sglang_hidden.engines.retries import RETRIES, Retries
 from torchrl_sglang_hidden.engines.router import open_endpoints
 from torchrl_sglang_hidden.engines.sessions import Session
 from torchrl_sglang_hidden.engines.streams import AsyncStream, Stream, check_stream
-from torchrl_sglang_hidden.errors import EngineError, InputError, ProtocolError, SGLangHiddenError
+from torchrl_sglang_hidden.errors import (
+    EngineError,
+    EngineUnreachableError,
+    InputError,
+    ProtocolError,
+    SGLangHiddenError,
+)
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
 from torchrl_sglang_hidden.sglang_api.payload import to_payload
 from torchrl_sglang_hidden.sglang_api.responses import raise_errors
@@ -44,6 +51,8 @@ from torchrl_sglang_hidden.weights.validation import (
 )
 
 __all__ = ["SGLangServer", "connect"]
+
+logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 600.0
@@ -184,33 +193,48 @@ class SGLangServer(Engine):
 
     def stream(self, request: Request) -> Stream:
         """See `Engine.stream`."""
+        self._check_stream(request)
 
         def opened(endpoint: Endpoint) -> Stream:
-            rows = endpoint.stream(self._stream_payload(request, endpoint))
+            rows = endpoint.stream(_stream_payload(request, endpoint))
             return Stream(rows, request, endpoint.info, self._meter)
 
-        return self._fleet.open(opened)
+        with self._meter.opening():
+            return self._fleet.open(opened)
 
     async def astream(self, request: Request) -> AsyncStream:
         """See `Engine.astream`."""
+        self._check_stream(request)
 
         async def opened(endpoint: Endpoint) -> AsyncStream:
-            rows = endpoint.astream(self._stream_payload(request, endpoint))
+            rows = endpoint.astream(_stream_payload(request, endpoint))
             return await AsyncStream.open(rows, request, endpoint.info, self._meter)
 
-        return await self._fleet.aopen(opened)
+        with self._meter.opening():
+            return await self._fleet.aopen(opened)
 
-    def _stream_payload(self, request: Request, endpoint: Endpoint) -> dict[str, Any]:
-        check_stream(request, endpoint.info, cumulative=endpoint.streams_cumulatively)
-        self._check([request], endpoint.info)
-        return {**to_payload([request], endpoint.info, binary=False), "stream": True}
+    def _check_stream(self, request: Request) -> None:
+        for endpoint in self._endpoints:
+            check_stream(request, endpoint.info, cumulative=endpoint.streams_cumulatively)
+        self._check_everywhere([request])
 
     def session(self) -> Session:
         """See `Engine.session`."""
         return self._fleet.open(lambda endpoint: Session(endpoint.session_host, self._check, self._meter))
 
     def _internal_states(self) -> list[Any]:
-        return [state for endpoint in self._endpoints for state in endpoint.internal_states()]
+        states: list[Any] = []
+        lost: list[EngineUnreachableError] = []
+        for endpoint in self._endpoints:
+            try:
+                states += endpoint.internal_states()
+            except EngineUnreachableError as error:
+                lost.append(error)
+        if len(lost) == len(self._endpoints):
+            raise lost[0]
+        for one in lost:
+            logger.warning("%s; its counters are not in the sums of the others", one)
+        return states
 
     def weight_version(self) -> str:
         """See `Engine.weight_version`; of several servers that differ, all versions with ``and`` between them."""
@@ -339,6 +363,10 @@ class SGLangServer(Engine):
 def connect(url: str | Sequence[str], *, api_key: str | None = None) -> SGLangServer:
     """Connect to running SGLang servers; see `SGLangServer` for the arguments and errors."""
     return SGLangServer(url, api_key=api_key)
+
+
+def _stream_payload(request: Request, endpoint: Endpoint) -> dict[str, Any]:
+    return {**to_payload([request], endpoint.info, binary=False), "stream": True}
 
 
 def _reconnect(urls: tuple[str, ...], config: dict[str, Any]) -> SGLangServer:

@@ -70,6 +70,16 @@ class Meter:
             self.failed(error)
             raise
 
+    @contextmanager
+    def opening(self) -> Iterator[None]:
+        """Count the request of a stream that no server opens, and why. A stream that is open counts itself."""
+        try:
+            yield
+        except BaseException as error:
+            self.tally.add(requests=1)
+            self.failed(error)
+            raise
+
     def failed(self, error: BaseException) -> None:
         """Count what a call ended with; bad input, which was not sent, and Ctrl-C are nothing to an operator."""
         if isinstance(error, AlignmentError):

@@ -163,11 +163,15 @@ class SGLangOffline(Engine):
 
     def stream(self, request: Request) -> Stream:
         """See `Engine.stream`. Returns with the first token, because nothing else starts a request in this process."""
-        return Stream(self._rows(self._stream_payload(request)), request, self._info, self._meter)
+        rows = self._rows(self._stream_payload(request))
+        with self._meter.opening():
+            return Stream(rows, request, self._info, self._meter)
 
     async def astream(self, request: Request) -> AsyncStream:
         """See `Engine.astream`. Returns with the first token."""
-        return await AsyncStream.open(self._arows(self._stream_payload(request)), request, self._info, self._meter)
+        rows = self._arows(self._stream_payload(request))
+        with self._meter.opening():
+            return await AsyncStream.open(rows, request, self._info, self._meter)
 
     def _stream_payload(self, request: Request) -> dict[str, Any]:
         self._check_open()

@@ -76,7 +76,6 @@ class _Reader:
     def __init__(self, request: Request, info: EngineInfo, meter: Meter | None) -> None:
         self._request, self._info = request, info
         self._meter = meter or Meter.of_nobody()
-        self._meter.tally.add(requests=1)
         self._ids: tuple[int, ...] = ()
         self._text = ""
         self._rid: Any = None
@@ -90,6 +89,10 @@ class _Reader:
                 f"no completion after {len(self._ids)} tokens: {self._over or 'read the stream to its end first'}"
             )
         return self._completion
+
+    def begin(self) -> None:
+        """Count the request, which is on its way."""
+        self._meter.tally.add(requests=1)
 
     def end(self, why: str) -> None:
         """Note why there will be no completion; only the first reason is kept."""
@@ -159,18 +162,15 @@ class Stream(Iterator[StreamChunk]):
         rows: yields once when the request is on its way, then each of SGLang's answers.
         request: the request that was sent.
         info: the engine's `EngineInfo`.
-        meter: counts the request; None for an engine that counts nothing.
+        meter: counts the request once it is on its way, see `Meter.opening`; None for an engine that counts nothing.
     """
 
     def __init__(
         self, rows: Generator[Any, None, None], request: Request, info: EngineInfo, meter: Meter | None = None
     ) -> None:
         self._rows, self._reader = rows, _Reader(request, info, meter)
-        try:
-            next(rows)
-        except BaseException as error:
-            self._reader.fail(error)
-            raise
+        next(rows)
+        self._reader.begin()
 
     @property
     def completion(self) -> Completion:
@@ -221,11 +221,8 @@ class AsyncStream(AsyncIterator[StreamChunk]):
     ) -> Self:
         """Wait until the request is on its way; see `Stream` for the arguments."""
         stream = cls(rows, request, info, meter)
-        try:
-            await anext(rows)
-        except BaseException as error:
-            stream._reader.fail(error)
-            raise
+        await anext(rows)
+        stream._reader.begin()
         return stream
 
     @property
