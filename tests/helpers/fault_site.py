@@ -54,7 +54,7 @@ class FaultSite:
         self._log = log_dir / "server.log"
         self._port: int | None = None
         self.rounds: Counter[str] = Counter()
-        self.errors: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self.came_to: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self.longest_s: defaultdict[str, float] = defaultdict(float)
         self._processes = self._preloaded()
         self._lives, self._victims = True, list[int | None]()
@@ -153,14 +153,14 @@ class FaultSite:
             raise AssertionError(f"{fault} after {delay_s:.2f} s: the call went well")
         finally:
             timer.join()
-        self.note(fault, found, time.monotonic() - (since() if since is not None else struck[0]))
+        self.note(fault, type(found).__name__, time.monotonic() - (since() if since is not None else struck[0]))
         assert self.longest_s[fault] < limit_s, f"{fault}: {self.longest_s[fault]:.1f} s to {found!r}"
         assert_same_input(given, before)
         return found
 
-    def note(self, fault: str, error: SGLangHiddenError | None, seconds: float) -> None:
-        """Record what a round of a fault came to."""
-        self.errors[fault][type(error).__name__ if error is not None else "went on"] += 1
+    def note(self, fault: str, came_to: str, seconds: float) -> None:
+        """Record what a round of a fault came to: the name of an error, or what went on."""
+        self.came_to[fault][came_to] += 1
         self.longest_s[fault] = max(self.longest_s[fault], seconds)
 
     @contextmanager
