@@ -20,10 +20,6 @@ __all__ = ["Leases", "leased"]
 _RETRY_S = 0.5
 # Longest time that the error of an update waits for the servers to hear of it: one of them may be starting again.
 _ABANDON_S = 5.0
-_GIVEN_UP = (
-    f"the server did not hear of this process for {LOST_S:g} s, ended the update and let requests go on; update again, "
-    "and see that this process is not stopped meanwhile"
-)
 
 
 @contextmanager
@@ -50,8 +46,7 @@ def leased(calls: Sequence[ControlCall], timeout_s: float) -> Iterator[Leases]:
     except BaseException:
         leases.abandon()
         raise
-    if not known:
-        raise EngineError(_GIVEN_UP)
+    _check_known(known)
 
 
 class Leases:
@@ -96,8 +91,7 @@ class Leases:
         self._version = version
         for call in self._taken:
             # The call that is held now says nothing of it until its end.
-            if not self._hold_once(call, 0.0):
-                raise EngineError(_GIVEN_UP)
+            _check_known(self._hold_once(call, 0.0))
 
     def _hold(self, call: ControlCall) -> None:
         while not self._over.is_set():
@@ -144,3 +138,11 @@ class Leases:
 
     def _give_one_back(self, call: ControlCall) -> bool:
         return bool(call("get_weights_by_name", {"name": LeaseCall("give_back", self._holder).pack()}).get("leased"))
+
+
+def _check_known(known: bool) -> None:
+    if not known:
+        raise EngineError(
+            f"the server did not hear of this process for {LOST_S:g} s, ended the update and let requests go on; "
+            "update again, and see that this process is not stopped meanwhile"
+        )
