@@ -237,6 +237,7 @@ def test_a_cut_connection_may_come_back(monkeypatch: pytest.MonkeyPatch) -> None
         await watch.answer(LeaseCall("take", "me"), manager, cut)
         cut.gone = True
         assert not (await watch.answer(LeaseCall("hold", "me", "7"), manager, cut))["leased"]
+        await asyncio.sleep(0.02)  # polls without it
         assert (await watch.answer(LeaseCall("hold", "me", "7", hold_s=0.01), manager, Connection()))["leased"]
         assert (await watch.answer(LeaseCall("give_back", "me"), manager, Connection()))["leased"]
 
