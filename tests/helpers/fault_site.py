@@ -56,6 +56,8 @@ class FaultSite:
         self.rounds: Counter[str] = Counter()
         self.came_to: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self.longest_s: defaultdict[str, float] = defaultdict(float)
+        # How long an update of each kind takes that nobody disturbs.
+        self.update_s: dict[tuple[Any, ...], float] = {}
         self._processes = self._preloaded()
         self._lives, self._victims = True, list[int | None]()
         self.server = self.launch()
