@@ -94,6 +94,27 @@ def test_without_a_key_programs_are_let_in_and_pages_of_other_sites_are_not() ->
         assert answer(Origin=origin, Authorization=f"Bearer {KEY}")[0] == 200
 
 
+def test_without_a_key_a_page_cannot_call_a_route_by_the_address_of_an_image() -> None:
+    """Most of SGLang's control routes take GET, with which browsers send no Origin."""
+    assert answer("/flush_cache", keys=(), method="GET", **{"Sec-Fetch-Site": "cross-site"})[0] == 403
+    for site in ("none", "same-origin", "same-site"):  # typed by the user, or of a page of this machine
+        assert answer("/flush_cache", keys=(), method="GET", **{"Sec-Fetch-Site": site})[0] == 200
+    local = {"Origin": "http://localhost:3000", "Sec-Fetch-Site": "cross-site"}
+    assert answer(keys=(), **local)[0] == 200, "a page of localhost that asks at 127.0.0.1"
+    key = {"Authorization": f"Bearer {KEY}", "Sec-Fetch-Site": "cross-site"}
+    assert answer("/flush_cache", method="GET", **key)[0] == 200
+
+
+def test_without_a_key_a_page_cannot_read_under_a_name_of_its_own_that_leads_here() -> None:
+    """A page of evil.example:30000 is of the same origin as this server, if that name leads to this machine."""
+    for host in ("evil.example:30000", "evil.example", "127.0.0.1.evil.example", "[::", ""):
+        assert answer("/server_info", keys=(), method="GET", Host=host)[0] == 403
+    for host in ("127.0.0.1:30000", "localhost:30000", "LOCALHOST", "[::1]:30000", "0.0.0.0:30000"):
+        assert answer("/server_info", keys=(), method="GET", Host=host)[0] == 200
+    assert answer("/server_info", keys=(), method="GET", Host="gpu7:30000", host="0.0.0.0")[0] == 200
+    assert answer("/server_info", method="GET", Host="evil.example", Authorization=f"Bearer {KEY}")[0] == 200
+
+
 @pytest.mark.parametrize("path", sorted(UNPICKLING))
 def test_nobody_sends_a_pickle(path: str) -> None:
     for end in ("", "/"):

@@ -2,13 +2,16 @@
 
 With a key, SGLang lets everybody read ``/metrics``, whatever begins like ``/health``, and the WebSocket route; and it
 reads the path from an address that older Starlettes build of the client's ``Host``. Without a key, it lets in every
-page in a browser on this machine. Three of its routes unpickle what they are sent. `AccessGuard` closes these.
+page in a browser on this machine: by its scripts, by an image whose address is a control route, or under a name of the
+page's own site that leads to this machine (DNS rebinding). Three of its routes unpickle what they are sent.
+`AccessGuard` closes these.
 
 Knows paths and headers, and nothing of bodies or of SGLang.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
@@ -56,7 +59,8 @@ class AccessGuard:
     def __init__(self, app: App, *, host: str, keys: Iterable[str | None], guarded: Iterable[str] = ()) -> None:
         self._app = app
         self._keys = [key.encode() for key in keys if key]
-        self._guarded = frozenset(guarded) if not self._keys and not is_loopback(host) else frozenset[str]()
+        self._is_local = is_loopback(host)
+        self._guarded = frozenset(guarded) if not self._keys and not self._is_local else frozenset[str]()
         if self._guarded:
             logger.warning(
                 "torchrl_sglang_hidden: %s is reachable from other machines, and the server has no API key: start it "
@@ -93,7 +97,7 @@ class AccessGuard:
             return Refusal(400, "the Host header is no host; send the server's name and port")
         if self._keys and path not in OPEN and scope.get("method") != "OPTIONS" and not self._has_key(headers):
             return Refusal(401, "no API key, or a wrong one; send Authorization: Bearer …")
-        if not self._keys and _is_elsewhere(headers.get(b"origin")):
+        if not self._keys and self._is_of_a_page(headers):
             return Refusal(
                 403,
                 "a page of another site asks, through the browser of somebody on this machine; start the server with "
@@ -109,17 +113,36 @@ class AccessGuard:
             return Refusal(403, "the server is reachable from other machines and has no API key; start it with one")
         return None
 
+    def _is_of_a_page(self, headers: dict[bytes, bytes]) -> bool:
+        """Return whether a browser's page of another site asks; programs send none of these headers but Host."""
+        origin = headers.get(b"origin")
+        if origin is not None:
+            name = _name_in(origin)
+            return name is None or not is_loopback(name)
+        # With the address of an image, a link or a frame a browser sends no Origin, and this, which no page can change.
+        if headers.get(b"sec-fetch-site") == b"cross-site":
+            return True
+        # A page that reads from a name of its own site, which leads to this machine, sends neither. An address is no
+        # such name.
+        host = headers.get(b"host")
+        return self._is_local and host is not None and not _is_address_or_localhost(_name_in(b"//" + host))
+
     def _has_key(self, headers: dict[bytes, bytes]) -> bool:
         scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
         return scheme.lower() == b"bearer" and any(secrets.compare_digest(token, key) for key in self._keys)
 
 
-def _is_elsewhere(origin: bytes | None) -> bool:
-    """Return whether a browser's page is of another machine's site; programs send no origin."""
-    if origin is None:
-        return False
+def _name_in(address: bytes) -> str | None:
+    """Return the host that an address names; None where it names none."""
     try:
-        host = urlsplit(origin.decode("latin-1")).hostname
+        return urlsplit(address.decode("latin-1")).hostname
     except ValueError:
-        return True
-    return host is None or not is_loopback(host)
+        return None
+
+
+def _is_address_or_localhost(name: str | None) -> bool:
+    try:
+        ipaddress.ip_address(name or "")
+    except ValueError:
+        return name == "localhost"
+    return True
