@@ -246,7 +246,14 @@ BAD: Mapping[str, Bad] = {
     "stop_regex: 300 characters": sampling(
         "row 0: stop_regex is 300 bytes, over the 256-byte limit", stop_regex="a" * 300
     ),
-    "stop_regex: one that backtracks": sampling(stop_regex="(a+)+$"),
+    "stop_regex: one that could backtrack": sampling(stop_regex="(a+)+$"),
+    # 81 is the id of "a": a search in 40 of them takes Python's `re` a day.
+    "stop_regex: one that backtracks": sampling(
+        "row 0: invalid stop_regex '(a|aa)+$b': not searched within",
+        stop_regex="(a|aa)+$b",
+        logit_bias={"81": 1e8},
+        max_new_tokens=100,
+    ),
     "stop_regex: a lone surrogate": sampling("'type': 'json_invalid'", stop_regex="\ud800"),
     "n: 0": sampling("row 0: n=0: expected an integer in 1..65536", n=0),
     "n: -1": sampling("row 0: n=-1: expected an integer in 1..65536", n=-1),
