@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
 from collections.abc import Mapping
 
@@ -51,6 +52,12 @@ def test_sums() -> None:
 @pytest.mark.parametrize("packed", [None, 3, [], {}, {"steps": "many"}, {"steps": True}, {"unknown": 1}])
 def test_what_a_server_sends_may_be_anything(packed: object) -> None:
     assert ServerCounters.of([packed, {"rows": 4}]) == ServerCounters(rows=4)
+
+
+@pytest.mark.parametrize("number", [10**400, 2**63, -1, math.nan, math.inf, -math.inf])
+def test_a_number_that_no_counter_reaches(number: float) -> None:
+    packed = {"step_seconds": number, "steps": number}
+    assert ServerCounters.of([packed, {"step_seconds": 0.5}]) == ServerCounters(step_seconds=0.5)
 
 
 def test_whoever_publishes_is_told() -> None:

@@ -16,6 +16,9 @@ from typing import Any, Generic, ParamSpec, Self, TypeVar
 
 __all__ = ["SERVER", "Counters", "ServerCounters", "Tally", "timed"]
 
+# Of a counter that a server sends: no float holds some integers, and NaN and infinity spoil every sum.
+_MOST = 2**63
+
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
 
@@ -101,7 +104,7 @@ class ServerCounters:
 
     @classmethod
     def of(cls, packed: Iterable[object]) -> Self:
-        """Return the sums of what `Tally.pack` wrote; what is missing or no number counts as 0."""
+        """Return the sums of what `Tally.pack` wrote; what is missing, or no number that a counter reaches, is 0."""
         total = cls()
         for values in packed:
             if isinstance(values, Mapping):
@@ -162,7 +165,8 @@ def timed(method: Callable[Given, Result]) -> Callable[Given, Result]:
 
 
 def _number(value: object) -> Any:
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else 0
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value if is_number and 0 <= value < _MOST else 0  # type: ignore[operator]
 
 
 # Of the process that this module is loaded in: the server half's parts add to it wherever they run.

@@ -167,6 +167,23 @@ def test_a_call_that_has_waited_long_enough_says_how_it_stands(site: Site, way: 
     site.mend("slow")
 
 
+def test_a_call_does_not_wait_for_weights_that_are_being_kept(site: Site) -> None:
+    """They may take seconds to copy, and an event loop must go on."""
+    supervisor = site.supervise()
+    admitted = threading.Event()
+
+    def call() -> None:
+        supervisor.admit(generates=True)
+        asyncio.run(supervisor.aadmit(generates=True))
+        admitted.set()
+
+    with supervisor._changed:
+        thread = threading.Thread(target=call)
+        thread.start()
+        assert admitted.wait(60)
+    thread.join()
+
+
 def test_at_the_limit_every_call_says_why_it_stays_down(site: Site) -> None:
     supervisor = site.supervise(limit=2)
     site.spoil("broken")

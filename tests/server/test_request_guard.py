@@ -92,6 +92,8 @@ PAYLOADS: dict[str, tuple[dict[str, Any], str]] = {
     "a way of the server's own": ({"http_worker_ipc": "ipc://x"}, "http_worker_ipc='ipc://x'"),
     "several names of one": ({"is_single": True, "rid": ["a"]}, r"rid=\['a'\]"),
     "too few values": ({"top_logprobs_num": [1]}, "top_logprobs_num has 1 values for 2 rows"),
+    "too few ids": ({"token_ids_logprob": [[1]]}, "token_ids_logprob has 1 values for 2 rows"),
+    "too few adapters": ({"lora_path": ["a"]}, "lora_path has 1 values for 2 rows"),
 }
 
 
@@ -102,7 +104,15 @@ def test_what_cannot_be_split_into_rows(what: str) -> None:
         guard.around_normalize(lambda obj: None, payload(**fields))
 
 
-@pytest.mark.parametrize("fields", [{}, {"sampling_params": [{"n": 3}] * 2}, {"top_logprobs_num": [1, 2]}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"sampling_params": [{"n": 3}] * 2},
+        {"top_logprobs_num": [1, 2]},
+        {"input_ids": [], "is_single": True, "rid": "a", "session_params": {"id": "a"}},
+    ],
+)
 def test_what_can_be_split_is_split_by_sglang(fields: dict[str, Any]) -> None:
     seen: list[Any] = []
     obj = payload(**fields)
@@ -195,6 +205,15 @@ def test_a_prompt_without_tokens(manager: Any) -> None:
         guard.around_validate(lambda *args: None, manager, row(), [])
     # A session's history may be the prompt.
     guard.around_validate(lambda *args: None, manager, row(session_params={"id": "a"}), [])
+    with pytest.raises(ValueError, match="row 0: the prompt has 0 tokens"):
+        guard.around_validate(lambda *args: None, manager, row(session_params={"id": None}), [])
+
+
+def test_a_row_without_options(manager: Any) -> None:
+    """None is SGLang's default."""
+    seen: list[Any] = []
+    guard.around_validate(lambda *args: seen.append(args), manager, row(sampling_params=None), [1])
+    assert len(seen) == 1
 
 
 TOKENIZED: dict[str, tuple[dict[str, Any], str]] = {
@@ -287,6 +306,7 @@ def test_errors_name_the_row_of_the_batch(manager: Any) -> None:
         (503, plain, plain),
         (None, plain, plain),
         (500, grammar, f"row 1: {grammar}"),
+        (400, f"row 0: {plain}", f"row 0: {plain}"),
     ]
     for status, message, said in said_of:
         reason = {"type": "abort", "message": message, "status_code": status}

@@ -131,8 +131,10 @@ class Supervisor(Supervision):
         deadline = time.monotonic() + self._restart.wait_s
         while self._state == "down" and time.monotonic() < deadline:
             await asyncio.sleep(_ASYNC_POLL_S)
-        with self._changed:
-            self._refuse(generates)
+        # Without a need for it no lock, which another thread may hold while it copies the weights of an update.
+        if self._state != "up" or self._lost:
+            with self._changed:
+                self._refuse(generates)
 
     def keep_weights(self, directory: Path | None, version: str, start: int, *, is_users: bool) -> None:
         """See `Supervision.keep_weights`."""

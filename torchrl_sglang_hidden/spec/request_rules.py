@@ -126,10 +126,17 @@ def check_option(name: str, value: Any, rule: Rule) -> None:
     """
     # bool is a subclass of int: temperature=True is a mistake, not 1.
     if not isinstance(value, rule.types) or (isinstance(value, bool) and bool not in rule.types):
-        raise InputTypeError(f"{name}={value!r:.200}: expected {rule.limit}")
+        raise InputTypeError(f"{name}={_shown(value)}: expected {rule.limit}")
     if not rule.holds(value):
         said = f"{rule.torchrl}, " if rule.torchrl else ""
-        raise InputError(f"{name}={value!r:.200}: {said}expected {rule.limit}")
+        raise InputError(f"{name}={_shown(value)}: {said}expected {rule.limit}")
+
+
+def _shown(value: Any) -> str:
+    try:
+        return f"{value!r:.200}"
+    except (RecursionError, ValueError):  # deep lists, and integers of thousands of digits, have no repr
+        return f"a {type(value).__name__} that cannot be written"
 
 
 def check_prompt_ids(name: str, ids: Sequence[int], vocab_size: int, extremes: tuple[int, int] | None = None) -> None:
@@ -151,7 +158,7 @@ def check_prompt_ids(name: str, ids: Sequence[int], vocab_size: int, extremes: t
     for extreme in (least, greatest):
         if not 0 <= extreme < vocab_size:
             raise TokenIdError(
-                f"{name} token id {extreme} at position {ids.index(extreme)} is outside the vocabulary of "
+                f"{name} token id {_shown(extreme)} at position {ids.index(extreme)} is outside the vocabulary of "
                 f"{vocab_size}; ids are 0..{vocab_size - 1}. Was it made by another model's tokenizer?"
             )
 
@@ -171,5 +178,6 @@ def check_token_ids(name: str, option: str, ids: Sequence[int], vocab_size: int)
     unknown = [token_id for token_id in ids if not 0 <= token_id < vocab_size]
     if unknown:
         raise TokenIdError(
-            f"{name} {option} has id {unknown[0]}, outside the vocabulary of {vocab_size}; ids are 0..{vocab_size - 1}"
+            f"{name} {option} has id {_shown(unknown[0])}, outside the vocabulary of {vocab_size}; "
+            f"ids are 0..{vocab_size - 1}"
         )
