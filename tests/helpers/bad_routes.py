@@ -255,6 +255,9 @@ BAD_ROUTES: Mapping[str, Bad] = {
     ),
     "set_internal_state: 2**70": Bad("/set_internal_state", {"server_args": {"pp_max_micro_batch_size": 2**70}}),
     "set_internal_state: a text": Bad("/set_internal_state", {"server_args": "x"}, "'type': 'is_instance_of'"),
+    "start_profile: by stages without end": Bad(
+        "/start_profile", {"profile_by_stage": True, "activities": ["CPU"]}, "profile_by_stage=true without num_steps"
+    ),
     "start_profile: output_dir 5": Bad("/start_profile", {"output_dir": 5}, "'type': 'is_instance_of'"),
     "start_profile: a path that cannot be": Bad(
         "/start_profile",
@@ -350,6 +353,9 @@ BAD_ROUTES: Mapping[str, Bad] = {
         "/load_lora_adapter_from_tensors",
         {"lora_name": "x", "serialized_tensors": "AAAA", "config_dict": {}},
         "unpickles what it is sent, which can run code; use",
+    ),
+    "slow_down: for ever": Bad(
+        "/slow_down", {"forward_sleep_time": 1e300}, "forward_sleep_time=1e+300: expected at most 60 seconds"
     ),
     "slow_down: of text": Bad("/slow_down", {"forward_sleep_time": "x"}, "'type': 'is_instance_of'"),
     "pause_generation: an unknown mode": Bad("/pause_generation", {"mode": "nonsense"}, "'type': 'is_instance_of'"),

@@ -19,7 +19,17 @@ class Base(msgspec.Struct, kw_only=True, array_like=True):
     rid: str | None = None
 
 
+class SlowDownReqInput(msgspec.Struct, kw_only=True):
+    forward_sleep_time: float | None = None
+
+
+class SlowDownReqOutput(msgspec.Struct, kw_only=True):
+    rid: str | None = None
+
+
 class ProfileReq(Base):
+    profile_by_stage: bool = False
+    num_steps: int | None = None
     output_dir: str | None = None
 
 
@@ -57,7 +67,7 @@ class TokenizedGenerateReqInput(Base):
 
 @pytest.fixture(autouse=True)
 def sglang(monkeypatch: pytest.MonkeyPatch) -> None:
-    structs = (ProfileReqOutput, OpenSessionReqOutput, UpdateWeightFromDiskReqOutput)
+    structs = (SlowDownReqOutput, ProfileReqOutput, OpenSessionReqOutput, UpdateWeightFromDiskReqOutput)
     io_struct = ModuleType("io_struct")
     io_struct.__dict__.update({struct.__name__: struct for struct in structs})
     formats = ModuleType("load_config")
@@ -119,6 +129,22 @@ def test_half_written_weights_are_not_served() -> None:
     with pytest.raises(ValueError, match="load_format='nonsense': expected one of"):
         ask(answer)
     assert answer.num_paused_requests == 0
+
+
+@pytest.mark.parametrize("sleep_s", [60.5, 1e300, float("inf"), float("nan")])
+def test_a_server_is_not_slowed_down_until_it_ends(sleep_s: float) -> None:
+    """SGLang takes any number, and sleeps in a later step."""
+    with pytest.raises(ValueError, match=r"forward_sleep_time=.*: expected at most 60 seconds, or null"):
+        ask(dispatch(SlowDownReqInput(forward_sleep_time=sleep_s)))
+    for good in (None, 0.5, 60.0):
+        assert dispatch(SlowDownReqInput(forward_sleep_time=good)) == "answer"
+
+
+def test_a_profile_by_stages_says_for_how_long() -> None:
+    """SGLang compares with it in the next step, and ends."""
+    with pytest.raises(ValueError, match="profile_by_stage=true without num_steps; pass how many"):
+        ask(dispatch(ProfileReq(profile_by_stage=True)))
+    assert dispatch(ProfileReq(profile_by_stage=True, num_steps=2)) == "answer"
 
 
 def test_tensors_that_cannot_be_read_have_changed_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

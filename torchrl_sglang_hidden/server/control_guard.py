@@ -48,6 +48,11 @@ _PROMPTS = frozenset(
 )
 
 
+# Most seconds before each step that a test of the server may ask for: SGLang's watchdog ends a server after 300, and
+# its event loop ends on a number that is too large for a clock.
+_MAX_SLEEP_S = 60.0
+
+
 class _NothingChangedError(InputError):
     """A request that would write weights and has written none."""
 
@@ -125,6 +130,15 @@ def _check_values(recv_req: Any) -> None:
             known = [str(one.value) for one in LoadFormat]
             if recv_req.load_format not in known:
                 raise _NothingChangedError(f"load_format={recv_req.load_format!r:.80}: expected one of {known}")
+        case "SlowDownReqInput" if recv_req.forward_sleep_time is not None:
+            if not recv_req.forward_sleep_time <= _MAX_SLEEP_S:
+                raise InputError(
+                    f"forward_sleep_time={recv_req.forward_sleep_time!r:.80}: expected at most {_MAX_SLEEP_S:g} "
+                    "seconds, or null for none"
+                )
+        case "ProfileReq" if recv_req.profile_by_stage and recv_req.num_steps is None:
+            # The next step compares with it, and ends the scheduler.
+            raise InputError("profile_by_stage=true without num_steps; pass how many steps of each stage to profile")
         case "ProfileReq" if recv_req.output_dir is not None:
             # The step that ends the profile writes it.
             try:

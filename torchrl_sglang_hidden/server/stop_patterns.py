@@ -42,7 +42,7 @@ class BoundedPatterns:
                 f"not searched within {MAX_SEARCH_S:g} s in {len(text)} characters; use no repeat within a repeat"
             ) from error
         except regex.error as error:
-            raise re.error(str(error)) from error
+            raise re.error(f"{error}; use a pattern that the library regex takes") from error
 
 
 def around_stops(original: Callable[..., bool], req: Any, *args: Any, **kwargs: Any) -> bool:
