@@ -80,6 +80,7 @@ def gate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ranks(qwen3_dir: str, gate: Path) -> Iterator[LaunchedServer]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(held_rank.GATE_ENV, str(gate))
+        patch.delenv("OMP_NUM_THREADS", raising=False)  # as a user's environment is: the launch divides the cores
         server = launch(
             qwen3_dir,
             tp_size=2,
