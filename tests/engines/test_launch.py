@@ -29,7 +29,7 @@ from torchrl_sglang_hidden import EngineError, InputError, LaunchError, UnknownO
 from torchrl_sglang_hidden.engines import launch as launch_module
 from torchrl_sglang_hidden.engines import process as process_module
 from torchrl_sglang_hidden.engines.launch import LaunchedServer
-from torchrl_sglang_hidden.engines.process import ServerProcess
+from torchrl_sglang_hidden.engines.process import HEADERS_ENV, ServerProcess
 from torchrl_sglang_hidden.engines.server_options import resolve_layers, resolve_model
 from torchrl_sglang_hidden.errors import CapabilityError, EngineUnreachableError, InputTypeError, SGLangHiddenError
 from torchrl_sglang_hidden.protocol import LAYERS_ENV
@@ -326,6 +326,17 @@ def test_layers_travel_in_the_environment(
     monkeypatch.setenv(LAYERS_ENV, "of another server")
     process = start(f"import os; print('layers:', os.environ['{LAYERS_ENV}'])", **options)
     with pytest.raises(EngineError, match=f"layers: {layers}"):
+        process.wait()
+
+
+@pytest.mark.parametrize(("given", "made"), [("", "0"), ("1", "1")])
+def test_a_start_makes_no_precompiled_headers_unless_the_user_says_so(
+    start: START, monkeypatch: pytest.MonkeyPatch, given: str, made: str
+) -> None:
+    """They would be made anew in each start's temporary directory, which is removed with the server."""
+    monkeypatch.setenv(HEADERS_ENV, given)
+    process = start(f"import os; print('headers:', os.environ['{HEADERS_ENV}'])")
+    with pytest.raises(EngineError, match=f"headers: {made}"):
         process.wait()
 
 
