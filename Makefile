@@ -7,9 +7,10 @@ INSTALLED := $(VENV)/.installed
 CODE := torchrl_sglang_hidden tests benchmarks tools tutorials docs
 # By files, so that the fixtures of a file are made once.
 NO_SERVER := -m "not engine" -n 2 --dist loadfile
-FAST := $(BIN)/python -m pytest $(NO_SERVER)
+# Where the time goes, at the end of what each prints.
+FAST := $(BIN)/python -m pytest $(NO_SERVER) --durations=40
 # By files and servers, in the order that tests/conftest.py gives them.
-ENGINE := $(BIN)/python -m pytest -m engine -n 2 --dist loadgroup --no-loadscope-reorder
+ENGINE := $(BIN)/python -m pytest -m engine -n 2 --dist loadgroup --no-loadscope-reorder --durations=60
 # For `make compat`: packages with the versions to try, as for pip, and the tests to run with them.
 COMPAT := .compat
 WITH ?= torchrl tensordict

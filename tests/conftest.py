@@ -29,6 +29,20 @@ ENGINE_TESTS = Path(__file__).parent / "engine"
 STAGES = ("trainee_server", "local_ray", "smol")
 STAGE = pytest.StashKey[int]()
 SMOL = pytest.StashKey[list[SGLangServer]]()
+# Inside a stage, what takes minutes, longest first: the two processes then end together, and neither begins with one of
+# these when the other is done.
+LONGEST = (
+    "image_site",
+    "test_states_engine",
+    "test_started_without_weights",
+    "test_features_engine",
+    "in_process_log",
+    "test_tensor_parallel_engine",
+    "test_benchmarks",
+    "test_constraints_engine",
+    "test_launch_engine",
+    "test_tutorials",
+)
 # What is not worth doing twice where tests run in several processes.
 ONCE = ("trainee_server", "in_process_log", "image_site")
 
@@ -60,7 +74,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         used = users.get(group_of(item), set())
         item.stash[STAGE] = next((stage for stage, name in enumerate(STAGES) if name in used), len(STAGES))
-    items.sort(key=lambda item: item.stash[STAGE])
+    items.sort(key=lambda item: (item.stash[STAGE], place_in_stage(item)))
 
 
 @pytest.hookimpl(trylast=True)
@@ -69,6 +83,12 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
     if nextitem is not None and nextitem.stash[STAGE] == len(STAGES):
         for server in item.session.stash.get(SMOL, []):
             server.close()
+
+
+def place_in_stage(item: pytest.Item) -> int:
+    """Return the place of a test's group in `LONGEST`; all others come behind them, as they are."""
+    group = group_of(item)
+    return LONGEST.index(group) if group in LONGEST else len(LONGEST)
 
 
 def group_of(item: pytest.Item) -> str:

@@ -72,3 +72,9 @@ def test_the_readme_names_files_that_are_there() -> None:
     named = re.findall(r"(?:tests/)?\b([a-z_]+/\w+\.py|test_\w+\.py)\b", (TESTS / "README.md").read_text())
     assert len(named) > 20
     assert [name for name in named if not any((root / name).exists() for root in (TESTS, TESTS.parent))] == []
+
+
+def test_the_groups_that_begin_early_are_there() -> None:
+    named = re.findall(r'^    "(test_\w+)",$', (TESTS / "conftest.py").read_text(), re.MULTILINE)
+    assert len(named) > 5
+    assert [name for name in named if not (TESTS / "engine" / f"{name}.py").exists()] == []
