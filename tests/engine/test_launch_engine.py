@@ -82,6 +82,8 @@ def test_a_server_generates_is_copied_as_a_client_and_ends_with_close(
         # A fork has its libraries where its parent has them, and a process that starts Python anew has not.
         forked = [pid for pid in handles[1:] if libraries_of(pid) == libraries_of(server.pid)]
         assert len(forked) == (0 if has_accelerator() else 2), "on the CPU: a scheduler and a detokenizer"
+        maps = Path(f"/proc/{server.pid}/maps").read_text()
+        assert has_accelerator() or "cutlass" not in maps, "flashinfer is imported, whose kernels no CPU runs"
         with watched(handles) as group:
             server.close()
             assert still_running(group, timeout_s=5) == []
