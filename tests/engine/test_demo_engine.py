@@ -148,6 +148,7 @@ def test_serve_prints_lines_that_work_and_ends_on_sigterm(serving: tuple[subproc
 
 
 def test_serve_tells_what_sglang_refused(smol_dir: str, tmp_path: Path) -> None:
+    """In the words of `LaunchError`, which `launch` raises where SGLang does not know an argument."""
     command = [sys.executable, "-m", "torchrl_sglang_hidden", "serve", smol_dir, "--log-file", str(tmp_path / "log")]
     done = subprocess.run(
         [*command, "--no-such-argument", "1"], capture_output=True, text=True, check=False, timeout=300
@@ -155,3 +156,4 @@ def test_serve_tells_what_sglang_refused(smol_dir: str, tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("Error: the server ended with exit code 2")
     assert "unrecognized arguments: --no-such-argument 1" in done.stderr
+    assert str(tmp_path / "log") in done.stderr
