@@ -68,6 +68,8 @@ pytestmark = pytest.mark.timeout(600 + 120 * ROUNDS)
 # A call of `LONG` takes longer, so that the moment is in its middle, or before its first token.
 MOMENTS_S = (0.0, 1.0)
 CUT_S = 5.0
+# More than a full memory has left, and less than an answer needs.
+FULL_BYTES = 300_000
 # From a death to the error. A scheduler's is seen by SGLang's own watchdog.
 DEATH_S = 15.0
 # From a trainer's death to the moment at which the server answers again.
@@ -196,15 +198,21 @@ def full_disk(site: FaultSite, chance: random.Random, directory: Path) -> None:
 
 def full_shared_memory(site: FaultSite, chance: random.Random) -> None:
     """An answer that has no room there comes as text; weights that have none are an error."""
-    requests = [
-        Request(tuple(prompt_of(900, seed)), {"max_new_tokens": 2, "temperature": 0}, hidden=HiddenSpec(tokens=True))
-        for seed in (1, 2)
-    ]
+    # Of two layers: a smaller answer is text anyway.
+    hidden, greedy = HiddenSpec(tokens=True, layers=(0, -1)), {"max_new_tokens": 2, "temperature": 0}
+    requests = [Request(tuple(prompt_of(900, seed)), greedy, hidden=hidden) for seed in (1, 2)]
+
+    def shared_bytes() -> int:
+        return site.client.server_counters().shared_bytes
+
+    before = shared_bytes()
     whole = site.client.generate(requests)
-    start = time.monotonic()
-    with full_memory(chance.randrange(300_000), site.scheduler()):
+    assert shared_bytes() - before > 2 * FULL_BYTES
+    before, start = shared_bytes(), time.monotonic()
+    with full_memory(chance.randrange(FULL_BYTES), site.scheduler()):
         found = site.client.generate(requests)
     site.note("shared memory full, an answer", "the right answer", time.monotonic() - start)
+    assert shared_bytes() == before
     for one, other in zip(found, whole, strict=True):
         assert one.token_rows is not None
         assert other.token_rows is not None
