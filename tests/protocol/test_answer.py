@@ -420,7 +420,7 @@ def test_an_answer_that_did_not_come_whole(case: str) -> None:
         unpack_answer(answer, "row 5", D)
 
 
-@pytest.mark.parametrize("protocol", [None, 1, 2, 3, 4, 5, 6, 8, "7"])
+@pytest.mark.parametrize("protocol", [None, 1, 2, 3, 4, 5, 6, 7, 9, "8"])
 def test_an_answer_of_another_protocol(protocol: Any) -> None:
     answer = sent(pools_of(), "text")
     answer[0]["protocol"] = protocol

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,6 +72,8 @@ class Manager:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("sglang", "sglang.srt"):  # else Python would load them first
+        monkeypatch.setitem(sys.modules, package, ModuleType(package))
     monkeypatch.setitem(sys.modules, "sglang.srt.managers", SimpleNamespace(io_struct=INPUTS))
     for name, value in (("_POLL_S", 0.001), ("GRACE_S", 0.01), ("_remove_files", lambda: None)):
         monkeypatch.setattr(update_watch, name, value)
