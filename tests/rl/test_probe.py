@@ -10,7 +10,7 @@ import torch
 
 from torchrl_sglang_hidden import InputError, InputTypeError
 from torchrl_sglang_hidden.rl import effective_rank, layer_sweep, linear_probe, pairwise_cosine, state_variance
-from torchrl_sglang_hidden.rl.probe import _Ridge
+from torchrl_sglang_hidden.rl.ridge import Ridge
 
 
 def normal(rows: int, size: int, seed: int = 0) -> torch.Tensor:
@@ -78,7 +78,8 @@ def test_noise_is_not() -> None:
 def test_the_ridge_is_the_textbooks() -> None:
     """The prediction solves (XᵀX + α) w = Xᵀy, and the strength is the one whose left-out rows are predicted best."""
     train, test, targets = normal(30, 5), normal(7, 5, seed=1), normal(30, 2, seed=2).double()
-    strength, found = _Ridge(train.double(), test.double()).fit(targets)
+    fit = Ridge(train.double()).fit(targets)
+    strength, found = fit.strength, fit.predict(test.double())
     mean, deviation = train.double().mean(0), train.double().std(0)
     features, others = (train - mean) / deviation, (test - mean) / deviation
     unit = torch.linalg.svdvals(features).square().mean()

@@ -14,11 +14,10 @@ import torch
 
 from torchrl_sglang_hidden.errors import InputError, InputTypeError
 from torchrl_sglang_hidden.rl.measures import check_rows
+from torchrl_sglang_hidden.rl.ridge import Ridge
 
 __all__ = ["ProbeResult", "linear_probe"]
 
-# Strengths that are tried, in units of the mean squared singular value of the features.
-_STRENGTHS = tuple(10.0**power for power in range(-6, 4))
 _FEWEST = 8
 
 
@@ -91,13 +90,13 @@ def linear_probe(
     values_NM = columns.values.to(states_ND.device)
     generator = torch.Generator().manual_seed(seed)
     train, test = (part.to(states_ND.device) for part in _split(groups, len(states_ND), test_fraction, generator))
-    ridge = _Ridge(states_ND[train].double(), states_ND[test].double())
+    ridge, test_states = Ridge(states_ND[train].double()), states_ND[test].double()
     both = torch.cat([train, test])
 
     def score_of(ordered_NM: torch.Tensor) -> tuple[float, float]:
         train_NM, test_NM = ordered_NM[: len(train)], ordered_NM[len(train) :]
-        strength, predicted = ridge.fit(train_NM)
-        return columns.score(predicted, test_NM, train_NM), strength
+        fit = ridge.fit(train_NM)
+        return columns.score(fit.predict(test_states), test_NM, train_NM), fit.strength
 
     ordered_NM = values_NM[both]
     score, strength = score_of(ordered_NM)
@@ -182,40 +181,3 @@ def _split(
     if len(train) < 2:
         raise InputError(f"groups leave {len(train)} rows for training; needs at least 2: lower test_fraction")
     return train, test
-
-
-class _Ridge:
-    """Ridge regression on standardised features, whose decomposition is computed once.
-
-    Args:
-        train: features to fit to, float64 ``[N, D]``.
-        test: features to predict from, float64 ``[M, D]``.
-    """
-
-    def __init__(self, train: torch.Tensor, test: torch.Tensor) -> None:
-        mean, deviation = train.mean(0), train.std(0)
-        # A dimension that does not vary tells nothing, and would be divided by nothing.
-        scale = torch.where(deviation > 1e-9 * deviation.max(), 1 / deviation, 0)
-        self._left, self._values, right = torch.linalg.svd((train - mean) * scale, full_matrices=False)
-        self._test = ((test - mean) * scale) @ right.T
-        self._unit = self._values.square().mean().clamp(min=torch.finfo(torch.float64).tiny)
-
-    def fit(self, targets: torch.Tensor) -> tuple[float, torch.Tensor]:
-        """Return the strength with the least leave-one-out error, and what it predicts of the test rows.
-
-        The error of a row that is left out is its residual over ``1 - h``, with h its leverage (Hastie et al. 2009,
-        "The Elements of Statistical Learning", section 7.10; the mean is fitted too, so that h has a 1 / N).
-        """
-        mean = targets.mean(0)
-        projected = self._left.T @ (targets - mean)
-        best: tuple[float, float, torch.Tensor] | None = None
-        for strength in _STRENGTHS:
-            shrunk = self._values.square() / (self._values.square() + strength * self._unit)
-            residual = targets - mean - self._left @ (shrunk[:, None] * projected)
-            leverage = self._left.square() @ shrunk + 1 / len(targets)
-            error = float((residual / (1 - leverage).clamp(min=1e-9)[:, None]).square().sum())
-            if best is None or error < best[0]:
-                inverse = self._values / (self._values.square() + strength * self._unit)
-                best = error, strength, mean + self._test @ (inverse[:, None] * projected)
-        assert best is not None  # there are strengths
-        return best[1], best[2]
