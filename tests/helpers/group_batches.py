@@ -41,7 +41,7 @@ def rollout(
     for turn in range(turns):
         last = turn == turns - 1
         tokens = 2 + (seed + turn) % 3
-        value = normal(1) if reward is None else torch.tensor([reward if last else 0.0])
+        value = normal(1) if reward is None else torch.tensor([float(reward) if last else 0.0])
         done = torch.tensor([last])
         steps.append(
             TensorDict(
@@ -72,9 +72,9 @@ def dense(rollouts: list[list[TensorDictBase]]) -> TensorDictBase:
 
 
 def groups(
-    questions: int, size: int, *, seed: int = 0, turns: int = 1, **options: object
+    questions: int, group_size: int, *, seed: int = 0, turns: int = 1, **options: object
 ) -> list[list[TensorDictBase]]:
-    """Return ``size`` rollouts of each question, those of a question in turn with those of the others."""
+    """Return ``group_size`` rollouts of each question, those of a question in turn with those of the others."""
     return [
         rollout(f"question {question}", turns=turns, seed=seed + 100 * number + question, **options)  # type: ignore[arg-type]
         for number in range(group_size)

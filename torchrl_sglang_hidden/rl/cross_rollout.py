@@ -50,8 +50,9 @@ class CrossRolloutBaseline(GroupTransform):
             whose mean estimates the same. Mean and deviation over all turns' tokens are read. None: states alone.
         window: rollouts that the probe is fitted to, the newest.
         min_rollouts: as long as the window has fewer, the baseline is the mean return of the others in the group.
-        baseline_key, advantage_key: where both are written, at every step, in shape and dtype of the rewards. The
-            advantage is the sum of the rollout's rewards without its baseline, and is not divided by a deviation.
+        baseline_key, advantage_key, value_target_key: what is written at every step, in shape and dtype of the rewards.
+            The advantage is the rollout's return, the sum of its rewards, without its baseline, and is not divided by a
+            deviation. The value target is the return, for losses that train a critic too, such as ``ClipPPOLoss``.
         group_key: a string or tensor that is the same in all rollouts of a group; ChatEnv's question.
         reward_key, done_key: as in ``MCAdvantage``.
         ablate: a control: ``"zero"``: no features, so that the baseline is the mean return of the window;
@@ -80,6 +81,7 @@ class CrossRolloutBaseline(GroupTransform):
         min_rollouts: int = 32,
         baseline_key: NestedKey = "baseline",
         advantage_key: NestedKey = "advantage",
+        value_target_key: NestedKey = "value_target",
         group_key: NestedKey = "query",
         reward_key: NestedKey = ("next", "reward"),
         done_key: NestedKey = ("next", "done"),
@@ -104,9 +106,10 @@ class CrossRolloutBaseline(GroupTransform):
         self.prompt_state_key, self.end_state_key = unravel_key(prompt_state_key), unravel_key(end_state_key)
         self.entropy_key = None if entropy_key is None else unravel_key(entropy_key)
         self.baseline_key, self.advantage_key = unravel_key(baseline_key), unravel_key(advantage_key)
+        self.value_target_key = unravel_key(value_target_key)
         read = [self.prompt_state_key, self.end_state_key, *([] if self.entropy_key is None else [self.entropy_key])]
         self.in_keys = [*read, self.group_key, self.reward_key, self.done_key]
-        self.out_keys = [self.baseline_key, self.advantage_key]
+        self.out_keys = [self.baseline_key, self.advantage_key, self.value_target_key]
         self.window, self.min_rollouts, self.ablate = window, min_rollouts, ablate
         self._shuffler = Shuffler()
         self._features_NF: torch.Tensor | None = None
@@ -171,10 +174,15 @@ class CrossRolloutBaseline(GroupTransform):
         return group.returns_G if self.ablate == "own" else _means_of_others(group.returns_G)
 
     def _write(self, group: Group, values_G: torch.Tensor) -> None:
-        for rollout, value, advantage in zip(group.rollouts, values_G, group.returns_G - values_G, strict=True):
-            steps, rewards = rollout.steps, rollout.rewards
-            steps.set(self.baseline_key, value.to(rewards).expand(rewards.shape).clone())
-            steps.set(self.advantage_key, advantage.to(rewards).expand(rewards.shape).clone())
+        returns_G = group.returns_G
+        for index, rollout in enumerate(group.rollouts):
+            value, target = values_G[index], returns_G[index]
+            for key, number in (
+                (self.baseline_key, value),
+                (self.advantage_key, target - value),
+                (self.value_target_key, target),
+            ):
+                rollout.steps.set(key, number.to(rollout.rewards).expand(rollout.rewards.shape).clone())
 
     def _learn(self, features_NF: torch.Tensor, targets_N: torch.Tensor) -> None:
         """Put rollouts into the window, the newest last."""
