@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.group_batches import SIZE, dense, groups, ragged, return_of, rollout, states_of
+from helpers.group_references import Probe
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import nn
@@ -25,46 +26,11 @@ from torchrl.objectives import ClipPPOLoss
 from torchrl_sglang_hidden import InputError, InputTypeError, MissingKeyError
 from torchrl_sglang_hidden.rl import CrossRolloutBaseline, make_value_head
 
-STRENGTHS = [10.0**power for power in range(-6, 4)]
 ENTROPY = ("sampling", "entropy")
 Rollouts = list[list[TensorDictBase]]
 
 
 # --- the reference ----------------------------------------------------------------------------------------------------
-
-
-def solve(features: torch.Tensor, targets: torch.Tensor, alpha: Any, row: torch.Tensor) -> torch.Tensor:
-    """Predict one row by (XᵀX + α) w = Xᵀy on centred features and targets."""
-    centre = features.mean(0)
-    gram = (features - centre).T @ (features - centre) + alpha * torch.eye(features.shape[1], dtype=torch.float64)
-    weights = torch.linalg.solve(gram, (features - centre).T @ (targets - targets.mean()))
-    return targets.mean() + (row - centre) @ weights
-
-
-class Probe:
-    """Ridge regression, whose strength is chosen by leaving out one row after the other."""
-
-    def __init__(self, features: torch.Tensor, targets: torch.Tensor) -> None:
-        self.mean, self.deviation = features.mean(0), features.std(0)
-        self.features, self.targets = self._standard(features), targets
-        unit = torch.linalg.svdvals(self.features - self.features.mean(0)).square().mean()
-        errors = {}
-        for strength in STRENGTHS:
-            left_out = []
-            for row in range(len(targets)):
-                kept = torch.arange(len(targets)) != row
-                # The fitted mean is that of the other rows; features stay as all rows standardised them.
-                value = solve(self.features[kept], targets[kept], strength * unit, self.features[row])
-                left_out.append(float(targets[row] - value) ** 2)
-            errors[strength] = sum(left_out)
-        self.alpha = min(errors, key=lambda key: errors[key]) * unit
-
-    def _standard(self, features: torch.Tensor) -> torch.Tensor:
-        return (features - self.mean) / torch.where(self.deviation > 0, self.deviation, 1)
-
-    def __call__(self, row: torch.Tensor) -> float:
-        value = float(solve(self.features, self.targets, self.alpha, self._standard(row)))
-        return min(max(value, float(self.targets.min())), float(self.targets.max()))
 
 
 def features_of(steps: list[TensorDictBase], entropy: bool) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.group_batches import dense, groups, ragged, return_of, rollout
+from helpers.group_references import bonuses, closeness
 from tensordict import TensorDictBase
 
 from torchrl_sglang_hidden import InputError, InputTypeError
@@ -22,20 +23,6 @@ Rollouts = list[list[TensorDictBase]]
 # --- references -------------------------------------------------------------------------------------------------------
 
 
-def bonuses(states: torch.Tensor, ridge: float) -> list[float]:
-    """sqrt(phi^T (lambda I + sum of the others' phi phi^T)^-1 phi), with an inverse for each."""
-    centred = states.double() - states.double().mean(0)
-    strength = ridge * centred.square().sum(-1).mean()
-    found = []
-    for own in range(len(centred)):
-        matrix = strength * torch.eye(centred.shape[1], dtype=torch.float64)
-        for other in range(len(centred)):
-            if other != own:
-                matrix += torch.outer(centred[other], centred[other])
-        found.append(math.sqrt(float(centred[own] @ torch.linalg.inv(matrix) @ centred[own])))
-    return found
-
-
 def mean_state(steps: list[TensorDictBase]) -> torch.Tensor:
     """The mean over all tokens of all turns."""
     rows = [
@@ -43,21 +30,6 @@ def mean_state(steps: list[TensorDictBase]) -> torch.Tensor:
         for step in steps
     ]
     return torch.cat(rows).mean(0)
-
-
-def closeness(states: torch.Tensor, iterations: int, bandwidth: float) -> list[float]:
-    """exp(-d / (bandwidth median d)) to the centroid, which is estimated with these as weights again and again."""
-    units = [state / math.sqrt(float(state @ state)) for state in states.double()]
-    weights = [1.0] * len(units)
-    for _ in range(iterations + 1):
-        total = sum(weight * unit for weight, unit in zip(weights, units, strict=True))
-        centroid = total / math.sqrt(float(total @ total))
-        far = [1 - float(unit @ centroid) for unit in units]
-        ordered = sorted(far)
-        half = len(far) // 2
-        median = ordered[half] if len(far) % 2 else (ordered[half - 1] + ordered[half]) / 2
-        weights = [math.exp(-one / (bandwidth * median)) for one in far]
-    return weights
 
 
 def numbers(out: TensorDictBase, key: str, write: Rollouts) -> list[float]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.group_references import rank
 from helpers.policy_batches import batch_of, make
 from tensordict import TensorDict, TensorDictBase, lazy_stack
 from torchrl.data import LazyStackStorage, ReplayBuffer
@@ -15,14 +16,6 @@ from torchrl_sglang_hidden import HiddenSpec, InputError, InputTypeError, Missin
 from torchrl_sglang_hidden.rl import EffectiveRank
 
 KEY = ("token_hidden_states", "response")
-
-
-def rank(states: torch.Tensor, centre: bool = True) -> float:
-    """Roy and Vetterli 2007, by a decomposition of the matrix itself."""
-    rows = states.double() - states.double().mean(0) * centre
-    values = torch.linalg.svdvals(rows)
-    shares = [float(value / values.sum()) for value in values if value > 1e-8 * values[0]]
-    return math.exp(-sum(share * math.log(share) for share in shares))
 
 
 def rows_of(lengths: list[int], layers: int | None = None, size: int = 5) -> list[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""`make_reward_head` and `BradleyTerryLoss`: the formula, what they learn from pairs, and TorchRL's own loss beside it."""
+"""`make_reward_head` and `BradleyTerryLoss`: the formula, what they learn from pairs, and TorchRL's own loss."""
 
 from __future__ import annotations
 
