@@ -184,8 +184,7 @@ def test_it_takes_off_what_the_states_tell_of_a_prompt() -> None:
     for seed in range(2):
         probe, zero, shuffle, own = (worth(ablate, seed) for ablate in (None, "zero", "shuffle", "own"))
         assert probe < 0.35, "that of samples; the mean of the one other rollout has 0.5"
-        assert zero > 1
-        assert shuffle > 1
+        assert min(zero, shuffle) > 2 * probe
         assert own < 0.05, "a baseline that knows the rollout's own end leaves nothing to learn from"
 
 

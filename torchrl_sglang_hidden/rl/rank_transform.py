@@ -78,8 +78,8 @@ class EffectiveRank(Transform):  # type: ignore[misc]
                 f"{self.state_key!r} has shape {tuple(states.shape)} in a batch of {tuple(tensordict.batch_size)}; "
                 "expected [*batch, T, D] or [*batch, T, K, D]: name the states of tokens"
             )
-        layers_TKD = states.detach().reshape(-1, states.shape[tensordict.ndim], *states.shape[-2:][dims - 3 :])
-        layers = layers_TKD if dims == 3 else layers_TKD.unsqueeze(-2)
+        rows = states.detach().flatten(0, tensordict.ndim - 1) if tensordict.ndim else states.detach().unsqueeze(0)
+        layers = rows if dims == 3 else rows.unsqueeze(-2)
         ranks = torch.tensor([[self._rank(layer_TD) for layer_TD in row.unbind(1)] for row in layers])
         ranks = ranks.reshape(*tensordict.batch_size, -1).to(states.device)
         return ranks if dims == 3 else ranks[..., 0]
