@@ -75,6 +75,8 @@ def closeness(states: torch.Tensor, iterations: int, bandwidth: float) -> list[f
 
 def rank(states: torch.Tensor, centre: bool = True) -> float:
     """Roy and Vetterli 2007, by a decomposition of the matrix itself."""
+    if len(states) < 2:
+        return math.nan
     rows = states.double() - states.double().mean(0) * centre
     values = torch.linalg.svdvals(rows)
     shares = [float(value / values.sum()) for value in values if value > 1e-8 * values[0]]
