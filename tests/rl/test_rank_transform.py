@@ -96,7 +96,7 @@ def test_states_of_every_dtype(dtype: torch.dtype) -> None:
         (
             lambda: EffectiveRank("x")(TensorDict(x=torch.ones(2, 3), batch_size=[2])),
             InputError,
-            "expected .batch, T, D",
+            "expected .*T, D",
         ),
         (
             lambda: EffectiveRank("x")(TensorDict(x=torch.ones(2, 3, 4).long(), batch_size=[2])),

@@ -21,7 +21,8 @@ class EffectiveRank(Transform):  # type: ignore[misc]
     ``centre=False`` and the rank of shuffled tokens, which is the same: the order of tokens does not matter to it.
 
     A function of a batch, ``rank(batch)``; the ``postproc`` of a collector; or a replay buffer's transform, which
-    measures what is sampled, and with ``append_transform(rank, invert=True)`` what is written.
+    measures what is sampled, and with ``append_transform(rank, invert=True)`` what is written. It is no environment's:
+    there the states of tokens come with the action, and not with the observation.
 
     Args:
         state_key: where the token states stand, ragged or padded ``[*batch, T, D]``, or ``[*batch, T, K, D]``:
@@ -58,6 +59,10 @@ class EffectiveRank(Transform):  # type: ignore[misc]
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the ranks into a batch of any shape, and return it."""
         return tensordict.set(self.out_key, self._ranks(tensordict))
+
+    def _call(self, tensordict: TensorDictBase) -> TensorDictBase:
+        # What TorchRL calls when data are written, where the transform is inverted.
+        return self.forward(tensordict)
 
     def _ranks(self, tensordict: TensorDictBase) -> torch.Tensor:
         # Row by row down every dimension: a lazy stack's leaves are ragged, and a stack may hold another.
