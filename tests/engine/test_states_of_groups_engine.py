@@ -56,10 +56,8 @@ class Conversation:
         self.steps = steps
         self.truths = []
         for step in steps:
-            tokens, mask = step["tokens"], step["masks"].all_assistant_mask
-            self.truths.append(
-                hf_oracle.teacher_force(smol_dir, tokens.full[~mask].tolist(), tokens.full[mask].tolist())
-            )
+            tokens = step["tokens"]
+            self.truths.append(hf_oracle.teacher_force(smol_dir, tokens.prompt.tolist(), tokens.response.tolist()))
         self.total = sum(float(step["next", "reward"]) for step in steps)
         rows = [truth.rows("response").double() for truth in self.truths]
         self.mean = torch.cat(rows).mean(0)
@@ -141,8 +139,8 @@ def test_from_rollouts_to_a_step(smol: SGLangServer, smol_dir: str, tokenizer: P
     sample = buffer.sample()
     model = load_trainer(smol_dir).eval()
     trainer = TransformersWrapper(model, tokenizer=tokenizer, input_mode="tokens", generate=False)
-    losses = GRPOLoss(trainer, entropy_bonus=False, masking_strategy="rlhf")(sample)
-    tokens = [int(mask.sum()) for mask in sample.get(("masks", "all_assistant_mask"), as_list=True)]
+    losses = GRPOLoss(trainer, entropy_bonus=False)(sample)
+    tokens = [len(ids) for ids in sample.get(("tokens", "response"), as_list=True)]
     advantages = sample["advantage"].flatten().tolist()
     mean = sum(count * one for count, one in zip(tokens, advantages, strict=True)) / sum(tokens)
     assert float(losses.loss_objective) == pytest.approx(-mean, abs=1e-3)
