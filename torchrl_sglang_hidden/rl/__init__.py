@@ -8,6 +8,7 @@ from __future__ import annotations
 from torchrl_sglang_hidden.rl.actor_critic import make_actor_critic
 from torchrl_sglang_hidden.rl.centroid import CentroidReward
 from torchrl_sglang_hidden.rl.cross_rollout import CrossRolloutBaseline
+from torchrl_sglang_hidden.rl.distillation import VocabularyDistillationLoss
 from torchrl_sglang_hidden.rl.drift import Drift, state_drift
 from torchrl_sglang_hidden.rl.exploration import ExplorationBonus
 from torchrl_sglang_hidden.rl.layer_sweep import LayerMeasures, layer_sweep
@@ -35,8 +36,10 @@ from torchrl_sglang_hidden.rl.record import record_hidden_states
 from torchrl_sglang_hidden.rl.recording import Recording, load_recording
 from torchrl_sglang_hidden.rl.report import write_report
 from torchrl_sglang_hidden.rl.reward_head import BradleyTerryLoss, make_reward_head
+from torchrl_sglang_hidden.rl.teacher_states import RetrieveTeacherStates
 from torchrl_sglang_hidden.rl.transform import HiddenStateTransform
 from torchrl_sglang_hidden.rl.value_head import make_value_head
+from torchrl_sglang_hidden.rl.vocabulary_divergence import vocabulary_divergence
 
 __all__ = [
     "BradleyTerryLoss",
@@ -50,7 +53,9 @@ __all__ = [
     "LayerMeasures",
     "ProbeResult",
     "Recording",
+    "RetrieveTeacherStates",
     "Variance",
+    "VocabularyDistillationLoss",
     "add_next_states",
     "effective_rank",
     "layer_sweep",
@@ -71,5 +76,6 @@ __all__ = [
     "singular_values",
     "state_drift",
     "state_variance",
+    "vocabulary_divergence",
     "write_report",
 ]
