@@ -365,7 +365,7 @@ def test_states_and_log_probs_of_the_same_ids(padded: bool, after: bool) -> None
     where = batch["next"] if after else batch
     for row, source, known in zip(where.unbind(0), batch.unbind(0), ids, strict=True):
         real = source.get(("masks", "all_attention_mask"))
-        torch.testing.assert_close(row.get(("teacher_states", "full"))[real], states_ND(known, len(known)))
+        torch.testing.assert_close(row.get(("teacher_states", "full"))[real], states_ND(known, [0]))
         expected = [0.0, *(log_prob_of(token) for token in known[1:])]
         torch.testing.assert_close(row.get(("teacher_log_probs", "full"))[real], torch.tensor(expected))
         assert not row.get(("teacher_states", "full"))[~real].any()
