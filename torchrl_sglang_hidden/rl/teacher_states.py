@@ -127,8 +127,8 @@ def _check_tokenizers(student: Any, teacher: Any) -> None:
     for token, index in own.items():
         if other.get(token) != index:
             raise InputError(
-                f"tokenizer: token {token!r:.80} has id {index}, and {other.get(token)} in the teacher's tokenizer; a "
-                "teacher must have the student's vocabulary"
+                f"tokenizer: token {token!r:.80} has id {index}, and {other.get(token)} in the teacher's tokenizer; "
+                "expected the student's vocabulary: give another teacher"
             )
 
 

@@ -148,8 +148,8 @@ def _shared_vocabulary(
         teacher = logits_from_hidden(teacher_states_ND[:1], teacher_head).shape[-1]
     if vocab_size is None and student != teacher:
         raise InputError(
-            f"the student's head has {student} tokens and the teacher's {teacher}; where both are padded behind one "
-            "vocabulary give its size as vocab_size, and take another teacher otherwise"
+            f"the student's head has {student} tokens and the teacher's {teacher}; give the size of their vocabulary "
+            "as vocab_size where both are padded behind it, and another teacher otherwise"
         )
     if vocab_size is not None and vocab_size > min(student, teacher):
         raise InputError(
@@ -162,7 +162,7 @@ def _shared_vocabulary(
 def _check_tokens(tokens_N: torch.Tensor, num_tokens: int) -> torch.Tensor:
     outside = tokens_N[(tokens_N < 0) | (tokens_N >= num_tokens)]
     if outside.numel():
-        raise TokenIdError(f"tokens_N: id {int(outside[0])}; the heads have ids 0..{num_tokens - 1}")
+        raise TokenIdError(f"tokens_N: id {int(outside[0])}; expected ids in 0..{num_tokens - 1}")
     return tokens_N.to(torch.int64)
 
 
