@@ -54,11 +54,11 @@ def compare_ways(server: LaunchedServer, head: Any, *, prompts: int, tokens: int
             def measure(sequences: list[list[int]]) -> Call:
                 settle(client)
                 asked = ragged(tokens=sequences, full=True)
-                (before,) = server.server_counters()
+                before = server.server_counters()
                 start = time.perf_counter()
                 found = policies[name](asked)
                 seconds = time.perf_counter() - start
-                (after,) = server.server_counters()
+                after = server.server_counters()
                 sent = after.answer_bytes - before.answer_bytes
                 return Call(seconds, found, {"bytes_per_token": sent / (prompts * tokens)})
 
