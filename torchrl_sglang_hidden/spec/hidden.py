@@ -15,15 +15,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
 from torchrl_sglang_hidden.errors import InputError, InputTypeError
-from torchrl_sglang_hidden.spec.spans import Between, LastTokens, Span
+from torchrl_sglang_hidden.spec.span_base import POOLINGS as POOLINGS
+from torchrl_sglang_hidden.spec.span_base import Pooling as Pooling
+from torchrl_sglang_hidden.spec.span_base import own_pooling
+from torchrl_sglang_hidden.spec.spans import Span, is_of_response
 
 SegmentName = Literal["prompt", "response", "full"]
-Pooling = Literal["mean", "last", "max", "sum"]
 
 
 class Segment(StrEnum):
@@ -54,7 +56,6 @@ class Segment(StrEnum):
 
 
 SEGMENTS: tuple[Segment, ...] = tuple(Segment)
-POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -100,7 +101,9 @@ class HiddenSpec:
         dtype: floating dtype of what is returned. float32 goes into ``ValueOperator`` and GAE as it is. Token states
             of a float32 model travel as bfloat16 where this says so, half the bytes.
         spans: parts of the prompt or the response to pool as well, by names of yours: `LastTokens`, `TokenMask`,
-            `Turn`, `Role`, `Between`.
+            `Turn`, `Role`, `Image`, `Between`, `At`, `Each`, `Window`, `Every`. Each has a ``pooling`` of its own:
+            ``"spec"``, the default of most, is the pooling above, and None, the default of `Each` and `Every`, leaves
+            the S rows of a span as they are, ``[S, D]``, at most 4096 of them.
 
     Raises:
         InputError: a value outside these.
@@ -135,12 +138,12 @@ class HiddenSpec:
             raise InputTypeError(f"HiddenSpec(dtype={self.dtype!r}): expected a torch.dtype, such as torch.float32")
         if self.dtype not in FLOAT_DTYPES:
             raise InputError(f"HiddenSpec(dtype={self.dtype}): expected one of {FLOAT_DTYPES}")
-        if self.pooling == "sum" and self.dtype == torch.float16:
+        self._check_spans()
+        if "sum" in (self.pooling, *map(self.pooling_of, self.spans)) and self.dtype == torch.float16:
             raise InputError(
                 "HiddenSpec(pooling='sum', dtype=torch.float16): sums of many rows pass 65504, the largest float16, "
                 "and would become inf; use torch.float32 or torch.bfloat16"
             )
-        self._check_spans()
         if self.pooling is None and (self.spans or not self.tokens):
             raise InputError(
                 f"HiddenSpec(pooling=None, tokens={self.tokens}, spans={list(self.spans)}): without pooling there are "
@@ -174,7 +177,8 @@ class HiddenSpec:
                 )
             if not isinstance(span, Span):
                 raise InputTypeError(
-                    f"HiddenSpec(spans={{{name!r}: {span!r}}}): expected LastTokens, TokenMask, Turn, Role or Between"
+                    f"HiddenSpec(spans={{{name!r}: {span!r}}}): expected LastTokens, TokenMask, Turn, Role, Image, "
+                    "Between, At, Each, Window or Every"
                 )
 
     @property
@@ -185,9 +189,16 @@ class HiddenSpec:
     @property
     def needs_response(self) -> bool:
         """Whether anything of the response is wanted, so that a response must be generated."""
-        return reads_response(self.segments) or any(
-            isinstance(span, (LastTokens, Between)) and span.segment == "response" for span in self.spans.values()
-        )
+        return reads_response(self.segments) or any(map(is_of_response, self.spans.values()))
+
+    def pooling_of(self, name: str) -> Pooling | None:
+        """Return how a span is pooled: its own pooling, or the spec's."""
+        return own_pooling(self.spans[name].pooling, self.pooling)
+
+    @property
+    def unpooled(self) -> tuple[str, ...]:
+        """The names of the spans whose rows stay as they are, ``[S, D]``."""
+        return tuple(name for name in self.spans if self.pooling_of(name) is None)
 
 
 def canonical_layer(layer: int, num_layers: int) -> int:
