@@ -90,6 +90,10 @@ if TYPE_CHECKING:
     from torchrl_sglang_hidden.spec.constraints.temperature import TemperatureScale as TemperatureScale
     from torchrl_sglang_hidden.spec.hidden import HiddenSpec as HiddenSpec
     from torchrl_sglang_hidden.spec.logits import LogitsSpec as LogitsSpec
+    from torchrl_sglang_hidden.spec.places import At as At
+    from torchrl_sglang_hidden.spec.places import Each as Each
+    from torchrl_sglang_hidden.spec.places import Every as Every
+    from torchrl_sglang_hidden.spec.places import Window as Window
     from torchrl_sglang_hidden.spec.spans import Between as Between
     from torchrl_sglang_hidden.spec.spans import Image as Image
     from torchrl_sglang_hidden.spec.spans import LastTokens as LastTokens
@@ -115,6 +119,7 @@ _MODULES = {
         "records",
     ),
     "Session": "engines.sessions",
+    **dict.fromkeys(("At", "Each", "Every", "Window"), "spec.places"),
     **dict.fromkeys(("Between", "Image", "LastTokens", "Role", "TokenMask", "Turn"), "spec.spans"),
     **dict.fromkeys(("ConstraintStep", "LogitConstraint", "known_constraints"), "spec.constraints.base"),
     **dict.fromkeys(("ActionMask", "DisallowedTokens", "TokenConstraint"), "spec.constraints.masks"),

@@ -141,12 +141,16 @@ class Pooled:
     """Holds the pooled hidden state of one segment or span of one request.
 
     Args:
-        vector: float32 ``[D]``; ``[K, D]`` where the layers were given as a tuple.
+        vector: float32 ``[D]``; ``[K, D]`` where the layers were given as a tuple. Of a span without a pooling its S
+            rows, ``[S, D]`` or ``[S, K, D]``. Of a span that may be empty, and is, NaN, or no rows.
         count: the number of rows that were pooled. It was checked against the number of tokens.
+        places: of a span without a pooling, and of `At` and `Each` of a response, which rows of the prompt or the
+            response these are, in order; else None.
     """
 
     vector: torch.Tensor
     count: int
+    places: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ from torchrl_sglang_hidden.records import Completion, EngineInfo, Request, Token
 from torchrl_sglang_hidden.reduce.columns import select_columns
 from torchrl_sglang_hidden.reduce.constraining import constrain
 from torchrl_sglang_hidden.reduce.entropy import entropy_rows
-from torchrl_sglang_hidden.reduce.pooling import HostPools
+from torchrl_sglang_hidden.reduce.host_pools import HostPools
 from torchrl_sglang_hidden.reduce.token_logits import NextToken, RequestLogits, keep_rows
 from torchrl_sglang_hidden.reduce.wanted_logits import FoundLogits, WantedLogits
 from torchrl_sglang_hidden.server.next_tokens import StepLogits

@@ -23,7 +23,8 @@ from helpers.reference_pooling import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchrl_sglang_hidden.reduce.pooling import HostPools, Pools
+from torchrl_sglang_hidden.reduce.host_pools import HostPools
+from torchrl_sglang_hidden.reduce.pooling import Pools
 from torchrl_sglang_hidden.reduce.reducers import Sum, reduce_rows
 from torchrl_sglang_hidden.reduce.wanted import BLOCK, PromptStep, Wanted
 from torchrl_sglang_hidden.spec.hidden import POOLINGS, SEGMENTS

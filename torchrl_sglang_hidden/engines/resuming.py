@@ -123,7 +123,9 @@ def join_completions(request: Request, first: Completion, rest: Completion) -> C
             if isinstance(span, PromptSpan) and name in first.spans:
                 spans[name] = first.spans[name]
             elif isinstance(span, LastTokens) and len(rest.response_ids) >= span.count and name in rest.spans:
-                spans[name] = rest.spans[name]
+                found, done = rest.spans[name], len(first.response_ids)
+                places = None if found.places is None else tuple(done + row for row in found.places)
+                spans[name] = replace(found, places=places)
             elif error is None:
                 error = SpanError(
                     f"span {name!r}: the response came in two parts, and the span is not in the second; ask for "

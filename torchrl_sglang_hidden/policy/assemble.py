@@ -16,14 +16,14 @@ from tensordict import NonTensorData, TensorDict, TensorDictBase, lazy_stack
 from tensordict.utils import NestedKey
 from torchrl.modules.llm.policies import ChatHistory, LogProbs, Masks, Text, Tokens
 
-from torchrl_sglang_hidden.errors import InputError
 from torchrl_sglang_hidden.policy.assemble_chat import chat_of_row
 from torchrl_sglang_hidden.policy.assemble_logits import logits_of_row
+from torchrl_sglang_hidden.policy.assemble_states import most_rows, pooled_states, token_states
 from torchrl_sglang_hidden.policy.image_rows import NO_IMAGE_ROWS, ImageRows
-from torchrl_sglang_hidden.policy.outputs import HiddenStates, Logits, OutputKeys, TokenHiddenStates
+from torchrl_sglang_hidden.policy.outputs import Logits, OutputKeys
 from torchrl_sglang_hidden.policy.rows import Row
 from torchrl_sglang_hidden.policy.sampling_rows import SampledRows
-from torchrl_sglang_hidden.records import NO_RECORDS, Completion, Pooled, SamplingRecords, TokenRows
+from torchrl_sglang_hidden.records import NO_RECORDS, Completion, SamplingRecords
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec, Segment
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 
@@ -73,6 +73,7 @@ def assemble(
     widths = (prompt_width, response_width) if pad_id is not None else None
     asked: dict[str, Any] = {"keys": keys, "hidden": hidden, "hidden_size": hidden_size, "logits": logits}
     asked |= {"num_columns": num_columns, "images": images}
+    asked["span_widths"] = None if pad_id is None else most_rows(hidden, completions)
     asked["sampled"] = SampledRows.of(records, completions)
     out = [
         _row(row, completion, widths=widths, pad_id=pad_id or 0, **asked)
@@ -110,6 +111,7 @@ def assemble_scores(
             placements = [(False,) * (width - length) + (True,) * length for length in lengths]
     asked: dict[str, Any] = {"keys": keys, "hidden": hidden, "hidden_size": hidden_size, "logits": logits}
     asked |= {"num_columns": num_columns, "images": images}
+    asked["span_widths"] = None if pad_id is None else most_rows(hidden, completions)
     out = [
         _scored_row(row, completion, placement=placement, pad_id=pad_id or 0, logits_only=logits_only, **asked)
         for row, completion, placement in zip(rows, completions, placements, strict=True)
@@ -135,6 +137,7 @@ def _row(
     hidden_size: int,
     logits: LogitsSpec | None,
     num_columns: int,
+    span_widths: Mapping[str, int] | None,
     images: ImageRows,
     sampled: SampledRows,
     widths: tuple[int, int] | None,
@@ -165,10 +168,10 @@ def _row(
         values[keys.log_probs] = _make(LogProbs, response=log_probs_T, full=full_N, padded=padded)
     if hidden is not None and hidden.pooling is not None:
         own: dict[str, str] = {str(segment): segment for segment in hidden.segments}
-        values[keys.hidden_states] = _hidden_states(row, completion, hidden, hidden_size, own)
+        values[keys.hidden_states] = pooled_states(row, completion, hidden, hidden_size, own, span_widths)
     if hidden is not None and hidden.tokens:
         positions = {str(name): Segment(name).positions(num_prompt, num_response) for name in hidden.segments}
-        values[keys.token_hidden_states] = _token_states(
+        values[keys.token_hidden_states] = token_states(
             row,
             completion,
             hidden,
@@ -219,6 +222,7 @@ def _scored_row(
     hidden_size: int,
     logits: LogitsSpec | None,
     num_columns: int,
+    span_widths: Mapping[str, int] | None,
     images: ImageRows,
     logits_only: bool,
     placement: tuple[bool, ...] | None,
@@ -245,9 +249,10 @@ def _scored_row(
             log_probs[0] = 0.0  # TorchRL's convention: the first token's, which nothing conditions
         values[keys.log_probs] = _make(LogProbs, full=placed(log_probs, NOT_MEASURED), padded=padded)
     if hidden is not None and hidden.pooling is not None:
-        values[keys.hidden_states] = _hidden_states(row, completion, hidden, hidden_size, {"full": "prompt"})
+        own = {"full": "prompt"}
+        values[keys.hidden_states] = pooled_states(row, completion, hidden, hidden_size, own, span_widths)
     if hidden is not None and hidden.tokens:
-        values[keys.token_hidden_states] = _token_states(
+        values[keys.token_hidden_states] = token_states(
             row,
             completion,
             hidden,
@@ -317,59 +322,3 @@ def _pad(values: torch.Tensor, left: int, right: int, value: float | bool) -> to
     if not (left or right):
         return values
     return torch.nn.functional.pad(values, (0, 0) * (values.ndim - 1) + (left, right), value=value)
-
-
-def _state_shape(spec: HiddenSpec, hidden_size: int) -> tuple[int, ...]:
-    return (len(spec.layers), hidden_size) if isinstance(spec.layers, tuple) else (hidden_size,)
-
-
-def _hidden_states(
-    row: Row, completion: Completion, spec: HiddenSpec, hidden_size: int, sources: Mapping[str, str]
-) -> HiddenStates:
-    """Return the pooled states of one row; ``sources`` names the completion's segment that each field takes."""
-
-    def read(pools: Mapping[Any, Pooled], name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        if row.wants_states is False or (completion.error is not None and name not in pools):
-            return torch.full(_state_shape(spec, hidden_size), NOT_MEASURED, dtype=spec.dtype), torch.tensor(0)
-        vector = pools[name].vector.to(spec.dtype)
-        if spec.dtype == torch.float16 and bool((vector.isinf() & pools[name].vector.isfinite()).any()):
-            raise InputError(
-                f"{name!r} has a state of {float(pools[name].vector.abs().max()):.6g}, over 65504, the largest "
-                "torch.float16; use HiddenSpec(dtype=torch.float32) or torch.bfloat16"
-            )
-        return vector, torch.tensor(pools[name].count)
-
-    fields: dict[str, Any] = {}
-    for field, segment in sources.items():
-        fields[field], fields[f"{field}_count"] = read(completion.hidden, segment)
-    if spec.spans:
-        spans = {name: read(completion.spans, name) for name in spec.spans}
-        fields["spans"] = TensorDict({name: vector for name, (vector, _) in spans.items()})
-        fields["span_counts"] = TensorDict({name: count for name, (_, count) in spans.items()})
-    return cast("HiddenStates", _make(HiddenStates, **fields))
-
-
-def _token_states(
-    row: Row,
-    completion: Completion,
-    spec: HiddenSpec,
-    hidden_size: int,
-    positions: Mapping[str, range],
-    *,
-    pad: Callable[[str, torch.Tensor], torch.Tensor] | None,
-) -> TokenHiddenStates:
-    """Return the states of one row's tokens: ``positions`` says which each field has, and ``pad`` pads it."""
-    fields, rows = {}, completion.token_rows
-    for field, of_field in positions.items():
-        # Of a row with an error, the rows of some fields may be there, and not those of others.
-        there = rows is not None and rows.first <= of_field.start and of_field.stop <= rows.first + len(rows.rows_ND)
-        if row.wants_states is False or (completion.error is not None and not there):
-            num_rows = 0 if pad is None else len(of_field)
-            none_ND = torch.empty((num_rows, *_state_shape(spec, hidden_size)), dtype=spec.dtype)
-            fields[field] = none_ND if pad is None else torch.full_like(pad(field, none_ND), NOT_MEASURED)
-        else:
-            rows = cast("TokenRows", rows)
-            # Copied: the fields overlap, and several samples of a prompt have the same rows.
-            rows_ND = rows.rows_ND[of_field.start - rows.first : of_field.stop - rows.first].to(spec.dtype, copy=True)
-            fields[field] = rows_ND if pad is None else pad(field, rows_ND)
-    return cast("TokenHiddenStates", _make(TokenHiddenStates, **fields))

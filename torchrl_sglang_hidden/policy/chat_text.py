@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from torchrl_sglang_hidden.errors import ChatTemplateError, InputError, SpanError
 from torchrl_sglang_hidden.policy.chat_template import ChatTemplate, Message, goes_on, unused_number
-from torchrl_sglang_hidden.spec.spans import Between, LastTokens, PromptSpan, Role, Turn, intervals_of, tokens_around
+from torchrl_sglang_hidden.spec.span_search import tokens_around
+from torchrl_sglang_hidden.spec.spans import Between, LastTokens, PromptSpan, Role, Turn, intervals_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

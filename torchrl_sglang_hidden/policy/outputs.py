@@ -46,16 +46,21 @@ class HiddenStates(TensorClass["nocast"]):  # type: ignore[misc,name-defined]
             the last one.
         response_count (torch.Tensor | None): rows of the segment, T.
         full_count (torch.Tensor | None): rows of the segment, P+T-1, or N of a scored sequence.
-        spans (TensorDict | None): the pooled spans by their names, read as ``("hidden_states", "spans", name)``.
+        spans (TensorDict | None): the spans by their names, read as ``("hidden_states", "spans", name)``.
         span_counts (TensorDict | None): rows of each span, by the same names.
+        span_places (TensorDict | None): which rows of the prompt or of the response a span without a pooling has.
 
     Shapes:
         - prompt, response, full, and each span: ``[*batch, D]``, or ``[*batch, K, D]`` where `HiddenSpec.layers` is a
           tuple; float32 unless `HiddenSpec.dtype` says otherwise. None for a segment that was not asked for.
         - counts: int64 ``[*batch]``.
+        - a span without a pooling: ``[*batch, S, D]`` or ``[*batch, S, K, D]``, and its places int64 ``[*batch, S]``,
+          ragged: S is its count. Row p of a prompt is position p of its unpadded tokens, and row t of a response that
+          which produced response token t. A padded output has them padded on the right, with zeros and places of -1.
 
     A row that said it wants no states (``"return_hidden_states"``) has NaN, and a count of 0; so has, under
-    ``on_error="nan"``, a row whose states or span are not there.
+    ``on_error="nan"``, a row whose states or span are not there, and always a span that may be empty and is: `At`,
+    `Each` and `Window`. Of a span without a pooling, no rows; padded, NaN where the states are missing.
 
     The convention of ``response`` is that of Hugging Face ``generate(output_hidden_states=True)``, last position.
     """
@@ -68,6 +73,7 @@ class HiddenStates(TensorClass["nocast"]):  # type: ignore[misc,name-defined]
     full_count: torch.Tensor | None = None
     spans: TensorDict | None = None
     span_counts: TensorDict | None = None
+    span_places: TensorDict | None = None
 
 
 class TokenHiddenStates(TensorClass["nocast"]):  # type: ignore[misc,name-defined]
@@ -270,6 +276,7 @@ def list_out_keys(
         segments = [str(segment) for segment in hidden.segments] if generate else [str(Segment.FULL)]
         pooled: list[NestedKey] = [f"{segment}{suffix}" for segment in segments for suffix in ("", "_count")]
         pooled += [(suffix, name) for name in hidden.spans for suffix in ("spans", "span_counts")]
+        pooled += [("span_places", name) for name in hidden.unpooled]
         leaves |= {keys.hidden_states: pooled, keys.token_hidden_states: [*segments]}
     if logits is not None:
         fields = [str(segment) for segment in logits.segments] if generate else [str(Segment.FULL)]

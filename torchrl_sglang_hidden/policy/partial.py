@@ -21,7 +21,7 @@ from torchrl_sglang_hidden.policy.chat_template import goes_on, messages_of
 from torchrl_sglang_hidden.policy.chat_text import Chat, decode_all
 from torchrl_sglang_hidden.policy.config import PolicyConfig
 from torchrl_sglang_hidden.policy.images import read_images
-from torchrl_sglang_hidden.policy.outputs import OutputKeys
+from torchrl_sglang_hidden.policy.outputs import HiddenStates, OutputKeys
 from torchrl_sglang_hidden.policy.prompts import PromptReader
 from torchrl_sglang_hidden.policy.reading import make_mask_reader, make_reader
 from torchrl_sglang_hidden.policy.requests import CallOptions, to_requests
@@ -42,7 +42,7 @@ from torchrl_sglang_hidden.records import (
 )
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec, Segment, reads_prompt
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
-from torchrl_sglang_hidden.spec.spans import PromptSpan, TokenMask
+from torchrl_sglang_hidden.spec.spans import PromptSpan, TokenMask, is_of_response, may_be_empty
 
 __all__ = ["resume_rows"]
 
@@ -180,9 +180,6 @@ def _read_completion(name: str, row: TensorDictBase, keys: OutputKeys, call: Cal
     response = text.response if text is not None else "" if history is None else history.response.content[0]
     spec = call.hidden
     pooled = None if keys.hidden_states is None else _get(row, keys.hidden_states, "hidden states")
-    spans: dict[str, Any] = {}
-    if pooled is not None and pooled.spans is not None:
-        spans = {name: (vector, pooled.span_counts[name]) for name, vector in pooled.spans.items()}
     return Completion(
         prompt_ids=prompt_ids,
         response_ids=response_ids,
@@ -194,7 +191,7 @@ def _read_completion(name: str, row: TensorDictBase, keys: OutputKeys, call: Cal
         finish_reason="abort",
         weight_version=_get(row, keys.weight_version, "weight_version"),
         mixed_weights=bool(_get(row, keys.mixed_weights, "mixed_weights")),
-        spans=_pools(spans),
+        spans={} if pooled is None or spec is None else _spans(spec, pooled),
         token_rows=None
         if keys.token_hidden_states is None or spec is None
         else _token_rows(spec, _get(row, keys.token_hidden_states, "token states"), len(prompt_ids)),
@@ -235,7 +232,7 @@ def _read_row(index: int, row: TensorDictBase, first: Completion, reader: Prompt
     spans, known = dict(reader.spans), {}
     if first.response_ids:
         # The states of the prompt are there, and nothing is searched for in it.
-        spans = {name: span for name, span in spans.items() if getattr(span, "segment", "prompt") == "response"}
+        spans = {name: span for name, span in spans.items() if is_of_response(span)}
         known = {name: PromptSpan(()) for name in reader.spans.keys() - spans.keys()}
     if reader.input_mode == "tokens" and any(isinstance(span, TokenMask) for span in spans.values()):
         given = reader.read_prompt(index, row, None)  # may be padded, as the masks are
@@ -284,6 +281,17 @@ def _with_chat(row: TensorDictBase, found: Row, reader: PromptReader, keys: Outp
 
 def _pools(found: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Pooled]:
     return {name: Pooled(vector.float(), int(count)) for name, (vector, count) in found.items() if int(count)}
+
+
+def _spans(spec: HiddenSpec, found: HiddenStates) -> dict[str, Pooled]:
+    """Read the spans back that are there: one of a prompt may be empty, one of a response is then missing."""
+    spans = {}
+    for name, span in spec.spans.items():
+        count = int(found.span_counts[name])
+        if count or (may_be_empty(span) and not is_of_response(span)):
+            places = tuple(found.span_places[name].tolist()) if name in spec.unpooled else None
+            spans[name] = Pooled(found.spans[name].float(), count, places)
+    return spans
 
 
 def _token_rows(spec: HiddenSpec, states: Any, num_prompt: int) -> TokenRows | None:

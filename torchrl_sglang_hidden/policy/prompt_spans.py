@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from dataclasses import replace
+from itertools import accumulate
+from typing import TYPE_CHECKING, assert_never, cast
 
 from tensordict import TensorDictBase
 
@@ -17,18 +19,22 @@ from torchrl_sglang_hidden.policy.chat_text import Chat, decode_all, last_tokens
 from torchrl_sglang_hidden.policy.row_fields import read_token_mask
 from torchrl_sglang_hidden.policy.rows import Row
 from torchrl_sglang_hidden.records import Images
+from torchrl_sglang_hidden.spec.places import At, Each, Every, Window
+from torchrl_sglang_hidden.spec.span_search import find_between, find_marked
 from torchrl_sglang_hidden.spec.spans import (
     Between,
     Image,
     LastTokens,
     PromptSpan,
     ResolvedSpan,
+    ResponseSpan,
     Role,
     Span,
     TokenMask,
     Turn,
-    find_between,
     intervals_of,
+    is_of_response,
+    span_over,
 )
 
 if TYPE_CHECKING:
@@ -53,30 +59,57 @@ def resolve_span(
         SpanError: a span without tokens, or with more than there are.
         InputError: a span whose tokens cannot be known.
     """
-    # Text is searched with one placeholder for each image, and what is found moves to where it is expanded.
-    ids = found.sent_ids
-    moved = (lambda inside: inside) if found.images is None else functools.partial(_moved, found.images, ids)
+    if isinstance(span, ResponseSpan) and is_of_response(span):
+        return opened_by(span, found.chat) if isinstance(span, Between) and found.chat is not None else span
     try:
-        match span:
-            case LastTokens(segment="response"):
-                return span
-            case Between(segment="response"):
-                return span if found.chat is None else opened_by(span, found.chat)
-            case LastTokens():
-                return last_tokens(span, len(found.prompt_ids))
-            case Between():
-                decode = functools.partial(decode_all, tokenizer)
-                return moved(PromptSpan((find_between(span, ids, decode),)))
-            case TokenMask() if found.short_placement is not None:
-                return moved(read_token_mask(row, span, found.short_placement))
-            case TokenMask():
-                return read_token_mask(row, span, found.placement or (True,) * len(found.prompt_ids))
-            case Turn() | Role():
-                return moved(spoken_tokens(span, cast("Chat", found.chat), ids, tokenizer))
-            case Image():
-                return _image_rows(span, found.placed)
+        return replace(_in_prompt(row, found, span, tokenizer), pooling=span.pooling)
     except (SpanError, InputError) as error:
         raise type(error)(f"{name} {error}") from error
+
+
+def _in_prompt(row: TensorDictBase, found: Row, span: Span, tokenizer: PreTrainedTokenizerBase) -> PromptSpan:
+    """Return the positions of a span of the prompt."""
+    # Text is searched with one placeholder for each image, and what is found moves to where it is expanded.
+    ids, num_prompt = found.sent_ids, len(found.prompt_ids)
+    moved = (lambda inside: inside) if found.images is None else functools.partial(_moved, found.images, ids)
+    match span:
+        case LastTokens():
+            return last_tokens(span, num_prompt)
+        case Window(start=start, stop=stop):
+            return span_over(range(num_prompt)[start:stop])
+        case Every(n=n):
+            return span_over(range(0, num_prompt, n))
+        case At() | Each():
+            return _marked(span, found, tokenizer)
+        case Between():
+            decode = functools.partial(decode_all, tokenizer)
+            return moved(PromptSpan((find_between(span, ids, decode),)))
+        case TokenMask() if found.short_placement is not None:
+            return moved(read_token_mask(row, span, found.short_placement))
+        case TokenMask():
+            return read_token_mask(row, span, found.placement or (True,) * num_prompt)
+        case Turn() | Role():
+            return moved(spoken_tokens(span, cast("Chat", found.chat), ids, tokenizer))
+        case Image():
+            return _image_rows(span, found.placed)
+        case _:
+            assert_never(span)
+
+
+def _marked(span: At | Each, found: Row, tokenizer: PreTrainedTokenizerBase) -> PromptSpan:
+    """Return the positions of the states at markers: of an image that one stands behind, the last row."""
+    ids = found.sent_ids
+    positions = [read for read in find_marked(span, ids, functools.partial(decode_all, tokenizer)) if read >= 0]
+    if not positions and span.missing == "error":
+        raise SpanError(
+            f"{span!r}: the marker begins the prompt, and no state stands before it; use where='after', or "
+            "missing='nan'"
+        )
+    if found.images is not None:
+        placeholder, widths = found.images.placeholder_id, iter(found.images.expansions)
+        ends = list(accumulate(len(next(widths)) if one == placeholder else 1 for one in ids))
+        positions = [ends[position] - 1 for position in positions]
+    return span_over(positions)
 
 
 def _moved(images: RowImages, ids: Sequence[int], span: PromptSpan) -> PromptSpan:

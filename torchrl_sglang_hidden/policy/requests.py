@@ -24,7 +24,9 @@ from torchrl_sglang_hidden.sglang_api.sampling import NOT_OF_SAMPLING, RECORDS, 
 from torchrl_sglang_hidden.spec.constraints import LogitConstraint
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
-from torchrl_sglang_hidden.spec.spans import Between, find_between
+from torchrl_sglang_hidden.spec.places import At, Each
+from torchrl_sglang_hidden.spec.span_search import find_rows
+from torchrl_sglang_hidden.spec.spans import Between
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -281,7 +283,7 @@ def _responses(index: int, row: Row) -> tuple[tuple[int, int], ...]:
 def check_responses(
     rows: Sequence[Row], completions: Sequence[Completion], tokenizer: PreTrainedTokenizerBase, *, num_samples: int = 1
 ) -> None:
-    """Check that the engine found the `Between` spans of the responses where this side's tokenizer finds them.
+    """Check that the engine found the markers of spans in the responses where this side's tokenizer finds them.
 
     Args:
         rows: the prompt rows, with the spans that were asked for.
@@ -290,21 +292,22 @@ def check_responses(
         num_samples: responses per row.
 
     Raises:
-        AlignmentError: a span has another number of rows than there are tokens between its markers.
+        AlignmentError: a span has other rows than its markers say here, or another number of them.
     """
     decode = functools.partial(decode_all, tokenizer)
     for index, completion in enumerate(completions):
         row, sample = divmod(index, num_samples)
         for name, span in rows[row].spans.items():
             pooled = completion.spans.get(name)
-            if not isinstance(span, Between) or pooled is None:  # a row that wanted no states
-                continue
+            if not isinstance(span, (Between, At, Each)) or span.segment == "prompt" or pooled is None:
+                continue  # nothing to search for, or a row that wanted no states
             try:
-                first, stop = find_between(span, completion.response_ids, decode)
+                here = tuple(find_rows(span, completion.response_ids, decode))
             except SpanError:
-                first = stop = 0
-            if pooled.count != stop - first:
+                here = ()
+            if pooled.count != len(here) or pooled.places not in (None, here):
+                said = "" if pooled.places is None else f", {pooled.places!s:.80} there and {here!s:.80} here"
                 raise AlignmentError(
-                    f"row {row}, sample {sample}, span {name!r}: {pooled.count} rows of states for the {stop - first} "
-                    f"tokens between {span.start!r} and {span.end!r}; start the server with the wrapper's tokenizer"
+                    f"row {row}, sample {sample}, span {name!r}: {pooled.count} rows of states for the {len(here)} of "
+                    f"{span!r}{said}; start the server with the wrapper's tokenizer"
                 )

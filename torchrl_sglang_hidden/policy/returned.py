@@ -16,7 +16,7 @@ from torchrl_sglang_hidden.policy.outputs import KeyConfig, OutputKeys
 from torchrl_sglang_hidden.records import SamplingRecords
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec, Segment
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
-from torchrl_sglang_hidden.spec.spans import Between, LastTokens, Role, Turn
+from torchrl_sglang_hidden.spec.spans import Role, Turn, is_of_response
 
 __all__ = ["resolve_hidden", "resolve_records", "returned_keys", "scored_hidden", "scored_logits"]
 
@@ -89,11 +89,7 @@ def scored_hidden(hidden: HiddenSpec | None) -> HiddenSpec | None:
     """Return the states to ask for of a scored sequence: of all its tokens, and of the spans that need no response."""
     if hidden is None:
         return None
-    spans = {
-        name: span
-        for name, span in hidden.spans.items()
-        if not (isinstance(span, (LastTokens, Between)) and span.segment == "response")
-    }
+    spans = {name: span for name, span in hidden.spans.items() if not is_of_response(span)}
     return replace(hidden, segments=(Segment.PROMPT,), spans=spans)
 
 

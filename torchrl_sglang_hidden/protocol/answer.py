@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 from zlib import crc32
 
@@ -18,6 +19,7 @@ from torchrl_sglang_hidden.protocol.excerpts import as_count, excerpt
 from torchrl_sglang_hidden.protocol.shared_memory import discard
 from torchrl_sglang_hidden.protocol.status import CHANNEL, FALLBACK_REMEDY, PROTOCOL, check_protocol
 from torchrl_sglang_hidden.protocol.tensors import (
+    MAX_TEXT_BYTES,
     Share,
     SharedMemoryFullError,
     Way,
@@ -84,11 +86,21 @@ def pack_answer(
         ("segment", name, *value) for name, value in pools.segments.items()
     ]
     pooled += [("span", name, *value) for name, value in pools.spans.items()]
-    vectors = [vector for _, _, vector, _ in pooled if vector is not None]
-    data = torch.stack(vectors).contiguous().numpy().tobytes() if vectors else b""
+    vectors = [vector if vector.ndim == 3 else vector[None] for _, _, vector, _ in pooled if vector is not None]
+    data = torch.cat(vectors).contiguous().numpy().tobytes() if vectors else b""
+    if way != "binary" and len(data) > MAX_TEXT_BYTES:
+        raise SharedMemoryFullError(
+            f"the pooled states and the rows of spans are {len(data) / 2**20:.0f} MiB, over the limit of "
+            f"{MAX_TEXT_BYTES / 2**20:.0f} MiB; pool more of the spans, or ask for fewer layers"
+        )
     answer: dict[str, Any] = {
         "protocol": PROTOCOL,
-        "places": [[kind, name, count, vector is not None] for kind, name, vector, count in pooled],
+        # Whether there is a vector, or how many there are of a span whose rows are as they are.
+        "places": [
+            [kind, name, count, len(vector) if vector is not None and vector.ndim == 3 else vector is not None]
+            for kind, name, vector, count in pooled
+        ],
+        "rows_of_spans": {name: list(rows) for name, rows in pools.places.items()},
         "faults": dict(pools.faults),
         **pack_bytes(data, "binary" if way == "binary" else "text"),
     }
@@ -165,12 +177,16 @@ def unpack_answer(
     try:
         data = unpack_bytes({name: fields[name] for name in ("data", "crc32")})  # vectors are never shared
         pooled = [_read_place(place) for place in fields["places"]]
-        num_vectors = sum(1 for *_, filled in pooled if filled)
+        num_vectors = sum(int(filled) for *_, filled in pooled)
         if num_vectors and not data:
             raise ValueError(f"0 bytes for {num_vectors} vectors")
-        vectors = iter(as_tensor(data, torch.float32, (num_vectors, -1, hidden_size)) if num_vectors else ())
+        vectors = as_tensor(data, torch.float32, (num_vectors, -1, hidden_size)) if num_vectors else torch.empty(0)
         faults = {name: _text(fault) for name, fault in fields["faults"].items()}
-        found = {(kind, name): (next(vectors) if filled else None, count) for kind, name, count, filled in pooled}
+        found, first = {}, 0
+        for kind, name, count, filled in pooled:
+            own = vectors[first] if filled is True else vectors[first : first + filled] if filled else None
+            found[kind, name], first = (own, count), first + int(filled)
+        span_rows = {_text(name): _read_rows(rows) for name, rows in fields["rows_of_spans"].items()}
         rows = None if "rows" not in fields else _unpack_rows(fields["rows"], hidden_size, limit)
         logits = None if "constrained" not in fields else _unpack_found(fields, limit)
         prompt_digest = fields.get("prompt_digest")
@@ -180,7 +196,7 @@ def unpack_answer(
         raise ProtocolError(f"{row}: the states cannot be read ({error}); was the answer cut short?") from error
     segments = {name: value for (kind, name), value in found.items() if kind == "segment"}
     spans = {name: value for (kind, name), value in found.items() if kind == "span"}
-    return Answer(Pools(segments, spans, faults, rows), logits, prompt_digest)
+    return Answer(Pools(segments, spans, faults, rows, span_rows), logits, prompt_digest)
 
 
 def drop_shared(answer: object) -> None:
@@ -201,11 +217,21 @@ def _text(value: object) -> str:
     return value
 
 
-def _read_place(place: Any) -> tuple[str, str, int, bool]:
-    """Read what one pooled value is of, how many rows it stands for, and whether it is there."""
+def _read_rows(rows: object) -> tuple[int, ...]:
+    """Read which rows of the response a span has."""
+    if not isinstance(rows, list):
+        raise TypeError(f"{excerpt(rows)} stands where a list of rows is expected")
+    found = tuple(as_count(row, "a row") for row in rows)
+    if any(one >= other for one, other in pairwise(found)):
+        raise ValueError(f"the rows {excerpt(rows)} are not in order")
+    return found
+
+
+def _read_place(place: Any) -> tuple[str, str, int, bool | int]:
+    """Read what one pooled value is of, how many rows it stands for, and whether it is there, or how many rows are."""
     kind, name, count, filled = place
     if not isinstance(filled, bool):
-        raise TypeError(f"{excerpt(filled)} stands where true or false is expected")
+        as_count(filled, "how many rows a span has")
     if type(count) is not int:
         raise TypeError(f"{excerpt(count)} stands where a number of rows is expected")
     return _text(kind), _text(name), count, filled

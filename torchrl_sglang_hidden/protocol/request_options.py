@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 
@@ -20,8 +20,10 @@ from torchrl_sglang_hidden.reduce.bounded import Bounded
 from torchrl_sglang_hidden.reduce.wanted import Wanted
 from torchrl_sglang_hidden.reduce.wanted_logits import WantedLogits
 from torchrl_sglang_hidden.spec.constraints import ActionMask, DisallowedTokens, LogitConstraint
-from torchrl_sglang_hidden.spec.hidden import POOLINGS, SEGMENTS
+from torchrl_sglang_hidden.spec.hidden import SEGMENTS
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
+from torchrl_sglang_hidden.spec.places import At, Each, Every, Window
+from torchrl_sglang_hidden.spec.span_base import MAX_SPAN_ROWS, POOLINGS, Pooling, SpanPooling, own_pooling
 from torchrl_sglang_hidden.spec.spans import Between, LastTokens, PromptSpan, ResolvedSpan
 
 __all__ = ["MAX_CONSTRAINTS", "Options", "check_protocol", "pack_options", "read_options", "unpack_options"]
@@ -119,11 +121,12 @@ def unpack_options(custom_params: object) -> Options | None:
         return None
     try:
         fields = json.loads(options["options"])
+        (pooling,) = _known([fields["pooling"]], (*POOLINGS, None))
         wanted = Wanted(
             segments=_known(fields["segments"], SEGMENTS),
-            pooling=_known([fields["pooling"]], (*POOLINGS, None))[0],
+            pooling=pooling,
             layers=tuple(int(layer) for layer in fields["layers"]),
-            spans={str(name): _unpack_span(span) for name, span in fields["spans"].items()},
+            spans={str(name): _unpack_span(span, pooling) for name, span in fields["spans"].items()},
             tokens=fields["tokens"] is True,
             row_dtype=_FLOATS[fields["row_dtype"]],
         )
@@ -206,23 +209,54 @@ def _known(names: Any, known: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _pack_span(span: ResolvedSpan) -> list[Any]:
-    if isinstance(span, PromptSpan):
-        return ["prompt", *(position for interval in span.intervals for position in interval)]
-    if isinstance(span, LastTokens):
-        return ["last", span.count, span.allow_fewer]
-    return ["between", span.start, span.end, span.unclosed]
+    return [span.pooling, *_pack_rows(span)]
 
 
-def _unpack_span(fields: list[Any]) -> ResolvedSpan:
-    kind, *values = fields
+def _pack_rows(span: ResolvedSpan) -> list[Any]:
+    match span:
+        case PromptSpan(intervals=intervals):
+            return ["prompt", *(position for interval in intervals for position in interval)]
+        case LastTokens(count=count, allow_fewer=allow_fewer):
+            return ["last", count, allow_fewer]
+        case Between(start=start, end=end, unclosed=unclosed):
+            return ["between", start, end, unclosed]
+        case At(marker=marker, where=where, missing=missing):
+            return ["at", marker, where, missing]
+        case Each(marker=marker, where=where, missing=missing):
+            return ["each", marker, where, missing]
+        case Window(start=first, stop=stop):
+            return ["window", first, stop]
+        case Every(n=n):
+            return ["every", n]
+        case _:
+            assert_never(span)
+
+
+def _unpack_span(fields: list[Any], of_spec: Pooling | None) -> ResolvedSpan:
+    pooling, kind, *values = fields
+    span = _unpack_rows(kind, values, pooling)
+    if isinstance(span, PromptSpan) and own_pooling(pooling, of_spec) is None and span.count > MAX_SPAN_ROWS:
+        raise ValueError(f"{span.count} rows of a span without a pooling, over the limit of {MAX_SPAN_ROWS}")
+    return span
+
+
+def _unpack_rows(kind: str, values: list[Any], pooling: SpanPooling) -> ResolvedSpan:
     if kind == "prompt":
         positions = [int(value) for value in values]
         # In order and apart, or rows would be counted twice.
         if not positions or len(positions) % 2 or positions[0] < 0 or any(a >= b for a, b in pairwise(positions)):
             raise ValueError(f"{positions} are no intervals")
-        return PromptSpan(tuple(zip(positions[::2], positions[1::2], strict=True)))
+        _known([pooling], (*POOLINGS, "spec", None))
+        return PromptSpan(tuple(zip(positions[::2], positions[1::2], strict=True)), pooling)
     if kind == "last":
-        return LastTokens(int(values[0]), allow_fewer=values[1] is True)
+        return LastTokens(int(values[0]), allow_fewer=values[1] is True, pooling=pooling)
     if kind == "between":
-        return Between(values[0], values[1], unclosed=values[2])
+        return Between(values[0], values[1], unclosed=values[2], pooling=pooling)
+    if kind in ("at", "each"):
+        marker, where, missing = values
+        return (At if kind == "at" else Each)(marker, where, missing=missing, pooling=pooling)
+    if kind == "window":
+        return Window(*values, pooling=pooling)
+    if kind == "every":
+        return Every(*values, pooling=pooling)
     raise ValueError(f"{kind} is no kind of span")

@@ -8,7 +8,7 @@ that no row is read twice for the running values of one prompt.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -16,8 +16,9 @@ import torch
 
 from torchrl_sglang_hidden.reduce.device import on_device
 from torchrl_sglang_hidden.reduce.reducers import Ranges, Reducer
+from torchrl_sglang_hidden.reduce.wanted import PromptStep
 
-__all__ = ["Bags", "separate"]
+__all__ = ["Bags", "reduce_steps", "separate"]
 
 # Rows that are widened to float32 at the same time: with D = 8192, 64 MB.
 WINDOW = 2048
@@ -89,6 +90,41 @@ class Bags:
         index_M, bag_M, offsets_G = _flatten(bag_starts_G, bag_stops_G)
         indices = [on_device(array, device) for array in (place_A[index_M], bag_M, offsets_G)]
         return reducer.bags(atoms_AKD.flatten(1), *indices).reshape(-1, *atoms_AKD.shape[1:])
+
+
+def reduce_steps(
+    steps: Iterable[tuple[PromptStep, int]], states: Sequence[torch.Tensor], reducer: Reducer
+) -> torch.Tensor | None:
+    """Return the value of each of `PromptStep.groups`, step after step: float32 ``[G, K, D]``; None for nothing.
+
+    Args:
+        steps: what is wanted of one forward step, each with what makes a row of a position when it is added to it.
+        states: as for `Bags.reduce`.
+        reducer: the one of all these requests. Spans with another have bags of their own.
+    """
+    bags = {reducer.running: (reducer, Bags())}
+    found: list[tuple[str, int]] = []
+    for step, offset in steps:
+        _, own = bags[reducer.running]
+        found += [(reducer.running, len(own) + place) for place in range(step.num_running)]
+        own.add_running(step.cuts, offset)
+        for part in step.parts:
+            one = part.reducer or reducer
+            _, its = bags.setdefault(one.running, (one, Bags()))
+            found.append((one.running, len(its)))
+            its.add(part.ranges, offset)
+    if not found:
+        return None
+    first: dict[str, int] = {}
+    values: list[torch.Tensor] = []
+    for running, (one, its) in bags.items():
+        if len(its):
+            first[running] = sum(len(one) for one in values)
+            values.append(its.reduce(states, one))
+    if len(values) == 1:
+        return values[0]
+    order_G = on_device([first[running] + place for running, place in found], states[0].device)
+    return torch.cat(values).index_select(0, order_G)
 
 
 def _flatten(starts_G: np.ndarray, stops_G: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

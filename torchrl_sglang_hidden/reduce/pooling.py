@@ -9,17 +9,20 @@ rows are reduced is in ``reducers.py``, and what a request wants in ``wanted.py`
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from torchrl_sglang_hidden.errors import SpanError
-from torchrl_sglang_hidden.reduce.reducers import Reducer, reduce_rows
-from torchrl_sglang_hidden.reduce.wanted import BLOCK, PromptStep, Wanted, clip, cuts, next_position
-from torchrl_sglang_hidden.spec.hidden import Segment, SegmentName
-from torchrl_sglang_hidden.spec.spans import Between, Decode, LastTokens, PromptSpan, ResolvedSpan, find_between
+from torchrl_sglang_hidden.reduce.reducers import Ranges, Reducer, reducer_of
+from torchrl_sglang_hidden.reduce.wanted import BLOCK, PromptStep, SpanPart, Wanted, clip, cuts, next_position
+from torchrl_sglang_hidden.spec.hidden import Pooling, Segment, SegmentName
+from torchrl_sglang_hidden.spec.places import At, Each
+from torchrl_sglang_hidden.spec.span_base import MAX_SPAN_ROWS
+from torchrl_sglang_hidden.spec.span_search import Decode, find_rows
+from torchrl_sglang_hidden.spec.spans import LastTokens, PromptSpan, ResponseSpan
 
-__all__ = ["NO_VALUE", "HostPools", "Pools", "RequestPools", "WantedRows", "rows_to_keep"]
+__all__ = ["NO_VALUE", "Pools", "RequestPools", "WantedRows", "rows_to_keep"]
 
 # Stands for a value that this process counts and does not hold: another rank does, or there was no memory for it.
 NO_VALUE = torch.empty(0)
@@ -41,15 +44,18 @@ class Pools:
         segments: per segment the pooled float32 ``[K, D]`` (None before any row) and the count of its rows. For
             ``"last"`` the count says where in the segment the row stands: it equals the segment's length only if the
             row is the segment's last.
-        spans: the same per span.
+        spans: the same per span; of a span without a pooling all its rows, ``[S, K, D]``.
         faults: why a span has no value, by its name.
         rows: the rows wanted as they are, or None.
+        places: which rows of the response those spans have whose rows are as they are or were found one by one: a
+            number that is 0 because there are none is known from a gap by this.
     """
 
     segments: Mapping[str, tuple[torch.Tensor | None, int]]
     spans: Mapping[str, tuple[torch.Tensor | None, int]]
     faults: Mapping[str, str]
     rows: WantedRows | None
+    places: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 class RequestPools:
@@ -89,6 +95,8 @@ class RequestPools:
         self._prefix = _Running()
         self._before_last = _Running()
         self._inside = {name: _Running() for name in self._parts}
+        self._poolings = {name: wanted.span_pooling(name) for name in self._parts}
+        self._single: dict[str, list[torch.Tensor]] = {name: [] for name, own in self._poolings.items() if own is None}
         self.pools_full = Segment.FULL in wanted.segments and wanted.pools_prefix
 
     # --- the prompt ------------------------------------------------------------------------------------------------
@@ -124,16 +132,26 @@ class RequestPools:
         if skips and (self.first_needed() < begin or (self.wanted.pools_prefix and base_KD is None)):
             return None
         planned, self._planned = self._planned, stop
-        parts = [(name, clip(span, begin, stop)) for name, span in self._parts.items()]
+        parts = [part for name, span in self._parts.items() for part in self._part(name, clip(span, begin, stop))]
         return PromptStep(
             begin,
             stop,
             planned,
             base_KD if skips else None,
             cuts(begin, stop, self.num_prompt) if self.wanted.pools_prefix else (),
-            tuple((name, ranges) for name, ranges in parts if ranges),
+            tuple(parts),
             (begin, stop) if self.wanted.prompt_rows else None,
         )
+
+    def _part(self, name: str, ranges: Ranges) -> list[SpanPart]:
+        """Return the values of a span that these positions are to bring."""
+        pooling = self._poolings[name]
+        if pooling is None:
+            return [SpanPart(name, ((one, one + 1),)) for start, stop in ranges for one in range(start, stop)]
+        own = reducer_of(pooling)
+        # One position is its own value, whichever the reducer.
+        needs_own = own.needs_all_rows and own.running != self._reducer.running
+        return [SpanPart(name, ranges, own if needs_own else None)] if ranges else []
 
     def accepts(self, step: PromptStep) -> bool:
         """Return whether a planned step continues where the last one ended."""
@@ -163,9 +181,11 @@ class RequestPools:
             self.sums.append((length, value_KD))
             if length == self.num_prompt - 1:
                 self._before_last = self._prefix
-        for (name, ranges), value_KD in zip(step.parts, values[pieces:], strict=True):
+        for (name, ranges, own), value_KD in zip(step.parts, values[pieces:], strict=True):
             count = sum(stop - start for start, stop in ranges)
-            self._inside[name] = self._inside[name].merged(self._reducer, value_KD, count)
+            if name in self._single:
+                self._single[name].append(value_KD)
+            self._inside[name] = self._inside[name].merged(own or self._reducer, value_KD, count)
         self.done = step.stop
 
     # --- the response ----------------------------------------------------------------------------------------------
@@ -217,18 +237,33 @@ class RequestPools:
         """
         spans: dict[str, tuple[torch.Tensor | None, int]] = {}
         faults: dict[str, str] = {}
+        places: dict[str, tuple[int, ...]] = {}
         for name, span in self.wanted.spans.items():
-            try:
-                spans[name] = self._span(name, span, response_ids, decode, kept)
-            except SpanError as error:
-                faults[name] = str(error)
+            if isinstance(span, PromptSpan):
+                spans[name] = self._span_of_prompt(name, span)
+                continue
+            num_response = len(response_ids)
+            if self.count != num_response or num_response == 0:
+                spans[name] = None, self.count  # a gap, or aborted before its first token: the count is for the error
+            elif kept is None or kept.first + len(kept.rows_NKD) != self.num_prompt + num_response - 1:
+                spans[name] = None, 0  # a gap in the prompt, whose rows are kept together with these
+            else:
+                try:
+                    rows = _rows_of(span, self.wanted.span_pooling(name), response_ids, decode)
+                except SpanError as error:
+                    faults[name] = str(error)
+                    continue
+                spans[name] = self._span_of_response(name, rows, kept)
+                if isinstance(span, (At, Each)) or self.wanted.span_pooling(name) is None:
+                    places[name] = tuple(rows)
         segments = self.wanted.segments if self.wanted.pooling is not None else ()
-        rows = None
+        token_rows = None
         if self.wanted.tokens and kept is not None:
             # Where the prompt's rows alone are wanted, those of the response may be there for a span.
             stop = None if self.wanted.response_rows else self.num_prompt - kept.first
-            rows = WantedRows(kept.first, kept.rows_NKD[:stop].to(self.wanted.row_dtype))
-        return Pools({str(segment): self._segment(segment, response_KD) for segment in segments}, spans, faults, rows)
+            token_rows = WantedRows(kept.first, kept.rows_NKD[:stop].to(self.wanted.row_dtype))
+        pooled = {str(segment): self._segment(segment, response_KD) for segment in segments}
+        return Pools(pooled, spans, faults, token_rows, places)
 
     def keep_end(self, response_KD: torch.Tensor | None) -> None:
         """Note the running value over everything, where that is worth keeping: the next turn may begin with it."""
@@ -261,87 +296,36 @@ class RequestPools:
             return None, self._prefix.count  # the count is for the error
         return self._prefix.result(self._reducer)
 
-    def _span(
-        self,
-        name: str,
-        span: ResolvedSpan,
-        response_ids: Sequence[int],
-        decode: Decode | None,
-        kept: WantedRows | None,
-    ) -> tuple[torch.Tensor | None, int]:
-        if isinstance(span, PromptSpan):
-            part = self._inside[name]
-            return part.result(self._reducer) if self._reducer.needs_all_rows else _standing_for(part, span.count)
-        num_response = len(response_ids)
-        if self.count != num_response or num_response == 0:
-            return None, self.count  # a gap, or aborted before its first token: the count is for the error
-        if kept is None or kept.first + len(kept.rows_NKD) != self.num_prompt + num_response - 1:
-            return None, 0  # a gap in the prompt, whose rows are kept together with these
-        start, stop = _positions_in_response(span, response_ids, decode)
-        first = self.num_prompt - 1 - kept.first
-        value_KD = self._reducer.rows(kept.rows_NKD[first + start : first + stop])
-        return self._reducer.result(value_KD, stop - start), stop - start
+    def _span_of_prompt(self, name: str, span: PromptSpan) -> tuple[torch.Tensor | None, int]:
+        part, pooling = self._inside[name], self._poolings[name]
+        if pooling is None:
+            rows = self._single[name]
+            # On a rank that holds no values they are empty.
+            return torch.stack(rows) if len(rows) == span.count else None, len(rows)
+        own = reducer_of(pooling)
+        return part.result(own) if own.needs_all_rows else _standing_for(part, span.count)
 
-
-class HostPools(RequestPools):
-    """Pools a request whose rows come one by one and stay in this process's memory, such as the client's."""
-
-    def __init__(self, wanted: Wanted, num_prompt: int) -> None:
-        super().__init__(wanted, num_prompt)
-        self._response_KD: torch.Tensor | None = None
-        self._prompt_rows: list[torch.Tensor] = []
-        self._response_rows: list[torch.Tensor] = []
-        self._keep = rows_to_keep(wanted)
-
-    def add_rows(self, step: PromptStep, rows_NKD: torch.Tensor) -> None:
-        """Add a planned step of the prompt from its rows.
-
-        Args:
-            step: what was planned.
-            rows_NKD: row n is that of position n, for all positions of the step.
-        """
-        if not self.accepts(step):
-            return
-        pieces, before_KD = step.num_running, self.value_before(step)
-        values = [reduce_rows(rows_NKD, ranges, self._reducer) for ranges in step.groups]
-        if before_KD is not None:
-            values[:pieces] = [self._reducer.merge(before_KD, value_KD) for value_KD in values[:pieces]]
-        if step.rows is not None:
-            self._prompt_rows.append(rows_NKD[step.rows[0] : step.rows[1]].float())
-        self.add_prompt(step, values)
-
-    def add_produced(self, row_KD: torch.Tensor, index: int) -> None:
-        """Add the row that produced response token ``index``, float32 ``[K, D]``."""
-        if not self.count_produced(index):
-            return
-        before_KD = self._response_KD
-        self._response_KD = row_KD if before_KD is None else self._reducer.merge(before_KD, row_KD)
-        if self._keep != 0:
-            self._response_rows.append(row_KD)
-            if self._keep is not None:
-                del self._response_rows[: -self._keep]
-        if self.sum_is_due:
-            self._keep_with(self._response_KD)
-
-    def results(self, response_ids: Sequence[int], decode: Decode | None = None) -> Pools:
-        """Return what was pooled; see `finish`."""
-        first = self.num_prompt - 1 + self.count - len(self._response_rows)
-        rows = self._response_rows
-        if self.wanted.prompt_rows:
-            # The prompt's last row produced token 0. Behind a gap no row is where it belongs.
-            behind = rows[1:] if self.done == self.num_prompt else []
-            first, rows = 0, [*(row_KD for part in self._prompt_rows for row_KD in part), *behind]
-        kept = WantedRows(first, torch.stack(rows)) if rows else None
-        self.keep_end(self._response_KD)
-        return self.finish(response_ids, decode, self._response_KD, kept)
+    def _span_of_response(self, name: str, rows: Sequence[int], kept: WantedRows) -> tuple[torch.Tensor | None, int]:
+        pooling, first = self.wanted.span_pooling(name), self.num_prompt - 1 - kept.first
+        if not rows:
+            return None, 0
+        if isinstance(rows, range) and rows.step == 1:
+            rows_SKD = kept.rows_NKD[first + rows.start : first + rows.stop]
+        else:
+            rows_SKD = kept.rows_NKD[[first + row for row in rows]]
+        if pooling is None:
+            return rows_SKD.float(), len(rows)
+        own = reducer_of(pooling)
+        return own.result(own.rows(rows_SKD), len(rows)), len(rows)
 
 
 def rows_to_keep(wanted: Wanted) -> int | None:
     """Return how many of the response's last rows a request needs as they are; None for all of them."""
     spans = [span for span in wanted.spans.values() if not isinstance(span, PromptSpan)]
-    if wanted.response_rows or any(isinstance(span, Between) for span in spans) or (wanted.prompt_rows and spans):
+    counts = [span.count for span in spans if isinstance(span, LastTokens)]
+    if wanted.response_rows or len(counts) < len(spans) or (wanted.prompt_rows and spans):
         return None  # with the prompt's rows they are one run of positions
-    return max((span.count for span in spans if isinstance(span, LastTokens)), default=0)
+    return max(counts, default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,20 +352,21 @@ def _standing_for(value: _Running, num_rows: int) -> tuple[torch.Tensor | None, 
     return value.value_KD, num_rows if value.count else 0
 
 
-def _positions_in_response(
-    span: LastTokens | Between, response_ids: Sequence[int], decode: Decode | None
-) -> tuple[int, int]:
-    num_response = len(response_ids)
-    if isinstance(span, LastTokens):
-        if span.count > num_response and not span.allow_fewer:
-            raise SpanError(
-                f"LastTokens({span.count}): the response has {num_response} tokens; raise min_new_tokens, or pass "
-                "allow_fewer=True"
-            )
-        return max(num_response - span.count, 0), num_response
-    if decode is None:
+def _rows_of(
+    span: ResponseSpan, pooling: Pooling | None, response_ids: Sequence[int], decode: Decode | None
+) -> Sequence[int]:
+    """Return the response's rows that a span selects."""
+
+    def cannot_decode(_: Sequence[int]) -> str:
         raise SpanError(
             f"{span!r}: start the server without --skip-tokenizer-init; the server has no tokenizer to find the "
             "markers with"
         )
-    return find_between(span, response_ids, decode)
+
+    rows = find_rows(span, response_ids, decode or cannot_decode)
+    if pooling is None and len(rows) > MAX_SPAN_ROWS:
+        raise SpanError(
+            f"{span!r}: {len(rows)} rows, over the limit of {MAX_SPAN_ROWS} for a span with pooling=None; pool it, or "
+            "ask for tokens=True"
+        )
+    return rows

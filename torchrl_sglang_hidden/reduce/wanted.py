@@ -8,14 +8,16 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
 from torchrl_sglang_hidden.reduce.reducers import Last, Ranges, Reducer, reducer_of
 from torchrl_sglang_hidden.spec.hidden import Pooling, Segment, SegmentName, reads_prompt, reads_response
+from torchrl_sglang_hidden.spec.span_base import own_pooling
 from torchrl_sglang_hidden.spec.spans import PromptSpan, ResolvedSpan
 
-__all__ = ["BLOCK", "PromptStep", "Wanted", "clip", "cuts", "next_position"]
+__all__ = ["BLOCK", "PromptStep", "SpanPart", "Wanted", "clip", "cuts", "next_position"]
 
 # Positions between two running values over the beginning of a prompt that are worth keeping: a prompt that shares a
 # part of it is computed again from the last of them on.
@@ -71,17 +73,38 @@ class Wanted:
         pooled = self.pooling is not None and reads_response(self.segments)
         return pooled or self.response_rows or any(not isinstance(span, PromptSpan) for span in self.spans.values())
 
+    def span_pooling(self, name: str) -> Pooling | None:
+        """Return how a span is pooled; that of the prompt segment is ``""``."""
+        return own_pooling(self.spans[name].pooling, self.pooling) if name else self.pooling
+
     def prompt_parts(self, num_prompt: int) -> dict[str, PromptSpan]:
-        """Return which positions inside the prompt are pooled, by span name; those of the prompt segment as ``""``.
+        """Return which positions inside the prompt are taken, by span name; those of the prompt segment as ``""``.
 
         Values over all rows from the first position on are not among them: see `pools_prefix`.
         """
-        parts = {name: span for name, span in self.spans.items() if isinstance(span, PromptSpan)}
-        if self.pooling is not None and not self.reducer.needs_all_rows:
-            parts = {name: PromptSpan(((span.end - 1, span.end),)) for name, span in parts.items()}
-            if Segment.PROMPT in self.segments:
-                parts[""] = PromptSpan(((num_prompt - 1, num_prompt),))
+        parts = {}
+        for name, span in self.spans.items():
+            if isinstance(span, PromptSpan):
+                pooling = self.span_pooling(name)
+                last_stands = pooling is not None and not reducer_of(pooling).needs_all_rows
+                parts[name] = PromptSpan(((span.end - 1, span.end),)) if last_stands else span
+        if self.pooling is not None and not self.reducer.needs_all_rows and Segment.PROMPT in self.segments:
+            parts[""] = PromptSpan(((num_prompt - 1, num_prompt),))
         return parts
+
+
+class SpanPart(NamedTuple):
+    """What one forward step must bring of a span.
+
+    Args:
+        name: the span's.
+        ranges: the positions whose value is wanted.
+        reducer: makes it; None for the request's own, which also does for one position alone.
+    """
+
+    name: str
+    ranges: Ranges
+    reducer: Reducer | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +119,7 @@ class PromptStep:
         base_KD: the running value over all positions before ``begin``, if some of them were not computed and it is
             wanted.
         cuts: ``begin``, …, ``stop``: the values from ``begin`` up to each of them are wanted; empty for none.
-        parts: per span, the positions whose value is wanted.
+        parts: the values of spans that are wanted; one for each position of a span without a pooling.
         rows: the positions wanted as they are.
     """
 
@@ -105,7 +128,7 @@ class PromptStep:
     planned: int
     base_KD: torch.Tensor | None
     cuts: tuple[int, ...]
-    parts: tuple[tuple[str, Ranges], ...]
+    parts: tuple[SpanPart, ...]
     rows: tuple[int, int] | None
 
     @property
@@ -121,7 +144,7 @@ class PromptStep:
     @property
     def groups(self) -> list[Ranges]:
         """The sets of positions whose rows are to be reduced: up to each cut, then the spans' parts."""
-        return [*(((self.begin, cut),) for cut in self.cuts[1:]), *(ranges for _, ranges in self.parts)]
+        return [*(((self.begin, cut),) for cut in self.cuts[1:]), *(part.ranges for part in self.parts)]
 
 
 def next_position(span: PromptSpan, position: int) -> int | None:

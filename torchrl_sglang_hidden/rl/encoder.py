@@ -248,6 +248,12 @@ def pooled_keys(policy: SGLangHiddenWrapper) -> list[NestedKey]:
             f"a policy with hidden={spec} and hidden_states_key={key!r} returns no pooled states; use "
             "policy.get_new_version(hidden=HiddenSpec(segments=('prompt',)))"
         )
+    if spec.unpooled:
+        name = spec.unpooled[0]
+        raise InputError(
+            f"the span {name!r}, {spec.spans[name]!r}, has any number of rows, and one vector is read; give it a pooling, "
+            "such as pooling='last'"
+        )
     # Scoring knows one segment, whatever is asked of generation.
     leaves: list[NestedKey] = [(key, segment) for segment in (spec.segments if config.generate else ("full",))]
     leaves += [(key, "spans", name) for name in spec.spans]

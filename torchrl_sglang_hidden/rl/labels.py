@@ -89,7 +89,7 @@ class Labeller:
 
     Attributes:
         blank: the label of a row that has none: NaN, counts of 0, no tokens, no text.
-        ragged: the leaves that have one value for each token.
+        ragged: the leaves that have one value for each token, or for each row of a span without a pooling.
     """
 
     def __init__(
@@ -101,13 +101,18 @@ class Labeller:
         self._askers: dict[InputMode, SGLangHiddenWrapper] = {}
         self.blank = self._make_blank()
         self.ragged = {key for key in self.blank if key[0] in (TOKENS, "prompt_ids", "response_ids")}
+        self.ragged |= {(POOLED, part, name) for name in spec.unpooled for part in ("spans", "span_places")}
 
     def _make_blank(self) -> Leaves:
         spec, size = self._spec, self._policy.model.info.hidden_size
         shape = (len(spec.layers), size) if isinstance(spec.layers, tuple) else (size,)
         names: list[tuple[Key, Key]] = [((str(part),), (f"{part}_count",)) for part in spec.segments]
-        names += [(("spans", name), ("span_counts", name)) for name in spec.spans]
+        names += [(("spans", name), ("span_counts", name)) for name in spec.spans if name not in spec.unpooled]
         blank: Leaves = {}
+        for name in spec.unpooled:
+            blank[POOLED, "spans", name] = torch.empty((0, *shape))
+            blank[POOLED, "span_counts", name] = torch.tensor(0)
+            blank[POOLED, "span_places", name] = torch.empty(0, dtype=torch.int64)
         if spec.pooling is not None:
             for vector, count in names:
                 blank[(POOLED, *vector)] = torch.full(shape, math.nan)
@@ -189,7 +194,9 @@ class Labeller:
             )
         leaves = leaves_of(out.select(*(key for key in (POOLED, TOKENS) if out.get(key) is not None)))
         for key, value in leaves.items():
-            bad = int((~value.isfinite()).sum()) if value.is_floating_point() else 0
+            # A span that may be empty is NaN where it is.
+            is_empty = key[:2] == (POOLED, "spans") and not int(leaves[POOLED, "span_counts", key[2]])
+            bad = int((~value.isfinite()).sum()) if value.is_floating_point() and not is_empty else 0
             if bad:
                 return Label(
                     self.blank,

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 
 from torchrl_sglang_hidden.counters import SERVER, timed
-from torchrl_sglang_hidden.reduce.bags import Bags, separate
+from torchrl_sglang_hidden.reduce.bags import reduce_steps, separate
 from torchrl_sglang_hidden.reduce.device import on_device
 from torchrl_sglang_hidden.reduce.pooling import NO_VALUE
 from torchrl_sglang_hidden.reduce.wanted import PromptStep
@@ -346,7 +346,9 @@ class StepPlan:
                 group=group,
                 produced_NKD=produced_NKD if pooled else None,
                 mark=group.slots.mark(states[0].device),
-                values_GKD=_reduce(group, states),
+                values_GKD=reduce_steps(
+                    ((selection.step, selection.offset) for selection in group.prompts), states, group.slots.reducer
+                ),
                 kept=kept,
             )
         except torch.OutOfMemoryError:
@@ -386,12 +388,3 @@ class StepPlan:
         if self.num_rows <= _MOST_STACKED:
             return torch.stack(list(states), 1).index_select(0, index_R)
         return torch.stack([state_ND.index_select(0, index_R) for state_ND in states], 1)
-
-
-def _reduce(group: LayerGroup, states: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    bags = Bags()
-    for selection in group.prompts:
-        bags.add_running(selection.step.cuts, selection.offset)
-        for _, ranges in selection.step.parts:
-            bags.add(ranges, selection.offset)
-    return bags.reduce(states, group.slots.reducer) if len(bags) else None

@@ -122,7 +122,9 @@ class TrackedRequest:
     @property
     def has_big_answer(self) -> bool:
         """Whether making the answer may take long enough to hold up other requests."""
-        return self.keeps_rows or self.logits.wanted.spec is not None
+        wanted = self.options.wanted
+        single = any(wanted.span_pooling(name) is None for name in wanted.spans)
+        return self.keeps_rows or single or self.logits.wanted.spec is not None
 
     def refuse(self, reason: str) -> None:
         """Give no answer but this reason, and no memory to rows that nobody will read."""

@@ -6,6 +6,7 @@ Knows nothing of TensorDicts, nor of how a payload is written.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from torchrl_sglang_hidden.errors import (
     CapabilityError,
@@ -24,8 +25,10 @@ from torchrl_sglang_hidden.sglang_api.payload import wanted_of
 from torchrl_sglang_hidden.spec.constraints import check_constraints
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec, canonical_layer, reads_prompt
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
+from torchrl_sglang_hidden.spec.places import At, Each
 from torchrl_sglang_hidden.spec.request_rules import check_prompt_ids, check_token_ids
-from torchrl_sglang_hidden.spec.spans import Between, LastTokens, PromptSpan
+from torchrl_sglang_hidden.spec.span_base import MAX_SPAN_ROWS
+from torchrl_sglang_hidden.spec.spans import Between, LastTokens, PromptSpan, ResponseSpan, may_be_empty
 
 __all__ = ["check_requests"]
 
@@ -283,19 +286,27 @@ def _check_hidden(row: int, request: Request, spec: HiddenSpec, info: EngineInfo
             "Request.spans what HiddenSpec.spans asks for"
         )
     for name, span in request.spans.items():
-        _check_span(f"row {row}, span {name!r}:", span, request, info)
+        _check_span(f"row {row}, span {name!r}:", name, span, request, info)
     if spec.tokens:
         _check_token_bytes(row, request, spec, info)
 
 
-def _check_span(name: str, span: object, request: Request, info: EngineInfo) -> None:
+def _check_span(name: str, key: str, span: object, request: Request, info: EngineInfo) -> None:
+    spec = cast("HiddenSpec", request.hidden)
     if isinstance(span, PromptSpan):
+        if not span.count and not may_be_empty(spec.spans[key]):
+            raise SpanError(f"{name} {spec.spans[key]!r} has 0 positions, and an empty span has no state; pass some")
+        if spec.pooling_of(key) is None and span.count > MAX_SPAN_ROWS:
+            raise InputError(
+                f"{name} {span.count} rows, over the limit of {MAX_SPAN_ROWS} for a span with pooling=None; pool it, "
+                "or ask for tokens=True"
+            )
         if span.end > len(request.prompt_ids):
             raise SpanError(
                 f"{name} ends at {span.end} in a prompt of {len(request.prompt_ids)} tokens; pass positions within it"
             )
         return
-    if not isinstance(span, (LastTokens, Between)) or span.segment != "response":
+    if not isinstance(span, ResponseSpan) or span.segment != "response":
         raise InputTypeError(
             f"{name} {span!r} is not resolved; pass what is of the prompt as a PromptSpan of positions, which "
             "SGLangHiddenWrapper makes of it"
@@ -306,7 +317,7 @@ def _check_span(name: str, span: object, request: Request, info: EngineInfo) -> 
             f"{name} LastTokens({span.count}) of a response of at most max_new_tokens={most}; raise that, or pass "
             "allow_fewer=True"
         )
-    if isinstance(span, Between) and not info.pools_in_server:
+    if isinstance(span, (Between, At, Each)) and not info.pools_in_server:
         raise CapabilityError(f"{name} markers are found by the server half; {FALLBACK_REMEDY}")
 
 

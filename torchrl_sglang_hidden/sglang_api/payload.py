@@ -17,6 +17,7 @@ from torchrl_sglang_hidden.reduce.pooling import RequestPools
 from torchrl_sglang_hidden.reduce.wanted import Wanted
 from torchrl_sglang_hidden.reduce.wanted_logits import WantedLogits
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec, canonical_layer
+from torchrl_sglang_hidden.spec.spans import PromptSpan
 
 __all__ = ["logits_of", "row_dtype_of", "sent_ids_of", "shares", "to_payload", "wanted_of"]
 
@@ -27,7 +28,8 @@ def wanted_of(request: Request, spec: HiddenSpec, info: EngineInfo) -> Wanted:
         segments=spec.segments,
         pooling=spec.pooling,
         layers=tuple(canonical_layer(layer, info.num_layers) for layer in spec.layer_ids),
-        spans=request.spans,
+        # What is known to be empty is not sent.
+        spans={name: one for name, one in request.spans.items() if not (isinstance(one, PromptSpan) and not one.count)},
         tokens=spec.tokens,
         row_dtype=row_dtype_of(spec),
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 
@@ -19,14 +19,12 @@ from torchrl_sglang_hidden.errors import (
     ProtocolError,
     SpanError,
 )
-from torchrl_sglang_hidden.protocol import CHANNEL, FALLBACK_REMEDY, Answer, drop_shared, excerpt, unpack_answer
+from torchrl_sglang_hidden.protocol import CHANNEL, drop_shared, excerpt, unpack_answer
 from torchrl_sglang_hidden.records import (
     Completion,
     EngineInfo,
-    Pooled,
     Request,
     TokenLogits,
-    TokenRows,
     failed_completion,
 )
 from torchrl_sglang_hidden.reduce.wanted_logits import FoundLogits, WantedLogits
@@ -34,12 +32,10 @@ from torchrl_sglang_hidden.sglang_api.fields import read_fields
 from torchrl_sglang_hidden.sglang_api.images import check_computed
 from torchrl_sglang_hidden.sglang_api.log_probs import read_log_probs
 from torchrl_sglang_hidden.sglang_api.overflow import overflow_of
-from torchrl_sglang_hidden.sglang_api.payload import logits_of, row_dtype_of, shares, wanted_of
+from torchrl_sglang_hidden.sglang_api.payload import logits_of, shares
 from torchrl_sglang_hidden.sglang_api.sampled import read_sampled
-from torchrl_sglang_hidden.sglang_api.stock_states import pool_stock
-from torchrl_sglang_hidden.spec.hidden import HiddenSpec, Segment, positions_of
+from torchrl_sglang_hidden.sglang_api.states import States, read_states
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
-from torchrl_sglang_hidden.spec.spans import LastTokens, PromptSpan, ResolvedSpan
 
 __all__ = ["raise_errors", "read_responses", "read_rows"]
 
@@ -148,7 +144,7 @@ def _read_row(number: int, request: Request, row: Any, info: EngineInfo, rid: st
             return failed_completion(request, ConstraintError(f"{name}: {answer.logits.fault}"), weight_version)
     states = None
     if request.hidden is not None:
-        states = _read_states(name, request, request.hidden, meta, response_ids, info, answer)
+        states = read_states(name, request, request.hidden, meta, response_ids, info, answer)
         for span_name, fault in states.faults.items():
             error = error or SpanError(f"{name}, span {span_name!r}: {fault}")
     logits = None
@@ -293,8 +289,9 @@ def _counted(
     return rows
 
 
-def _overflow(name: str, states: _States | None, logits: FoundLogits | None) -> EngineError | None:
-    pooled = [] if states is None else [*states.hidden.values(), *states.spans.values()]
+def _overflow(name: str, states: States | None, logits: FoundLogits | None) -> EngineError | None:
+    # A span that may be empty is NaN where it is.
+    pooled = [] if states is None else [*states.hidden.values(), *(one for one in states.spans.values() if one.count)]
     rows = None if states is None else states.token_rows
     return overflow_of(
         name,
@@ -318,83 +315,3 @@ def _read_log_probs(
     if entries is None:
         raise ProtocolError(f"{name}: {side} log-probs were asked for and are not in the answer; send it again")
     return read_log_probs(name, side, entries, ids, first=first, images=images, vocab_size=vocab_size)
-
-
-class _States(NamedTuple):
-    hidden: dict[str, Pooled]
-    spans: dict[str, Pooled]
-    token_rows: TokenRows | None
-    faults: Mapping[str, str]
-
-
-def _read_states(
-    name: str,
-    request: Request,
-    spec: HiddenSpec,
-    meta: Mapping[str, Any],
-    response_ids: tuple[int, ...],
-    info: EngineInfo,
-    answer: Answer | None,
-) -> _States:
-    """Read the states of one answer, and count them against the tokens."""
-    num_prompt, num_response = len(request.prompt_ids), len(response_ids)
-    if answer is not None:
-        found = answer.pools
-    else:
-        wanted = wanted_of(request, spec, info)
-        found = pool_stock(name, wanted, meta.get("hidden_states"), num_prompt, response_ids, info.hidden_size)
-    remedy = "send it again" if info.pools_in_server else FALLBACK_REMEDY
-
-    def pooled(what: str, value: tuple[torch.Tensor | None, int] | None, expected: int | None) -> Pooled:
-        vector_KD, count = value or (None, 0)
-        every_row_counted = count >= 1 if expected is None else count == expected
-        if vector_KD is None or not every_row_counted:
-            raise AlignmentError(
-                f"{name}: {count} rows of states for the {what} of {num_prompt} prompt and {num_response} response "
-                f"tokens, expected {'at least 1' if expected is None else expected}; {remedy}"
-            )
-        return Pooled(_shaped(name, vector_KD, torch.float32, spec, info), count)
-
-    hidden = {
-        str(segment): pooled(
-            f"{segment!r} segment",
-            found.segments.get(segment),
-            len(Segment(segment).positions(num_prompt, num_response)),
-        )
-        for segment in (spec.segments if spec.pooling is not None else ())
-    }
-    spans = {
-        key: pooled(f"span {key!r}", found.spans.get(key), _rows_of(span, num_response))
-        for key, span in request.spans.items()
-        if key not in found.faults
-    }
-    if not spec.tokens:
-        return _States(hidden, spans, None, found.faults)
-    positions = positions_of(spec.segments, num_prompt, num_response)
-    rows = found.rows
-    if rows is None or (rows.first, len(rows.rows_NKD)) != (positions.start, len(positions)):
-        got = "none" if rows is None else f"those of {len(rows.rows_NKD)} positions from {rows.first} on"
-        raise AlignmentError(
-            f"{name}: expected the states of positions {positions.start}..{positions.stop - 1}, {num_prompt} prompt "
-            f"and {num_response} response tokens, and got {got}; {remedy}"
-        )
-    rows_N = _shaped(name, rows.rows_NKD, row_dtype_of(spec), spec, info)
-    return _States(hidden, spans, TokenRows(positions.start, rows_N), found.faults)
-
-
-def _shaped(name: str, states: torch.Tensor, dtype: torch.dtype, spec: HiddenSpec, info: EngineInfo) -> torch.Tensor:
-    """Return states ``[…, K, D]`` as they were asked for: without K if the layers are one id."""
-    expected = (len(spec.layer_ids), info.hidden_size)
-    if states.shape[-2:] != expected or states.dtype != dtype:
-        raise ProtocolError(
-            f"{name}: states of shape {tuple(states.shape)}, expected [..., {expected[0]}, {expected[1]}], or of "
-            f"{states.dtype} instead of {dtype}; use the same version of torchrl_sglang_hidden on both sides"
-        )
-    return states if isinstance(spec.layers, tuple) else states.squeeze(-2)
-
-
-def _rows_of(span: ResolvedSpan, num_response: int) -> int | None:
-    """Return how many rows a span has; None if only the engine knows, because it looked for the markers."""
-    if isinstance(span, PromptSpan):
-        return span.count
-    return min(span.count, num_response) if isinstance(span, LastTokens) else None

@@ -11,7 +11,8 @@ import torch
 
 from torchrl_sglang_hidden.errors import ProtocolError
 from torchrl_sglang_hidden.protocol import FALLBACK_REMEDY
-from torchrl_sglang_hidden.reduce.pooling import HostPools, Pools
+from torchrl_sglang_hidden.reduce.host_pools import HostPools
+from torchrl_sglang_hidden.reduce.pooling import Pools
 from torchrl_sglang_hidden.reduce.wanted import Wanted
 from torchrl_sglang_hidden.spec.hidden import Segment
 
@@ -57,7 +58,7 @@ def pool_stock(
         # Rows are missing before the first one that came. The number of rows is for the error that follows.
         missing = {Segment.PROMPT: first_ND.shape[0], Segment.FULL: first_ND.shape[0] + len(steps) - 1}
         segments = {s: (None, missing[Segment(s)]) if s in missing else value for s, value in found.segments.items()}
-        return Pools(segments, found.spans, found.faults, found.rows)
+        return Pools(segments, found.spans, found.faults, found.rows, found.places)
     return found
 
 
