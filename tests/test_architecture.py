@@ -22,7 +22,13 @@ ROOT = Path(torchrl_sglang_hidden.__file__).parent
 # A module that is not named stands where its package is named.
 FLOORS: list[list[set[str]]] = [
     [{"errors", "_version"}],
-    [{"spec"}, {"spec.spans", "spec.constraints"}, {"spec.hidden"}, {"spec.logits"}],
+    [
+        {"spec"},
+        {"spec.places"},
+        {"spec.spans", "spec.constraints"},
+        {"spec.hidden", "spec.span_search"},
+        {"spec.logits"},
+    ],
     [{"records", "counters"}],
     [{"reduce", "images"}, {"images.expansion", "images.messages"}],
     [
@@ -44,6 +50,7 @@ FLOORS: list[list[set[str]]] = [
             "sglang_api.stock_states",
             "sglang_api.images",
         },
+        {"sglang_api.states"},
         {"sglang_api.checks", "sglang_api.responses"},
         {"weights.trainers"},
         {"weights.validation"},
@@ -61,7 +68,7 @@ FLOORS: list[list[set[str]]] = [
         {"policy.chats", "policy.rows"},
         {"policy.prompt_spans", "policy.image_rows"},
         {"policy.prompts", "policy.returned", "policy.batching", "policy.outcomes", "policy.argument_checks"},
-        {"policy.sampling_rows", "policy.assemble_chat", "policy.assemble_logits"},
+        {"policy.sampling_rows", "policy.assemble_chat", "policy.assemble_logits", "policy.assemble_states"},
         {"policy.assemble", "policy.config", "policy.candidate_ids"},
         {"policy.requests", "policy.reading", "policy.attributes"},
         {"policy.distributions", "policy.candidates", "policy.sending"},
@@ -110,7 +117,7 @@ FOREIGN = {"sglang", "tensordict", "torchrl", "transformers", "httpx"}
 # What a package or module must not import although the order allows it: libraries, or others of this package.
 FORBIDDEN: dict[str, set[str]] = {
     "spec": FOREIGN,
-    "spec.spans": {"torch"},
+    **{f"spec.{part}": {"torch"} for part in ("span_base", "places", "spans", "span_search")},
     "records": FOREIGN,
     "reduce": FOREIGN,
     "images": FOREIGN - {"transformers"},

@@ -24,9 +24,18 @@ from torchrl_sglang_hidden.spec.constraints import (
 )
 from torchrl_sglang_hidden.spec.hidden import SEGMENTS
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
+from torchrl_sglang_hidden.spec.places import At, Each, Every, Window
 from torchrl_sglang_hidden.spec.spans import Between, LastTokens, PromptSpan
 
-SPANS = {"p": PromptSpan(((0, 2), (3, 4))), "r": LastTokens(2), "b": Between("|", None)}
+SPANS = {
+    "p": PromptSpan(((0, 2), (3, 4))),
+    "r": LastTokens(2),
+    "b": Between("|", None),
+    "a": At("|"),
+    "e": Each("|", pooling="max"),
+    "w": Window(1, 3),
+    "n": Every(2),
+}
 WANTED = Wanted(SEGMENTS, "mean", (0, -1), SPANS, tokens=True)
 CHOSEN = WantedLogits(LogitsSpec(top_k=2), (ActionMask((3,)), TemperatureScale(2.0)), 1, True, ((1, 2), (3, 5)))
 GOOD = pack_options(WANTED, "text", CHOSEN)
@@ -39,8 +48,8 @@ def custom_of(**changes: Any) -> dict[str, Any]:
     return {CHANNEL: {"protocol": PROTOCOL, "options": json.dumps({**FIELDS, **changes})}}
 
 
-def span_of(*values: Any) -> dict[str, Any]:
-    return custom_of(spans={"s": list(values)})
+def span_of(*values: Any, pooling: Any = "spec") -> dict[str, Any]:
+    return custom_of(spans={"s": [pooling, *values]})
 
 
 def logits_of(**changes: Any) -> dict[str, Any]:
@@ -91,7 +100,17 @@ GARBAGE = [
     *(custom_of(layers=value) for value in (None, 1, [None], ["a"], [[1]], [INFINITY], [], [1, 1])),
     *(custom_of(row_dtype=value) for value in (None, "float64", 1, [])),
     *(custom_of(way=value) for value in (None, "pigeon", 1, ["text"])),
-    *(custom_of(spans=value) for value in (None, [], "s", {"s": None}, {"s": 7}, {"s": []}, {"s": "last"})),
+    *(custom_of(spans=value) for value in (None, [], "s", {"s": None}, {"s": 7}, {"s": []}, {"s": ["spec"]}, {"s": "last"})),
+    *(span_of(*values, pooling=pooling) for pooling in ("median", 1, ["mean"], {}, "")
+      for values in (("prompt", 0, 2), ("last", 1, True), ("between", "a", "b", "end"), ("at", "a", "after", "nan"),
+                     ("each", "a", "after", "nan"), ("window", 0, 1), ("every", 1))),
+    span_of("prompt", 0, 4097, pooling=None),
+    *(span_of(kind, *values) for kind in ("at", "each") for values in (
+        [], ["a"], ["a", "after"], ["", "after", "nan"], [None, "after", "nan"], [1, "after", "nan"],
+        ["a", "behind", "nan"], ["a", "after", "zero"], ["a", "after", "nan", 1], ["a", ["after"], "nan"])),
+    *(span_of("window", *values) for values in ([], [1], [1, 1], [2, 1], [-1, 2], [0, "2"], [0, INFINITY], [0, 1, 2, 3],
+                                                [True, 2])),
+    *(span_of("every", *values) for values in ([], [0], [-1], ["1"], [1.0], [None], [INFINITY])),
     span_of("turn", 0),
     *(span_of("prompt", *places) for places in ([], [1], [1, 2, 3], [2, 1], [1, 1], [-1, 2], [0, 2, 1, 3], [0, 2, 2, 3],
                                                 ["a", 2], [None, 1], [0, INFINITY])),

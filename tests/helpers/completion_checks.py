@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import re
+from collections.abc import Sequence
+
 import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from helpers import hf_oracle
 from helpers.policy_checks import LOG_PROB_ATOL, STATE_RTOL, relative_error
 from helpers.reference_pooling import pool
 from torchrl_sglang_hidden.records import Completion, Request
 from torchrl_sglang_hidden.spec.hidden import canonical_layer
-from torchrl_sglang_hidden.spec.spans import LastTokens, PromptSpan
+from torchrl_sglang_hidden.spec.places import At, Each, Every, Window
+from torchrl_sglang_hidden.spec.spans import Between, LastTokens, PromptSpan, ResponseSpan
 
 Stack = torch.Tensor
 
@@ -40,24 +46,30 @@ def assert_completion(
         stacked = torch.stack([truth.rows(segment, layer) for layer in layers], 1)
         return stacked if isinstance(spec.layers, tuple) else stacked[:, 0]
 
-    def check(what: str, found: torch.Tensor, count: int, rows_ND: Stack) -> None:
-        expected = pool(rows_ND.double(), str(spec.pooling)).float()
+    def check(what: str, found: torch.Tensor, count: int, rows_ND: Stack, pooling: str | None) -> None:
         assert count == len(rows_ND), f"{what}: {count} rows, expected {len(rows_ND)}; {name}"
+        if pooling is not None and not count:
+            assert found.isnan().all(), f"{what}; {name}"
+            return
+        expected = rows_ND if pooling is None else pool(rows_ND.double(), pooling).float()
         assert (found.shape, found.dtype) == (expected.shape, torch.float32), f"{what}; {name}"
         error = relative_error(found.flatten(), expected.flatten())
-        assert error < rtol, f"{what}: relative error {error:.2e}; {name}"
+        assert error < rtol or not count, f"{what}: relative error {error:.2e}; {name}"
 
     assert set(completion.hidden) == (set(spec.segments) if spec.pooling else set()), name
     for segment, pooled in completion.hidden.items():
-        check(segment, pooled.vector, pooled.count, rows(segment))
+        check(segment, pooled.vector, pooled.count, rows(segment), spec.pooling)
     assert set(completion.spans) == set(spec.spans), name
     for key, pooled in completion.spans.items():
-        span = request.spans[key]
+        span, pooling = request.spans[key], spec.pooling_of(key)
         if isinstance(span, PromptSpan):
             places = [place for start, stop in span.intervals for place in range(start, stop)]
-            check(key, pooled.vector, pooled.count, rows("prompt")[places])
-        elif isinstance(span, LastTokens):
-            check(key, pooled.vector, pooled.count, rows("response")[-span.count :])
+            check(key, pooled.vector, pooled.count, rows("prompt")[places], pooling)
+        else:
+            places = rows_by_pieces(span, completion.response_ids, model_dir)
+            check(key, pooled.vector, pooled.count, rows("response")[places], pooling)
+        listed = tuple(places) if pooling is None or isinstance(span, At | Each) else None
+        assert pooled.places == listed, f"{key}: {pooled.places}, expected {listed}; {name}"
     if spec.tokens:
         found = completion.token_rows
         assert found is not None, name
@@ -70,3 +82,34 @@ def assert_completion(
     else:
         assert completion.token_rows is None, name
     return truth
+
+
+@functools.cache
+def _tokenizer(model_dir: str) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(model_dir)
+
+
+def rows_by_pieces(span: ResponseSpan, ids: Sequence[int], model_dir: str) -> list[int]:
+    """Return the rows of a response that a span covers, by counting the bytes of each token of a byte-level model."""
+    rows = list(range(len(ids)))
+    match span:
+        case LastTokens():
+            return rows[-span.count :]
+        case Window():
+            return rows[span.start : span.stop]
+        case Every():
+            return rows[:: span.n]
+        case Between():
+            raise NotImplementedError(span)
+    tokenizer, to_byte = _tokenizer(model_dir), {char: byte for byte, char in bytes_to_unicode().items()}
+    ends, text = [0], b""
+    for token, token_id in zip(tokenizer.convert_ids_to_tokens(list(ids)), ids, strict=True):
+        special = token_id in tokenizer.added_tokens_decoder
+        text += token.encode() if special else bytes(to_byte[char] for char in token)
+        ends.append(len(text))
+    found = [(one.start(), one.end()) for one in re.finditer(re.escape(span.marker.encode()), text)]
+    places = []
+    for start, end in found[:1] if isinstance(span, At) else found:
+        touched = [row for row in rows if ends[row] < end and ends[row + 1] > start]
+        places.append(touched[-1] + 1 if span.where == "after" else touched[0])
+    return sorted({place for place in places if place < len(ids)})

@@ -44,6 +44,7 @@ from torchrl_sglang_hidden.spec.constraints import (
     TemperatureScale,
 )
 from torchrl_sglang_hidden.spec.constraints.base import ConstraintStep
+from torchrl_sglang_hidden.spec.places import At, Each, Every, Window
 from torchrl_sglang_hidden.spec.spans import Between, LastTokens, PromptSpan
 
 
@@ -51,10 +52,12 @@ from torchrl_sglang_hidden.spec.spans import Between, LastTokens, PromptSpan
 def _custom_params() -> list[dict[str, Any]]:
     """Return what requests of every kind ask of the server half."""
     between = HiddenSpec(("response",), spans={"b": Between("w", "x", unclosed="end")})
+    single = {"a": At("w"), "e": Each("w", "before", pooling="max"), "w": Window(1, 3), "n": Every(2, pooling=None)}
     requests = [
         request(HiddenSpec(("prompt", "full"), "max", layers=(0, -1), tokens=True)),
         spanned(tokens=True, dtype=torch.bfloat16),
         request(between, spans=dict(between.spans)),
+        request(HiddenSpec(("response",), "last", spans=single), spans=single),
         asks(*MASKED, spec=TOP),
         asks(DisallowedTokens((3,), first_tokens=2), TemperatureScale(LinearSchedule(1.0, 0.5))),
         asks(spec=EVERY),
@@ -98,8 +101,12 @@ def _check_wanted(wanted: Wanted) -> None:
                 assert all(type(end) is int and end >= 0 for interval in intervals for end in interval)
             case LastTokens(count):
                 assert type(count) is int
-            case Between():
+            case Between() | At() | Each():
                 pass
+            case Window(start, stop):
+                assert 0 <= start < stop
+            case Every(n):
+                assert n >= 1
             case _:
                 raise AssertionError(span)
     assert isinstance(wanted.tokens, bool)

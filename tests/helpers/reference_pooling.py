@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, combinations
 
 import torch
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torchrl_sglang_hidden.reduce.pooling import Pools
 from torchrl_sglang_hidden.reduce.wanted import Wanted
 from torchrl_sglang_hidden.spec.hidden import POOLINGS, SEGMENTS, Segment
+from torchrl_sglang_hidden.spec.places import At, Each, Every, Window
 from torchrl_sglang_hidden.spec.spans import Between, LastTokens, PromptSpan, ResolvedSpan, intervals_of
 
 SUBSETS = [*chain.from_iterable(combinations(SEGMENTS, size) for size in (1, 2, 3))]
@@ -55,20 +57,33 @@ class Case:
             return self.hidden_NKD[places].double()
         if span is not None:
             found = in_response(span, decode(self.response_ids))
-            return None if found is None else self.rows("response")[slice(*found)]
+            return None if found is None else self.rows("response")[list(found)]
         num_prompt = self.num_prompt
         places = {"prompt": slice(num_prompt), "response": slice(num_prompt - 1, None), "full": slice(None)}[what]
         return self.hidden_NKD[places].double()
 
+    def pooling(self, what: str) -> str | None:
+        return self.wanted.span_pooling(what) if what in self.wanted.spans else self.wanted.pooling
+
     def pooled(self, what: str) -> torch.Tensor | None:
-        rows = self.rows(what)
-        return None if rows is None else pool(rows, str(self.wanted.pooling))
+        rows, pooling = self.rows(what), self.pooling(what)
+        return None if rows is None or not len(rows) else rows if pooling is None else pool(rows, pooling)
 
 
-def in_response(span: ResolvedSpan, text: str) -> tuple[int, int] | None:
-    """Return the first and last token of the response that a span covers; a token is one character."""
-    if isinstance(span, LastTokens):
-        return (max(len(text) - span.count, 0), len(text)) if span.allow_fewer or span.count <= len(text) else None
+def in_response(span: ResolvedSpan, text: str) -> Sequence[int] | None:
+    """Return the rows of the response that a span covers; a token is one character."""
+    rows = range(len(text))
+    match span:
+        case LastTokens():
+            return rows[-span.count :] if span.allow_fewer or span.count <= len(text) else None
+        case Window():
+            return rows[span.start : span.stop]
+        case Every():
+            return rows[:: span.n]
+        case At() | Each():
+            places = [one.end() if span.where == "after" else one.start() for one in _found(span.marker, text)]
+            there = [place for place in (places[:1] if isinstance(span, At) else places) if place in rows]
+            return there if there or span.missing == "nan" else None
     assert isinstance(span, Between)
     start, stop = 0, len(text)
     if span.start is not None:
@@ -80,7 +95,11 @@ def in_response(span: ResolvedSpan, text: str) -> tuple[int, int] | None:
         if stop < 0 and span.unclosed == "error":
             return None
         stop = len(text) if stop < 0 else stop
-    return (start, stop) if start < stop else None
+    return range(start, stop) if start < stop else None
+
+
+def _found(marker: str, text: str) -> Sequence[re.Match[str]]:
+    return list(re.finditer(re.escape(marker), text))
 
 
 def expected_count(case: Case, what: str) -> int:
@@ -92,11 +111,13 @@ def expected_count(case: Case, what: str) -> int:
 
 def assert_value(case: Case, what: str, value: torch.Tensor | None) -> None:
     expected_KD = case.pooled(what)
+    if expected_KD is None:
+        assert value is None, what
+        return
     assert value is not None, what
-    assert expected_KD is not None, what
     assert value.dtype == torch.float32
     # A sum is as large as its rows are many; what takes one of the values takes it exactly.
-    atol = {"mean": 1e-5, "sum": 1e-5 * expected_count(case, what), "last": 0.0, "max": 0.0}[str(case.wanted.pooling)]
+    atol = {"mean": 1e-5, "sum": 1e-5 * expected_count(case, what), "last": 0.0, "max": 0.0, None: 0.0}[case.pooling(what)]
     rtol = 1e-5 if atol else 0.0
     torch.testing.assert_close(value.double(), expected_KD, rtol=rtol, atol=atol, msg=lambda said: f"{what}: {said}")
 
@@ -116,6 +137,11 @@ def assert_pools(case: Case, found: Pools) -> None:
     for what, (value, count) in {**found.segments, **found.spans}.items():
         assert count == expected_count(case, what), what
         assert_value(case, what, value)
+    for name, span in wanted.spans.items():
+        if not isinstance(span, PromptSpan) and name in found.spans:
+            listed = isinstance(span, At | Each) or wanted.span_pooling(name) is None
+            rows = in_response(span, decode(case.response_ids))
+            assert found.places.get(name) == (tuple(rows or ()) if listed else None), name
     if wanted.tokens:
         first, stop = token_places(case)
         assert found.rows is not None
@@ -136,7 +162,20 @@ def spans_of(draw: st.DrawFn, num_prompt: int) -> Mapping[str, ResolvedSpan]:
     if draw(st.booleans()):
         markers = draw(st.sampled_from([("|", None), (None, "|"), ("|", "|")]))
         spans["between"] = Between(*markers, unclosed=draw(st.sampled_from(["error", "end"])))
-    return spans
+    for name, kind in (("at", At), ("each", Each)):
+        if draw(st.booleans()):
+            spans[name] = kind(
+                draw(st.sampled_from(["|", "b|", "||", "aa"])),
+                draw(st.sampled_from(["after", "before"])),
+                missing=draw(st.sampled_from(["nan", "error"])),
+            )
+    if draw(st.booleans()):
+        start = draw(st.integers(0, 4))
+        spans["window"] = Window(start, start + draw(st.integers(1, 4)))
+    if draw(st.booleans()):
+        spans["every"] = Every(draw(st.integers(1, 4)))
+    own = st.sampled_from(["spec", "spec", None, *POOLINGS])
+    return {name: replace(span, pooling=draw(own)) for name, span in spans.items()}
 
 
 @st.composite

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import httpx
 import psutil
@@ -24,12 +25,22 @@ import torch
 from helpers.bad_link import bad_link
 from helpers.completion_checks import assert_completion
 from helpers.policy_checks import prompt_of
-from torchrl_sglang_hidden import EngineUnreachableError, HiddenSpec, LastTokens, SGLangServer, TokenMask
+from torchrl_sglang_hidden import (
+    At,
+    Each,
+    EngineUnreachableError,
+    Every,
+    HiddenSpec,
+    LastTokens,
+    SGLangServer,
+    TokenMask,
+    Window,
+)
 from torchrl_sglang_hidden.engines.launch import LaunchedServer
 from torchrl_sglang_hidden.records import Request
 from torchrl_sglang_hidden.sglang_api.payload import sent_ids_of, to_payload
 from torchrl_sglang_hidden.spec.hidden import POOLINGS, SEGMENTS
-from torchrl_sglang_hidden.spec.spans import PromptSpan
+from torchrl_sglang_hidden.spec.spans import PromptSpan, span_over
 
 NUM_LAYERS = 4
 ABORTS = 24
@@ -60,13 +71,21 @@ def draw_request(chance: random.Random) -> Request:
         spec = HiddenSpec(("prompt",), chance.choice(POOLINGS), layers)
         return Request(tuple(prompt_ids), {"max_new_tokens": 0}, hidden=spec)
     segments = tuple(chance.sample(SEGMENTS, chance.randint(1, 3)))
-    spans = {}
+    spans: dict[str, tuple[Any, Any]] = {}
     if chance.random() < 0.4:
         count = chance.randint(1, 4)
         spans["tail"] = (LastTokens(count, allow_fewer=True), LastTokens(count, allow_fewer=True))
     if chance.random() < 0.4:
         places = sorted(chance.sample(range(len(prompt_ids)), chance.randint(1, min(5, len(prompt_ids)))))
         spans["mask"] = (TokenMask("mask"), PromptSpan(_intervals(places)))
+    for name, draw in (("state", draw_state), ("windows", draw_windows)):
+        if chance.random() < 0.4:
+            asked = draw(chance, "response")
+            spans[name] = (asked, asked)
+        if chance.random() < 0.2:
+            asked = draw(chance, "prompt")
+            positions = draw_positions(chance, asked, len(prompt_ids))
+            spans[f"{name} of the prompt"] = (asked, replace(span_over(positions), pooling=asked.pooling))
     spec = HiddenSpec(
         segments,
         chance.choice(POOLINGS),
@@ -83,6 +102,34 @@ def draw_request(chance: random.Random) -> Request:
         hidden=spec,
         spans={name: resolved for name, (_, resolved) in spans.items()},
     )
+
+
+def draw_state(chance: random.Random, segment: Any) -> At | Each:
+    """Draw a span of states at a text: one that random tokens often have, splits of a character, or one that is not."""
+    kind = chance.choice((At, Each))
+    marker = chance.choice((" ", "e", "in", "the ", "\u00e9", "\n", "</think>"))
+    where, pooling = chance.choice(("after", "before")), chance.choice((None, "spec", *POOLINGS))
+    return kind(marker, where, segment, pooling=pooling)
+
+
+def draw_windows(chance: random.Random, segment: Any) -> Window | Every:
+    """Draw a window, which may go past the end or begin there, or rows at a distance."""
+    pooling = chance.choice((None, "spec", *POOLINGS))
+    if chance.random() < 0.5:
+        return Every(chance.choice((1, 3, 16, 300)), segment, pooling=pooling)
+    start = chance.choice((0, 1, 5, 30))
+    return Window(start, start + chance.choice((1, 4, 200)), segment, pooling=pooling)
+
+
+def draw_positions(chance: random.Random, span: At | Each | Window | Every, num_prompt: int) -> list[int]:
+    """Return the positions of a span of a prompt. Where a marker stands is drawn: a policy searches for it."""
+    positions = range(num_prompt)
+    if isinstance(span, Window):
+        return list(positions[span.start : span.stop])
+    if isinstance(span, Every):
+        return list(positions[:: span.n])
+    most = 1 if isinstance(span, At) else 5
+    return sorted(chance.sample(positions, chance.randint(0, min(most, num_prompt))))
 
 
 def _intervals(places: list[int]) -> tuple[tuple[int, int], ...]:

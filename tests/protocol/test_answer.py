@@ -49,9 +49,15 @@ def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> t
 def pools_of(num_layers: int = 2, num_rows: int | None = 5, dtype: torch.dtype = torch.float32) -> Pools:
     return Pools(
         segments={"response": (numbers(num_layers, D, seed=1), 3), "prompt": (None, 0)},
-        spans={"tail": (numbers(num_layers, D, seed=2), 2), "prompt": (numbers(num_layers, D, seed=3), 1)},
+        spans={
+            "tail": (numbers(num_layers, D, seed=2), 2),
+            "each": (numbers(3, num_layers, D, seed=9), 3),
+            "none": (None, 0),
+            "prompt": (numbers(num_layers, D, seed=3), 1),
+        },
         faults={},
         rows=None if num_rows is None else WantedRows(2, numbers(num_rows, num_layers, D, seed=4, dtype=dtype)),
+        places={"each": (0, 4, 5), "none": ()},
     )
 
 
@@ -132,7 +138,7 @@ def test_logits_round_trip(way: Way, dtype: torch.dtype, gone: str | None) -> No
 
 def test_an_answer_without_logits_has_none() -> None:
     (answer,) = sent(pools_of(), "text")
-    assert answer.keys() == {"protocol", "places", "faults", "data", "crc32", "rows"}
+    assert answer.keys() == {"protocol", "places", "rows_of_spans", "faults", "data", "crc32", "rows"}
     assert unpack_answer([answer], "row 0", D).logits is None
     assert unpack_answer(sent(Pools({}, {}, {}, None), "text", None, FoundLogits()), "row 0", D).logits == FoundLogits()
 
@@ -390,6 +396,16 @@ SPOILED: dict[str, Callable[[dict[str, Any]], Any]] = {
     "short places": lambda a: a["places"][0].pop(),
     "counts of words": lambda a: a["places"][0].__setitem__(2, "three"),
     "counts of infinity": lambda a: a["places"][0].__setitem__(2, float("inf")),
+    "rows of spans that are none": lambda a: a.pop("rows_of_spans"),
+    "rows of spans of null": lambda a: a.update(rows_of_spans=None),
+    "rows of a span in disorder": lambda a: a["rows_of_spans"].update(each=[4, 0, 5]),
+    "rows of a span twice": lambda a: a["rows_of_spans"].update(each=[0, 4, 4]),
+    "rows of a span before the first": lambda a: a["rows_of_spans"].update(each=[-1, 4, 5]),
+    "rows of a span of words": lambda a: a["rows_of_spans"].update(each=["0", 4, 5]),
+    "more rows of a span than there are": lambda a: a["places"][3].__setitem__(3, 4),
+    "fewer rows of a span than there are": lambda a: a["places"][3].__setitem__(3, 2),
+    "rows before the first": lambda a: a["places"][3].__setitem__(3, -1),
+    "a huge number of rows": lambda a: a["places"][3].__setitem__(3, 10**30),
     "counts of nothing": lambda a: a["places"][0].__setitem__(2, None),
     "no faults": lambda a: a.pop("faults"),
     "faults of a list": lambda a: a.update(faults=["x"]),

@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden import Between, LastTokens, Role, TokenMask, Turn
 from torchrl_sglang_hidden.errors import InputError, InputTypeError, SpanError
-from torchrl_sglang_hidden.spec.spans import PromptSpan, find_between, intervals_of
+from torchrl_sglang_hidden.spec.span_search import find_between
+from torchrl_sglang_hidden.spec.spans import PromptSpan, intervals_of
 
 # --- what may be written ----------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from torchrl_sglang_hidden.policy.chat_template import goes_on, messages_of
 from torchrl_sglang_hidden.policy.chat_text import Chat, decode_all
 from torchrl_sglang_hidden.policy.config import PolicyConfig
 from torchrl_sglang_hidden.policy.images import read_images
-from torchrl_sglang_hidden.policy.outputs import HiddenStates, OutputKeys
+from torchrl_sglang_hidden.policy.outputs import OutputKeys
 from torchrl_sglang_hidden.policy.prompts import PromptReader
 from torchrl_sglang_hidden.policy.reading import make_mask_reader, make_reader
 from torchrl_sglang_hidden.policy.requests import CallOptions, to_requests
@@ -283,7 +283,7 @@ def _pools(found: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Poo
     return {name: Pooled(vector.float(), int(count)) for name, (vector, count) in found.items() if int(count)}
 
 
-def _spans(spec: HiddenSpec, found: HiddenStates) -> dict[str, Pooled]:
+def _spans(spec: HiddenSpec, found: Any) -> dict[str, Pooled]:
     """Read the spans back that are there: one of a prompt may be empty, one of a response is then missing."""
     spans = {}
     for name, span in spec.spans.items():

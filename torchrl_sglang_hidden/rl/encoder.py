@@ -236,7 +236,7 @@ def vector_shape(policy: SGLangHiddenWrapper) -> torch.Size:
 
 
 def pooled_keys(policy: SGLangHiddenWrapper) -> list[NestedKey]:
-    """Return the keys of the pooled vectors that a policy returns.
+    """Return the keys of the pooled vectors that a policy returns: spans without a pooling are none.
 
     Raises:
         InputError: it returns none.
@@ -248,21 +248,21 @@ def pooled_keys(policy: SGLangHiddenWrapper) -> list[NestedKey]:
             f"a policy with hidden={spec} and hidden_states_key={key!r} returns no pooled states; use "
             "policy.get_new_version(hidden=HiddenSpec(segments=('prompt',)))"
         )
-    if spec.unpooled:
-        name = spec.unpooled[0]
-        raise InputError(
-            f"the span {name!r}, {spec.spans[name]!r}, has any number of rows, and one vector is read; give it a pooling, "
-            "such as pooling='last'"
-        )
     # Scoring knows one segment, whatever is asked of generation.
     leaves: list[NestedKey] = [(key, segment) for segment in (spec.segments if config.generate else ("full",))]
-    leaves += [(key, "spans", name) for name in spec.spans]
+    leaves += [(key, "spans", name) for name in spec.spans if name not in spec.unpooled]
     return [unravel_key(leaf) for leaf in leaves]
 
 
 def _hidden_key(policy: SGLangHiddenWrapper) -> NestedKey:
     """Return the key of the only pooled vector that a policy returns."""
     leaves = pooled_keys(policy)
+    if policy.config.hidden is not None and policy.config.hidden.unpooled:
+        name = policy.config.hidden.unpooled[0]
+        raise InputError(
+            f"the span {name!r}, {policy.config.hidden.spans[name]!r}, has any number of rows, and one vector is read; "
+            "give it a pooling, such as pooling='last'"
+        )
     if len(leaves) != 1:
         raise InputError(
             f"a policy that pools {leaves} returns {len(leaves)} vectors; expected one segment or one span, such as "
