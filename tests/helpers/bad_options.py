@@ -100,7 +100,8 @@ GARBAGE = [
     *(custom_of(layers=value) for value in (None, 1, [None], ["a"], [[1]], [INFINITY], [], [1, 1])),
     *(custom_of(row_dtype=value) for value in (None, "float64", 1, [])),
     *(custom_of(way=value) for value in (None, "pigeon", 1, ["text"])),
-    *(custom_of(spans=value) for value in (None, [], "s", {"s": None}, {"s": 7}, {"s": []}, {"s": ["spec"]}, {"s": "last"})),
+    *(custom_of(spans=value) for value in (None, [], "s", {"s": None}, {"s": 7}, {"s": []}, {"s": ["spec"]},
+                                           {"s": "last"})),
     *(span_of(*values, pooling=pooling) for pooling in ("median", 1, ["mean"], {}, "")
       for values in (("prompt", 0, 2), ("last", 1, True), ("between", "a", "b", "end"), ("at", "a", "after", "nan"),
                      ("each", "a", "after", "nan"), ("window", 0, 1), ("every", 1))),

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from helpers import hf_oracle
+from helpers.byte_tokenizers import byte_characters
 from helpers.policy_checks import LOG_PROB_ATOL, STATE_RTOL, relative_error
 from helpers.reference_pooling import pool
 from torchrl_sglang_hidden.records import Completion, Request
@@ -101,7 +102,7 @@ def rows_by_pieces(span: ResponseSpan, ids: Sequence[int], model_dir: str) -> li
             return rows[:: span.n]
         case Between():
             raise NotImplementedError(span)
-    tokenizer, to_byte = _tokenizer(model_dir), {char: byte for byte, char in bytes_to_unicode().items()}
+    tokenizer, to_byte = _tokenizer(model_dir), {char: byte for byte, char in enumerate(byte_characters())}
     ends, text = [0], b""
     for token, token_id in zip(tokenizer.convert_ids_to_tokens(list(ids)), ids, strict=True):
         special = token_id in tokenizer.added_tokens_decoder

@@ -117,7 +117,9 @@ def assert_value(case: Case, what: str, value: torch.Tensor | None) -> None:
     assert value is not None, what
     assert value.dtype == torch.float32
     # A sum is as large as its rows are many; what takes one of the values takes it exactly.
-    atol = {"mean": 1e-5, "sum": 1e-5 * expected_count(case, what), "last": 0.0, "max": 0.0, None: 0.0}[case.pooling(what)]
+    atol = {"mean": 1e-5, "sum": 1e-5 * expected_count(case, what), "last": 0.0, "max": 0.0, None: 0.0}[
+        case.pooling(what)
+    ]
     rtol = 1e-5 if atol else 0.0
     torch.testing.assert_close(value.double(), expected_KD, rtol=rtol, atol=atol, msg=lambda said: f"{what}: {said}")
 

@@ -216,8 +216,19 @@ def _pieces(text: str, ids: Sequence[int], decode: Decode) -> Iterator[_Piece]:
         for size in chain(range(_PIECE, _PIECE + _BEHIND), (2**power * _PIECE for power in range(1, 64))):
             stop = min(first + size, len(ids))
             piece = text[offset:] if stop == len(ids) else decode(ids[first:stop])
-            behind = decode(ids[stop : stop + _BEHIND]).rstrip("\ufffd")
-            if stop == len(ids) or (behind and text.startswith(piece + behind, offset)):
+            if stop == len(ids) or _goes_on(ids[stop : stop + _BEHIND], text, offset, piece, decode):
                 yield _Piece(first, ids[first:stop], offset, piece)
                 break
         first, offset = stop, offset + len(piece)
+
+
+def _goes_on(behind: Sequence[int], text: str, offset: int, piece: str, decode: Decode) -> bool:
+    """Return whether the text from ``offset`` on is a piece, and then what the ids behind it are on their own."""
+    if not text.startswith(piece, offset):
+        return False
+    # The last of them may end inside a character, which byte fallback writes over those before it.
+    for fewer in range(min(CHARACTER_BYTES, len(behind))):
+        beginning = decode(behind[: len(behind) - fewer]).rstrip("\ufffd")
+        if beginning and text.startswith(beginning, offset + len(piece)):
+            return True
+    return False
