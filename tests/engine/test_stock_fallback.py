@@ -26,8 +26,11 @@ from transformers import PreTrainedTokenizerBase
 from torchrl_sglang_hidden import (
     ActionMask,
     AlignmentError,
+    At,
     Between,
     CapabilityError,
+    Each,
+    Every,
     HiddenSpec,
     InputError,
     LastTokens,
@@ -35,6 +38,7 @@ from torchrl_sglang_hidden import (
     SGLangHiddenWrapper,
     SGLangServer,
     TokenMask,
+    Window,
     launch,
 )
 from torchrl_sglang_hidden.records import Request
@@ -152,8 +156,16 @@ def test_text_mode(stock_policy: Policy, tokenizer: PreTrainedTokenizerBase) -> 
 def test_spans_and_token_states_without_the_server_half(stock: Stock, smol_dir: str, pooling: Any) -> None:
     for length in (9, 40):
         ids = tuple(prompt_of(length, 4000 + length))
-        spans = {"tail": LastTokens(2), "places": PromptSpan(((1, 3), (5, 6)))}
-        spec = HiddenSpec(SEGMENTS, pooling, tokens=True, spans={"tail": LastTokens(2), "places": TokenMask("mask")})
+        spans = {
+            "tail": LastTokens(2), "places": PromptSpan(((1, 3), (5, 6))), "window": Window(1, 9), "every": Every(2),
+            "past": Window(7, 9, pooling="max"), "single": PromptSpan(((1, 3), (5, 6)), pooling=None),
+            "own": PromptSpan(((2, 8),), pooling="max"),
+        }  # fmt: skip
+        asked = {
+            name: TokenMask("mask", pooling=span.pooling) if isinstance(span, PromptSpan) else span
+            for name, span in spans.items()
+        }
+        spec = HiddenSpec(SEGMENTS, pooling, tokens=True, spans=asked)
         request = Request(ids, {"max_new_tokens": 4, "temperature": 0.0}, hidden=spec, spans=spans)
         for _ in range(2):
             [completion] = stock.engine.generate([request])
@@ -167,11 +179,12 @@ def test_a_prompt_alone_without_the_server_half(stock: Stock, smol_dir: str) -> 
 
 
 def test_what_only_the_server_half_can_do_is_refused(stock: Stock) -> None:
-    ids, marked = (5, 6, 7), Between("a", "b")
+    ids = (5, 6, 7)
     with pytest.raises(CapabilityError, match="layers=3"):
         stock.engine.generate([Request(ids, hidden=HiddenSpec(layers=3))])
-    with pytest.raises(CapabilityError, match="markers"):
-        stock.engine.generate([Request(ids, hidden=HiddenSpec(spans={"x": marked}), spans={"x": marked})])
+    for marked in (Between("a", "b"), At("a"), Each("a")):
+        with pytest.raises(CapabilityError, match="markers"):
+            stock.engine.generate([Request(ids, hidden=HiddenSpec(spans={"x": marked}), spans={"x": marked})])
     with pytest.raises(InputError, match="30 layers"):
         stock.engine.generate([Request(ids, hidden=HiddenSpec(layers=30))])
     for asked, fields in {

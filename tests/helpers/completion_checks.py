@@ -102,6 +102,11 @@ def rows_by_pieces(span: ResponseSpan, ids: Sequence[int], model_dir: str) -> li
             return rows[:: span.n]
         case Between():
             raise NotImplementedError(span)
+    return [read + 1 for read in read_by_pieces(span, ids, model_dir) if read + 1 < len(ids)]
+
+
+def read_by_pieces(span: At | Each, ids: Sequence[int], model_dir: str) -> list[int]:
+    """Return the token that each state of a span has read last, of a byte-level model; -1 before the first."""
     tokenizer, to_byte = _tokenizer(model_dir), {char: byte for byte, char in enumerate(byte_characters())}
     ends, text = [0], b""
     for token, token_id in zip(tokenizer.convert_ids_to_tokens(list(ids)), ids, strict=True):
@@ -111,6 +116,6 @@ def rows_by_pieces(span: ResponseSpan, ids: Sequence[int], model_dir: str) -> li
     found = [(one.start(), one.end()) for one in re.finditer(re.escape(span.marker.encode()), text)]
     places = []
     for start, end in found[:1] if isinstance(span, At) else found:
-        touched = [row for row in rows if ends[row] < end and ends[row + 1] > start]
-        places.append(touched[-1] + 1 if span.where == "after" else touched[0])
-    return sorted({place for place in places if place < len(ids)})
+        touched = [place for place in range(len(ids)) if ends[place] < end and ends[place + 1] > start]
+        places.append(touched[-1] if span.where == "after" else touched[0] - 1)
+    return sorted(set(places))
