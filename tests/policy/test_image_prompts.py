@@ -21,8 +21,10 @@ from torchrl.data.llm.history import ContentBase
 from torchrl.modules.llm.policies import ChatHistory
 
 from torchrl_sglang_hidden import (
+    At,
     CapabilityError,
     ChatTemplateError,
+    Each,
     HiddenSpec,
     Image,
     ImageError,
@@ -31,6 +33,7 @@ from torchrl_sglang_hidden import (
     LastTokens,
     SGLangHiddenWrapper,
     Turn,
+    Window,
     ragged,
 )
 from torchrl_sglang_hidden.images import expansion
@@ -246,6 +249,25 @@ def test_spans_move_behind_images() -> None:
         "last": [ids_of("<|start|> assistant")],
     }
     assert int(row["hidden_states"].span_counts["dog"]) == 6
+
+
+def test_states_at_a_text_stand_behind_images() -> None:
+    """A state in front of which an image stands is that of the image's last row."""
+    spans = {
+        "before": At("w2", "before", "prompt"),
+        "words": Each("w", segment="prompt"),
+        "images": Each(PLACE, segment="prompt"),
+        "window": Window(3, 6, "prompt"),
+    }
+    policy, engine = make("history", breaks=True, hidden=HiddenSpec(("prompt",), spans=spans))
+    (row,) = flat(policy(ragged(history=[question("w1", image(CAT), "w2 w3", image(DOG), "w4")])))
+    found, ids = engine.requests[0].spans, list(engine.requests[0].prompt_ids)
+    words = [place for place, one in enumerate(ids) if one in ids_of("w1 w2 w3 w4")]
+    w1, w2, w3, w4 = words
+    assert (w2 - w1 - 1, w4 - w3 - 1) == (len(rows_of(3, breaks=True)), len(rows_of(2, 2, breaks=True)))
+    expected = {"before": [w2 - 1], "words": words, "images": [w2 - 1, w4 - 1], "window": [3, 4, 5]}
+    assert {name: span.positions for name, span in found.items()} == expected
+    assert row["hidden_states"].span_places["words"].tolist() == words
 
 
 def test_an_image_that_is_not_there_has_no_span() -> None:

@@ -271,7 +271,7 @@ def test_a_thought_that_was_read_otherwise_is_an_error(num_samples: int | None) 
     before = plain(batch)
     sample = 0 if num_samples is None else 1
     with pytest.raises(
-        AlignmentError, match=rf"row 1, sample {sample}, span 'why': 3 rows .* the 2 tokens between 'w1'"
+        AlignmentError, match=rf"row 1, sample {sample}, span 'why': 3 rows .* the 2 rows of Between\(start='w1'"
     ):
         policy(batch)
     assert plain(batch) == before

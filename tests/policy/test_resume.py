@@ -19,7 +19,9 @@ from torchrl.modules.llm.policies import ChatHistory
 
 from torchrl_sglang_hidden import (
     ActionMask,
+    At,
     Between,
+    Each,
     HiddenSpec,
     InputError,
     InputTypeError,
@@ -28,6 +30,7 @@ from torchrl_sglang_hidden import (
     MissingKeyError,
     Role,
     SGLangHiddenWrapper,
+    Window,
     ragged,
 )
 from torchrl_sglang_hidden.protocol import CHANNEL
@@ -94,7 +97,19 @@ def assert_rows_equal(found: TensorDictBase, expected: TensorDictBase, *but: str
 def test_a_response_in_parts_is_the_response(mode: str, pooling: Pooling, layers: Any) -> None:
     """The states of the fake engine depend on ids and positions alone, so that both parts' are those of the whole."""
     options: dict[str, Any] = {
-        "hidden": HiddenSpec(SEGMENTS, pooling, layers, spans={"last": LastTokens(2)}),
+        "hidden": HiddenSpec(
+            SEGMENTS,
+            pooling,
+            layers,
+            spans={
+                "last": LastTokens(2),
+                "rows": LastTokens(2, pooling=None),
+                "each": Each("w", segment="prompt"),
+                "none": At("never", segment="prompt"),
+                "window": Window(0, 2, "prompt", pooling="max"),
+                "past": Window(90, 95, "prompt", pooling=None),
+            },
+        ),
         "logits": LogitsSpec(top_k=3, segments=("full",)),
     }
     policy, engine = policy_of(mode, [2, None, 4], [1, None], [None], **options)

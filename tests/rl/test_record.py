@@ -29,11 +29,14 @@ from rich.console import Console
 from tensordict import NonTensorStack, TensorDict, TensorDictBase, lazy_stack
 
 from torchrl_sglang_hidden import (
+    At,
+    Each,
     HiddenSpec,
     LastTokens,
     MissingKeyError,
     Recording,
     SGLangHiddenWrapper,
+    Window,
     load_recording,
     record_hidden_states,
 )
@@ -83,6 +86,32 @@ def test_layers_and_spans(tmp_path: Path) -> None:
     torch.testing.assert_close(out["hidden_states", "prompt"][2], states_NKD.mean(0))
     torch.testing.assert_close(out["hidden_states", "spans", "end"][2], states_NKD[-2:].mean(0))
     assert out["hidden_states", "span_counts", "end"].tolist() == [2, 2, 2]
+
+
+def test_spans_that_a_row_may_lack_and_rows_of_several_lengths(tmp_path: Path) -> None:
+    rows = data_rows(6)
+    spans = {
+        "each": Each("w1", segment="prompt"),
+        "first": At("w3", segment="prompt"),
+        "past": Window(50, 60, "prompt"),
+    }
+    recording = labelled(rows, tmp_path / "r", policy={**READS, "hidden": HiddenSpec((), spans=spans)}, batch_size=2)
+    assert recording.failures == {}
+    out = recording.tensordict["hidden_states"]
+    for index, row in enumerate(rows):
+        ids = ids_of(row)
+        states = states_ND(ids, [7])
+        words = TOKENIZER.convert_ids_to_tokens(ids)
+        places = [place for place, word in enumerate(words) if "w1" in word]
+        assert out[index]["span_places", "each"].tolist() == places
+        torch.testing.assert_close(out[index]["spans", "each"], states[places])
+        first = [place for place, word in enumerate(words) if "w3" in word][:1]
+        assert int(out[index]["span_counts", "first"]) == len(first)
+        found = out[index]["spans", "first"]
+        assert torch.equal(found, states[first[0]]) if first else found.isnan().all()
+    assert out["span_counts", "past"].tolist() == [0] * 6
+    assert out["spans", "past"].isnan().all()
+    assert 0 < int(out["span_counts", "first"].sum()) < 6, "some rows have it, and some lack it"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

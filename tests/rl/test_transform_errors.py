@@ -15,6 +15,7 @@ from torchrl.envs import TransformedEnv
 
 from torchrl_sglang_hidden import (
     Between,
+    Each,
     EngineError,
     EngineUnreachableError,
     HiddenSpec,
@@ -68,6 +69,11 @@ def data(*numbers: int) -> TensorDict:
         ({"text_key": "said", "policy": {"text_key": None}}, InputError, "policy with text_key=None"),
         ({"policy": {"hidden": HiddenSpec(("prompt", "response")), "generate_kwargs": {}}}, InputError, "2 vectors"),
         ({"policy": {"hidden": HiddenSpec(("prompt",), spans={"a": Between("w1", "w2")})}}, InputError, "2 vectors"),
+        (
+            {"policy": {"hidden": HiddenSpec((), spans={"a": Each("w1", segment="prompt")})}},
+            InputError,
+            r"the span 'a', Each\(.*any number of rows, and one vector is read; give it a pooling",
+        ),
         ({"policy": {"hidden": None, "generate_kwargs": {}}}, InputError, "returns no pooled states"),
         ({"policy": {"hidden_states_key": None}}, InputError, "returns no pooled states"),
         ({"policy": {"generate": False}}, InputError, "scores sequences; use get_new_version"),

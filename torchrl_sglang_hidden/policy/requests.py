@@ -308,6 +308,6 @@ def check_responses(
             if pooled.count != len(here) or pooled.places not in (None, here):
                 said = "" if pooled.places is None else f", {pooled.places!s:.80} there and {here!s:.80} here"
                 raise AlignmentError(
-                    f"row {row}, sample {sample}, span {name!r}: {pooled.count} rows of states for the {len(here)} of "
-                    f"{span!r}{said}; start the server with the wrapper's tokenizer"
+                    f"row {row}, sample {sample}, span {name!r}: {pooled.count} rows of states for the {len(here)} "
+                    f"rows of {span!r}{said}; start the server with the wrapper's tokenizer"
                 )
