@@ -36,7 +36,7 @@ ROWS: dict[str, list[list[int]]] = {
     "past": [[], []],
     "every": [[0, 2], [0]],
     "tail": [[3], [1]],
-    "prompt": [[], []],
+    "prompt": [[], [0]],
 }
 
 
@@ -111,7 +111,8 @@ def test_a_row_without_its_marker_has_nan_and_an_error() -> None:
 
 
 def test_more_rows_than_a_span_may_have_are_refused() -> None:
-    policy, engine = answering(*ANSWERS, spans={"all": Every(1, "prompt")})
+    engine = RecordingEngine(context_length=9000, max_prompt_tokens=8000)
+    policy, _ = make("tokens", engine=engine, hidden=HiddenSpec((), spans={"all": Every(1, "prompt")}))
     with pytest.raises(InputError, match=rf"row 0, span 'all': {MAX_SPAN_ROWS + 1} rows, over the limit of"):
         policy(tokens_batch([6] * (MAX_SPAN_ROWS + 1)))
     assert not engine.payloads

@@ -96,7 +96,7 @@ def test_spans_that_a_row_may_lack_and_rows_of_several_lengths(tmp_path: Path) -
         "past": Window(50, 60, "prompt"),
     }
     recording = labelled(rows, tmp_path / "r", policy={**READS, "hidden": HiddenSpec((), spans=spans)}, batch_size=2)
-    assert recording.failures == {}
+    assert recording.failures == ()
     out = recording.tensordict["hidden_states"]
     for index, row in enumerate(rows):
         ids = ids_of(row)

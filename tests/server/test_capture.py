@@ -402,12 +402,18 @@ def test_what_is_not_understood_is_not_answered(custom: Any) -> None:
     [
         custom_of(segments=[], spans={}),
         custom_of(segments=[], spans={}, pooling=None),
-        custom_of(spans={"": ["prompt", 0, 1]}, pooling="last"),
-        custom_of(spans={"p": ["prompt", 0, 1], "r": ["last", 1, True]}, pooling=None, tokens=False),
+        custom_of(spans={"": ["spec", "prompt", 0, 1]}, pooling="last"),
+        custom_of(spans={"p": ["spec", "prompt", 0, 1], "r": ["spec", "last", 1, True]}, pooling=None, tokens=False),
         span_of("prompt", 0, 10**30),
         span_of("prompt", 10**30, 10**31),
         span_of("last", 10**30, True),
         span_of("between", "a" * 10_000, None, "end"),
+        custom_of(spans={"": [None, "prompt", 0, 1]}, pooling="mean"),
+        span_of("prompt", 0, 4096, pooling=None),
+        span_of("window", 0, 10**30, pooling=None),
+        span_of("window", 10**30, 10**31),
+        span_of("every", 10**30, pooling="max"),
+        span_of("each", "a" * 10_000, "before", "error"),
         logits_of(spec={**CHOICES["spec"], "top_k": VOCAB + 1}),
         logits_of(spec={**CHOICES["spec"], "top_k": 10**30}),
         logits_of(spec={**CHOICES["spec"], "top_k": None, "token_ids": [VOCAB]}),
@@ -424,7 +430,7 @@ def test_what_is_not_understood_is_not_answered(custom: Any) -> None:
         logits_of(scored=True, response_ranges=[]),
         logits_of(scored=False),
     ],
-    ids=range(23),
+    ids=range(29),
 )
 def test_options_that_no_client_sends_harm_nobody(custom: Any) -> None:
     """They can be read, but ask for what does not exist."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, assert_never
+from typing import Any, NamedTuple, NoReturn, assert_never
 
 import torch
 
@@ -87,7 +87,7 @@ class _Counter:
         expected = len(segment.positions(self.num_prompt, len(self.response_ids)))
         vector_KD, count = found.segments.get(segment) or (None, 0)
         if vector_KD is None or count != expected:
-            raise self._misaligned(f"{str(segment)!r} segment", count, expected)
+            self._refuse(f"{str(segment)!r} segment", count, expected)
         return Pooled(self._shaped(vector_KD, torch.float32), count)
 
     def span(self, key: str, span: ResolvedSpan, found: Pools) -> Pooled:
@@ -97,12 +97,10 @@ class _Counter:
         is_empty = expected == 0 and may_be_empty(self.spec.spans[key])
         is_right = count >= 1 if expected is None else count == expected
         if not is_right or (value is None and not is_empty):
-            raise self._misaligned(f"span {key!r}", count, expected)
+            self._refuse(f"span {key!r}", count, expected)
         if unpooled and (rows is None or (value is not None and (value.ndim != 3 or len(value) != count))):
-            shape = None if value is None else tuple(value.shape)
-            raise AlignmentError(
-                f"{self.name}: states of shape {shape} for the {count} rows of span {key!r}; {self._remedy}"
-            )
+            shape, remedy = None if value is None else tuple(value.shape), self._remedy
+            raise AlignmentError(f"{self.name}: states of shape {shape} for the {count} rows of span {key!r}; {remedy}")
         if value is None or is_empty:
             depth = len(self.spec.layer_ids)
             value = torch.full((*(0,) * unpooled, depth, self.info.hidden_size), torch.nan)
@@ -124,16 +122,16 @@ class _Counter:
                 of_fewer = replace(span, allow_fewer=True) if isinstance(span, LastTokens) else span
                 rows = find_rows(of_fewer, self.response_ids, _no_text)
                 if sent is not None and sent != tuple(rows):
-                    raise self._misaligned(f"{span!r} at rows {excerpt(list(sent))}", len(sent), len(rows))
+                    self._refuse(f"{span!r} at rows {excerpt(list(sent))}", len(sent), len(rows))
                 return len(rows), tuple(rows) if listed else None
             case Between() if not listed:
                 return None, None
             case Between() | At() | Each():
-                most = 1 if isinstance(span, At) else num_response
+                most, remedy = 1 if isinstance(span, At) else num_response, self._remedy
                 if sent is None or len(sent) > most or any(row >= num_response for row in sent):
                     raise AlignmentError(
                         f"{self.name}: the rows of {span!r} are {excerpt(sent)} in a response of {num_response} "
-                        f"tokens, expected up to {most} of them; {self._remedy}"
+                        f"tokens, expected up to {most} of them; {remedy}"
                     )
                 return len(sent), sent
             case _:
@@ -142,10 +140,11 @@ class _Counter:
     def token_rows(self, rows: WantedRows | None) -> TokenRows:
         positions = positions_of(self.spec.segments, self.num_prompt, len(self.response_ids))
         if rows is None or (rows.first, len(rows.rows_NKD)) != (positions.start, len(positions)):
+            remedy = self._remedy
             got = "none" if rows is None else f"those of {len(rows.rows_NKD)} positions from {rows.first} on"
             raise AlignmentError(
                 f"{self.name}: expected the states of positions {positions.start}..{positions.stop - 1}, "
-                f"{self.num_prompt} prompt and {len(self.response_ids)} response tokens, and got {got}; {self._remedy}"
+                f"{self.num_prompt} prompt and {len(self.response_ids)} response tokens, and got {got}; {remedy}"
             )
         return TokenRows(positions.start, self._shaped(rows.rows_NKD, row_dtype_of(self.spec)))
 
@@ -153,11 +152,12 @@ class _Counter:
     def _remedy(self) -> str:
         return "send it again" if self.info.pools_in_server else FALLBACK_REMEDY
 
-    def _misaligned(self, what: str, count: int, expected: int | None) -> AlignmentError:
-        return AlignmentError(
+    def _refuse(self, what: str, count: int, expected: int | None) -> NoReturn:
+        remedy = self._remedy
+        raise AlignmentError(
             f"{self.name}: {count} rows of states for the {what} of {self.num_prompt} prompt and "
             f"{len(self.response_ids)} response tokens, expected {'at least 1' if expected is None else expected}; "
-            f"{self._remedy}"
+            f"{remedy}"
         )
 
     def _shaped(self, states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
