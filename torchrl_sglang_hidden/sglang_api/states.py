@@ -98,8 +98,8 @@ class _Counter:
         is_right = count >= 1 if expected is None else count == expected
         if not is_right or (value is None and not is_empty):
             self._refuse(f"span {key!r}", count, expected)
-        if unpooled and (rows is None or (value is not None and (value.ndim != 3 or len(value) != count))):
-            shape, remedy = None if value is None else tuple(value.shape), self._remedy
+        if value is not None and (value.ndim != 2 + unpooled or (unpooled and len(value) != count)):
+            shape, remedy = tuple(value.shape), self._remedy
             raise AlignmentError(f"{self.name}: states of shape {shape} for the {count} rows of span {key!r}; {remedy}")
         if value is None or is_empty:
             depth = len(self.spec.layer_ids)
