@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import re
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,6 +42,7 @@ from torchrl_sglang_hidden.server import capture as capture_module
 from torchrl_sglang_hidden.server.capture import _Tokens
 from torchrl_sglang_hidden.spec.hidden import POOLINGS, SEGMENTS
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
+from torchrl_sglang_hidden.spec.places import At, Each, Every, Window
 from torchrl_sglang_hidden.spec.spans import Between, LastTokens, PromptSpan
 
 # --- one request ------------------------------------------------------------------------------------------------------
@@ -63,12 +65,26 @@ def test_prefill_and_decode(segments: Any, pooling: Any, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("tokens", [False, True])
 @pytest.mark.parametrize("cuts", [[2, 5], [1, 2, 3, 4, 5], [4, 5]])
 def test_a_prompt_in_chunks(pooling: Any, tokens: bool, cuts: list[int]) -> None:
-    spans = {"p": PromptSpan(((0, 1), (3, 5))), "q": PromptSpan(((1, 3),)), "r": LastTokens(1)}
+    spans = {"p": PromptSpan(((0, 1), (3, 5))), "q": PromptSpan(((1, 3),)), "r": LastTokens(1), **OWN}
     scheduler, req = Scheduler(), asking(9, 8, 7, 6, 5, pooling=pooling, tokens=tokens, layers=(0, -1), spans=spans)
     for start, stop in zip([0, *cuts], cuts, strict=False):
         scheduler.run(Step("EXTEND", [req], [(start, stop)], [stop == 5]))
     scheduler.decode(req)
     scheduler.assert_right(req)
+
+
+# Spans that are pooled otherwise than their request, of prompt and response.
+OWN = {
+    "single": PromptSpan(((0, 1), (2, 4)), pooling=None),
+    **{f"own {pooling}": PromptSpan(((0, 2), (3, 4)), pooling=pooling) for pooling in POOLINGS},
+    "each": Each("b"),
+    "mean of each": Each("b", "before", pooling="mean"),
+    "at": At("|", "before", pooling="sum"),
+    "none": At("z"),
+    "window": Window(1, 9, pooling="max"),
+    "past": Window(50, 51, pooling=None),
+    "every": Every(2),
+}
 
 
 def test_the_markers_are_looked_for_with_special_tokens() -> None:
@@ -157,7 +173,7 @@ def test_pools_end_with_a_request_that_is_dropped() -> None:
 @pytest.mark.parametrize("tokens", [False, True])
 @pytest.mark.parametrize("cuts", [[6], [2, 6], [3, 4, 6], [4, 5, 6]])
 def test_a_retraction_repeats_prompt_and_tokens(pooling: Any, tokens: bool, cuts: list[int]) -> None:
-    scheduler, req = Scheduler(), asking(9, 8, 7, 6, pooling=pooling, tokens=tokens)
+    scheduler, req = Scheduler(), asking(9, 8, 7, 6, pooling=pooling, tokens=tokens, spans=OWN)
     scheduler.prefill(req)
     scheduler.decode(req)
     for start, stop in zip([0, *cuts], cuts, strict=False):
@@ -209,6 +225,9 @@ def crowd() -> list[Req]:
         asking(9, 8, 7),
         asking(5, 4, 3, 2, layers=(2, 0), tokens=True, spans={"m": mask, "r": LastTokens(2, allow_fewer=True)}),
         asking(3, 2, 1, pooling="last", layers=(0,), spans={"m": mask}),
+        asking(3, 2, 1, 5, layers=(0,), spans=OWN),
+        asking(2, 2, 1, 7, pooling="max", spans=OWN),
+        asking(8, 2, 1, segments=(), spans={"s": replace(mask, pooling=None), "x": replace(mask, pooling="max")}),
         Req([1]),
         asking(6, pooling=None, tokens=True, layers=(-1, 2, 1), row_dtype=torch.bfloat16),
         asking(6, 6, pooling=None, tokens=True, segments=("response",), layers=(1,)),
