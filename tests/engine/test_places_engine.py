@@ -121,8 +121,7 @@ def assert_spans(row: TensorDict, spec: HiddenSpec, model_dir: str, *, padded: b
     return rows
 
 
-@pytest.mark.parametrize("pad_output", [False, True])
-@pytest.mark.parametrize("pooling", ["mean", "last"])
+@pytest.mark.parametrize(("pooling", "pad_output"), [("mean", False), ("last", True)])
 def test_states_and_windows_cold_and_cached(wrapper: Any, smol_dir: str, pooling: Any, pad_output: bool) -> None:
     """The prompt of the second row comes in chunks; the second call hits the prefix cache."""
     spans = {**OF_RESPONSE, **OF_PROMPT, "user": Role("user", pooling="last")}
