@@ -191,6 +191,17 @@ def test_an_answer_without_room_says_so(tmp_path: Path, monkeypatch: pytest.Monk
         )
 
 
+def test_rows_of_spans_that_are_too_many_bytes_for_text_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answer_module, "MAX_TEXT_BYTES", 64)
+    pools = Pools({}, {"each": (numbers(3, 1, D), 3)}, {}, None, {"each": (0, 1, 2)})
+    assert "data" in answer_of(pools, "binary", lambda _: None, None)
+    refused = answer_of(pools, "text", lambda _: None, None)
+    with pytest.raises(
+        CapabilityError, match=r"^row 2: .* rows of spans are 0 MiB, over the limit of 0 MiB"
+    ):
+        unpack_answer([refused], "row 2", D)
+
+
 def test_logits_that_were_refused() -> None:
     """A refusal is reported before a fault: what was refused was not looked at."""
     logits = FoundLogits(

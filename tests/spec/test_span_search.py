@@ -12,13 +12,14 @@ from itertools import accumulate
 from typing import Any
 
 import pytest
+import torch
 from helpers.byte_tokenizers import byte_tokenizer, fallback_tokenizer
 from helpers.fake_engine import tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from torchrl_sglang_hidden import At, Each, Every, LastTokens, Window
+from torchrl_sglang_hidden import At, Each, Every, HiddenSpec, LastTokens, Window
 from torchrl_sglang_hidden.errors import InputError, InputTypeError, SpanError
 from torchrl_sglang_hidden.spec.span_search import find_marked, find_rows, tokens_around
 from torchrl_sglang_hidden.spec.spans import PromptSpan, span_over
@@ -194,3 +195,20 @@ def test_a_span_over_positions(places: set[int]) -> None:
     assert (span.count, span.end) == (len(places), max(places, default=-1) + 1)
     assert all(stop < start for (_, stop), (start, _) in zip(span.intervals, span.intervals[1:], strict=False))
     assert span_over(range(3)) == PromptSpan(((0, 3),))
+
+
+def test_a_spec_says_how_each_span_is_pooled() -> None:
+    spans = {"a": At("x"), "e": Each("x"), "n": Every(2, pooling="max"), "t": LastTokens(1, pooling=None)}
+    spec = HiddenSpec((), "last", spans=spans)
+    assert [spec.pooling_of(name) for name in spans] == ["last", None, "max", None]
+    assert spec.unpooled == ("e", "t")
+    with pytest.raises(InputError, match=r"pooling='sum', dtype=torch.float16"):
+        HiddenSpec((), dtype=torch.float16, spans={"a": At("x", pooling="sum")})
+
+
+def test_a_span_is_written_as_recordings_have_it() -> None:
+    """Recordings are gone on with where this text is the same, so that it does not change for older spans."""
+    assert repr(LastTokens(8)) == "LastTokens(count=8, segment='response', allow_fewer=False)"
+    assert repr(LastTokens(8, pooling=None)) == (
+        "LastTokens(count=8, segment='response', allow_fewer=False, pooling=None)"
+    )
