@@ -122,7 +122,5 @@ def test_more_rows_of_a_response_than_a_span_may_have_are_a_fault() -> None:
     many = MAX_SPAN_ROWS + 1
     engine = RecordingEngine(context_length=9000, max_prompt_tokens=8000, respond=lambda _: [7] * many)
     options: dict[str, Any] = {"engine": engine, "generate_kwargs": {"max_new_tokens": many}}
-    with pytest.raises(
-        SpanError, match=rf"row 0.*span 'all'.*Every\(n=1.*{many} rows, over the limit"
-    ):
+    with pytest.raises(SpanError, match=rf"row 0.*span 'all'.*Every\(n=1.*{many} rows, over the limit"):
         make("tokens", hidden=HiddenSpec((), spans={"all": Every(1)}), **options)[0](tokens_batch([6]))

@@ -196,9 +196,7 @@ def test_rows_of_spans_that_are_too_many_bytes_for_text_are_refused(monkeypatch:
     pools = Pools({}, {"each": (numbers(3, 1, D), 3)}, {}, None, {"each": (0, 1, 2)})
     assert "data" in answer_of(pools, "binary", lambda _: None, None)
     refused = answer_of(pools, "text", lambda _: None, None)
-    with pytest.raises(
-        CapabilityError, match=r"^row 2: .* rows of spans are 0 MiB, over the limit of 0 MiB"
-    ):
+    with pytest.raises(CapabilityError, match=r"^row 2: .* rows of spans are 0 MiB, over the limit of 0 MiB"):
         unpack_answer([refused], "row 2", D)
 
 

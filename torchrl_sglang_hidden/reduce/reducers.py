@@ -2,7 +2,8 @@
 
 Pure torch; knows nothing of requests, positions or chunks. A reducer keeps nothing itself: whoever pools keeps a
 running value, float32 ``[*, K, D]``, and the number of rows that it stands for. `reducer_of` is the one place where
-the name of a pooling becomes code. To add a kind, add its name to `Pooling` in ``spec/span_base.py`` and its case there.
+the name of a pooling becomes code. To add a kind, add its name to `Pooling` in ``spec/span_base.py``, and its
+case there.
 """
 
 from __future__ import annotations
