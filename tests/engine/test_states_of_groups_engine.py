@@ -143,7 +143,7 @@ def test_from_rollouts_to_a_step(smol: SGLangServer, smol_dir: str, tokenizer: P
     tokens = [len(ids) for ids in sample.get(("tokens", "response"), as_list=True)]
     advantages = sample["advantage"].flatten().tolist()
     mean = sum(count * one for count, one in zip(tokens, advantages, strict=True)) / sum(tokens)
-    assert float(losses.loss_objective) == pytest.approx(-mean, abs=1e-3)
+    assert losses.loss_objective.item() == pytest.approx(-mean, abs=1e-3)
     losses.loss_objective.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     assert norm.isfinite()

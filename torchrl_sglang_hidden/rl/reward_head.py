@@ -128,7 +128,7 @@ class BradleyTerryLoss(LossModule):  # type: ignore[misc]
         loss = -nn.functional.logsigmoid(margins).mean()
         if not loss.isfinite():
             raise InputError(
-                f"a loss of {float(loss)}: states are not finite; leave out the pairs whose rows failed or asked for "
+                f"a loss of {loss.item()}: states are not finite; leave out the pairs whose rows failed or asked for "
                 "no states"
             )
         accuracy = ((margins > 0).double() + (margins == 0).double() / 2).mean()
