@@ -1,7 +1,8 @@
-"""Space that ends while the checkpoint of an update is written."""
+"""The place of an update's checkpoint: space that ends while it is written, and who may remove it."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from helpers.full_disks import files_of_at_most
 
 from torchrl_sglang_hidden import EngineError
+from torchrl_sglang_hidden.protocol.server_files import sweep_checkpoints
 from torchrl_sglang_hidden.weights import disk
 from torchrl_sglang_hidden.weights.disk import checkpoint
 
@@ -27,4 +29,14 @@ def test_space_that_ends_is_an_error_and_leaves_nothing(
         checkpoint(weights, bucket_bytes=bucket_bytes),
     ):
         raise AssertionError("the block must not run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nobody_removes_it_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long ago its process began: process ids are those of this container."""
+    monkeypatch.setattr(disk, "TMPFS", tmp_path)
+    with checkpoint({"a": torch.ones(1)}) as directory:
+        os.utime(directory, (0, 0))
+        sweep_checkpoints(tmp_path)
+        assert directory.exists()
     assert list(tmp_path.iterdir()) == []

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from torchrl_sglang_hidden.protocol.served_weights import PUSHED_PREFIX
+from torchrl_sglang_hidden.protocol.server_files import sweep_checkpoints
 from torchrl_sglang_hidden.weights.kept import BASE, KeptWeights, Resumption
 
 KEEPS = ("memory", "disk")
@@ -140,6 +141,16 @@ def test_a_copy_of_a_killed_process_is_swept_by_the_next(tmp_path: Path) -> None
     dead, alive = (write(tmp_path / "disk" / f"{PUSHED_PREFIX}{pid}-kept-x") for pid in (process, os.getpid()))
     KeptWeights(tmp_path / "disk")
     assert (dead.exists(), alive.exists()) == (False, True)
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+def test_an_old_copy_of_a_living_process_stays(keep: str, tmp_path: Path) -> None:
+    kept, place = make(keep, tmp_path), tmp_path / keep
+    kept.keep(BASE, write(tmp_path / "memory" / "pushed"), "1", is_users=False)
+    os.utime(kept_in(place)[0], (0, 0))
+    sweep_checkpoints(place)
+    assert len(kept_in(place)) == 1
+    kept.close()
 
 
 def test_a_version_that_another_client_pushed_is_lost(tmp_path: Path) -> None:
