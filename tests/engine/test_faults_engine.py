@@ -169,10 +169,12 @@ def full_disk(site: FaultSite, chance: random.Random, directory: Path) -> None:
     place, rows = directory / f"disk-{site.rounds['disk full while recording']}", [{"n": n} for n in range(24)]
 
     def record(to: Path) -> Any:
-        policy = site.policy_of(site.client, max_new_tokens=2)
-        return record_hidden_states(
-            policy, rows, to, prompt=lambda row: prompt_of(5, int(row["n"])), batch_size=4, tokens=True, progress=False
-        )
+        # Connected anew: a recording is of the weights that its policy knows.
+        with SGLangServer(site.server.url) as engine:
+            return record_hidden_states(
+                site.policy_of(engine, max_new_tokens=2), rows, to, prompt=lambda row: prompt_of(5, int(row["n"])),
+                batch_size=4, tokens=True, progress=False,
+            )  # fmt: skip
 
     whole = directory / f"{place.name}-expected"
     recording = record(whole)
@@ -199,7 +201,7 @@ def full_disk(site: FaultSite, chance: random.Random, directory: Path) -> None:
 def full_shared_memory(site: FaultSite, chance: random.Random) -> None:
     """An answer that has no room there comes as text; weights that have none are an error."""
     # Of two layers: a smaller answer is text anyway.
-    hidden, greedy = HiddenSpec(tokens=True, layers=(0, -1)), {"max_new_tokens": 2, "temperature": 0}
+    hidden, greedy = HiddenSpec(("prompt",), layers=(0, -1), tokens=True), {"max_new_tokens": 2, "temperature": 0}
     requests = [Request(tuple(prompt_of(900, seed)), greedy, hidden=hidden) for seed in (1, 2)]
 
     def shared_bytes() -> int:

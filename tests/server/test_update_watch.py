@@ -17,9 +17,9 @@ import uvicorn
 from fastapi import FastAPI, Request
 
 from torchrl_sglang_hidden.protocol.served_weights import NOT_FLUSHED
-from torchrl_sglang_hidden.protocol.update_lease import GROUP_PREFIX, LeaseCall
+from torchrl_sglang_hidden.protocol.update_lease import LeaseCall
 from torchrl_sglang_hidden.server import update_watch
-from torchrl_sglang_hidden.server.update_watch import UpdateWatch, around_join
+from torchrl_sglang_hidden.server.update_watch import UpdateWatch
 
 SOON_S = 5.0
 
@@ -269,23 +269,6 @@ def test_a_server_of_several_processes_leases_nothing() -> None:
     watch = UpdateWatch()
     answer = watch.answer(LeaseCall("take", "me"), Manager(watch, workers=2), Connection())
     assert not asyncio.run(answer)["leased"]
-
-
-def test_nothing_is_joined_where_nothing_listens() -> None:
-    joined: list[str] = []
-
-    def join(updater: Any, address: str, port: int, offset: int, size: int, group: str) -> tuple[bool, str]:
-        joined.append(group)
-        return True, ""
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-        assert around_join(join, None, "127.0.0.1", port, 1, 2, f"{GROUP_PREFIX}a")[0]
-    success, message = around_join(join, None, "127.0.0.1", port, 1, 2, f"{GROUP_PREFIX}b")
-    assert not success
-    assert f"nothing listens at 127.0.0.1:{port}" in message
-    assert around_join(join, None, "127.0.0.1", port, 1, 2, "somebody else's")[0]
-    assert joined == [f"{GROUP_PREFIX}a", "somebody else's"]
 
 
 @pytest.mark.parametrize(

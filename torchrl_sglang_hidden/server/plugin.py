@@ -34,7 +34,7 @@ from torchrl_sglang_hidden.server.rank_agreement import AFTER_UPDATES
 from torchrl_sglang_hidden.server.request_isolation import REQUESTS, IsolatedOutput, isolated, take_in
 from torchrl_sglang_hidden.server.settings import read_settings
 from torchrl_sglang_hidden.server.start import BEFORE_START
-from torchrl_sglang_hidden.server.update_watch import AROUND_JOIN
+from torchrl_sglang_hidden.server.trainer_group import AROUND_GROUP
 from torchrl_sglang_hidden.server.weight_routes import AFTER_WEIGHT_ROUTES
 from torchrl_sglang_hidden.spec.constraints import known_constraints
 
@@ -355,7 +355,7 @@ _AROUND: dict[str, Callable[..., Any]] = {
     **AROUND_IMAGES,
     **AROUND_GUARDS,
     "sglang.srt.managers.scheduler.Scheduler.handle_generate_request": around_generate,
-    **AROUND_JOIN,
+    **AROUND_GROUP,
     "sglang.srt.managers.schedule_batch.Req.init_next_round_input": around_match_prefix,
     "sglang.srt.model_executor.model_runner.ModelRunner.forward": around_forward,
     f"{_RUNNERS}.decode_cuda_graph_runner.DecodeCudaGraphRunner.capture_one_shape": around_capture,

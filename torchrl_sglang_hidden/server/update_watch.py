@@ -8,24 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any, assert_never
 
 from torchrl_sglang_hidden.protocol.served_weights import INCOMPLETE, NOT_FLUSHED
 from torchrl_sglang_hidden.protocol.server_files import sweep
 from torchrl_sglang_hidden.protocol.shared_memory import remove_leftovers
-from torchrl_sglang_hidden.protocol.update_lease import GRACE_S, GROUP_PREFIX, LOST_S, LeaseCall
+from torchrl_sglang_hidden.protocol.update_lease import GRACE_S, LOST_S, LeaseCall
 
-__all__ = ["AROUND_JOIN", "UpdateWatch", "around_join"]
+__all__ = ["UpdateWatch"]
 
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.1
-# Longest wait for a trainer to accept a connection. SGLang itself would try for half an hour, and compute nothing.
-_PROBE_S = 5.0
 
 
 @dataclass(slots=True)
@@ -218,32 +215,3 @@ def _remove_files() -> None:
 
 async def _is_gone(request: Any) -> bool:
     return request is not None and bool(await request.is_disconnected())
-
-
-def around_join(
-    original: Callable[..., tuple[bool, str]],
-    updater: Any,
-    master_address: str,
-    master_port: int,
-    rank_offset: int,
-    world_size: int,
-    group_name: str,
-    *args: Any,
-    **kwargs: Any,
-) -> tuple[bool, str]:
-    """Join the process group of a trainer that is still there.
-
-    A trainer that died right after it asked listens no more, and the scheduler would try for half an hour.
-    """
-    if group_name.startswith(GROUP_PREFIX):
-        try:
-            socket.create_connection((master_address, int(master_port)), _PROBE_S).close()
-        except OSError as error:
-            return False, f"nothing listens at {master_address}:{master_port} ({error})"
-    return original(updater, master_address, master_port, rank_offset, world_size, group_name, *args, **kwargs)
-
-
-_RUNNER_PARTS = "sglang.srt.model_executor.model_runner_components"
-AROUND_JOIN: dict[str, Callable[..., Any]] = {
-    f"{_RUNNER_PARTS}.weight_updater.WeightUpdater.init_weights_update_group": around_join,
-}
