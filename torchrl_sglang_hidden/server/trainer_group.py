@@ -8,9 +8,12 @@ from __future__ import annotations
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import Any
+
+import torch
 
 from torchrl_sglang_hidden.protocol.update_lease import GROUP_PREFIX
 
@@ -18,8 +21,10 @@ __all__ = ["AROUND_GROUP", "around_join", "around_receive"]
 
 logger = logging.getLogger(__name__)
 
-# Longest wait for a trainer to accept a connection. SGLang itself would try for half an hour to join its group.
-_PROBE_S = 5.0
+# Longest wait for a trainer to accept a connection, and for its group to form.
+_PROBE_S, _JOIN_S = 5.0, 60.0
+_POLL_S = 0.1
+_MAX_RANKS = 65536
 # So often a scheduler that receives asks whether the trainer listens, and so many times in a row it must not.
 _ASK_S = 1.0
 _MISSES = 3
@@ -38,19 +43,43 @@ def around_join(
     group_name: str,
     backend: str = "nccl",
 ) -> tuple[bool, str]:
-    """Join the process group of a trainer that is still there."""
-    arguments = (master_address, master_port, rank_offset, world_size, group_name, backend)
-    if not group_name.startswith(GROUP_PREFIX):
-        return original(updater, *arguments)
+    """Join the process group of a trainer that is there, in bounded time.
+
+    To a trainer that listens no more, torch connects again for half an hour; for one that takes the connection and
+    says nothing it waits for good, whatever its timeout.
+    """
+    if not 1 <= rank_offset < world_size <= _MAX_RANKS:
+        return False, (
+            f"rank_offset={rank_offset}, world_size={world_size}: rank 0 is the trainer's, and a group has at most "
+            f"{_MAX_RANKS}; expected 1 <= rank_offset < world_size"
+        )
+    until = time.monotonic() + _JOIN_S
     trainer = (master_address, int(master_port))
-    reason = _why_gone(trainer)
+    # Our own trainers listen before they ask. Others may begin to listen a moment later.
+    ours = group_name.startswith(GROUP_PREFIX)
+    reason = _why_absent(trainer, 0.0 if ours else _JOIN_S)
     if reason:
         return False, reason
-    _trainers.clear()
-    # NCCL's operations are of the thread's device, and belong in the scheduler's own thread.
-    if backend == "gloo":
-        _trainers[group_name] = trainer
-    return original(updater, *arguments)
+    if ours:
+        _trainers.clear()
+        # NCCL's operations are of the thread's device, and belong in the scheduler's own thread.
+        if backend == "gloo":
+            _trainers[group_name] = trainer
+    device = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
+
+    def join() -> tuple[bool, str]:
+        if device is not None:
+            torch.accelerator.set_device_index(device)
+        return original(updater, master_address, master_port, rank_offset, world_size, group_name, backend)
+
+    # Left alone where it does not end, since nothing ends it.
+    joined = _in_thread("join-update-group", join)
+    if wait([joined], max(0.0, until - time.monotonic())).done:
+        return joined.result()
+    return False, (
+        f"the trainer at {master_address}:{master_port} did not form the group {group_name!r:.80} within "
+        f"{_JOIN_S:g} s; start all its {world_size} ranks"
+    )
 
 
 def around_receive(original: Callable[..., Any], updater: Any, **options: Any) -> Any:
@@ -65,11 +94,9 @@ def around_receive(original: Callable[..., Any], updater: Any, **options: Any) -
     trainer = _trainers.get(options["group_name"])
     if trainer is None:
         return original(updater, **options)
-    received: Future[Any] = Future()
     # The last reference to a group waits for its operations.
     group = updater._model_update_group.get(options["group_name"])
-    arguments = (received, group, lambda: original(updater, **options))
-    threading.Thread(target=_receive, args=arguments, name="receive-weights", daemon=True).start()
+    received = _in_thread("receive-weights", lambda: original(updater, **options), group)
     misses = 0
     while not wait([received], _ASK_S).done:
         reason = _why_gone(trainer)
@@ -79,19 +106,36 @@ def around_receive(original: Callable[..., Any], updater: Any, **options: Any) -
     return received.result()
 
 
-def _receive(received: Future[Any], group: Any, receive: Callable[[], Any]) -> None:
+def _in_thread(name: str, call: Callable[[], Any], *kept: Any) -> Future[Any]:
+    """Call something in a thread for which the process does not wait; ``kept`` lives as long as it runs."""
+    future: Future[Any] = Future()
+    threading.Thread(target=_fill, args=(future, name, call, *kept), name=name, daemon=True).start()
+    return future
+
+
+def _fill(future: Future[Any], name: str, call: Callable[[], Any], *kept: Any) -> None:
     try:
-        received.set_result(receive())
+        future.set_result(call())
     except Exception as error:  # whichever: the scheduler's thread raises it, if it still waits
-        logger.exception("torchrl_sglang_hidden: weights could not be received")
-        received.set_exception(error)
+        logger.exception("torchrl_sglang_hidden: %s failed", name)
+        future.set_exception(error)
+
+
+def _why_absent(trainer: tuple[str, int], patience_s: float) -> str:
+    """Say why a trainer cannot be reached, after so many seconds; "" where it listens."""
+    until = time.monotonic() + patience_s
+    while True:
+        reason = _why_gone(trainer)
+        if not reason or time.monotonic() >= until:
+            return reason
+        time.sleep(min(_POLL_S, patience_s))
 
 
 def _why_gone(trainer: tuple[str, int]) -> str:
     """Say why a trainer cannot be reached; "" where it listens."""
     try:
         socket.create_connection(trainer, _PROBE_S).close()
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         return f"nothing listens at {trainer[0]}:{trainer[1]} ({error})"
     return ""
 
