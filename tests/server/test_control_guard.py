@@ -61,13 +61,17 @@ class CloseSessionReqInput(Base):
     """SGLang answers it by nothing."""
 
 
+class FreezeGCReq(Base):
+    """SGLang answers it by nothing either."""
+
+
 class TokenizedGenerateReqInput(Base):
     """A prompt."""
 
 
 @pytest.fixture(autouse=True)
 def sglang(monkeypatch: pytest.MonkeyPatch) -> None:
-    structs = (SlowDownReqOutput, ProfileReqOutput, OpenSessionReqOutput, UpdateWeightFromDiskReqOutput)
+    structs = (SlowDownReqOutput, ProfileReqOutput, OpenSessionReqOutput, UpdateWeightFromDiskReqOutput, FreezeGCReq)
     io_struct = ModuleType("io_struct")
     io_struct.__dict__.update({struct.__name__: struct for struct in structs})
     formats = ModuleType("load_config")
@@ -118,6 +122,7 @@ def test_what_fails_is_answered(request_: Any) -> None:
 def test_what_nobody_waits_for_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     assert dispatch(CloseSessionReqInput(), KeyError("a bug")) is None
     assert "CloseSessionReqInput failed" in caplog.text
+    assert dispatch(FreezeGCReq(), KeyError("a bug")) is None, "a request is no answer"
     with pytest.raises(KeyError):  # what `request_isolation` looks after
         dispatch(TokenizedGenerateReqInput(), KeyError("a bug"))
 
@@ -129,6 +134,30 @@ def test_half_written_weights_are_not_served() -> None:
     with pytest.raises(ValueError, match="load_format='nonsense': expected one of"):
         ask(answer)
     assert answer.num_paused_requests == 0
+
+
+WRITES = (
+    "BeginWeightUpdateReqInput", "EndWeightUpdateReqInput", "UpdateWeightFromDiskReqInput",
+    "UpdateWeightsFromDistributedReqInput", "UpdateWeightsFromIPCReqInput", "UpdateWeightsFromTensorReqInput",
+)  # fmt: skip
+PROMPTS = (
+    "BatchTokenizedEmbeddingReqInput", "BatchTokenizedGenerateReqInput", "TokenizedEmbeddingReqInput",
+    "TokenizedGenerateReqInput",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*WRITES, *PROMPTS])
+def test_what_is_not_answered_ends_where_it_failed(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    fields = [("load_format", str | None, None)]
+    with pytest.raises(KeyError):
+        dispatch(msgspec.defstruct(name, fields, bases=(Base,))(), KeyError("a bug"))
+    assert (f"{name} failed" in caplog.text) == (name in WRITES), "`request_isolation` tells of prompts"
+
+
+def test_answers_that_refuse_nothing() -> None:
+    for rid in (None, "mine", "not: torchrl_sglang_hidden refuses: "):
+        answer = OpenSessionReqOutput(rid=rid, session_id="a", success=False)
+        assert ask(answer) == [answer]
 
 
 @pytest.mark.parametrize("sleep_s", [60.5, 1e300, float("inf"), float("nan")])
@@ -167,7 +196,55 @@ def test_a_profile_is_refused_before_it_runs(tmp_path: Path) -> None:
     answer = dispatch(ProfileReq(output_dir=str(tmp_path / "file" / "x")))
     with pytest.raises(ValueError, match=r"output_dir='.*x' cannot be written to"):
         ask(answer)
-    assert dispatch(ProfileReq(output_dir=str(tmp_path / "new"))) == "answer"
+    for directory in (tmp_path / "new" / "and below", tmp_path):
+        assert dispatch(ProfileReq(output_dir=str(directory))) == "answer"
+        assert directory.is_dir()
+
+
+class Profiler:
+    """SGLang's, in the middle of a profile whose file cannot be written."""
+
+    profile_in_progress = profile_by_stage = True
+    profiler_start_forward_ct: int | None = 5
+    profiler_target_forward_ct: int | None = 7
+
+    def __init__(self) -> None:
+        self.stopped = 0
+        self.torch_profiler: Any = self
+        trigger = SimpleNamespace(stage_configs={"prefill": 1}, running_state="prefill")
+        self._profile_manager = SimpleNamespace(stage_based_trigger=trigger)
+
+    def stop(self) -> None:
+        self.stopped += 1
+        raise RuntimeError("it is not running")
+
+
+def test_a_profile_that_fails_in_a_step_is_ended(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def original(profiler: Any, batch: Any) -> None:
+        seen.append(batch)
+        if profiler.profile_in_progress:
+            raise OSError("no space left")
+
+    profiler, seen = Profiler(), list[Any]()
+    control.around_profile_step(original, profiler, "step 1")
+    assert "a profile failed, and is ended" in caplog.text
+    assert "no space left" in caplog.text
+    assert profiler.stopped == 1
+    assert profiler.torch_profiler is None
+    assert not profiler.profile_by_stage
+    assert profiler.profiler_start_forward_ct is None
+    assert profiler.profiler_target_forward_ct is None
+    assert vars(profiler._profile_manager.stage_based_trigger) == {"stage_configs": {}, "running_state": None}
+    caplog.clear()
+    control.around_profile_step(original, profiler, "step 2")
+    assert seen == ["step 1", "step 2"]
+    assert caplog.text == ""
+    ranks = sys.modules["sglang.srt.runtime_context"]
+    monkeypatch.setattr(ranks, "get_parallel", lambda: SimpleNamespace(tp_size=2))
+    with pytest.raises(OSError, match="no space"):  # the other rank may wait for this one
+        control.around_profile_step(original, Profiler(), "step 1")
 
 
 def test_what_sglang_says_of_a_profile() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,34 @@ def around_deserialize(original: Callable[..., Any], worker: Any, serialized: An
         raise _NothingChangedError(
             f"serialized_named_tensors cannot be read ({error!r:.200}); send what SGLang's own serializer writes"
         ) from error
+
+
+def around_profile_step(original: Callable[..., None], profiler: Any, batch: Any) -> None:
+    """End a profile that fails while a step begins: its directory is gone, say, or the disk is full."""
+    try:
+        original(profiler, batch)
+    except Exception:  # SGLang's scheduler ends on any
+        logger.exception("torchrl_sglang_hidden: a profile failed, and is ended")
+        _end_profile(profiler)
+        from sglang.srt.runtime_context import get_parallel
+
+        if get_parallel().tp_size > 1:
+            raise  # another rank may wait for this one where profiles end
+
+
+def _end_profile(profiler: Any) -> None:
+    """Let no later step go on with a profile."""
+    running = getattr(profiler, "torch_profiler", None)
+    if running is not None:
+        with suppress(Exception):  # what failed may have stopped it
+            running.stop()
+    profiler.torch_profiler = None
+    profiler.profile_in_progress = profiler.profile_by_stage = False
+    profiler.profiler_start_forward_ct = profiler.profiler_target_forward_ct = None
+    if hasattr(profiler, "_profile_manager"):  # SGLang's other profiler, which an environment variable chooses
+        trigger = profiler._profile_manager.stage_based_trigger
+        trigger.stage_configs.clear()
+        trigger.running_state = None
 
 
 async def around_control(original: Callable[..., Coroutine[Any, Any, Any]], communicator: Any, obj: Any) -> Any:
@@ -179,10 +208,12 @@ def _fits(value: Any, kind: Any) -> bool:
     return True
 
 
+_PROFILER = "sglang.srt.managers.scheduler_components.profiler_manager.SchedulerProfilerManager"
 AFTER_CONTROL: dict[str, Callable[..., Any]] = {
     "sglang.srt.managers.scheduler.Scheduler.init_request_dispatcher": after_init_dispatcher,
 }
 AROUND_CONTROL: dict[str, Callable[..., Any]] = {
     "sglang.srt.managers.communicator.FanOutCommunicator.__call__": around_control,
     "sglang.srt.managers.tp_worker.BaseTpWorker.deserialize_own_rank": around_deserialize,
+    f"{_PROFILER}._profile_batch_predicate": around_profile_step,
 }
