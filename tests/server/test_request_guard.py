@@ -34,13 +34,20 @@ class Tokenized(msgspec.Struct, array_like=True):
     positional_embed_overrides: Any = None
     input_embeds: list[list[float]] | None = None
     token_indices_to_pool: list[int] | None = None
+    multi_item_delimiter_indices: list[int] | None = None
     rid: str | None = None
     priority: int | None = None
 
 
 def row(**fields: Any) -> Any:
     """Return one row's request, as SGLang has it when it tokenizes."""
-    plain = {"text": None, "input_ids": [1, 2], "input_embeds": None, "sampling_params": {}, "session_params": None}
+    plain: dict[str, Any] = {
+        "text": None,
+        "input_ids": [1, 2],
+        "input_embeds": None,
+        "sampling_params": {},
+        "session_params": None,
+    }
     return SimpleNamespace(contains_mm_input=lambda: False, **{**plain, **fields})
 
 
@@ -78,12 +85,13 @@ def sglang(monkeypatch: pytest.MonkeyPatch) -> None:
 PAYLOADS: dict[str, tuple[dict[str, Any], str]] = {
     "no options": ({"sampling_params": "greedy"}, "row 0: sampling_params='greedy'"),
     "options of a row": ({"sampling_params": [{}, 5]}, "row 1: sampling_params=5"),
-    "no sample": ({"sampling_params": {"n": 0}}, r"row 0: n=0: .*1\.\.65536"),
+    "no sample": ({"sampling_params": {"n": 0}}, r"row 0: n=0: .*1\.\.4096"),
     "half a sample": ({"sampling_params": {"n": 1.5}}, r"row 0: n=1\.5"),
     "samples without end": ({"sampling_params": {"n": 10**12}}, "n=1000000000000"),
+    "a sample too many": ({"sampling_params": {"n": 4097}}, r"row 0: n=4097: .*1\.\.4096"),
     "many of many": (
-        {"sampling_params": {"n": 2**15 + 1}},
-        "2 rows of n=32769 .* 65538 requests, over the limit of 65536",
+        {"sampling_params": {"n": 4096}, "input_ids": [[1]] * 17},
+        "17 rows of n=4096 .* 69632 requests, over the limit of 65536",
     ),
     "no rows": ({"input_ids": []}, "0 rows"),
     "no texts": ({"input_ids": None, "text": []}, "0 rows"),
@@ -220,6 +228,12 @@ TOKENIZED: dict[str, tuple[dict[str, Any], str]] = {
     "the vocabulary's size": ({"input_ids": array("q", [1, VOCAB])}, "token id 10 at position 1 is outside"),
     "a negative id": ({"input_ids": array("q", [1, -1])}, "token id -1 at position 1"),
     "a place behind the prompt": ({"token_indices_to_pool": [2]}, r"token_indices_to_pool has 2; .*0\.\.1"),
+    "a place before the prompt": ({"token_indices_to_pool": [-1]}, "token_indices_to_pool has -1"),
+    "a place that is none": ({"token_indices_to_pool": [True]}, "token_indices_to_pool has True"),
+    "a delimiter behind the prompt": (
+        {"multi_item_delimiter_indices": [0, 5]},
+        "multi_item_delimiter_indices has 5",
+    ),
     "embeddings of a client's": ({"positional_embed_overrides": {}}, "positional_embed_overrides"),
     "a narrow embedding of a token": (
         {"positional_embed_overrides": SimpleNamespace(embeds=torch.zeros(1, 2))},
@@ -269,6 +283,57 @@ def test_what_the_scheduler_can_read(manager: Any) -> None:
     tokenized = Tokenized(input_ids=array("q", [0, VOCAB - 1]), token_indices_to_pool=[0, 1], mm_inputs="stays")
     assert guard.around_create(lambda *args: tokenized, manager, row()) is tokenized
     assert (tokenized.mm_inputs, list(tokenized.input_ids)) == ("stays", [0, VOCAB - 1])
+
+
+def test_what_is_the_servers_own_is_not_read_back(manager: Any) -> None:
+    tokenized = Tokenized(input_ids=array("q", [1]), mm_inputs=object(), time_stats=object())
+    assert guard.around_create(lambda *args: tokenized, manager, row()) is tokenized
+
+
+def test_what_no_field_alone_is_at_fault_for(manager: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode(data: bytes) -> None:
+        raise msgspec.ValidationError("two fields that exclude each other")
+
+    monkeypatch.setattr(sys.modules["sglang.srt.managers.io_struct"], "msgpack_decode", decode)
+    with pytest.raises(ValueError, match="row 0: two fields that exclude each other"):
+        guard.around_create(lambda *args: Tokenized(input_ids=array("q", [1])), manager, row())
+
+
+def test_embeddings_of_some_tokens(manager: Any) -> None:
+    """What stands for a tensor on an accelerator has no shape here."""
+    for embeds in (torch.zeros(2, HIDDEN), "a name of a tensor elsewhere"):
+        tokenized = Tokenized(input_ids=array("q", [1]), positional_embed_overrides=SimpleNamespace(embeds=embeds))
+        assert guard.around_create(lambda *args, made=tokenized: made, manager, row()) is tokenized
+        assert tokenized.positional_embed_overrides.embeds is embeds
+
+
+def test_ids_that_stand_for_embeddings_are_not_looked_up(manager: Any) -> None:
+    tokenized = Tokenized(input_ids=array("q", [VOCAB]), input_embeds=[[1.0] * HIDDEN])
+    obj = row(input_ids=None, input_embeds=tokenized.input_embeds)
+    assert guard.around_create(lambda *args: tokenized, manager, obj) is tokenized
+
+
+@pytest.mark.parametrize("ids", [None, array("q")])
+def test_a_turn_without_ids_of_its_own(manager: Any, ids: Any) -> None:
+    """A session's history is the prompt, or what SGLang made of an image is."""
+    tokenized = Tokenized(input_ids=ids)
+    assert guard.around_create(lambda *args: tokenized, manager, row()) is tokenized
+
+
+def test_a_text_of_the_first_tokens(manager: Any) -> None:
+    """They are bools of nobody: the ids are the tokenizer's."""
+    tokenized = Tokenized(input_ids=array("q", [0, 1]))
+    assert guard.around_create(lambda *args: tokenized, manager, row(input_ids=None, text="a")) is tokenized
+
+
+def test_a_text_beside_embeddings_is_not_read(manager: Any) -> None:
+    """SGLang takes the embeddings, whatever the text."""
+
+    async def original(manager: Any, obj: Any) -> str:
+        return "tokenized"
+
+    obj = row(input_ids=None, text="a" * 99, input_embeds=[[1.0] * HIDDEN])
+    assert asyncio.run(guard.around_tokenize(original, manager, obj)) == "tokenized"
 
 
 def test_rows_of_images_are_the_servers_own(manager: Any) -> None:
@@ -335,6 +400,47 @@ def test_a_long_text_where_nothing_says_what_fits(manager: Any, tokenizer: Any, 
     manager.tokenizer = manager.tokenizer if truncates else tokenizer
     obj = row(input_ids=None, text="a" * 99)
     assert asyncio.run(guard.around_tokenize(original, manager, obj)) == "tokenized"
+
+
+@pytest.mark.parametrize("path", [None, "/generate", "/health_generate/x"])
+def test_names_of_the_servers_own_checks_of_its_health(path: str | None) -> None:
+    http = None if path is None else SimpleNamespace(url=SimpleNamespace(path=path))
+    for name, row_number in (("HEALTH_CHECK_1", 0), (["a", "HEALTH_CHECK"], 1)):
+        with pytest.raises(ValueError, match=f"row {row_number}: rid='HEALTH_CHECK.*begins the server's own"):
+            guard.before_init_state(None, SimpleNamespace(rid=name), http)
+    for good in ("a", "A HEALTH_CHECK", ["a", None], None):
+        guard.before_init_state(None, SimpleNamespace(rid=good), http)
+
+
+def settings(**fields: Any) -> Any:
+    return SimpleNamespace(**{"log_requests_level": None, "log_requests_format": None, "log_level": None, **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"log_requests_level": 4}, r"log_requests_level=4: expected an integer in 0\.\.3"),
+        ({"log_requests_level": -1}, "log_requests_level=-1"),
+        ({"log_requests_format": "xml"}, "log_requests_format='xml': expected 'text' or 'json'"),
+        ({"log_level": "loud"}, "log_level='loud': expected the name of a level"),
+    ],
+)
+def test_settings_of_the_log_that_sglang_would_keep(fields: dict[str, Any], words: str) -> None:
+    """With an unknown level it answers every later request with status 500."""
+    with pytest.raises(ValueError, match=words):
+        guard.before_logging(None, settings(**fields))
+
+
+def test_settings_of_the_log() -> None:
+    for level in range(4):
+        guard.before_logging(None, settings(log_requests_level=level, log_requests_format="json", log_level="warning"))
+    guard.before_logging(None, settings())
+
+
+@pytest.mark.parametrize("path", ["/health", "/health_generate"])
+def test_the_servers_own_checks_of_its_health(path: str) -> None:
+    http = SimpleNamespace(url=SimpleNamespace(path=path))
+    guard.before_init_state(None, SimpleNamespace(rid="HEALTH_CHECK_1"), http)
 
 
 @pytest.mark.parametrize("priority", ["x", 1.5, True, [1]])

@@ -23,6 +23,7 @@ from torchrl_sglang_hidden.spec.request_rules import RULES, Rule, check_option, 
 
 __all__ = [
     "MAX_REQUESTS",
+    "MAX_SAMPLES",
     "OF_BAD_REQUESTS",
     "check_batch",
     "check_embeddings",
@@ -36,11 +37,15 @@ __all__ = [
     "check_wire",
     "has_session",
     "message_of",
+    "most_characters",
     "name_id",
 ]
 
-# Most requests that one payload may come to, samples included: SGLang makes an object of each before it sends any.
+# Most requests that one payload may come to, samples included: SGLang makes an object of each before it sends any, and
+# takes all of them in before it sees that their client is gone.
 MAX_REQUESTS = 2**16
+# Most samples of one prompt.
+MAX_SAMPLES = 4096
 # Set on SGLang's tokenizer manager.
 _MOST_CHARACTERS = "_torchrl_sglang_hidden_most_characters"
 # What SGLang's own reading of a bad request raises.
@@ -116,10 +121,10 @@ def check_prompt(manager: Any, obj: Any) -> None:
     elif obj.text is not None and obj.input_embeds is None:
         pieces = obj.text if getattr(obj, "is_cross_encoder_request", False) else [obj.text]
         for text in pieces:
-            _check_text(text, _most_characters(manager))
+            _check_text(text, most_characters(manager))
 
 
-def _most_characters(manager: Any) -> int:
+def most_characters(manager: Any) -> int:
     """Return how many characters no prompt has that fits: to tokenize 30 MB, all requests would wait for half a minute.
 
     Twice what the context has room for, where every token were the longest: some tokenizers drop characters.
@@ -216,7 +221,7 @@ def name_id(row: str, ids: Any, vocab_size: int) -> None:
 
 
 def _check_id(row: str, token_id: Any) -> None:
-    if isinstance(token_id, (bool, float)) or not hasattr(token_id, "__index__"):
+    if isinstance(token_id, bool) or not hasattr(token_id, "__index__"):
         raise InputTypeError(f"{row} token id {token_id!r:.200} is a {type(token_id).__name__}; token ids are integers")
 
 
@@ -285,8 +290,6 @@ def _name_field(probe: Any) -> str:
     for prefix, struct in (*inner.items(), ("", probe)):
         for field in msgspec.structs.fields(struct):
             value = getattr(struct, field.name)
-            if isinstance(value, msgspec.Struct):
-                continue
             try:
                 written = msgspec.msgpack.encode(value, enc_hook=enc_hook)
                 msgspec.msgpack.Decoder(field.type, dec_hook=dec_hook, ext_hook=ext_hook).decode(written)

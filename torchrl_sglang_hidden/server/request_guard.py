@@ -20,7 +20,7 @@ from typing import Any
 from torchrl_sglang_hidden.counters import SERVER
 from torchrl_sglang_hidden.errors import InputError, InputTypeError
 from torchrl_sglang_hidden.server.request_checks import (
-    MAX_REQUESTS,
+    MAX_SAMPLES,
     OF_BAD_REQUESTS,
     check_batch,
     check_embeddings,
@@ -46,7 +46,14 @@ logger = logging.getLogger(__name__)
 _ROW = "_torchrl_sglang_hidden_row"
 # What SGLang says of a grammar that leaves no token, such as ``root ::= root``.
 _NO_TOKEN = "Grammar accept_token failed"
-_NUM_SAMPLES = Rule((int,), lambda x: 1 <= x <= MAX_REQUESTS, f"an integer in 1..{MAX_REQUESTS}")
+_LOGGING = {
+    "log_requests_level": Rule((int,), lambda x: 0 <= x <= 3, "an integer in 0..3"),
+    "log_requests_format": Rule((str,), lambda x: x in ("text", "json"), "'text' or 'json'"),
+    "log_level": Rule((str,), lambda x: x.upper() in logging.getLevelNamesMapping(), "the name of a level"),
+}
+_HEALTH_CHECK = "HEALTH_CHECK"
+_HEALTH_PATHS = frozenset({"/health", "/health_generate"})
+_NUM_SAMPLES = Rule((int,), lambda x: 1 <= x <= MAX_SAMPLES, f"an integer in 1..{MAX_SAMPLES}")
 
 
 @contextmanager
@@ -97,6 +104,19 @@ def around_normalize(original: Callable[[Any], None], obj: Any) -> None:
             check_lists(obj)
         elif not isinstance(obj.rid, str):
             raise InputTypeError(f"rid={obj.rid!r:.200}: expected a string for one prompt")
+
+
+def before_init_state(manager: Any, obj: Any, request: Any = None) -> None:
+    """Refuse a request that is named as SGLang's own checks of its health are: their answers may be dropped."""
+    names = obj.rid if isinstance(obj.rid, list) else [obj.rid]
+    for row, name in enumerate(names):
+        if isinstance(name, str) and name.startswith(_HEALTH_CHECK) and not _is_health_check(request):
+            with refusing(row):
+                raise InputError(f"rid={name!r:.200}: {_HEALTH_CHECK} begins the server's own; choose another")
+
+
+def _is_health_check(request: Any) -> bool:
+    return request is not None and request.url.path in _HEALTH_PATHS
 
 
 def after_init_state(result: None, manager: Any, obj: Any, request: Any = None) -> None:
@@ -172,9 +192,22 @@ def _row_of(obj: Any) -> int:
     return getattr(obj, _ROW, 0)
 
 
+def before_logging(manager: Any, obj: Any) -> None:
+    """Refuse settings of the log that SGLang would keep, and fail at with every later request."""
+    with refusing(None):
+        for name, rule in _LOGGING.items():
+            value = getattr(obj, name)
+            if value is not None:
+                check_option(name, value, rule)
+
+
 _MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 _INPUTS = "sglang.srt.managers.io_struct"
-BEFORE_GUARD: dict[str, Callable[..., Any]] = {f"{_MANAGER}._handle_abort_finish_reason": before_abort_reason}
+BEFORE_GUARD: dict[str, Callable[..., Any]] = {
+    f"{_MANAGER}._handle_abort_finish_reason": before_abort_reason,
+    f"{_MANAGER}._init_req_state": before_init_state,
+    f"{_MANAGER}.configure_logging": before_logging,
+}
 AFTER_GUARD: dict[str, Callable[..., Any]] = {f"{_MANAGER}._init_req_state": after_init_state}
 AROUND_GUARD: dict[str, Callable[..., Any]] = {
     f"{_INPUTS}.GenerateReqInput.normalize_batch_and_arguments": around_normalize,
