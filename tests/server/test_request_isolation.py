@@ -116,6 +116,14 @@ def test_options_are_read_once() -> None:
     assert len(seen) == 1
 
 
+def test_a_processor_is_not_read_where_none_is_taken() -> None:
+    """Reading it runs the client's code. SGLang itself refuses the request."""
+    scheduler, seen = SGLangScheduler(), list[Any]()
+    scheduler.server_args.enable_custom_logit_processor = False
+    take(scheduler, request(custom_logit_processor="garbage"), lambda *args: seen.append(args))
+    assert (len(seen), scheduler.sent) == (1, [])
+
+
 @pytest.mark.parametrize("session", [False, True])
 def test_an_error_while_a_request_is_taken_in(session: bool, caplog: pytest.LogCaptureFixture) -> None:
     scheduler = SGLangScheduler()
@@ -124,15 +132,46 @@ def test_an_error_while_a_request_is_taken_in(session: bool, caplog: pytest.LogC
     req = SimpleNamespace(rid="mine", finished_reason=None)
     req.finished = lambda: req.finished_reason is not None
 
+    queue = scheduler.waiting_queue
+
     def original(*args: Any) -> None:
-        scheduler.waiting_queue.append(req)
+        queue.append(req)
         scheduler.nodes["mine"] = SimpleNamespace(req=req)
         raise KeyError("no such adapter")
 
     take(scheduler, recv_req, original)
     assert "cannot take the request (KeyError('no such adapter'))" in refusal(scheduler, recv_req)
+    assert scheduler.waiting_queue is queue, "which SGLang's other parts hold too"
     assert "no such adapter" in caplog.text, "with its traceback"
     assert req.finished() == session, "a session's next turn waits for one that has not ended"
+
+
+@pytest.mark.parametrize("turn", [None, "it ended"])
+def test_an_error_of_a_session_without_a_turn_that_waits(turn: str | None) -> None:
+    scheduler = SGLangScheduler()
+    req = SimpleNamespace(finished_reason=turn, finished=lambda: True)
+    if turn is not None:
+        scheduler.nodes["mine"] = SimpleNamespace(req=req)
+
+    def original(*args: Any) -> None:
+        raise KeyError("no such adapter")
+
+    recv_req = request(session_params=SimpleNamespace(id="a session"))
+    take(scheduler, recv_req, original)
+    assert "no such adapter" in refusal(scheduler, recv_req)
+    assert req.finished_reason == turn
+
+
+def test_a_processor_that_finds_no_memory() -> None:
+    """It is no fault of the processor's: SGLang has its own way out, or ends."""
+    info = SimpleNamespace(custom_logit_processor={1: SimpleNamespace(rows=[0])})
+    setattr(info, isolation.REQUESTS, (SimpleNamespace(to_finish=None),))
+
+    def original(*args: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError):
+        isolation.around_processors(original, torch.zeros(1, 2), info)
 
 
 def test_an_error_while_a_request_for_embeddings_is_taken_in() -> None:
