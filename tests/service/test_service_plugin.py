@@ -67,11 +67,16 @@ def test_a_process_without_a_server_gets_no_route(monkeypatch: pytest.MonkeyPatc
 
 def test_a_server_gets_the_route(monkeypatch: pytest.MonkeyPatch) -> None:
     app = Starlette()
-    for name in ("sglang", "sglang.srt", "sglang.srt.entrypoints", SERVER):
+    chats = "sglang.srt.entrypoints.openai.serving_chat"
+    for name in ("sglang", "sglang.srt", "sglang.srt.entrypoints", "sglang.srt.entrypoints.openai", chats, SERVER):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     server: Any = sys.modules[SERVER]
     server.app, server.GenerateReqInput, server.model_info, server.server_info = app, None, None, None
-    server.OpenAIServingDetokenize = type("OpenAIServingDetokenize", (), {})
+    for name in ("Detokenize", "Tokenize", "Score"):
+        setattr(server, f"OpenAIServing{name}", type(name, (), {}))
+    sys.modules[chats].OpenAIServingChat = type("Chat", (), {"_process_messages": None})
+    theirs = ("handle_chat", "_stream_chat_response", "_stream_generate_response")
+    server.OllamaServing = type("Ollama", (), dict.fromkeys(theirs))
     sys.modules["sglang.srt.entrypoints"].http_server = server
     args = SimpleNamespace(host="127.0.0.1", api_key="sesame", admin_api_key=None, enable_metrics=False)
     plugin.after_manager(None, SimpleNamespace(server_args=args), "server_args", "port_args")
@@ -91,20 +96,6 @@ def test_a_server_gets_the_route(monkeypatch: pytest.MonkeyPatch) -> None:
         response = asyncio.run(post(path, Authorization="Bearer sesame"))
         assert response.status_code == 400
         assert words in response.json()["error"]["message"]
-
-
-def test_ids_that_no_token_has_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    serving = SimpleNamespace(tokenizer_manager=SimpleNamespace(model_config=SimpleNamespace(vocab_size=10)))
-    for tokens, words in (
-        ([], None),
-        ([0, 9], None),
-        ([[0], [], [9]], None),
-        ([5, -1], "row 0: token id -1 at position 1 is outside the vocabulary of 10"),
-        ([[5], [10]], "row 1: token id 10 at position 0 is outside the vocabulary of 10"),
-    ):
-        said = plugin.refuse_ids(serving, SimpleNamespace(tokens=tokens))
-        assert (said is None) == (words is None)
-        assert words is None or (said is not None and words in said)
 
 
 def test_keys_are_hidden_where_sglang_shows_its_arguments() -> None:

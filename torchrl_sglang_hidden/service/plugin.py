@@ -14,14 +14,12 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from torchrl_sglang_hidden.errors import TokenIdError
 from torchrl_sglang_hidden.protocol import PLUGIN_ENV
 from torchrl_sglang_hidden.server.__main__ import SECRET_ARGUMENTS
 from torchrl_sglang_hidden.server.metrics import AFTER_METRICS, publish_here
 from torchrl_sglang_hidden.server.plugin import is_served_version
-from torchrl_sglang_hidden.spec.request_rules import check_prompt_ids
 
-__all__ = ["HOOKS", "after_manager", "after_resolved_dict", "answer_value_error", "refuse_ids", "register"]
+__all__ = ["HOOKS", "after_manager", "after_resolved_dict", "answer_value_error", "register"]
 
 
 def after_manager(result: None, manager: Any, *args: Any, **kwargs: Any) -> None:
@@ -32,10 +30,12 @@ def after_manager(result: None, manager: Any, *args: Any, **kwargs: Any) -> None
     if "sglang.srt.entrypoints.http_server" not in sys.modules:
         return
     from sglang.srt.entrypoints import http_server
+    from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 
     # Here and not above: SGLang's other processes load this module too, and need no route.
     from torchrl_sglang_hidden.service.access import AccessGuard
     from torchrl_sglang_hidden.service.route import PATH, VectorService
+    from torchrl_sglang_hidden.service.route_checks import install_checks
 
     service = VectorService(
         manager,
@@ -45,8 +45,7 @@ def after_manager(result: None, manager: Any, *args: Any, **kwargs: Any) -> None
     )
     http_server.app.add_route(PATH, service.respond, methods=["POST"])
     http_server.app.add_exception_handler(ValueError, answer_value_error)
-    # SGLang's own place for such checks, which this route leaves empty.
-    http_server.OpenAIServingDetokenize._validate_request = refuse_ids
+    install_checks(http_server, OpenAIServingChat)
     server_args = manager.server_args
     publish_here(server_args)
     # Added before SGLang's own, which therefore sees a request first: a key that one overlooks, the other asks for.
@@ -56,18 +55,6 @@ def after_manager(result: None, manager: Any, *args: Any, **kwargs: Any) -> None
         keys=(server_args.api_key, server_args.admin_api_key),
         guarded=(PATH,),
     )
-
-
-def refuse_ids(serving: Any, request: Any) -> str | None:
-    """Say which ids for ``/detokenize`` no token has: a tokenizer raises at a negative one, SGLang answers with 500."""
-    rows = request.tokens if request.tokens and isinstance(request.tokens[0], list) else [request.tokens]
-    try:
-        for number, row in enumerate(rows):
-            if row:  # no ids are no text
-                check_prompt_ids(f"row {number}:", row, serving.tokenizer_manager.model_config.vocab_size)
-    except TokenIdError as error:
-        return str(error)
-    return None
 
 
 async def answer_value_error(http: Request, error: Exception) -> Response:
