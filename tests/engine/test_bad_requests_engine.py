@@ -12,6 +12,7 @@ import httpx
 import psutil
 import pytest
 import torch
+from helpers.bad_fields import BAD_FIELDS
 from helpers.bad_requests import BAD, VOCAB, Bad, to_bytes
 from helpers.bad_routes import BAD_ROUTES
 from helpers.policy_checks import prompt_of
@@ -19,7 +20,7 @@ from helpers.policy_checks import prompt_of
 from torchrl_sglang_hidden import HiddenSpec, SGLangOffline, SGLangServer
 from torchrl_sglang_hidden.records import Completion, Request
 
-ALL = {**BAD, **BAD_ROUTES}
+ALL = {**BAD, **BAD_FIELDS, **BAD_ROUTES}
 GOOD = Request(
     tuple(prompt_of(9, 1600)), {"max_new_tokens": 6, "temperature": 0.0}, hidden=HiddenSpec(segments=("response",))
 )

@@ -26,6 +26,10 @@ def vectors(words: str | None = None, /, **fields: Any) -> Bad:
     return Bad("/v1/hidden_states", {"input": [[5, 6, 7]], **fields}, words)
 
 
+# No model's context has room for it, and to tokenize it takes seconds.
+LONG = "word " * 1_000_000
+LONG_CHAT = [{"role": "user", "content": LONG}]
+
 BAD_ROUTES: Mapping[str, Bad] = {
     # --- bodies ---
     "body: no JSON": Bad("/generate", b"{", "'type': 'json_invalid'"),
@@ -60,8 +64,8 @@ BAD_ROUTES: Mapping[str, Bad] = {
     "completions: temperature -1": complete(
         "row 0: temperature=-1.0: Temperature must be non-negative, expected a", temperature=-1
     ),
-    "completions: n 0": complete("row 0: n=0: expected an integer in 1..65536", n=0),
-    "completions: n 10**12": complete("row 0: n=1000000000000: expected an integer in 1..65536", n=10**12),
+    "completions: n 0": complete("row 0: n=0: expected an integer in 1..4096", n=0),
+    "completions: n 10**12": complete("row 0: n=1000000000000: expected an integer in 1..4096", n=10**12),
     "completions: logprobs over the vocabulary": complete(
         "row 0: top_logprobs_num=49153: expected an integer in 0..49152, the", logprobs=VOCAB + 1
     ),
@@ -124,8 +128,8 @@ BAD_ROUTES: Mapping[str, Bad] = {
         "row 0: Failed to compile json grammar",
         response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}},
     ),
-    "chat: n 0": chat("row 0: n=0: expected an integer in 1..65536", n=0),
-    "chat: n 10**12": chat("row 0: n=1000000000000: expected an integer in 1..65536", n=10**12),
+    "chat: n 0": chat("row 0: n=0: expected an integer in 1..4096", n=0),
+    "chat: n 10**12": chat("row 0: n=1000000000000: expected an integer in 1..4096", n=10**12),
     "chat: temperature of text": chat("'type': 'float_parsing'", temperature="x"),
     "chat: temperature 1e300": chat(temperature=1e300),
     "chat: max_completion_tokens -1": chat(
@@ -138,6 +142,14 @@ BAD_ROUTES: Mapping[str, Bad] = {
         "row 0: stop_token_ids has id 49152, outside the vocabulary of 49152", stop_token_ids=[VOCAB], min_tokens=1
     ),
     "chat: a template's arguments": chat("'type': 'dict_type'", chat_template_kwargs="x"),
+    "chat: a template's argument of the server's own": chat(
+        "chat_template_kwargs has 'tokenize', which is the server's own", chat_template_kwargs={"tokenize": True}
+    ),
+    "chat: a million words": chat("messages and tools, with their fields' names, have 50000", messages=LONG_CHAT),
+    "chat: a million words in parts": chat(
+        "messages and tools, with their fields' names, have 50000",
+        messages=[{"role": "user", "content": [{"type": "text", "text": LONG}]}],
+    ),
     "chat: seed 2**70": chat("'type': 'int_parsing_size'", seed=2**70),
     "chat: stream with an unknown tool": chat("'type': 'list_type'", stream=True, tools=5),
     "chat: a regex unclosed": chat("row 0: Failed to compile regex grammar", regex="("),
@@ -156,6 +168,16 @@ BAD_ROUTES: Mapping[str, Bad] = {
         {"model": "default", "max_tokens": -1, "messages": [{"role": "user", "content": "a"}]},
         "max_tokens: Value error, max_tokens must be positive",
     ),
+    "messages: a million words": Bad(
+        "/v1/messages",
+        {"model": "default", "max_tokens": 2, "messages": LONG_CHAT},
+        "messages and tools, with their fields' names, have 50000",
+    ),
+    "count_tokens: a million words": Bad(
+        "/v1/messages/count_tokens",
+        {"model": "default", "messages": LONG_CHAT},
+        "messages and tools, with their fields' names, have 50000",
+    ),
     "score: a label over the vocabulary": score(
         "Token ID 49152 is out of vocabulary (vocab size: 49152)", label_token_ids=[VOCAB]
     ),
@@ -172,10 +194,17 @@ BAD_ROUTES: Mapping[str, Bad] = {
     "score: no items": score(items=[]),
     "score: text and ids": score(query="a", items=[[5]]),
     "score: an override of a wrong width": score(
-        "the embeddings that override some tokens' have 2 numbers",
+        "query_embed_overrides has 2 numbers at position 0; expected 576",
         embed_override_token_id=5,
         query_embed_overrides=[[1.0, 2.0]],
     ),
+    "score: ragged overrides": score(
+        "query_embed_overrides has 1 numbers at position 1; expected 576",
+        query=[5, 5],
+        embed_override_token_id=5,
+        query_embed_overrides=[[1.0] * 576, [1.0]],
+    ),
+    "score: a million words": score("query and items have 5000001 characters", query=LONG, items=["a"]),
     "score: temperature 1e-300": score("temperature requires apply_softmax=True", temperature=1e-300),
     "embeddings: of a model that generates": Bad(
         "/v1/embeddings",
@@ -204,12 +233,30 @@ BAD_ROUTES: Mapping[str, Bad] = {
     ),
     "tokenize: a number": Bad("/tokenize", {"prompt": 5}, "'type': 'list_type'"),
     "tokenize: a lone surrogate": Bad("/tokenize", {"prompt": "\ud800"}, "'type': 'json_invalid'"),
+    "tokenize: a million words": Bad("/tokenize", {"prompt": LONG}, "the texts have 5000000 characters"),
+    "tokenize: a million words in rows": Bad(
+        "/tokenize", {"prompt": ["word " * 1000] * 1000}, "the texts have 5000000 characters"
+    ),
+    "tokenize: a chat of a million words": Bad(
+        "/tokenize", {"messages": LONG_CHAT}, "messages and tools, with their fields' names, have 50000"
+    ),
     "detokenize: 2**70": Bad("/detokenize", {"tokens": [2**70]}, "'type': 'int_parsing_size'"),
     "detokenize: a negative id": Bad(
         "/detokenize", {"tokens": [5, -1]}, "row 0: token id -1 at position 1 is outside the vocabulary of 49152"
     ),
     "ollama: no prompt": Bad("/api/generate", {"model": "x"}, "'type': 'missing'"),
     "ollama: an empty prompt": Bad("/api/generate", {"model": "x", "prompt": "", "stream": False}),
+    "ollama: options that are none": Bad(
+        "/api/generate", {"model": "x", "prompt": "a", "options": {"top_k": -9}}, "row 0: top_k=-9"
+    ),
+    "ollama: a chat's options that are none": Bad(
+        "/api/chat",
+        {"model": "x", "messages": [{"role": "user", "content": "a"}], "options": {"num_predict": -2}},
+        "row 0: max_new_tokens=-2",
+    ),
+    "ollama: a chat of a million words": Bad(
+        "/api/chat", {"model": "x", "messages": LONG_CHAT}, "the messages have 5000000 characters"
+    ),
     "sagemaker: no messages": Bad("/invocations", {"model": "default", "messages": []}, "Messages cannot be empty"),
     "vertex: nothing": Bad("/vertex_generate", {"instances": []}),
     "vertex: an id over the vocabulary": Bad(
@@ -275,6 +322,12 @@ BAD_ROUTES: Mapping[str, Bad] = {
     "configure_logging: a level of text": Bad(
         "/configure_logging", {"log_requests_level": "x"}, "'type': 'is_instance_of'"
     ),
+    "configure_logging: level 99": Bad(
+        "/configure_logging", {"log_requests": True, "log_requests_level": 99}, "log_requests_level=99: expected an"
+    ),
+    "configure_logging: an unknown level": Bad(
+        "/configure_logging", {"log_level": "nonsense"}, "log_level='nonsense': expected the name of a level"
+    ),
     "update_weights_from_disk: nowhere": Bad(
         "/update_weights_from_disk",
         {"model_path": "/nowhere"},
@@ -323,6 +376,23 @@ BAD_ROUTES: Mapping[str, Bad] = {
         "/init_weights_update_group",
         {"master_address": "h", "master_port": "x", "rank_offset": 0, "world_size": 2},
         "'type': 'is_instance_of'",
+    ),
+    "init_weights_update_group: as rank 0": Bad(
+        "/init_weights_update_group",
+        {"master_address": "127.0.0.1", "master_port": 1, "rank_offset": 0, "world_size": 2, "backend": "gloo"},
+        "rank_offset=0, world_size=2: rank 0 is the trainer's",
+    ),
+    "init_weights_update_group: of a trainer that is gone": Bad(
+        "/init_weights_update_group",
+        {
+            "master_address": "127.0.0.1",
+            "master_port": 1,
+            "rank_offset": 1,
+            "world_size": 2,
+            "backend": "gloo",
+            "group_name": "torchrl-sglang-hidden-gone",
+        },
+        "nothing listens at 127.0.0.1:1",
     ),
     "end_weight_update: of none": Bad(
         "/end_weight_update", {}, "no weight-update session is open; call begin_weight_update() first"
