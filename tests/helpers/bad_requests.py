@@ -263,8 +263,8 @@ BAD: Mapping[str, Bad] = {
     "n: 10**12": sampling("row 0: n=1000000000000: expected an integer in 1..4096", n=10**12),
     "n: 4097": sampling("row 0: n=4097: expected an integer in 1..4096", n=4097),
     "n: too many of many": generate(
-        "17 rows of n=4096 samples are 69632 requests, over the limit of 65536",
-        input_ids=[[5]] * 17,
+        "5 rows of n=4096 samples are 20480 requests, over the limit of 16384",
+        input_ids=[[5]] * 5,
         sampling_params={"n": 4096},
     ),
     "n: differs from row to row": generate(

@@ -90,8 +90,8 @@ PAYLOADS: dict[str, tuple[dict[str, Any], str]] = {
     "samples without end": ({"sampling_params": {"n": 10**12}}, "n=1000000000000"),
     "a sample too many": ({"sampling_params": {"n": 4097}}, r"row 0: n=4097: .*1\.\.4096"),
     "many of many": (
-        {"sampling_params": {"n": 4096}, "input_ids": [[1]] * 17},
-        "17 rows of n=4096 .* 69632 requests, over the limit of 65536",
+        {"sampling_params": {"n": 4096}, "input_ids": [[1]] * 5},
+        "5 rows of n=4096 .* 20480 requests, over the limit of 16384",
     ),
     "no rows": ({"input_ids": []}, "0 rows"),
     "no texts": ({"input_ids": None, "text": []}, "0 rows"),

@@ -43,7 +43,7 @@ __all__ = [
 
 # Most requests that one payload may come to, samples included: SGLang makes an object of each before it sends any, and
 # takes all of them in before it sees that their client is gone.
-MAX_REQUESTS = 2**16
+MAX_REQUESTS = 2**14
 # Most samples of one prompt.
 MAX_SAMPLES = 4096
 # Set on SGLang's tokenizer manager.
