@@ -75,7 +75,8 @@ def around_join(
     # Left alone where it does not end, since nothing ends it.
     joined = _in_thread("join-update-group", join)
     if wait([joined], max(0.0, until - time.monotonic())).done:
-        return joined.result()
+        answer: tuple[bool, str] = joined.result()
+        return answer
     return False, (
         f"the trainer at {master_address}:{master_port} did not form the group {group_name!r:.80} within "
         f"{_JOIN_S:g} s; start all its {world_size} ranks"
