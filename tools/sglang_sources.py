@@ -100,6 +100,9 @@ class Sources:
             if name in _bound(node):
                 lazy = _lazily_imported(node)
                 return self.find(lazy) if lazy else Definition(node, module)
+            # A module of Python's own that SGLang looks up under its name.
+            if isinstance(node, ast.Import) and name in [alias.asname or alias.name for alias in node.names]:
+                return Definition(node, module)
             if isinstance(node, ast.ImportFrom):
                 source = self._imported_from(module, node)
                 for alias in node.names:
