@@ -131,6 +131,7 @@ def test_the_variables_are_the_servers() -> None:
         (["serve", "--admin-api-key", "x", "--ssl-keyfile-password=y"], ["serve"],
          {"admin_api_key": "x", "ssl_keyfile_password": "y"}),
         (["serve", "--api-key"], ["serve", "--api-key"], {}),
+        (["serve", "--api-key", "", "--admin-api-key="], ["serve", "--api-key", "", "--admin-api-key="], {}),
         (["record", "api_key", "--host", "x"], ["record", "api_key", "--host", "x"], {}),
     ],
 )  # fmt: skip

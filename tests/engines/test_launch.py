@@ -120,7 +120,8 @@ def test_server_arguments_become_a_command_line() -> None:
         ({"host": "0.0.0.0"}, InputError, "no api_key given"),
         ({"host": "::"}, InputError, "no api_key given"),
         ({"host": "my-machine"}, InputError, "no api_key given"),
-        ({"host": "0.0.0.0", "api_key": " "}, InputError, "protects nothing"),
+        ({"host": "0.0.0.0", "api_key": " "}, InputError, "launch(api_key=''): an empty one protects nothing"),
+        ({"admin_api_key": ""}, InputError, "launch(admin_api_key=''): an empty one"),
         (
             {"host": "0.0.0.0", "api_key": "sesame", "enable_custom_logit_processor": True},
             InputError,

@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def take_secrets(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Take keys and passwords out of a command line.
+    """Take keys and passwords out of a command line. Empty ones stay, to be refused: a variable that was not set.
 
     Returns:
         The other arguments, and the secrets by their Python names.
@@ -87,6 +87,8 @@ def take_secrets(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         found = value if equals else next(waiting, None)
         if found is None:  # typer says what is missing
             rest.append(argument)
+        elif not found.strip():  # from the environment, typer would take it for no key, and the server would have none
+            rest += [argument] if equals else [argument, found]
         else:
             secrets[name] = found
     return rest, secrets

@@ -254,8 +254,9 @@ def _check_arguments(
         raise InputError(f"launch(port={port!r}): expected 1..65535, or None for a free port")
     if not timeout_s > 0:
         raise InputError(f"launch(timeout_s={timeout_s!r}): expected seconds, more than 0")
-    if api_key is not None and not api_key.strip():
-        raise InputError("launch(api_key=''): an empty key protects nothing; pass a real one, or None")
+    for name, secret in {**server_args, "api_key": api_key}.items():
+        if name in SECRET_ARGUMENTS and secret is not None and not str(secret).strip():
+            raise InputError(f"launch({name}=''): an empty one protects nothing; pass a real one, or None")
     if api_key is None and not is_loopback(host):
         raise InputError(
             f"launch(host={host!r}): reachable from other machines, and no api_key given; "
