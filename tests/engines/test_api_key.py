@@ -98,9 +98,14 @@ def test_a_pickle_in_another_process_reads_the_variable(server: RecordingServer)
         assert {headers.get("Authorization") for _, headers in server.seen} == {sent}
 
 
-def test_a_server_that_refuses_says_where_a_pickle_finds_it() -> None:
-    with pytest.raises(AuthenticationError, match=API_KEY_ENV):
-        read_json(httpx.Response(401), "http://server")
+@pytest.mark.parametrize(
+    ("headers", "says"),
+    [({}, "wants an API key, and none was sent"), ({"Authorization": "Bearer x"}, "refused the API key")],
+)
+def test_a_server_that_refuses_says_why_and_where_a_pickle_finds_a_key(headers: dict[str, str], says: str) -> None:
+    asked = httpx.Request("GET", "http://server", headers=headers)
+    with pytest.raises(AuthenticationError, match=f"{says}.*{API_KEY_ENV}"):
+        read_json(httpx.Response(401, request=asked), "http://server")
 
 
 def test_plain_http_to_another_machine_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,8 +128,9 @@ def test_plain_http_to_another_machine_warns_once(monkeypatch: pytest.MonkeyPatc
 )
 def test_where_it_warns(url: str, key: str | None, warned: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[str] = []
+    asked = httpx.Request("GET", "http://server")
     monkeypatch.setattr("torchrl_sglang_hidden.engines.endpoint.warn_of_plain_http", found.append)
-    monkeypatch.setattr(httpx.Client, "get", lambda *args, **kwargs: httpx.Response(401))
+    monkeypatch.setattr(httpx.Client, "get", lambda *args, **kwargs: httpx.Response(401, request=asked))
     with pytest.raises(AuthenticationError):
         connect(url, api_key=key)
     assert found == warned

@@ -177,7 +177,7 @@ FAILED = {"error": {"message": "no memory", "code": 503}}
 @pytest.mark.parametrize(
     ("respond", "kind", "message"),
     [
-        (lambda h, p: h.say((401, "no")), AuthenticationError, "refused the API key"),
+        (lambda h, p: h.say((401, "no")), AuthenticationError, "wants an API key"),
         (lambda h, p: h.say((400, {"error": {"message": "no such thing"}})), RequestRejectedError, "no such thing"),
         (lambda h, p: h.say((500, "broken")), EngineError, "answered 500: broken"),
         (lambda h, p: events(h, event(REFUSED), "data: [DONE]"), RequestRejectedError, "answered 400: too long"),

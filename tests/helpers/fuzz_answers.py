@@ -56,6 +56,7 @@ READS_IMAGES = {"takes_images": True, "image_token_id": IMAGE_ID}
 FINISHED = {"stop", "length", "abort", "error"}
 _ALL = HiddenSpec(ALL_SEGMENTS)
 _RECORDS = SamplingRecords(entropy=True, sampling_mask=True, routed_experts=True)
+_ASKED = httpx.Request("POST", "http://fuzz/generate")
 # Kinds of requests, and what the engine that answers them says of itself.
 _KINDS: tuple[tuple[list[Request], dict[str, Any]], ...] = (
     ([request(), request(prompt_ids=(5, 6))], {}),
@@ -193,7 +194,7 @@ def read_http(choices: Choices) -> None:
     status = choices.pick((200, 200, 200, 400, 401, 404, 500, 503, 299))
     kind = choices.pick(({}, {"content-type": "application/json; charset=utf-16"}, {"content-type": "text/html"}))
     if choices.below(2):
-        found = read_json(httpx.Response(status, content=data, headers=kind), "http://fuzz")
+        found = read_json(httpx.Response(status, content=data, headers=kind, request=_ASKED), "http://fuzz")
         read_rows(requests, found, info)
         return
     line = data.decode("utf-8", "replace").replace("\n", " ")

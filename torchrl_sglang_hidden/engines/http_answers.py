@@ -71,9 +71,11 @@ def read_json(response: httpx.Response, url: str) -> Any:
         ProtocolError: no JSON.
     """
     if response.status_code in (401, 403):
+        sent = "Authorization" in response.request.headers
+        refusal = "refused the API key" if sent else "wants an API key, and none was sent"
         raise AuthenticationError(
-            f"{url} refused the API key (status {response.status_code}); pass the right api_key, or set "
-            "TORCHRL_SGLANG_HIDDEN_API_KEY where a pickled client is loaded"
+            f"{url} {refusal} (status {response.status_code}); pass {'the right' if sent else 'its'} api_key. "
+            "TORCHRL_SGLANG_HIDDEN_API_KEY is read by commands and where a pickled client is loaded, not by connect()"
         )
     if response.status_code >= 400:
         kind = RequestRejectedError if response.status_code < 500 else EngineError
@@ -146,7 +148,8 @@ def reason_of(response: httpx.Response) -> str:
     try:
         body = response.json()
     except (ValueError, RecursionError):
-        return text_of(response)[:300]
+        # A page of HTML has many lines, and an error is one.
+        return " ".join(text_of(response)[:300].split())
     error = body.get("error", body) if isinstance(body, dict) else body
     return _words(error.get("message", error) if isinstance(error, dict) else error)
 
