@@ -162,6 +162,9 @@ def test_a_key(serve: Serve) -> None:
     result = invoke("doctor", url)
     assert result.exit_code == 1
     assert "pass the server's key: --api-key" in result.stdout
+    assert "none was sent" in result.stdout
+    wrong = invoke("doctor", url, "--api-key", "sesam")
+    assert (wrong.exit_code, "refused the API key" in wrong.stdout) == (1, True)
     for arguments, env in (((), {"TORCHRL_SGLANG_HIDDEN_API_KEY": "sesame"}), (("--api-key", "sesame"), {})):
         result = invoke("doctor", url, *arguments, env=env)
         assert result.exit_code == 0, result.output
@@ -188,7 +191,7 @@ def test_an_address_that_is_none() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layers", "text"), [((-1,), "-1"), ((-1, 0, 1, 2), "-1…2"), ((2, 7, 8, -1), "-1, 2, 7…8"), ((), "")]
+    ("layers", "text"), [((-1,), "-1"), ((-1, 0, 1, 2), "-1, 0…2"), ((2, 7, 8, -1), "-1, 2, 7…8"), ((), "")]
 )
 def test_layers_in_short(layers: tuple[int, ...], text: str) -> None:
     assert _ranges(layers) == text

@@ -184,21 +184,21 @@ def _examine_states(found: Examination, info: EngineInfo) -> None:
 
 def _examine_features(found: Examination, info: EngineInfo, server_info: Mapping[str, Any]) -> None:
     flags = {
-        "images": (info.takes_images, f"up to {info.max_images or 'any number'} a prompt", "a text model"),
-        "LoRA adapters": (bool(server_info.get("enable_lora")), "yes", "start it with --enable-lora"),
+        "images": (info.takes_images, f"up to {info.max_images or 'any number'} a prompt", "none: a text model"),
+        "LoRA adapters": (bool(server_info.get("enable_lora")), "on", "off: start it with --enable-lora"),
         "seeds": (info.honours_seeds, "deterministic", "ignored: start it with --enable-deterministic-inference"),
-        "priorities": (info.honours_priorities, "yes", "ignored: start it with --enable-priority-scheduling"),
-        "metrics": (bool(server_info.get("enable_metrics")), "/metrics", "start it with --enable-metrics"),
+        "priorities": (info.honours_priorities, "on", "ignored: start it with --enable-priority-scheduling"),
+        "metrics": (bool(server_info.get("enable_metrics")), "/metrics", "off: start it with --enable-metrics"),
         "prefix cache": (not server_info.get("disable_radix_cache"), "on", "off: --disable-radix-cache"),
         "overlapping": (not server_info.get("disable_overlap_schedule"), "on", "off: --disable-overlap-schedule"),
-        "streams": (not server_info.get("incremental_streaming_output"), "yes", "without states in them: start it "
-                    "without --incremental-streaming-output"),
+        "streams": (not server_info.get("incremental_streaming_output"), "with states at their end", "without states: "
+                    "start it without --incremental-streaming-output"),
     }  # fmt: skip
     for name, (able, says, lacks) in flags.items():
         found.note(name, "yes" if able else "", says if able else lacks)
-    found.note("sessions", "yes", "yes")
+    found.note("sessions", "yes", "the server keeps what was said")
     quantized = server_info.get("quantization")
-    says = f"none while quantised ({quantized})" if quantized else f"yes; serving version {info.weight_version}"
+    says = f"none while quantised ({quantized})" if quantized else f"serving version {info.weight_version!r}"
     found.note("new weights", "no" if quantized else "yes", says)
     if info.takes_processors:
         says = "SGLang unpickles logit processors of clients: whoever has the key runs code"
@@ -223,10 +223,10 @@ def _examine_limits(found: Examination, info: EngineInfo, server_info: Mapping[s
 
 
 def _ranges(layers: Sequence[int]) -> str:
-    """Write layer ids in short: ``(-1, 0, 1, 2, 5)`` → ``"-1…2, 5"``."""
+    """Write layer ids in short: ``(-1, 0, 1, 2, 5)`` → ``"-1, 0…2, 5"``. The last, -1, is no neighbour of the first."""
     parts: list[list[int]] = []
     for layer in sorted(layers):
-        if parts and layer == parts[-1][-1] + 1:
+        if parts and layer == parts[-1][-1] + 1 and layer:
             parts[-1].append(layer)
         else:
             parts.append([layer])
