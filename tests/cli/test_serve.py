@@ -195,7 +195,7 @@ class TestServe:
         out = invoke("serve", "m").stdout
         assert f"Serving some-model at {URL}" in out
         assert f'SGLangHiddenWrapper("{URL}", ' in out
-        snippet = out[out.index("from tensordict") : out.index("Stopped.")]
+        snippet = out[out.index("from torchrl_sglang_hidden") : out.index("Stopped.")]
         compile(snippet, "snippet", "exec")
 
     def test_a_key_is_passed_on_and_never_printed(self, serving: Callable[[str], FakeServer]) -> None:

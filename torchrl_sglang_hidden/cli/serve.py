@@ -21,12 +21,10 @@ if TYPE_CHECKING:
 __all__ = ["parse_server_arguments", "serve"]
 
 _SNIPPET = """\
-from tensordict import TensorDict
-from torchrl.modules.llm.policies import Text
-from torchrl_sglang_hidden import SGLangHiddenWrapper{connect_import}
+from torchrl_sglang_hidden import SGLangHiddenWrapper{connect_import}, ragged
 
 policy = SGLangHiddenWrapper({engine}, input_mode="text", generate_kwargs={{"max_new_tokens": 16}})
-out = policy(TensorDict(text=Text(prompt=["The capital of France is"], batch_size=1), batch_size=1))
+out = policy(ragged(text=["The capital of France is"]))
 print(out["text"].response, out["hidden_states", "response"].shape)
 """
 
