@@ -47,7 +47,7 @@ fast: $(INSTALLED) ## the tests that need no server
 
 soak: export TORCHRL_SGLANG_HIDDEN_FAULT_ROUNDS ?= 20
 soak: export TORCHRL_SGLANG_HIDDEN_STORM_FAULTS ?= 10
-soak: $(INSTALLED) ## every fault twenty times at random moments, about 45 minutes; SEED= in TORCHRL_SGLANG_HIDDEN_FAULT_SEED
+soak: $(INSTALLED) ## every fault twenty times at random moments, about 45 minutes; tests/README.md says how to repeat a run
 	$(BIN)/python -m pytest -m engine -n 0 -s tests/engine/test_faults_engine.py tests/engine/test_storm_engine.py
 
 images: $(INSTALLED) ## the tests of images on models that `make test` leaves out: Qwen2-VL
@@ -86,7 +86,7 @@ docs: $(INSTALLED) ## the documentation site, in docs/_build; a warning is an er
 audit: $(INSTALLED) ## known vulnerabilities of what is installed; says so where the database cannot be asked
 	$(BIN)/python tools/audit.py
 
-check: lint fast docs audit ## all four of these: green on every commit
+check: lint fast docs audit ## lint, fast, docs and audit: green on every commit
 
 format: $(INSTALLED) ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix $(CODE)
