@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 from helpers import user_constraints
 from helpers.image_site import ImageSite, serve_images
+from helpers.local_ray import ray_of_two_cores
 from helpers.policy_checks import (
     CHUNKED_PREFILL_SIZE,
 )
@@ -112,6 +113,13 @@ def in_process_log(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
         )
     assert done.returncode == 0, log.read_text()[-6000:]
     return log.read_text()
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[set[int]]:
+    """Yield the ids of the processes of a Ray on this machine, of which nothing is left behind the module's tests."""
+    with ray_of_two_cores() as pids:
+        yield pids
 
 
 @pytest.fixture(scope="module")

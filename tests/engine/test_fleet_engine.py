@@ -1,24 +1,38 @@
-"""Two real servers: by their addresses, by the address of SGLang's router, and when one of them is killed.
+"""Two real servers: by their addresses, by SGLang's router's, by a `RayLLMCollector`, and when one of them is killed.
 
 The session's server is one of the two; the other is this file's own, and the last test kills it.
 """
 
 from __future__ import annotations
 
+import functools
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from urllib.parse import urlsplit
 
 import httpx
 import psutil
 import pytest
-from helpers.policy_checks import CHUNKED_PREFILL_SIZE, LOG_PROB_ATOL, STATE_RTOL, prompt_of, relative_error
+from helpers.bad_link import bad_link
+from helpers.local_ray import reachable_from_outside
+from helpers.policy_checks import (
+    CHUNKED_PREFILL_SIZE,
+    LOG_PROB_ATOL,
+    STATE_RTOL,
+    history_input,
+    prompt_of,
+    relative_error,
+)
+from helpers.torchrl_pipelines import chat_env, flat
+from torchrl.collectors.llm import RayLLMCollector
+from transformers import PreTrainedTokenizerBase
 
-from torchrl_sglang_hidden import HiddenSpec, SGLangServer, connect, launch
+from torchrl_sglang_hidden import HiddenSpec, SGLangHiddenWrapper, SGLangServer, connect, launch
 from torchrl_sglang_hidden.engines.launch import LaunchedServer
 from torchrl_sglang_hidden.errors import EngineUnreachableError
 from torchrl_sglang_hidden.protocol import CHANNEL
@@ -130,6 +144,69 @@ def test_what_the_router_itself_does_with_a_request(smol: SGLangServer, router: 
             assert client.get(path).status_code == 404
         for path in ("/v1/hidden_states", "/open_session", "/abort_request", "/update_weights_from_disk"):
             assert client.post(path, json={}).status_code == 404
+
+
+def test_a_ray_collector_spreads_its_rows_and_outlives_a_server(
+    smol: SGLangServer,
+    other: LaunchedServer,
+    fleet: SGLangServer,
+    smol_dir: str,
+    tokenizer: PreTrainedTokenizerBase,
+    local_ray: set[int],
+) -> None:
+    """The collector's process has a client of its own, made of the policy's pickle; the trainer's client is here."""
+    questions = ["Hi", "2+2=", "Name a planet.", "Is the earth flat?"]
+    with ExitStack() as stack:
+        way = stack.enter_context(ExitStack())
+        link = way.enter_context(bad_link(urlsplit(other.url).port or 0))
+        engine = stack.enter_context(connect([smol.url, link.url]))
+        options = {"max_new_tokens": 16, "temperature": 0, "ignore_eos": True}
+        policy = SGLangHiddenWrapper(engine, tokenizer=tokenizer, generate_kwargs=options, on_error="nan")
+        alone = policy.get_new_version(model=smol)(history_input(questions))
+        expected = dict(zip(questions, flat(alone), strict=True))
+        collector = RayLLMCollector(
+            functools.partial(chat_env, questions, batch_size=4),
+            policy=policy,
+            dialog_turns_per_batch=4,
+            remote_config={"num_cpus": 0},
+        )
+        stack.callback(collector.shutdown)
+        stack.callback(fleet.update_weights, smol_dir, transport="disk", version=fleet.info.weight_version)
+        batches = iter(collector)
+
+        def collect() -> tuple[set[str], list[str], tuple[int, int]]:
+            """Return the weight versions and errors of four rows, and how many of them each server answered."""
+            before = [server.server_counters().requests for server in (smol, other)]
+            rows = flat(next(batches))
+            assert sorted(row["query"] for row in rows) == sorted(questions)
+            for row in rows:
+                if not row["error"]:
+                    assert row["tokens"].response.tolist() == expected[row["query"]]["tokens"].response.tolist()
+                    found_D, expected_D = (one["hidden_states"].response for one in (row, expected[row["query"]]))
+                    assert relative_error(found_D, expected_D) < STATE_RTOL
+            one, two = (
+                server.server_counters().requests - count for server, count in zip((smol, other), before, strict=True)
+            )
+            versions = {row["weight_version"] for row in rows if not row["error"]}
+            return versions, [row["error"] for row in rows if row["error"]], (one, two)
+
+        assert collect() == ({smol.info.weight_version}, [], (2, 2))
+        assert reachable_from_outside(local_ray) == []
+        version = engine.update_weights(smol_dir, transport="disk", version="of-both")
+        assert collect() == ({version}, [], (2, 2)), "the weights reached both"
+
+        taken = prefills(other)
+        with ThreadPoolExecutor(1) as pool:
+            call = pool.submit(collect)
+            wait_until(lambda: prefills(other) > taken)
+            way.close()
+            versions, lost, _ = call.result(120)
+        assert (versions, len(lost)) == ({version}, 2)
+        assert all(f"{link.url} went away while answering" in error for error in lost)
+        assert collect() == ({version}, [], (4, 0))
+        with pytest.raises(EngineUnreachableError, match=link.url):
+            engine.update_weights(smol_dir, transport="disk", version="of-none")
+        assert collect() == ({version}, [], (4, 0)), "all of the servers or none"
 
 
 def test_one_of_the_two_is_killed(

@@ -15,19 +15,12 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-import ray
 from helpers.policy_checks import make_policy
-from helpers.process_watch import still_running, watched
 from helpers.torchrl_pipelines import AnswerReward, Direct, chat_env, chat_of, flat
 from torchrl.collectors.llm import RayLLMCollector
 from torchrl.data import LazyStackStorage, RayReplayBuffer
@@ -37,42 +30,10 @@ from transformers import PreTrainedTokenizerBase
 from torchrl_sglang_hidden import SGLangHiddenWrapper, SGLangServer
 
 TURNS = 2
-# Ray takes 127.0.0.1 for a mistake and listens on the machine's address; the other loopback addresses it takes as said.
-LOOPBACK = "127.0.0.2"
-EXIT_TIMEOUT_S = 30.0
 QUESTIONS = (["Hi", "2+2="], ["What is the capital of France?", "Is the earth flat?"])
 
 
-def children() -> set[int]:
-    return {child.pid for child in psutil.Process().children(recursive=True)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def local_ray() -> Iterator[None]:
-    """A Ray of two cores on this machine, of which nothing is left when the module's tests are done."""
-    before = children()
-    # A short path: Ray's sockets lie in it, and a socket's path has at most 107 bytes.
-    directory = tempfile.mkdtemp(prefix="ray-")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        # Ray ends its workers when the machine's memory runs low, whoever uses it.
-        patch.setenv("RAY_memory_monitor_refresh_ms", "0")
-        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=os.pathsep)
-        try:
-            ray.init(
-                num_cpus=2, num_gpus=0, object_store_memory=80 * 1024**2, include_dashboard=False,
-                _node_ip_address=LOOPBACK, _temp_dir=directory, log_to_driver=False, configure_logging=False,
-            )  # fmt: skip
-            yield
-        finally:
-            started = children() - before
-            with watched(started) as handles:
-                ray.shutdown()
-                left = still_running(handles, EXIT_TIMEOUT_S)
-            shutil.rmtree(directory, ignore_errors=True)
-    assert started
-    assert left == []
+pytestmark = pytest.mark.usefixtures("local_ray")
 
 
 @pytest.fixture(scope="module")
