@@ -256,6 +256,7 @@ def test_a_failed_start_tells_the_exit_code_the_log_and_its_last_lines(start: ST
         """
         import os, sys
         print("line", *range(30), sep="\\nline ")
+        print('INFO: "GET /health_generate HTTP/1.1" 503 Service Unavailable')
         print("0%\\r50%\\r100%", "\\n\\nkey:", os.environ["TORCHRL_SGLANG_HIDDEN_API_KEY"], file=sys.stderr)
         sys.exit(3)
         """,
@@ -264,7 +265,8 @@ def test_a_failed_start_tells_the_exit_code_the_log_and_its_last_lines(start: ST
     )
     with pytest.raises(LaunchError) as raised:
         process.wait_until_ready("http://127.0.0.1:9", timeout_s=60, progress=False)
-    head, *lines = str(raised.value).splitlines()
+    head, title, *lines = str(raised.value).splitlines()
+    assert title == "Last log lines:"
     assert head.startswith("the server ended with exit code 3 after ")
     assert str(log_path) in head
     assert [line.strip() for line in lines] == [

@@ -102,12 +102,14 @@ def test_a_refusal_and_a_failure(
     server: RecordingServer, engine: SGLangServer, status: int, error: type[Exception], counted: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    server.respond = lambda handler, payload: handler.say((status, {"error": {"message": "no"}}))
+    server.respond = lambda handler, payload: handler.say((status, {"error": {"message": "no\nlast words"}}))
     with pytest.raises(error):
         engine.generate([REQUEST])
     expected = {"refusals": 0, "failures": 0, "gaps": 0} | {counted: 1}
     assert {name: getattr(engine.counters(), name) for name in expected} == expected
-    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.getMessage().endswith(": no"), "a line per event; the error has the others"
 
 
 def test_a_server_that_is_gone(server: RecordingServer, engine: SGLangServer) -> None:

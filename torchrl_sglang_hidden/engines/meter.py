@@ -82,15 +82,17 @@ class Meter:
 
     def failed(self, error: BaseException) -> None:
         """Count what a call ended with; bad input, which was not sent, and Ctrl-C are nothing to an operator."""
+        # The error itself, and who supervises the server, have the last lines of the server's log.
+        says = str(error).partition("\n")[0]
         if isinstance(error, AlignmentError):
             self.tally.add(gaps=1)
-            logger.error("%s: a gap, and no numbers in its place: %s", self._name, error)
+            logger.error("%s: a gap, and no numbers in its place: %s", self._name, says)
         elif isinstance(error, RequestRejectedError):
             self.tally.add(refusals=1)
-            logger.warning("%s refused a call: %s", self._name, error)
+            logger.warning("%s refused a call: %s", self._name, says)
         elif isinstance(error, EngineError) and not isinstance(error, (BatchCancelledError, RequestAbortedError)):
             self.tally.add(failures=1)
-            logger.warning("%s: a call failed: %s", self._name, error)
+            logger.warning("%s: a call failed: %s", self._name, says)
 
     def took(self, completions: Sequence[Completion | None]) -> None:
         """Count completions that were read; those with an error are no whole answers."""

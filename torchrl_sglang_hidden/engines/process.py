@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 HEADERS_ENV = "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS"
 _SERVER_MODULE = "torchrl_sglang_hidden.server"
 _TAIL_LINES = 20
+_PROBE = "/health_generate"
 _TAIL_BYTES = 64 * 1024
 _POLL_INTERVAL_S = 0.25
 # SGLang's health check itself waits a second for the token it asks for.
@@ -129,13 +130,13 @@ class ServerProcess:
                 if elapsed_s > timeout_s:
                     raise LaunchError(
                         f"the server generated nothing within timeout_s={timeout_s:g}; raise timeout_s, or read why in "
-                        f"{self.log_path}. {self._last_words()}"
+                        f"{self.log_path}.{self._last_words()}"
                     )
                 with suppress(subprocess.TimeoutExpired):
                     code = self._process.wait(_POLL_INTERVAL_S)
                     raise LaunchError(
                         f"the server ended with {_exit_reason(code)} after {elapsed_s:.0f} s, before it was ready; "
-                        f"read the whole log in {self.log_path}. {self._last_words()}"
+                        f"read the whole log in {self.log_path}.{self._last_words()}"
                     )
                 last_line = (self.log_tail(1) or ["Python starts"])[0]
                 show(f"Starting SGLang, {elapsed_s:.0f} s: {_without_timestamp(last_line)}")
@@ -164,7 +165,7 @@ class ServerProcess:
                 self._is_known_dead = True
                 logger.error("the server of process %d ended by itself, with %s", self.pid, _exit_reason(code))
             return (
-                f"the server ended by itself, with {_exit_reason(code)}; read the whole log in {self.log_path}. "
+                f"the server ended by itself, with {_exit_reason(code)}; read the whole log in {self.log_path}."
                 f"{self._last_words()}"
             )
         return ""
@@ -212,8 +213,9 @@ class ServerProcess:
         remove_leftovers()
 
     def _last_words(self) -> str:
-        lines = self.log_tail()
-        return "Last log lines:\n" + "\n".join(f"    {line}" for line in lines) if lines else "The log is empty."
+        # What `wait_until_ready` asks, several times a second, would push out what says why.
+        lines = [line for line in self.log_tail(4 * _TAIL_LINES) if f"GET {_PROBE} " not in line][-_TAIL_LINES:]
+        return "\nLast log lines:\n" + "\n".join(f"    {line}" for line in lines) if lines else " The log is empty."
 
 
 def _temporary(directory: Path) -> dict[str, str]:
@@ -257,7 +259,7 @@ def _status_line(progress: bool) -> Iterator[Callable[[str], None]]:
 
 def _generates(client: httpx.Client, url: str) -> bool:
     try:
-        return client.get(f"{url}/health_generate").status_code == 200
+        return client.get(f"{url}{_PROBE}").status_code == 200
     except httpx.TransportError:
         return False
 
