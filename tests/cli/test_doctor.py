@@ -111,6 +111,7 @@ def test_a_stock_sglang(serve: Serve) -> None:
     result = invoke("doctor", serve(pages(internal_states=[{}])))
     assert result.exit_code == 1
     assert "a stock SGLang" in result.stdout
+    assert "elsewhere" not in result.stdout
     assert "start it with the server half: torchrl-sglang-hidden serve MODEL" in result.stdout
 
 

@@ -283,13 +283,16 @@ def test_what_is_known_of_a_server_that_is_back_is_read_anew(
 @WAYS
 @pytest.mark.parametrize("back", [[0], [1], [0, 1]])
 def test_after_all_were_lost_those_that_are_back_take_the_rows(
-    make_server: Make, servers: list[RecordingServer], engine: SGLangServer, way: str, back: list[int]
-) -> None:
+    make_server: Make, servers: list[RecordingServer], engine: SGLangServer, way: str, back: list[int],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     ports = [server.server_address[1] for server in servers]
     for server in servers:
         server.stop()
     with pytest.raises(EngineUnreachableError):
         generate(engine, way, requests_of(4))
+    assert "no other server is left" in caplog.text
+    assert "0 of 2" not in caplog.text
     again = [make_server(port=ports[number]) for number in back]
     assert len(generate(engine, way, requests_of(4))) == 4
     assert [len(server.sent_rows) for server in again] == [4 // len(back)] * len(back)

@@ -178,7 +178,8 @@ def _examine_states(found: Examination, info: EngineInfo) -> None:
     lacks = "through the server half only"
     found.can("logits, constraints", info.pools_in_server, ", ".join(info.constraints) or "yes", lacks)
     found.can("candidates", True, "log-probs of given sentences", "")
-    says = "in this machine's memory" if info.shares_memory else "over HTTP: the server is elsewhere"
+    elsewhere = "over HTTP: the server is elsewhere" if info.pools_in_server else "over HTTP: no server half"
+    says = "in this machine's memory" if info.shares_memory else elsewhere
     found.note("big answers", "", says)
 
 

@@ -82,7 +82,8 @@ class Fleet:
             self._away.setdefault(endpoint, _Absence(monotonic() + AWAY_S, AWAY_S))
             left = len(self._endpoints) - len(self._away)
         if not known:
-            logger.warning("%s; %d of %d servers take the rows until it is back", error, left, len(self._endpoints))
+            take = f"{left} of {len(self._endpoints)} servers take the rows until it is back"
+            logger.warning("%s; %s", error, take if left else "no other server is left")
 
     def _prepare(self) -> None:
         """Ask for absent servers whose time has come, and check that the present ones serve the same weights.
