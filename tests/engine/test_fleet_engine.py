@@ -171,7 +171,6 @@ def test_a_ray_collector_spreads_its_rows_and_outlives_a_server(
             remote_config={"num_cpus": 0},
         )
         stack.callback(collector.shutdown)
-        stack.callback(fleet.update_weights, smol_dir, transport="disk", version=fleet.info.weight_version)
         batches = iter(collector)
 
         def collect() -> tuple[set[str], list[str], tuple[int, int]]:
@@ -193,6 +192,7 @@ def test_a_ray_collector_spreads_its_rows_and_outlives_a_server(
         assert collect() == ({smol.info.weight_version}, [], (2, 2))
         assert reachable_from_outside(local_ray) == []
         version = engine.update_weights(smol_dir, transport="disk", version="of-both")
+        stack.callback(fleet.update_weights, smol_dir, transport="disk", version=fleet.info.weight_version)
         assert collect() == ({version}, [], (2, 2)), "the weights reached both"
 
         taken = prefills(other)

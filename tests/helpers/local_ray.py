@@ -16,8 +16,9 @@ import ray
 
 from helpers.process_watch import still_running, watched
 
-# Ray takes 127.0.0.1 for a mistake and listens on the machine's address; the other loopback addresses it takes as said.
-LOOPBACK = "127.0.0.2"
+# Without clusters Ray's node is 127.0.0.1, and its processes listen there alone. With them it takes 127.0.0.1 for a
+# mistake, and at any other address, 127.0.0.2 too, they listen on every address of the machine.
+CLUSTERS_ENV = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 EXIT_TIMEOUT_S = 30.0
 
 
@@ -28,6 +29,9 @@ def ray_of_two_cores() -> Iterator[set[int]]:
     # A short path: Ray's sockets lie in it, and a socket's path has at most 107 bytes.
     directory = tempfile.mkdtemp(prefix="ray-")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CLUSTERS_ENV, "0")
+        # Ray has read the variable when it was imported, which another test may have done.
+        patch.setattr("ray._private.ray_constants.ENABLE_RAY_CLUSTER", False)
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("OMP_NUM_THREADS", "1")
         # Ray ends its workers when the machine's memory runs low, whoever uses it.
@@ -36,7 +40,7 @@ def ray_of_two_cores() -> Iterator[set[int]]:
         try:
             ray.init(
                 num_cpus=2, num_gpus=0, object_store_memory=80 * 1024**2, include_dashboard=False,
-                _node_ip_address=LOOPBACK, _temp_dir=directory, log_to_driver=False, configure_logging=False,
+                _temp_dir=directory, log_to_driver=False, configure_logging=False,
             )  # fmt: skip
             yield children() - before
         finally:
