@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -111,8 +112,21 @@ def test_a_stock_sglang(serve: Serve) -> None:
     result = invoke("doctor", serve(pages(internal_states=[{}])))
     assert result.exit_code == 1
     assert "a stock SGLang" in result.stdout
-    assert "elsewhere" not in result.stdout
     assert "start it with the server half: torchrl-sglang-hidden serve MODEL" in result.stdout
+
+
+def test_a_stock_sglang_whose_model_is_here(serve: Serve, tmp_path: Path) -> None:
+    config = {
+        "model_type": "llama",
+        "vocab_size": 96,
+        "hidden_size": 4,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    page = server_page() | {"internal_states": [{}]}
+    found = examine(serve({"/model_info": model_page(str(tmp_path)), "/server_info": page}))
+    assert said(found)["big answers"] == ("", "over HTTP: no server half")
 
 
 @pytest.mark.parametrize(
