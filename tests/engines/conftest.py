@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -29,11 +28,3 @@ def make(inner: Held) -> Iterator[Callable[..., Turned]]:
     yield make_one
     for one in made:
         one.close()
-
-
-@pytest.fixture
-def ctrl_c_interrupts() -> Iterator[None]:
-    """Python's own handling of Ctrl-C, which a shell that runs these tests in the background switches off."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)

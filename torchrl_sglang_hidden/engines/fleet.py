@@ -12,9 +12,10 @@ import itertools
 import logging
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from time import monotonic
 from typing import TypeVar
 
@@ -23,6 +24,7 @@ from torchrl_sglang_hidden.engines.endpoint import ABORT_TIMEOUT_S, Endpoint
 from torchrl_sglang_hidden.engines.http_answers import reached
 from torchrl_sglang_hidden.engines.retries import Retries
 from torchrl_sglang_hidden.engines.sharing import LoadSharing
+from torchrl_sglang_hidden.engines.waits import INTERRUPT_S, in_daemon_thread
 from torchrl_sglang_hidden.errors import EngineError, EngineUnreachableError
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Request, failed_completion
 
@@ -32,8 +34,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Longest wait in which a Ctrl-C may go unseen.
-INTERRUPT_S = 1.0
 # A lost server is asked again after this time, then after twice as long, and so on up to the second one.
 AWAY_S = 5.0
 MAX_AWAY_S = 60.0
@@ -344,14 +344,11 @@ def model_of(info: EngineInfo) -> tuple[object, ...]:
 
 
 def _in_threads(generate: Callable[[Share], T], shares: Sequence[Share]) -> list[T]:
-    # For each share a thread that waits for its answer, and one that may abort it.
-    pool = ThreadPoolExecutor(2 * len(shares), thread_name_prefix="sglang-server")
-    calls = [pool.submit(generate, share) for share in shares]
+    calls = [in_daemon_thread(partial(generate, share)) for share in shares]
     try:
         waits = True
         while waits:
-            # A failed server is reported at once, not when the slowest of the others is done. Short waits: Python
-            # handles a Ctrl-C that comes just before a wait only after the wait.
+            # A failed server is reported at once, not when the slowest of the others is done.
             done, others = wait(calls, timeout=INTERRUPT_S, return_when=FIRST_EXCEPTION)
             waits = bool(others) and not any(call.exception() for call in done)
         for call in calls:
@@ -359,7 +356,12 @@ def _in_threads(generate: Callable[[Share], T], shares: Sequence[Share]) -> list
                 raise error
         return [call.result() for call in calls]
     finally:
-        for share, call in zip(shares, calls, strict=True):
-            if not call.done():
-                pool.submit(share.endpoint.abort, share.rids)
-        pool.shutdown(wait=False)
+        # The caller may close the engine next, or end.
+        wait(
+            [
+                in_daemon_thread(partial(share.endpoint.abort, share.rids))
+                for share, call in zip(shares, calls, strict=True)
+                if not call.done()
+            ],
+            timeout=ABORT_TIMEOUT_S,
+        )

@@ -56,8 +56,6 @@ logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 600.0
-# Longest wait in which a Ctrl-C may go unseen.
-INTERRUPT_S = 1.0
 # One update at a time for each server, however many clients this process has of it.
 _UPDATING: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 

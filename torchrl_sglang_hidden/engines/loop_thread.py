@@ -8,11 +8,11 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 from weakref import WeakValueDictionary
 
+from torchrl_sglang_hidden.engines.waits import result_of
 from torchrl_sglang_hidden.errors import EngineError
 
 __all__ = ["LoopThread"]
@@ -21,6 +21,36 @@ T = TypeVar("T")
 
 # Longest wait for a call that was given up to end.
 ABORT_TIMEOUT_S = 3.0
+
+
+class _CallUnderWay(Generic[T]):
+    """A call in a loop of another thread that can be given up at any moment, before its first step too."""
+
+    def __init__(self, call: Callable[[], Coroutine[Any, Any, T]]) -> None:
+        self.ended = threading.Event()
+        self._call = call
+        self._task: asyncio.Task[Any] | None = None
+        self._given_up = False
+
+    async def whole(self) -> T:
+        self._task = asyncio.current_task()
+        try:
+            if self._given_up:
+                raise asyncio.CancelledError
+            return await self._call()
+        finally:
+            self.ended.set()
+
+    def give_up(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Cancel the call from another thread, and wait for its end."""
+        if not self.ended.is_set():
+            loop.call_soon_threadsafe(self._cancel)
+            self.ended.wait(ABORT_TIMEOUT_S)
+
+    def _cancel(self) -> None:
+        self._given_up = True
+        if self._task is not None:
+            self._task.cancel()
 
 
 class LoopThread:
@@ -45,39 +75,27 @@ class LoopThread:
         self._thread: threading.Thread | None = None
 
     def run(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        under_way = _CallUnderWay(call)
         with self._running():
-            future, ended = self._start(call)
             try:
-                return future.result()
+                return result_of(asyncio.run_coroutine_threadsafe(under_way.whole(), self._loop))
             except BaseException:
-                # An interrupt must not leave the call running. SGLang aborts its requests while it ends, for which the
-                # loop must go on.
-                if future.cancel():
-                    ended.wait(ABORT_TIMEOUT_S)
+                # An interrupt must not leave the call running, wherever it came: between its start and the wait for it
+                # as well. SGLang aborts its requests while the call ends, for which the loop must go on.
+                under_way.give_up(self._loop)
                 raise
 
     async def arun(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
         if asyncio.get_running_loop() is self._loop:
             return await call()
+        under_way = _CallUnderWay(call)
         with self._running():
-            future, ended = self._start(call)
+            future = asyncio.run_coroutine_threadsafe(under_way.whole(), self._loop)
             try:
                 return await asyncio.wrap_future(future)
             except asyncio.CancelledError:
-                await asyncio.to_thread(ended.wait, ABORT_TIMEOUT_S)
+                await asyncio.to_thread(under_way.ended.wait, ABORT_TIMEOUT_S)
                 raise
-
-    def _start(self, call: Callable[[], Coroutine[Any, Any, T]]) -> tuple[Future[T], threading.Event]:
-        """Start a call in the loop; the event is set once it has ended, however it did."""
-        ended = threading.Event()
-
-        async def whole() -> T:
-            try:
-                return await call()
-            finally:
-                ended.set()
-
-        return asyncio.run_coroutine_threadsafe(whole(), self._loop), ended
 
     def run_later(self, call: Callable[[], Coroutine[Any, Any, Any]]) -> None:
         """Run a call in a new thread without waiting for it, so that the loop's own thread may ask for it too.
