@@ -30,6 +30,7 @@ from torchrl_sglang_hidden.protocol.tensors import (
     unpack_tensor,
 )
 from torchrl_sglang_hidden.records import MAX_ANSWER_BYTES, TokenLogits
+from torchrl_sglang_hidden.reduce.head_scores import FoundScores
 from torchrl_sglang_hidden.reduce.pooling import Pools, WantedRows
 from torchrl_sglang_hidden.reduce.wanted_logits import FoundLogits
 
@@ -48,7 +49,12 @@ def digest_prompt(ids: Sequence[int], image_rows: Collection[int]) -> int:
 
 
 def answer_of(
-    pools: Pools, way: Way, share: Share, logits: FoundLogits | None, prompt_digest: int | None = None
+    pools: Pools,
+    way: Way,
+    share: Share,
+    logits: FoundLogits | None,
+    prompt_digest: int | None = None,
+    scores: FoundScores | None = None,
 ) -> dict[str, Any]:
     """Write an answer as `pack_answer` does; where shared memory is full, write one that says so."""
     shared: list[str] = []
@@ -59,7 +65,7 @@ def answer_of(
         return name
 
     try:
-        return pack_answer(pools, way, noted, logits, prompt_digest)
+        return pack_answer(pools, way, noted, logits, prompt_digest, scores)
     except SharedMemoryFullError as error:
         for name in shared:
             discard(name)
@@ -72,8 +78,9 @@ def pack_answer(
     share: Share | None = None,
     logits: FoundLogits | None = None,
     prompt_digest: int | None = None,
+    scores: FoundScores | None = None,
 ) -> dict[str, Any]:
-    """Write a finished request's pools: counts, and the vectors that have rows, one after another; and its logits.
+    """Write a finished request's pools: counts, and the vectors that have rows, one after another; logits and scores.
 
     Args:
         pools: the results of its pools.
@@ -81,6 +88,7 @@ def pack_answer(
         share: puts bytes into shared memory and returns the file's name, or None where they do not fit.
         logits: its logits and what its constraints came to; None where it asked for neither.
         prompt_digest: see `digest_prompt`; None for a prompt without images.
+        scores: its heads' scores; None where it asked for none.
     """
     pooled: list[tuple[str, str, torch.Tensor | None, int]] = [
         ("segment", name, *value) for name, value in pools.segments.items()
@@ -119,6 +127,14 @@ def pack_answer(
         for name, values in (("log_probs", logits.log_probs_N), ("entropy", logits.entropy_T)):
             if values is not None:
                 answer[name] = pack_tensor(values, "binary" if way == "binary" else "text")
+    if scores is not None:
+        of_segments = {"prompt": scores.prompt_HP, "response": scores.response_HT}
+        packed = {
+            name: pack_tensor(values, "binary" if way == "binary" else "text")
+            for name, values in of_segments.items()
+            if values is not None
+        }
+        answer["scores"] = {"versions": list(scores.versions), **packed}
     return answer
 
 
@@ -134,11 +150,13 @@ class Answer:
         pools: the pooled states; ``faults`` says of a span why it has no value.
         logits: the logits; ``fault`` says why the constraints could not be kept, empty where they were.
         prompt_digest: see `digest_prompt`; None for a prompt without images.
+        scores: the heads' scores; None where none came.
     """
 
     pools: Pools
     logits: FoundLogits | None
     prompt_digest: int | None = None
+    scores: FoundScores | None = None
 
 
 def unpack_answer(
@@ -189,6 +207,7 @@ def unpack_answer(
         span_rows = {_text(name): _read_rows(rows) for name, rows in fields["rows_of_spans"].items()}
         rows = None if "rows" not in fields else _unpack_rows(fields["rows"], hidden_size, limit)
         logits = None if "constrained" not in fields else _unpack_found(fields, limit)
+        scores = None if "scores" not in fields else _unpack_scores(fields["scores"], limit)
         prompt_digest = fields.get("prompt_digest")
         if prompt_digest is not None:
             as_count(prompt_digest, "prompt_digest", 2**32 - 1)
@@ -196,7 +215,7 @@ def unpack_answer(
         raise ProtocolError(f"{row}: the states cannot be read ({error}); was the answer cut short?") from error
     segments = {name: value for (kind, name), value in found.items() if kind == "segment"}
     spans = {name: value for (kind, name), value in found.items() if kind == "span"}
-    return Answer(Pools(segments, spans, faults, rows, span_rows), logits, prompt_digest)
+    return Answer(Pools(segments, spans, faults, rows, span_rows), logits, prompt_digest, scores)
 
 
 def drop_shared(answer: object) -> None:
@@ -242,6 +261,17 @@ def _unpack_rows(fields: Mapping[str, Any], hidden_size: int, limit: int) -> Wan
     if rows.ndim != 3 or rows.shape[2] != hidden_size:
         raise ValueError(f"rows of shape {tuple(rows.shape)}, expected [N, K, {hidden_size}]")
     return WantedRows(as_count(fields["first"], "the first row's position"), rows)
+
+
+def _unpack_scores(fields: Mapping[str, Any], limit: int) -> FoundScores:
+    versions = tuple(map(_text, fields["versions"]))
+    found = {name: unpack_tensor(fields[name], "floats", limit) for name in ("prompt", "response") if name in fields}
+    for name, values in found.items():
+        if values.ndim != 2 or len(values) != len(versions) or values.dtype != torch.float32:
+            raise ValueError(
+                f"{name} scores of shape {tuple(values.shape)} and {values.dtype}, of {len(versions)} heads"
+            )
+    return FoundScores(versions, found.get("prompt"), found.get("response"))
 
 
 def _unpack_found(fields: Mapping[str, Any], limit: int) -> FoundLogits:

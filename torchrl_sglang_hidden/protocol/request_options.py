@@ -17,10 +17,12 @@ from torchrl_sglang_hidden.errors import InputError, InputTypeError
 from torchrl_sglang_hidden.protocol.status import CHANNEL, PROTOCOL
 from torchrl_sglang_hidden.protocol.tensors import DTYPES, Way
 from torchrl_sglang_hidden.reduce.bounded import Bounded
+from torchrl_sglang_hidden.reduce.head_scores import WantedScores
 from torchrl_sglang_hidden.reduce.wanted import Wanted
 from torchrl_sglang_hidden.reduce.wanted_logits import WantedLogits
 from torchrl_sglang_hidden.spec.constraints import ActionMask, DisallowedTokens, LogitConstraint
-from torchrl_sglang_hidden.spec.hidden import SEGMENTS
+from torchrl_sglang_hidden.spec.head_scores import HeadSpec, StopRule
+from torchrl_sglang_hidden.spec.hidden import SEGMENTS, Segment
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 from torchrl_sglang_hidden.spec.places import At, Each, Every, Window
 from torchrl_sglang_hidden.spec.span_base import MAX_SPAN_ROWS, POOLINGS, Pooling, SpanPooling, own_pooling
@@ -39,14 +41,17 @@ _FLOATS = {name: dtype for name, dtype in DTYPES.items() if dtype.is_floating_po
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What one request asks of the server half: states, logits and constraints, and how they travel."""
+    """What one request asks of the server half: states, logits, constraints and scores, and how they travel."""
 
     wanted: Wanted
     way: Way
     logits: WantedLogits = field(default_factory=WantedLogits)
+    scores: WantedScores | None = None
 
 
-def pack_options(wanted: Wanted, way: Way, logits: WantedLogits | None = None) -> dict[str, str | int]:
+def pack_options(
+    wanted: Wanted, way: Way, logits: WantedLogits | None = None, scores: WantedScores | None = None
+) -> dict[str, str | int]:
     """Write a request's options. SGLang carries scalars, flat lists and flat dicts here, hence one text."""
     fields: dict[str, Any] = {
         "segments": wanted.segments,
@@ -59,6 +64,13 @@ def pack_options(wanted: Wanted, way: Way, logits: WantedLogits | None = None) -
     }
     if logits is not None:
         fields["logits"] = _pack_logits(logits)
+    if scores is not None:
+        fields["scores"] = [
+            scores.heads,
+            scores.prompt,
+            scores.response,
+            None if scores.stop is None else str(scores.stop),
+        ]
     return {"protocol": PROTOCOL, "options": json.dumps(fields, separators=(",", ":"))}
 
 
@@ -133,7 +145,8 @@ def unpack_options(custom_params: object) -> Options | None:
         if not wanted.layers or len(set(wanted.layers)) != len(wanted.layers):
             return None
         logits = _unpack_logits(fields["logits"]) if "logits" in fields else WantedLogits()
-        return Options(wanted, _known([fields["way"]], ("binary", "text", "shared"))[0], logits)
+        scores = _unpack_scores(*fields["scores"]) if "scores" in fields else None
+        return Options(wanted, _known([fields["way"]], ("binary", "text", "shared"))[0], logits, scores)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError):
         return None
 
@@ -171,6 +184,12 @@ def _unpack_logits(fields: Mapping[str, Any]) -> WantedLogits:
         response_limit=int(fields["response_limit"]),
         entropy=fields["entropy"] is True,
     )
+
+
+def _unpack_scores(heads: Any, prompt: Any, response: Any, stop: Any) -> WantedScores:
+    segments = [one for one, asked in ((Segment.PROMPT, prompt), (Segment.RESPONSE, response)) if asked is True]
+    spec = HeadSpec(heads, tuple(segments), stop)  # checks them
+    return WantedScores(spec.heads, prompt is True, response is True, None if stop is None else StopRule.parse(stop))
 
 
 def _few(texts: list[Any]) -> list[Any]:

@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 CHANNEL = "torchrl_sglang_hidden"
-PROTOCOL = 9
+PROTOCOL = 10
 PLUGIN_ENV = "TORCHRL_SGLANG_HIDDEN"  # "1" in a server's environment opts in to the server half
 LAYERS_ENV = "TORCHRL_SGLANG_HIDDEN_LAYERS"  # the layers that a server's CUDA graphs record, such as "7,15,-1"
 ALL_LAYERS = "all"  # … or this, for all where that is cheap

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet, ref
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 
@@ -30,10 +30,12 @@ from torchrl_sglang_hidden.reduce.token_logits import RequestLogits
 from torchrl_sglang_hidden.server.answers import Unfinished, decoder_of
 from torchrl_sglang_hidden.server.finisher import Finisher
 from torchrl_sglang_hidden.server.forward_modes import DECODE_MODE, PREFILL_MODES
+from torchrl_sglang_hidden.server.head_steps import ScoredPlan, with_scores
+from torchrl_sglang_hidden.server.heads import ServedHeads
 from torchrl_sglang_hidden.server.images import tokens_of_prompt
 from torchrl_sglang_hidden.server.layer_taps import LayerTaps
 from torchrl_sglang_hidden.server.next_tokens import StepLogits
-from torchrl_sglang_hidden.server.prefix_sums import PrefixKeys, PrefixSums
+from torchrl_sglang_hidden.server.prefix_sums import PrefixKeys, PrefixSums, TokensOf
 from torchrl_sglang_hidden.server.side_stream import Landing
 from torchrl_sglang_hidden.server.slots import DISCARDED, Slots
 from torchrl_sglang_hidden.server.state_store import StateBudget, StateStore
@@ -55,6 +57,8 @@ class Capture:
         sums: running values kept for prompts that begin alike: sums, or maxima.
         page_size: SGLang's prefix cache matches multiples of it.
         logits: by request, weakly, what a request that asks for logits or constrains them collects.
+        heads: what clients pushed.
+        scored: by request, weakly, those that heads score.
         running: what is chosen in the step that the model computes now.
         sends: whether this rank answers. One that does not holds no states and no logits.
         ranks: how many ranks compute each layer together, and must give the prefix cache the same limits.
@@ -73,6 +77,8 @@ class Capture:
         self.hidden_size = 0
         self.opened: WeakKeyDictionary[Any, TrackedRequest] = WeakKeyDictionary()
         self.logits: WeakKeyDictionary[Any, RequestLogits] = WeakKeyDictionary()
+        self.scored: WeakKeyDictionary[Any, TrackedRequest] = WeakKeyDictionary()
+        self.heads = ServedHeads(self.takes)
         self._refused: WeakSet[Any] = WeakSet()
         self._epoch = 0
         self._shared: SharedFiles | None = None
@@ -81,7 +87,7 @@ class Capture:
         self._state_budget: StateBudget | None = None
         self._finisher = Finisher()
         # The last decode step's plan: it holds for the next one of the same requests. The ids are those of the objects.
-        self._last_plan: tuple[list[int], StepPlan | None] | None = None
+        self._last_plan: tuple[list[int], StepPlan | ScoredPlan | None] | None = None
         # Running values over prompt and response that are on their way to the host, with the response's rows.
         self._landing: list[tuple[Landing | None, list[tuple[TrackedRequest, int]]]] = []
 
@@ -104,6 +110,8 @@ class Capture:
             tracked = self.opened[req] = self._track(req, options)
             if tracked.logits.wanted.wants_any:
                 self.logits[req] = tracked.logits
+            if tracked.scores is not None:
+                self.scored[req] = tracked
             self._last_plan = None
         return tracked
 
@@ -117,10 +125,11 @@ class Capture:
             options=options,
             pools=RequestPools(options.wanted, len(prompt_ids)),
             logits=RequestLogits(options.logits, prompt_ids, image_rows=image_rows, kept=self.sends),
-            keys=PrefixKeys(kind, _Tokens(req)),
+            keys=PrefixKeys(kind, TokensOf(req)),
             epoch=self._epoch,
             slots=self.slots_of(options.wanted.layers, reducer),
             prompt_digest=digest_prompt(prompt_ids, image_rows) if req.multimodal_inputs is not None else None,
+            heads=self.heads.of(options.scores),
         )
 
     def give_up(self, requests: Sequence[Any], reason: str) -> None:
@@ -164,8 +173,12 @@ class Capture:
             tracked.closed = True
             self._last_plan = None
             del self.opened[req]
-            self.logits.pop(req, None)
+            self._forget(req)
         return self.open(req)
+
+    def _forget(self, req: Any) -> None:
+        self.logits.pop(req, None)
+        self.scored.pop(req, None)
 
     def takes(self, layers: Sequence[int]) -> bool:
         """Return whether the states of these layers can be had."""
@@ -173,7 +186,7 @@ class Capture:
         return {-1, *(() if self.taps.problem else self.taps.layers)}.issuperset(layers)
 
     @timed
-    def plan_step(self, batch: Any) -> StepPlan | None:
+    def plan_step(self, batch: Any) -> StepPlan | ScoredPlan | None:
         """Plan which rows of the coming step are wanted; None when no request of the batch asked."""
         mode = batch.forward_mode.name
         if not self.normed:
@@ -182,10 +195,13 @@ class Capture:
             ids = list(map(id, batch.reqs))
             if self._last_plan is None or self._last_plan[0] != ids:
                 # Opening a request forgets the last plan, so that the plan is noted behind it.
-                plan = self._plan_decode(batch)
+                plan = self._with_scores(self._plan_decode(batch), batch)
                 self._last_plan = ids, plan
             return self._last_plan[1]
-        return self._plan_prefill(batch) if mode in PREFILL_MODES else None
+        return self._with_scores(self._plan_prefill(batch), batch) if mode in PREFILL_MODES else None
+
+    def _with_scores(self, plan: StepPlan | None, batch: Any) -> StepPlan | ScoredPlan | None:
+        return with_scores(plan, batch, self.scored, sends=self.sends) if self.scored else plan
 
     def _plan_decode(self, batch: Any) -> StepPlan | None:
         groups: dict[Slots, LayerGroup] = {}
@@ -217,7 +233,7 @@ class Capture:
 
     def prefix_limit(self, tracked: TrackedRequest, length: int) -> int:
         """Return how many of the ``length`` first positions may come from the prefix cache without leaving a gap."""
-        pools, first_row = tracked.pools, tracked.logits.first_needed
+        pools, first_row = tracked.pools, tracked.first_needed
         if first_row is not None:
             length = min(length, first_row)
         if length <= pools.done or pools.done >= pools.num_prompt:
@@ -309,7 +325,7 @@ class Capture:
         for (n, tracked), value in zip(finished, values, strict=True):
             req = reqs[n]
             tracked.closed = True
-            self.logits.pop(req, None)
+            self._forget(req)
             if tracked.pools.pools_full:
                 tracked.pools.keep_end(value())
             self.keep_sums(tracked)
@@ -368,23 +384,3 @@ def _add_produced(groups: dict[Slots, LayerGroup], row: int, source: int, tracke
     group.rows.append(row)
     group.sources.append(source)
     group.tracked.append(tracked)
-
-
-class _Tokens(Sequence[int]):
-    """A request's prompt and response as one sequence, as they stand when it is read."""
-
-    def __init__(self, req: Any) -> None:
-        self._req = ref(req)  # its pools must not keep it alive
-
-    def _parts(self) -> tuple[Sequence[int], Sequence[int]]:
-        req = self._req()
-        return ((), ()) if req is None else (req.origin_input_ids, req.output_ids)
-
-    def __len__(self) -> int:
-        return sum(map(len, self._parts()))
-
-    def __getitem__(self, index: Any) -> Any:
-        prompt, response = self._parts()
-        start, stop, _ = index.indices(len(self))
-        cut = len(prompt)
-        return [*prompt[start:stop], *response[max(start - cut, 0) : max(stop - cut, 0)]]

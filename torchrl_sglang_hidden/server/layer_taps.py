@@ -84,6 +84,11 @@ class LayerTaps:
         """Whether the coming step takes layers, or is to check them."""
         return bool(self._wanted)
 
+    @property
+    def offered(self) -> tuple[int, ...] | None:
+        """The layers that can be asked for, -1 with them; None until the check is over."""
+        return None if not self.checked else (-1,) if self.problem else (*self.layers, -1)
+
     def attach(
         self,
         model: nn.Module,

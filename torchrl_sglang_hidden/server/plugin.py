@@ -24,6 +24,8 @@ import torch
 from torchrl_sglang_hidden.protocol import CHANNEL, CONSTRAINTS_ENV, PLUGIN_ENV, Status
 from torchrl_sglang_hidden.server.capture import Capture
 from torchrl_sglang_hidden.server.guards import AFTER_GUARDS, AROUND_GUARDS, BEFORE_GUARDS
+from torchrl_sglang_hidden.server.head_steps import AFTER_SCORES
+from torchrl_sglang_hidden.server.heads import make_head_hooks
 from torchrl_sglang_hidden.server.images import AROUND_IMAGES, forget_embeddings, image_token_of
 from torchrl_sglang_hidden.server.kept_weights import after_scheduler_start, after_version
 from torchrl_sglang_hidden.server.layer_setup import attach_taps
@@ -55,7 +57,7 @@ _STATES = "_torchrl_sglang_hidden_states"
 
 def around_generate(original: Any, scheduler: Any, recv_req: Any, **kwargs: Any) -> None:
     """Read what a request asks of the server half, and abort one that cannot be taken in."""
-    take_in(original, scheduler, recv_req, _capture.takes, **kwargs)
+    take_in(original, scheduler, recv_req, _capture, **kwargs)
 
 
 def after_load_model(result: None, model_runner: Any) -> None:
@@ -277,19 +279,12 @@ def after_internal_state(output: Any, scheduler: Any, recv_req: Any) -> None:
     taps = _capture.taps
     because = _refusal(scheduler)
     _capture.shared.tidy()
-    layers: tuple[int, ...] | None = (-1,)
-    if because:
-        layers = ()
-    elif not taps.checked:
-        layers = None
-    elif not taps.problem:
-        layers = (*taps.layers, -1)
     output.internal_state[CHANNEL] = Status(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         num_layers=config.num_hidden_layers,
         context_length=config.context_len,
-        layers=layers,
+        layers=() if because else taps.offered,
         because=because or taps.problem or taps.limit,
         normed=_capture.normed,
         shared=_capture.shared.sign,
@@ -350,10 +345,12 @@ _AFTER: dict[str, Callable[..., Any]] = {
     "sglang.srt.managers.scheduler.Scheduler.get_internal_state": after_internal_state,
     "sglang.srt.managers.tokenizer_manager.TokenizerManager.update_request_meta_info": after_update_meta_info,
     **AFTER_WEIGHT_ROUTES,
+    **AFTER_SCORES,
 }
 _AROUND: dict[str, Callable[..., Any]] = {
     **AROUND_IMAGES,
     **AROUND_GUARDS,
+    **make_head_hooks(_capture.heads),
     "sglang.srt.managers.scheduler.Scheduler.handle_generate_request": around_generate,
     **AROUND_GROUP,
     "sglang.srt.managers.schedule_batch.Req.init_next_round_input": around_match_prefix,

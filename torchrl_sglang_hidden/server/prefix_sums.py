@@ -13,12 +13,14 @@ from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
+from weakref import ref
 
 import torch
 
 from torchrl_sglang_hidden.reduce.wanted import BLOCK
 
-__all__ = ["PrefixKeys", "PrefixSums"]
+__all__ = ["PrefixKeys", "PrefixSums", "TokensOf"]
 
 MAX_BYTES = 256 * 2**20
 _ID_BYTES = 8
@@ -133,3 +135,23 @@ class PrefixSums:
 
 def _cost(key: _Key, num_bytes: int) -> int:
     return num_bytes + len(key[1]) + ENTRY_BYTES
+
+
+class TokensOf(Sequence[int]):
+    """Reads prompt and response of SGLang's request as one sequence, as they stand when it is read."""
+
+    def __init__(self, req: Any) -> None:
+        self._req = ref(req)  # its pools must not keep it alive
+
+    def _parts(self) -> tuple[Sequence[int], Sequence[int]]:
+        req = self._req()
+        return ((), ()) if req is None else (req.origin_input_ids, req.output_ids)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._parts()))
+
+    def __getitem__(self, index: Any) -> Any:
+        prompt, response = self._parts()
+        start, stop, _ = index.indices(len(self))
+        cut = len(prompt)
+        return [*prompt[start:stop], *response[max(start - cut, 0) : max(stop - cut, 0)]]

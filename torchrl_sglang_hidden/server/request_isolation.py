@@ -20,7 +20,7 @@ import torch
 
 from torchrl_sglang_hidden.counters import SERVER
 from torchrl_sglang_hidden.errors import InputError
-from torchrl_sglang_hidden.protocol import CHANNEL, read_options
+from torchrl_sglang_hidden.protocol import CHANNEL, Options, read_options
 from torchrl_sglang_hidden.server.capture import Capture
 
 __all__ = ["AROUND_ISOLATION", "REQUESTS", "IsolatedOutput", "isolated", "take_in"]
@@ -35,26 +35,21 @@ BAD_REQUEST = 400
 # --- taken in ---------------------------------------------------------------------------------------------------------
 
 
-def take_in(
-    original: Callable[..., None], scheduler: Any, recv_req: Any, takes: Callable[[Sequence[int]], bool], **kwargs: Any
-) -> None:
+def take_in(original: Callable[..., None], scheduler: Any, recv_req: Any, capture: Capture, **kwargs: Any) -> None:
     """Read the server half's options of a request, and abort a request that cannot be taken in.
 
     Args:
         original: SGLang's ``Scheduler.handle_generate_request``.
         scheduler: SGLang's.
         recv_req: the request.
-        takes: returns whether the server has the states of some layers.
+        capture: knows which layers and heads the server has.
         kwargs: further arguments of ``original``.
     """
     try:
         params = recv_req.sampling_params.custom_params
         options = read_options(params)
         if options is not None:
-            if not takes(options.wanted.layers):
-                raise InputError(
-                    f"layers={options.wanted.layers}: the server does not give all their states; ask for others"
-                )
+            _check_asked(options, capture)
             # Read once: every step would have to otherwise, before the request is tracked.
             params[CHANNEL] = options
         _check_processor(scheduler, recv_req)
@@ -64,6 +59,21 @@ def take_in(
     except Exception as error:  # SGLang's scheduler ends on any, for all requests
         logger.exception("torchrl_sglang_hidden: the request %s cannot be taken in", recv_req.rid)
         _abort(scheduler, recv_req, f"the server cannot take the request ({error!r:.400}); see the server's log")
+
+
+def _check_asked(options: Options, capture: Capture) -> None:
+    layers, scores = options.wanted.layers, options.scores
+    if not capture.takes(layers):
+        raise InputError(f"layers={layers}: the server does not give all their states; ask for others")
+    if scores is None:
+        return
+    capture.heads.check(scores.heads)
+    if scores.stop is not None and capture.ranks > 1:
+        # Each rank would decide by numbers of its own, and one that goes on alone waits for the others for ever.
+        raise InputError(
+            f"stop_when={str(scores.stop)!r} with {capture.ranks} tensor-parallel ranks is not supported; leave it "
+            "out, or use a server with tp_size=1"
+        )
 
 
 def around_embedding(original: Callable[..., None], scheduler: Any, recv_req: Any, **kwargs: Any) -> None:

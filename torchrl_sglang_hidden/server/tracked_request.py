@@ -13,9 +13,11 @@ from weakref import ref
 import torch
 
 from torchrl_sglang_hidden.protocol import Options
+from torchrl_sglang_hidden.reduce.head_scores import RequestScores
 from torchrl_sglang_hidden.reduce.pooling import Pools, RequestPools, WantedRows, rows_to_keep
 from torchrl_sglang_hidden.reduce.token_logits import RequestLogits
 from torchrl_sglang_hidden.reduce.wanted import PromptStep
+from torchrl_sglang_hidden.server.heads import ServedHead
 from torchrl_sglang_hidden.server.prefix_sums import PrefixKeys
 from torchrl_sglang_hidden.server.slots import DISCARDED, Slots
 from torchrl_sglang_hidden.server.state_store import StatePages, StateStore
@@ -57,6 +59,7 @@ class TrackedRequest:
             values belong to old weights and must not be stored.
         slots: where running values of its kind are kept.
         prompt_digest: see `protocol.answer.digest_prompt`; None for a prompt without images.
+        heads: the heads that score its tokens.
 
     Attributes:
         limit: most positions that it may take from the prefix cache; None for any number.
@@ -67,6 +70,7 @@ class TrackedRequest:
         slot_index: where the running value over its response is; `DISCARDED` where none is wanted.
         keeps_produced: whether the rows that produce tokens are kept as they are, for token states or for spans.
         keeps_rows: whether any rows are kept so, those of the prompt included.
+        scores: collects the heads' scores; None where it asked for none.
         row_dtype: in which dtype rows are kept; None for the model's.
     """
 
@@ -80,6 +84,7 @@ class TrackedRequest:
         epoch: int,
         slots: Slots,
         prompt_digest: int | None = None,
+        heads: Sequence[ServedHead] = (),
     ) -> None:
         wanted = options.wanted
         self.req = ref(req)
@@ -90,11 +95,18 @@ class TrackedRequest:
         self.epoch = epoch
         self.slots = slots
         self.prompt_digest = prompt_digest
+        self.heads = tuple(heads)
+        self.scores: RequestScores | None = None
+        if options.scores is not None and heads:
+            self.scores = RequestScores(options.scores, [head.version for head in heads], pools.num_prompt)
         self.limit: int | None = None
         self.base: tuple[int, torch.Tensor] | None = None
         self.spared = 0
         self.closed = False
-        self.refused = ""
+        lost = options.scores is not None and not heads
+        self.refused = (
+            "a head was dropped before the request began; push it, and send the request again" if lost else ""
+        )
         pools_response = wanted.pooling is not None and reads_response(wanted.segments)
         self._slot = slots.take() if pools_response else None
         self.slot_index = DISCARDED if self._slot is None else self._slot.index
@@ -117,7 +129,14 @@ class TrackedRequest:
     @property
     def reads_prompt(self) -> bool:
         """Whether anything of the prompt is wanted, so that not all of it may come from the prefix cache."""
-        return self.pools.reads_prompt or self.logits.wanted.prompt_from is not None
+        scored = self.scores is not None and self.scores.wanted.prompt
+        return self.pools.reads_prompt or self.logits.wanted.prompt_from is not None or scored
+
+    @property
+    def first_needed(self) -> int | None:
+        """The first position that must still be computed for logits or scores; None where there is none."""
+        needed = (self.logits.first_needed, None if self.scores is None else self.scores.first_needed)
+        return min((position for position in needed if position is not None), default=None)
 
     @property
     def has_big_answer(self) -> bool:
@@ -139,6 +158,8 @@ class TrackedRequest:
         """Plan from what has arrived, after the request went back into the queue."""
         self.pools.restart()
         self.logits.restart()
+        if self.scores is not None:
+            self.scores.restart()
 
     def plan_prompt(self, row: int, offset: int, position: int, length: int) -> PromptSelection | None:
         """Plan what is wanted of a step that computes ``length`` positions of the request from ``position`` on.

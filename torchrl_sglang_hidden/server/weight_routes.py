@@ -13,6 +13,7 @@ from pathlib import PurePath
 from typing import Any
 
 from torchrl_sglang_hidden.protocol import CHANNEL
+from torchrl_sglang_hidden.protocol.head_call import HeadCall
 from torchrl_sglang_hidden.protocol.served_weights import (
     DRAIN,
     PUSHED_PREFIX,
@@ -49,8 +50,10 @@ def after_get_weights(result: Coroutine[Any, Any, Any], manager: Any, obj: Any, 
     """Answer requests for weights that no model has.
 
     `CHANNEL` stands for the list of weights that a client may send, see `ServedWeights`; `DRAIN` for the end of the
-    requests under way; a `LeaseCall` for the right to change the weights.
+    requests under way; a `LeaseCall` for the right to change the weights. A `HeadCall` goes on to the schedulers.
     """
+    if HeadCall.is_packed(obj.name):
+        return _push_head(result)
     lease_call = LeaseCall.unpack(obj.name)
     if lease_call is None and obj.name not in (CHANNEL, DRAIN):
         return None
@@ -65,6 +68,11 @@ def after_weight_control(
 ) -> Coroutine[Any, Any, Any]:
     """Note what a trainer does to the weights, so that its update can be ended should it die."""
     return _watch.noted(result, obj)
+
+
+async def _push_head(control: Coroutine[Any, Any, Any]) -> dict[str, Any]:
+    await control  # what a scheduler refuses is raised here
+    return {"success": True, "message": ""}
 
 
 async def _list(manager: Any) -> dict[str, Any]:
