@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from torchrl_sglang_hidden.policy.candidates import CandidateActor as CandidateActor
     from torchrl_sglang_hidden.policy.config import PolicyConfig as PolicyConfig
     from torchrl_sglang_hidden.policy.logits_from_hidden import logits_from_hidden as logits_from_hidden
+    from torchrl_sglang_hidden.policy.outputs import HeadScores as HeadScores
     from torchrl_sglang_hidden.policy.outputs import HiddenStates as HiddenStates
     from torchrl_sglang_hidden.policy.outputs import Logits as Logits
     from torchrl_sglang_hidden.policy.outputs import RoutedExperts as RoutedExperts
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
     from torchrl_sglang_hidden.records import Request as Request
     from torchrl_sglang_hidden.records import SamplingMask as SamplingMask
     from torchrl_sglang_hidden.records import SamplingRecords as SamplingRecords
+    from torchrl_sglang_hidden.records import Scores as Scores
     from torchrl_sglang_hidden.records import TokenLogits as TokenLogits
     from torchrl_sglang_hidden.records import TokenRows as TokenRows
     from torchrl_sglang_hidden.rl.record import record_hidden_states as record_hidden_states
@@ -88,6 +90,8 @@ if TYPE_CHECKING:
     from torchrl_sglang_hidden.spec.constraints.temperature import ExponentialSchedule as ExponentialSchedule
     from torchrl_sglang_hidden.spec.constraints.temperature import LinearSchedule as LinearSchedule
     from torchrl_sglang_hidden.spec.constraints.temperature import TemperatureScale as TemperatureScale
+    from torchrl_sglang_hidden.spec.head_scores import HeadSpec as HeadSpec
+    from torchrl_sglang_hidden.spec.heads import Head as Head
     from torchrl_sglang_hidden.spec.hidden import HiddenSpec as HiddenSpec
     from torchrl_sglang_hidden.spec.logits import LogitsSpec as LogitsSpec
     from torchrl_sglang_hidden.spec.places import At as At
@@ -113,6 +117,7 @@ _MODULES = {
             "Request",
             "SamplingMask",
             "SamplingRecords",
+            "Scores",
             "TokenLogits",
             "TokenRows",
         ),
@@ -124,10 +129,14 @@ _MODULES = {
     **dict.fromkeys(("ConstraintStep", "LogitConstraint", "known_constraints"), "spec.constraints.base"),
     **dict.fromkeys(("ActionMask", "DisallowedTokens", "TokenConstraint"), "spec.constraints.masks"),
     **dict.fromkeys(("ExponentialSchedule", "LinearSchedule", "TemperatureScale"), "spec.constraints.temperature"),
+    "Head": "spec.heads",
+    "HeadSpec": "spec.head_scores",
     "HiddenSpec": "spec.hidden",
     "HiddenStateTransform": "rl.transform",
     "LogitsSpec": "spec.logits",
-    **dict.fromkeys(("HiddenStates", "Logits", "RoutedExperts", "Sampling", "TokenHiddenStates"), "policy.outputs"),
+    **dict.fromkeys(
+        ("HeadScores", "HiddenStates", "Logits", "RoutedExperts", "Sampling", "TokenHiddenStates"), "policy.outputs"
+    ),
     "SGLangHiddenWeightSyncScheme": "policy.weight_sync",
     "SGLangHiddenWrapper": "policy.wrapper",
     "SGLangOffline": "engines.offline",

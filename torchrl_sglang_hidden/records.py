@@ -13,6 +13,7 @@ import torch
 
 from torchrl_sglang_hidden.errors import SGLangHiddenError
 from torchrl_sglang_hidden.spec.constraints import LogitConstraint
+from torchrl_sglang_hidden.spec.head_scores import HeadSpec
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 from torchrl_sglang_hidden.spec.spans import ResolvedSpan
@@ -105,6 +106,7 @@ class Request:
             raises it, and the completions of all rows are on the exception.
         images: the images in the prompt, or None for none. All positions of a request (``score_from``, ``spans``,
             ``response_ranges``) count the rows of ``prompt_ids``.
+        heads: the scores that come back, and the rule that ends the response by one; or None.
     """
 
     prompt_ids: tuple[int, ...]
@@ -124,6 +126,7 @@ class Request:
     records: SamplingRecords = NO_RECORDS
     return_errors: bool = False
     images: Images | None = None
+    heads: HeadSpec | None = None
 
     @property
     def image_rows(self) -> tuple[int, ...]:
@@ -187,6 +190,21 @@ class TokenLogits:
 
 
 @dataclass(frozen=True, slots=True)
+class Scores:
+    """Holds one head's scores of one request.
+
+    Args:
+        prompt_P: float32 ``[P]``, of the prompt's positions; None where they were not asked for.
+        response_T: float32 ``[T]``, each of the state that produced the response token; None where not asked for.
+        version: of the head that gave them.
+    """
+
+    prompt_P: torch.Tensor | None
+    response_T: torch.Tensor | None
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingMask:
     """Holds what each of T tokens was drawn from, after top-k, top-p and min-p: up to S tokens, the best first.
 
@@ -212,8 +230,9 @@ class Completion:
         text: the response as text, without special tokens and without a matched stop string.
         log_probs_T: float32 ``[T]``, the log-prob of each sampled token; None where the request does not ask.
         hidden: the pooled segments that the request asks for.
-        finish_reason: ``"stop"`` or ``"length"``; ``"abort"`` of a response that the engine gave up on, and ``"error"``
-            of a request without a response, or one that cannot be gone on from, both with an ``error``.
+        finish_reason: ``"stop"``, ``"length"``, or ``"head"`` where a head's score ended the response; ``"abort"`` of
+            a response that the engine gave up on, and ``"error"`` of a request without a response, or one that cannot
+            be gone on from, both with an ``error``.
         weight_version: the engine's name for the weights that sampled the last token.
         mixed_weights: whether earlier tokens were sampled with other weights, because of an update in between.
         versions: the versions of the weights that sampled the response, each with the number of its tokens, in order.
@@ -234,6 +253,7 @@ class Completion:
         sampling_mask: the tokens that each token was drawn from.
         routed_experts: int32 ``[P+T-1, L, k]``, the k experts of each position and layer.
         cached_tokens: how many of the P prompt tokens the engine had in its prefix cache.
+        scores: the scores of the heads that the request asks for, by name.
     """
 
     prompt_ids: tuple[int, ...]
@@ -255,6 +275,7 @@ class Completion:
     sampling_mask: SamplingMask | None = None
     routed_experts: torch.Tensor | None = None
     cached_tokens: int = 0
+    scores: Mapping[str, Scores] = field(default_factory=dict)
 
 
 def failed_completion(

@@ -24,7 +24,10 @@ from torchrl_sglang_hidden.protocol import PLUGIN_ENV, image_token_in
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
 from torchrl_sglang_hidden.sglang_api.checks import check_requests
 from torchrl_sglang_hidden.sglang_api.server_info import ModelSizes
+from torchrl_sglang_hidden.weights import heads as pushed_heads
 from torchrl_sglang_hidden.weights.adapters import AdapterSource
+from torchrl_sglang_hidden.weights.control import ControlCall
+from torchrl_sglang_hidden.weights.heads import HeadSource
 from torchrl_sglang_hidden.weights.validation import BUCKET_BYTES, Running, Transport, Weights
 
 FALLBACK_WARNING = (
@@ -217,6 +220,43 @@ class Engine(ABC):
             EngineError: the engine has no adapter of that name, or failed.
         """
         raise CapabilityError(f"{type(self).__name__} loads no adapters; use SGLangServer, launch or SGLangOffline")
+
+    def push_head(self, name: str, head: HeadSource, *, version: str | None = None) -> str:
+        """Give the engine a head for requests with `HeadSpec(heads=(name,))`, in place of one of that name.
+
+        Requests under way keep the head that they began with, and every answer names the version that scored it. The
+        weights' own version stays. A server that was started again has no heads: push them again.
+
+        Args:
+            name: up to 64 letters, digits, ``_`` and ``-``.
+            head: a `Head`, or the path of a file that `Head.save` wrote; at most 64 MiB, and 64 heads of 512 MiB for
+                one server. It travels in the call itself, to a server on any machine; several servers all get it.
+            version: the name of these weights of the head; None names them by their content, so that the same head has
+                the same version everywhere.
+
+        Returns:
+            The version.
+
+        Raises:
+            WeightsError: it is no head's file, does not fit the model, or is not finite. The engine keeps its heads.
+            InputError: an unknown kind, or a layer that the model does not have.
+            CapabilityError: the server lacks the server half, or does not give the states of the head's layer.
+            EngineError: the engine failed or refused, such as for a version that it has with other weights.
+        """
+        return pushed_heads.push(self._control_calls(), self.info, name, head, version)
+
+    def drop_head(self, name: str) -> None:
+        """Take a head from the engine. Requests under way keep it; later ones that name it are refused.
+
+        Raises:
+            CapabilityError: the server lacks the server half.
+            EngineError: the engine has no head of that name, or failed.
+        """
+        pushed_heads.drop(self._control_calls(), self.info, name)
+
+    def _control_calls(self) -> Sequence[ControlCall]:
+        """Return what calls a control route of each server."""
+        raise CapabilityError(f"{type(self).__name__} takes no heads; use SGLangServer, launch or SGLangOffline")
 
     def counters(self) -> Counters:
         """Return what this client counted since it was made, without asking the engine.

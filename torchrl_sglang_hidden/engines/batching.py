@@ -35,6 +35,7 @@ from torchrl_sglang_hidden.errors import (
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
 from torchrl_sglang_hidden.sglang_api.responses import raise_errors
 from torchrl_sglang_hidden.weights.adapters import AdapterSource
+from torchrl_sglang_hidden.weights.control import ControlCall
 from torchrl_sglang_hidden.weights.validation import Weights
 
 __all__ = ["BatchingEngine", "check_batching"]
@@ -146,10 +147,6 @@ class BatchingEngine(Engine):
         """See `Engine.update_weights`. Requests that wait in the queue are answered with the new weights."""
         return self.engine.update_weights(weights, **options)
 
-    async def aupdate_weights(self, weights: Weights, **options: Any) -> str:
-        """See `Engine.aupdate_weights`."""
-        return await self.engine.aupdate_weights(weights, **options)
-
     def check_calls(self, count: int) -> None:
         """See `Engine.check_calls`."""
         self.engine.check_calls(count)
@@ -165,6 +162,9 @@ class BatchingEngine(Engine):
     def unload_adapter(self, name: str) -> None:
         """See `Engine.unload_adapter`."""
         self.engine.unload_adapter(name)
+
+    def _control_calls(self) -> Sequence[ControlCall]:
+        return self.engine._control_calls()
 
     def stream(self, request: Request) -> Stream:
         """See `Engine.stream`. The request is sent at once, outside the queue."""

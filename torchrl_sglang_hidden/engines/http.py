@@ -35,6 +35,7 @@ from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
 from torchrl_sglang_hidden.sglang_api.payload import to_payload
 from torchrl_sglang_hidden.sglang_api.responses import raise_errors
 from torchrl_sglang_hidden.weights.adapters import AdapterSource, check_adapter, check_adapter_options, open_adapter
+from torchrl_sglang_hidden.weights.control import ControlCall
 from torchrl_sglang_hidden.weights.lease import Leases, leased
 from torchrl_sglang_hidden.weights.sharding import update_together
 from torchrl_sglang_hidden.weights.transports import open_update
@@ -307,6 +308,9 @@ class SGLangServer(Engine):
         for error in self._everywhere(lambda endpoint: endpoint.unload_adapter(name)):
             if error is not None:
                 raise error
+
+    def _control_calls(self) -> list[ControlCall]:
+        return [endpoint.call for endpoint in self._endpoints]
 
     def _is_updating(self) -> bool:
         return any(_UPDATING[url].locked() for url in self.urls)

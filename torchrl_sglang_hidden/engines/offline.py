@@ -21,11 +21,7 @@ from torchrl_sglang_hidden.engines.loop_thread import LoopThread
 from torchrl_sglang_hidden.engines.meter import Meter
 from torchrl_sglang_hidden.engines.sessions import Session, SessionHost
 from torchrl_sglang_hidden.engines.streams import AsyncStream, Stream, check_stream
-from torchrl_sglang_hidden.errors import (
-    CapabilityError,
-    EngineError,
-    InputTypeError,
-)
+from torchrl_sglang_hidden.errors import CapabilityError, EngineError, InputTypeError
 from torchrl_sglang_hidden.protocol import LAYERS_ENV
 from torchrl_sglang_hidden.protocol.served_weights import ServedWeights
 from torchrl_sglang_hidden.protocol.server_files import files_of
@@ -43,6 +39,7 @@ from torchrl_sglang_hidden.weights.adapters import (
     open_adapter,
     unload,
 )
+from torchrl_sglang_hidden.weights.control import ControlCall
 from torchrl_sglang_hidden.weights.sharding import update_together
 from torchrl_sglang_hidden.weights.transports import Receiver, choose_transport, open_update, send
 from torchrl_sglang_hidden.weights.validation import (
@@ -270,6 +267,10 @@ class SGLangOffline(Engine):
         self._check_open()
         check_adapter_options(name)
         unload(self._call, name)
+
+    def _control_calls(self) -> list[ControlCall]:
+        self._check_open()
+        return [self._call]
 
     def _receiver(self) -> Receiver:
         return Receiver(

@@ -18,6 +18,7 @@ from torchrl_sglang_hidden.errors import SGLangHiddenError
 from torchrl_sglang_hidden.records import READING, Completion, Pooled, Request, SamplingRecords, TokenRows
 from torchrl_sglang_hidden.reduce.reducers import reducer_of
 from torchrl_sglang_hidden.sglang_api.checks import check_requests
+from torchrl_sglang_hidden.spec.head_scores import HeadSpec
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec, Pooling, Segment, SegmentName, reads_prompt
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 from torchrl_sglang_hidden.spec.spans import PromptSpan, ResolvedSpan
@@ -109,6 +110,7 @@ def _ahead(request: Request) -> Request:
         spans=spans,
         # This token is discarded: drop its logits, and its constraints too, since they might leave it no choice.
         logits=_of_segment(request.logits, Segment.PROMPT),
+        heads=_scores_of(request.heads, Segment.PROMPT),
         constraints=(),
         processor=None,
         records=SamplingRecords(),
@@ -129,7 +131,8 @@ def _sample(request: Request, index: int) -> Request:
             # Every token's state of `full` would come with the whole prompt each time.
             segments = (Segment.RESPONSE,)
         spec = _narrowed(spec, segments, spec.tokens and bool(segments), spans)
-    return replace(request, hidden=spec, spans=spans, logits=_of_segment(request.logits, Segment.RESPONSE))
+    logits, heads = _of_segment(request.logits, Segment.RESPONSE), _scores_of(request.heads, Segment.RESPONSE)
+    return replace(request, hidden=spec, spans=spans, logits=logits, heads=heads)
 
 
 def _of_segment(spec: LogitsSpec | None, segment: Segment) -> LogitsSpec | None:
@@ -137,6 +140,13 @@ def _of_segment(spec: LogitsSpec | None, segment: Segment) -> LogitsSpec | None:
     if spec is None or not (spec.of_prompt if segment is Segment.PROMPT else spec.of_response):
         return None
     return replace(spec, segments=(segment,))
+
+
+def _scores_of(spec: HeadSpec | None, segment: Segment) -> HeadSpec | None:
+    """Return the scores of one segment only; None where they are not asked for."""
+    if spec is None or not (spec.of_prompt if segment is Segment.PROMPT else spec.of_response):
+        return None
+    return replace(spec, segments=(segment,), stop_when=None if segment is Segment.PROMPT else spec.stop_when)
 
 
 def _narrowed(
@@ -153,7 +163,7 @@ def _narrowed(
 def _merged(request: Request, sample: Completion, first: Completion) -> Completion:
     """Return a sample together with its prompt's part of what was asked."""
     spec, of_prompt = request.hidden, _ahead(request)
-    if of_prompt.hidden is None and of_prompt.logits is None:
+    if of_prompt.hidden is None and of_prompt.logits is None and of_prompt.heads is None:
         return sample
     if first.error is not None:
         # What was asked of the prompt is missing, and its rows in front of the response's.
@@ -165,6 +175,14 @@ def _merged(request: Request, sample: Completion, first: Completion) -> Completi
             finish_reason="error" if begun else sample.finish_reason,
             token_rows=None if joined else sample.token_rows,
             error=sample.error or first.error,
+        )
+    if of_prompt.heads is not None:
+        sample = replace(
+            sample,
+            scores={
+                name: replace(sample.scores.get(name, one), prompt_P=one.prompt_P) for name, one in first.scores.items()
+            },
+            mixed_weights=sample.mixed_weights or sample.weight_version != first.weight_version,
         )
     if of_prompt.logits is not None:
         sample = replace(

@@ -17,6 +17,7 @@ from tensordict.utils import NestedKey
 from torchrl.modules.llm.policies import ChatHistory, LogProbs, Masks, Text, Tokens
 
 from torchrl_sglang_hidden.policy.assemble_chat import chat_of_row
+from torchrl_sglang_hidden.policy.assemble_heads import NO_HEADS, HeadRows
 from torchrl_sglang_hidden.policy.assemble_logits import logits_of_row
 from torchrl_sglang_hidden.policy.assemble_states import most_rows, pooled_states, token_states
 from torchrl_sglang_hidden.policy.image_rows import NO_IMAGE_ROWS, ImageRows
@@ -43,6 +44,7 @@ def assemble(
     hidden_size: int,
     logits: LogitsSpec | None,
     num_columns: int = 0,
+    heads: HeadRows = NO_HEADS,
     records: SamplingRecords = NO_RECORDS,
     images: ImageRows = NO_IMAGE_ROWS,
     pad_id: int | None,
@@ -59,6 +61,7 @@ def assemble(
         hidden_size: D.
         logits: the logits that the completions have.
         num_columns: C of these logits, for the rows that have none.
+        heads: makes what is written of the heads' scores.
         images: makes what is written of the rows' images.
         records: what the completions recorded of the sampling.
         pad_id: pads every ragged leaf with this id (log-probs with NaN, masks with False); None leaves them ragged.
@@ -72,7 +75,7 @@ def assemble(
     response_width = max(len(completion.response_ids) for completion in completions)
     widths = (prompt_width, response_width) if pad_id is not None else None
     asked: dict[str, Any] = {"keys": keys, "hidden": hidden, "hidden_size": hidden_size, "logits": logits}
-    asked |= {"num_columns": num_columns, "images": images}
+    asked |= {"num_columns": num_columns, "images": images, "heads": heads}
     asked["span_widths"] = None if pad_id is None else most_rows(hidden, completions)
     asked["sampled"] = SampledRows.of(records, completions)
     out = [
@@ -92,6 +95,7 @@ def assemble_scores(
     hidden_size: int,
     logits: LogitsSpec | None,
     num_columns: int = 0,
+    heads: HeadRows = NO_HEADS,
     logits_only: bool = False,
     images: ImageRows = NO_IMAGE_ROWS,
     pad_id: int | None,
@@ -110,7 +114,7 @@ def assemble_scores(
             lengths = [len(row.prompt_ids) for row in rows]
             placements = [(False,) * (width - length) + (True,) * length for length in lengths]
     asked: dict[str, Any] = {"keys": keys, "hidden": hidden, "hidden_size": hidden_size, "logits": logits}
-    asked |= {"num_columns": num_columns, "images": images}
+    asked |= {"num_columns": num_columns, "images": images, "heads": heads}
     asked["span_widths"] = None if pad_id is None else most_rows(hidden, completions)
     out = [
         _scored_row(row, completion, placement=placement, pad_id=pad_id or 0, logits_only=logits_only, **asked)
@@ -137,6 +141,7 @@ def _row(
     hidden_size: int,
     logits: LogitsSpec | None,
     num_columns: int,
+    heads: HeadRows,
     span_widths: Mapping[str, int] | None,
     images: ImageRows,
     sampled: SampledRows,
@@ -183,10 +188,9 @@ def _row(
         values[keys.logits] = logits_of_row(
             completion, logits, num_columns, logits.segments, pad=lambda field, rows_NC: _pad(rows_NC, *pads[field], 0)
         )
-    values |= sampled.values(completion, pads, keys)
+    values |= sampled.values(completion, pads, keys) | heads.values(completion, pads if padded else None)
     values |= images.values(row, num_response, lambda types_N: _pad(types_N, left, right, 0))
-    if row.history is not None:
-        values |= chat_of_row(row, row.history, completion, keys)
+    values |= {} if row.history is None else chat_of_row(row, row.history, completion, keys)
     return _tensordict(values)
 
 
@@ -222,6 +226,7 @@ def _scored_row(
     hidden_size: int,
     logits: LogitsSpec | None,
     num_columns: int,
+    heads: HeadRows,
     span_widths: Mapping[str, int] | None,
     images: ImageRows,
     logits_only: bool,
@@ -268,9 +273,9 @@ def _scored_row(
         ids = {} if as_prompt.prompt_token_ids is None else {"full_token_ids": as_prompt.prompt_token_ids}
         scored = _make(Logits, full=as_prompt.prompt, **ids)
         values[keys.logits] = scored.full if logits_only else scored
+    values |= heads.scored_values(completion, (lambda scores_N: placed(scores_N, NOT_MEASURED)) if padded else None)
     values |= images.values(row, 0, lambda types_N: placed(types_N, 0))
-    if row.history is not None:
-        values[keys.history] = ChatHistory(full=row.history, batch_size=())
+    values |= {} if row.history is None else {keys.history: ChatHistory(full=row.history, batch_size=())}
     return _tensordict(values)
 
 

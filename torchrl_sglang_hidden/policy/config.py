@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from tensordict.utils import NestedKey
 
-from torchrl_sglang_hidden.errors import InputError
+from torchrl_sglang_hidden.errors import InputError, InputTypeError
 from torchrl_sglang_hidden.images.expansion import NO_IMAGES, ImageProcessor, is_processor, tokenizer_of
 from torchrl_sglang_hidden.policy import argument_checks
 from torchrl_sglang_hidden.policy.action_masks import (
@@ -27,12 +27,19 @@ from torchrl_sglang_hidden.policy.chat_template import read_variables, select_te
 from torchrl_sglang_hidden.policy.outcomes import OutcomeConfig
 from torchrl_sglang_hidden.policy.outputs import KeyConfig, OutputKeys, list_out_keys
 from torchrl_sglang_hidden.policy.prompts import INPUT_MODES, InputMode
-from torchrl_sglang_hidden.policy.returned import resolve_hidden, resolve_records, returned_keys, scored_hidden
+from torchrl_sglang_hidden.policy.returned import (
+    resolve_hidden,
+    resolve_records,
+    returned_keys,
+    scored_heads,
+    scored_hidden,
+)
 from torchrl_sglang_hidden.policy.sampled_turns import DIGEST_KEY, ChatMode
 from torchrl_sglang_hidden.policy.tokenizer import OwnTokenizer, read_tokenizer
 from torchrl_sglang_hidden.records import EngineInfo, SamplingRecords
 from torchrl_sglang_hidden.sglang_api.sampling import standardize
 from torchrl_sglang_hidden.spec.constraints import LogitConstraint
+from torchrl_sglang_hidden.spec.head_scores import HeadSpec
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 from torchrl_sglang_hidden.spec.spans import TokenMask
@@ -131,6 +138,7 @@ class PolicyConfig:
             so that the batch stays dense. Spans of a prompt are found before anything is sent: `TokenMask` reads its
             mask from the TensorDict, `Turn` and `Role` find the words of messages in history mode.
         logits: which logits are returned: a `LogitsSpec`, or None.
+        heads: which scores of small heads are returned, and the score that ends a response: a `HeadSpec`, or None.
         constraints: a `LogitConstraint` or several, for every token that is sampled. The constraints of the wrapper, of
             the call and of the row act together: a token can be chosen only if all of them allow it.
         action_mask_key: where each row says which tokens it allows: a bool mask ``[V]``; bool ``[A]`` over
@@ -179,6 +187,7 @@ class PolicyConfig:
     return_log_probs: bool = True
     hidden: HiddenSpec | None = field(default_factory=HiddenSpec)
     logits: LogitsSpec | None = None
+    heads: HeadSpec | None = None
     constraints: tuple[LogitConstraint, ...] = ()
     action_mask_key: NestedKey | None = None
     action_token_ids: tuple[int, ...] | None = None
@@ -212,6 +221,10 @@ class PolicyConfig:
         if self.input_mode not in INPUT_MODES:
             raise InputError(f"input_mode={self.input_mode!r}: input_mode must be one of {INPUT_MODES}")
         argument_checks.check_choices(self)
+        if self.heads is not None and not isinstance(self.heads, HeadSpec):
+            raise InputTypeError(
+                f"heads={self.heads!r:.80}: expected a HeadSpec, such as HeadSpec(('confident',)), or None"
+            )
         options = standardize(self.generate_kwargs)
         responses = argument_checks.resolve_num_samples(self.num_samples, options)
         many = argument_checks.check_samples(self.generate, responses, self.inplace, self.outcomes.extra_samples)
@@ -328,6 +341,11 @@ class PolicyConfig:
         return self.hidden if self.generate else scored_hidden(self.hidden)
 
     @property
+    def returned_heads(self) -> HeadSpec | None:
+        """The scores of heads that a call returns."""
+        return self.heads if self.generate else scored_heads(self.heads)
+
+    @property
     def records(self) -> SamplingRecords:
         """What a call records of the sampling which does not say otherwise."""
         return resolve_records(self.generate_kwargs) if self.generate else SamplingRecords()
@@ -342,7 +360,10 @@ class PolicyConfig:
         errors: bool = False,
     ) -> OutputKeys:
         """Return where the outputs go of a call that returns these states, logits, records, and errors of rows."""
-        keys = returned_keys(self.keys, hidden, logits, records, generate=self.generate, errors=errors)
+        heads = self.returned_heads
+        keys = returned_keys(
+            self.keys, hidden, logits, records, None if logits_only else heads, generate=self.generate, errors=errors
+        )
         return replace(
             keys,
             log_probs=keys.log_probs if self.return_log_probs and not logits_only else None,
@@ -368,7 +389,7 @@ class PolicyConfig:
     @property
     def out_keys(self) -> list[NestedKey]:
         """The keys that a call writes which does not say otherwise; see `list_out_keys`."""
-        return list_out_keys(self.default_keys, self.returned_hidden, self.logits, self.generate)
+        return list_out_keys(self.default_keys, self.returned_hidden, self.logits, self.generate, self.returned_heads)
 
 
 # The records inside `PolicyConfig`, and the wrapper's arguments, by name.

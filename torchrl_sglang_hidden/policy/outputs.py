@@ -20,10 +20,12 @@ from tensordict import (
 from tensordict.utils import NestedKey, unravel_key
 
 from torchrl_sglang_hidden.errors import InputError
+from torchrl_sglang_hidden.spec.head_scores import HeadSpec
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec, Segment
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 
 __all__ = [
+    "HeadScores",
     "HiddenStates",
     "KeyConfig",
     "Logits",
@@ -130,6 +132,29 @@ class Logits(TensorClass["nocast"]):  # type: ignore[misc,name-defined]
     full_token_ids: torch.Tensor | None = None
 
 
+class HeadScores(TensorClass["nocast"]):  # type: ignore[misc,name-defined]
+    """The scores that heads gave tokens, by the heads' names: read as ``("head_scores", "response", name)``.
+
+    Args:
+        prompt (TensorDict | None): prompt positions ``0 … P-1``: one score for each token of ``tokens.prompt``.
+        response (TensorDict | None): score t is of the state that produced response token t: one score for each token
+            of ``tokens.response``, and for its log-prob.
+        full (TensorDict | None): every position once, ``0 … P+T-2``: one score for each token of ``tokens.full`` but
+            the last, which was never read; of a scored sequence all N.
+        versions (TensorDict): the version of each head that scored the row, a string; empty where none did.
+
+    Shapes:
+        - float32 ``[*batch, rows]``, padded as the tokens are, with NaN. None for a segment that was not asked for.
+
+    A row that under ``on_error="nan"`` has no scores has none; padded, it has NaN everywhere.
+    """
+
+    prompt: TensorDict | None = None
+    response: TensorDict | None = None
+    full: TensorDict | None = None
+    versions: TensorDict | None = None
+
+
 class Sampling(TensorClass["nocast"]):  # type: ignore[misc,name-defined]
     """What is recorded of each sampled token beside its log-prob; None for what was not asked for.
 
@@ -191,6 +216,7 @@ class KeyConfig:
         hidden_states_key: `HiddenStates`, unless ``hidden`` is None or does not pool.
         token_hidden_states_key: `TokenHiddenStates`, with ``HiddenSpec(tokens=True)``.
         logits_key: `Logits`, where ``logits`` is set.
+        head_scores_key: `HeadScores`, where ``heads`` is set.
         sampling_key: `Sampling`, with the options ``return_entropy`` and ``return_sampling_mask``.
         routed_experts_key: `RoutedExperts`, with the option ``return_routed_experts``.
         prompt_images_key: of a model that takes images, each row's: a tuple of data URIs, in the order of the prompt,
@@ -208,6 +234,7 @@ class KeyConfig:
     hidden_states_key: NestedKey | None = "hidden_states"
     token_hidden_states_key: NestedKey | None = "token_hidden_states"
     logits_key: NestedKey | None = "logits"
+    head_scores_key: NestedKey | None = "head_scores"
     sampling_key: NestedKey | None = "sampling"
     routed_experts_key: NestedKey | None = "routed_experts"
     prompt_images_key: NestedKey | None = "prompt_images"
@@ -236,6 +263,7 @@ class OutputKeys:
     weight_versions: NestedKey | None = None
     images: NestedKey | None = None
     pixel_values: NestedKey | None = None
+    head_scores: NestedKey | None = None
 
     def present(self) -> list[NestedKey]:
         """Return the keys that are written."""
@@ -243,13 +271,17 @@ class OutputKeys:
             self.text, self.masks, self.tokens, self.log_probs, self.history, self.hidden_states,
             self.token_hidden_states, self.weight_version, self.finish_reason, self.mixed_weights, self.logits,
             self.chat_digest, self.sampling, self.routed_experts, self.error, self.weight_versions, self.images,
-            self.pixel_values,
+            self.pixel_values, self.head_scores,
         )  # fmt: skip
         return [key for key in keys if key is not None]
 
 
 def list_out_keys(
-    keys: OutputKeys, hidden: HiddenSpec | None, logits: LogitsSpec | None, generate: bool
+    keys: OutputKeys,
+    hidden: HiddenSpec | None,
+    logits: LogitsSpec | None,
+    generate: bool,
+    heads: HeadSpec | None = None,
 ) -> list[NestedKey]:
     """Return the keys that a call writes, each once, hidden states and logits by leaf.
 
@@ -258,15 +290,16 @@ def list_out_keys(
         hidden: the states that the call returns.
         logits: the logits that the call returns.
         generate: whether it generates, or scores.
+        heads: the scores of heads that the call returns.
 
     Raises:
         InputError: two outputs have one key, or one is inside another; or scoring computes nothing.
     """
-    states = (keys.hidden_states, keys.token_hidden_states)
-    if not generate and (keys.log_probs, *states, keys.logits) == (None,) * 4:
+    states = (keys.hidden_states, keys.token_hidden_states, keys.head_scores)
+    if not generate and (keys.log_probs, *states, keys.logits) == (None,) * 5:
         raise InputError(
-            "generate=False with neither log-probs, hidden states nor logits: there is nothing to compute; "
-            "return_log_probs must be True, or hidden states or logits be asked for"
+            "generate=False with neither log-probs, hidden states, logits nor scores of heads: there is nothing to "
+            "compute; return_log_probs must be True, or hidden states, logits or heads be asked for"
         )
     written = keys.present()
     _check_apart(written)
@@ -282,6 +315,9 @@ def list_out_keys(
         fields = [str(segment) for segment in logits.segments] if generate else [str(Segment.FULL)]
         ids = {"prompt": "prompt_token_ids", "response": "token_ids", "full": "full_token_ids"}
         leaves[keys.logits] = [*fields, *(ids[name] for name in fields if logits.top_k is not None)]
+    if heads is not None:
+        parts = [str(segment) for segment in heads.segments] if generate else [str(Segment.FULL)]
+        leaves[keys.head_scores] = [(part, name) for part in (*parts, "versions") for name in heads.heads]
     return [key for key in written if key not in leaves] + [
         unravel_key((key, leaf)) for key, found in leaves.items() if key is not None for leaf in found
     ]

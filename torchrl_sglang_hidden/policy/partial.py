@@ -64,6 +64,10 @@ def resume_rows(
         raise InputError(
             f"resume with {call.records}: what was recorded of the sampling is not joined; leave it out of the options"
         )
+    if call.heads is not None:
+        raise InputError(
+            f"resume with heads={call.heads}: the scores of two parts are not joined; use get_new_version(heads=None)"
+        )
     td_rows = _flat(tensordict)
     aborted = [index for index, row in enumerate(td_rows) if _finish_reason(row, keys) == "abort"]
     if not aborted:

@@ -17,11 +17,18 @@ from torchrl_sglang_hidden.policy.action_masks import native_processor, option_c
 from torchrl_sglang_hidden.policy.argument_checks import resolve_num_samples
 from torchrl_sglang_hidden.policy.chat_text import decode_all
 from torchrl_sglang_hidden.policy.config import PolicyConfig
-from torchrl_sglang_hidden.policy.returned import resolve_hidden, resolve_records, scored_hidden, scored_logits
+from torchrl_sglang_hidden.policy.returned import (
+    resolve_hidden,
+    resolve_records,
+    scored_heads,
+    scored_hidden,
+    scored_logits,
+)
 from torchrl_sglang_hidden.policy.rows import Row
 from torchrl_sglang_hidden.records import DEFAULT_NEW_TOKENS, NO_RECORDS, READING, Completion, Request, SamplingRecords
 from torchrl_sglang_hidden.sglang_api.sampling import NOT_OF_SAMPLING, RECORDS, override, standardize, to_sglang
 from torchrl_sglang_hidden.spec.constraints import LogitConstraint
+from torchrl_sglang_hidden.spec.head_scores import HeadSpec
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 from torchrl_sglang_hidden.spec.places import At, Each
@@ -45,6 +52,7 @@ class CallOptions:
         lora: the name of a LoRA adapter, or None.
         priority: the request's priority in the server's queue, or None.
         logits: the logits that come back, or None. Of a scored sequence: see `scored_logits`.
+        heads: the scores of heads that come back, or None. Of a scored sequence: see `scored_heads`.
         logits_only: whether the logits come back without log-probs and states, as one tensor.
         constraints: the wrapper's, then the call's. A row's own mask is appended to them.
         response_limit: ``max_new_tokens`` of the response that is sampled; of a scored sequence, of the response in it.
@@ -59,6 +67,7 @@ class CallOptions:
     lora: str | None = None
     priority: int | None = None
     logits: LogitsSpec | None = None
+    heads: HeadSpec | None = None
     logits_only: bool = False
     constraints: tuple[LogitConstraint, ...] = ()
     response_limit: int = DEFAULT_NEW_TOKENS
@@ -111,11 +120,12 @@ def _read_generation(config: PolicyConfig, options: Mapping[str, Any], vocab_siz
         lora=merged.options.get("lora_path"),
         priority=merged.options.get("priority"),
         logits=_readable_logits(config),
+        heads=config.returned_heads,
         records=resolve_records(merged.options),
     )
     if call.sampling.get("max_new_tokens") == 0:
         # Nothing is sampled, so constraints have nothing to act on.
-        _check_reading(call.hidden, call.logits, config.num_responses)
+        _check_reading(call, config.num_responses)
         return call
     constraints = merged.constraints
     if merged.processor is not None:
@@ -165,6 +175,7 @@ def read_scoring(
         lora=merged.options.get("lora_path"),
         priority=merged.options.get("priority"),
         logits=scored_logits(_readable_logits(config), logits_only=logits_only),
+        heads=None if logits_only else scored_heads(config.heads),
         logits_only=logits_only,
         constraints=merged.constraints,
         # max_new_tokens=0 reads a prompt, which no response follows.
@@ -201,14 +212,15 @@ def _readable_logits(config: PolicyConfig) -> LogitsSpec | None:
     return None if config.keys.logits_key is None else config.logits
 
 
-def _check_reading(hidden: HiddenSpec | None, logits: LogitsSpec | None, num_samples: int | None) -> None:
+def _check_reading(call: CallOptions, num_samples: int | None) -> None:
     """Refuse a call that generates nothing and wants what only a response has, or nothing at all."""
+    hidden, logits, heads = call.hidden, call.logits, call.heads
     if num_samples is not None:
         raise InputError(
             f"max_new_tokens=0 with num_samples={num_samples}: a prompt that is only read has no samples; leave one of "
             "the two out"
         )
-    if hidden is None and logits is None:
+    if hidden is None and logits is None and heads is None:
         raise InputError(
             "max_new_tokens=0 without hidden states or logits: there is nothing to compute; pass "
             "hidden=HiddenSpec(('prompt',)), or raise max_new_tokens"
@@ -217,6 +229,11 @@ def _check_reading(hidden: HiddenSpec | None, logits: LogitsSpec | None, num_sam
         raise InputError(
             f"max_new_tokens=0 with LogitsSpec(segments={logits.segments}): a prompt that is only read has no "
             "response, and no 'full'; ask for segments=('prompt',), or raise max_new_tokens"
+        )
+    if heads is not None and heads.of_response:
+        raise InputError(
+            f"max_new_tokens=0 with HeadSpec(segments={heads.segments}): a prompt that is only read has no response, "
+            "and no 'full'; ask for segments=('prompt',), or raise max_new_tokens"
         )
     if hidden is not None and hidden.needs_response:
         raise InputError(
@@ -258,6 +275,7 @@ def to_requests(
                 lora=call.lora,
                 priority=call.priority,
                 logits=call.logits,
+                heads=call.heads,
                 constraints=constraints if call.generate or responses else (),
                 response_ranges=responses,
                 response_limit=call.response_limit,

@@ -14,11 +14,12 @@ import torch
 from torchrl_sglang_hidden.errors import InputError, InputTypeError
 from torchrl_sglang_hidden.policy.outputs import KeyConfig, OutputKeys
 from torchrl_sglang_hidden.records import SamplingRecords
+from torchrl_sglang_hidden.spec.head_scores import HeadSpec
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec, Segment
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 from torchrl_sglang_hidden.spec.spans import Role, Turn, is_of_response
 
-__all__ = ["resolve_hidden", "resolve_records", "returned_keys", "scored_hidden", "scored_logits"]
+__all__ = ["resolve_hidden", "resolve_records", "returned_keys", "scored_heads", "scored_hidden", "scored_logits"]
 
 
 def resolve_hidden(hidden: Any, return_hidden_states: bool | None, input_mode: str) -> HiddenSpec | None:
@@ -58,11 +59,12 @@ def returned_keys(
     hidden: HiddenSpec | None,
     logits: LogitsSpec | None,
     records: SamplingRecords,
+    heads: HeadSpec | None,
     *,
     generate: bool,
     errors: bool,
 ) -> OutputKeys:
-    """Return where the outputs go of a call that returns all that has a key, and these states, logits and records.
+    """Return where the outputs go of a call that returns all that has a key, and these states, logits, records, scores.
 
     With ``errors`` also those of rows, and the versions that sampled each.
     """
@@ -78,6 +80,7 @@ def returned_keys(
         finish_reason="finish_reason" if generate else None,
         mixed_weights="mixed_weights" if generate else None,
         logits=keys.logits_key if logits is not None else None,
+        head_scores=keys.head_scores_key if heads is not None else None,
         sampling=keys.sampling_key if records.entropy or records.sampling_mask else None,
         routed_experts=keys.routed_experts_key if records.routed_experts else None,
         error="error" if errors else None,
@@ -91,6 +94,11 @@ def scored_hidden(hidden: HiddenSpec | None) -> HiddenSpec | None:
         return None
     spans = {name: span for name, span in hidden.spans.items() if not is_of_response(span)}
     return replace(hidden, segments=(Segment.PROMPT,), spans=spans)
+
+
+def scored_heads(heads: HeadSpec | None) -> HeadSpec | None:
+    """Return the scores to ask for of a scored sequence: of all its tokens. No rule ends it."""
+    return None if heads is None else replace(heads, segments=(Segment.PROMPT,), stop_when=None)
 
 
 def scored_logits(logits: LogitsSpec | None, *, logits_only: bool = False) -> LogitsSpec | None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from torchrl_sglang_hidden.engines import Engine, generate_rows, generate_samples, refused_rows
+from torchrl_sglang_hidden.policy.assemble_heads import HeadRows
 from torchrl_sglang_hidden.policy.config import PolicyConfig
 from torchrl_sglang_hidden.policy.image_rows import ImageRows
 from torchrl_sglang_hidden.policy.outcomes import OutcomeConfig
@@ -89,6 +90,7 @@ def layout_of(
         "logits": call.logits,
         "num_columns": 0 if call.logits is None else call.logits.num_columns(info.vocab_size),
         "pad_id": config.padding_value if config.pad_output else None,
+        "heads": HeadRows(call.heads, keys.head_scores),
         "images": ImageRows(config.processor, keys.images, keys.pixel_values),
         "device": config.device or device,
     }

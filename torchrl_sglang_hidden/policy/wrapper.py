@@ -30,6 +30,7 @@ from torchrl_sglang_hidden.policy.sampled_turns import ChatMode
 from torchrl_sglang_hidden.policy.sending import layout_of, send
 from torchrl_sglang_hidden.policy.writing import resolve_target, write
 from torchrl_sglang_hidden.spec.constraints import LogitConstraint
+from torchrl_sglang_hidden.spec.head_scores import HeadSpec
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 
@@ -60,8 +61,8 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         - log_probs: float32 ``response`` [T], ``full`` [P+T].
         - history, in history mode: ``prompt``, ``response``, ``full``, which can be the next prompt.
         - hidden_states: pooled, [D] for each segment; see `HiddenStates`.
-        - token_hidden_states, logits, sampling and routed_experts, if asked for: see `TokenHiddenStates`, `Logits`,
-          `Sampling`, `RoutedExperts`.
+        - token_hidden_states, logits, head_scores, sampling and routed_experts, if asked for: see
+          `TokenHiddenStates`, `Logits`, `HeadScores`, `Sampling`, `RoutedExperts`.
         - weight_version and finish_reason (one string per row), mixed_weights (bool); with ``on_error="nan"`` error.
         - prompt_images of a vision-language model; pixel_values on request. P then counts the rows of the images.
 
@@ -80,6 +81,7 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         torch.Size([1, 576])
     """
 
+    # Every argument but the model is a field of the configuration by the same name: a test holds the two together.
     def __init__(
         self,
         model: Any,
@@ -120,6 +122,8 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         token_hidden_states_key: NestedKey | None = "token_hidden_states",
         logits: LogitsSpec | None = None,
         logits_key: NestedKey | None = "logits",
+        heads: HeadSpec | None = None,
+        head_scores_key: NestedKey | None = "head_scores",
         sampling_key: NestedKey | None = "sampling",
         routed_experts_key: NestedKey | None = "routed_experts",
         prompt_images_key: NestedKey | None = "prompt_images",
@@ -130,14 +134,12 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         on_error: OnError = "raise",
         extra_samples: int = 0,
     ) -> None:
-        # Every argument but the model is a field of the configuration by the same name: a test holds the two together.
         config = PolicyConfig.from_arguments(**{name: value for name, value in locals().items() if name in ARGUMENTS})
         super().__init__()
         self.model: Engine = as_engine(model)
         self._config = config.resolve_for(self.model.info)
         self.in_keys, self.out_keys, self._keys = self.config.in_keys, self.config.out_keys, self.config.default_keys
         self._batcher = self.config.queue.make_queue(self.model)
-        # What the base class reads.
         self._min_batch_size = None if self._batcher is None else self._batcher.min_batch_size
         self._max_batch_size, self._batching_timeout = max_batch_size, batching_timeout
 
@@ -221,8 +223,9 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
             - masks: ``all_attention_mask`` and ``all_assistant_mask``, with ``chat="append"`` over all turns.
             - log_probs: NaN where nothing was measured; ``prompt`` is None. ``full`` has the earlier turns' under
               ``chat="append"``.
-            - hidden_states, token_hidden_states, logits, sampling, routed_experts: see their TensorClasses.
-            - weight_version; finish_reason, ``"stop"`` or ``"length"``; chat_digest, where earlier turns are followed.
+            - hidden_states, token_hidden_states, logits, head_scores, sampling, routed_experts: see their classes.
+            - weight_version; finish_reason, ``"stop"``, ``"length"`` or ``"head"``; chat_digest, where earlier turns
+              are followed.
             - error, with ``on_error="nan"``: what went wrong with this row alone, and ``""`` in every other row. A row
               that was not sent has no response. An aborted response has what was sampled before, with
               ``finish_reason`` ``"abort"``, and is not in ``all_assistant_mask``, so that no loss trains on it.
@@ -238,7 +241,7 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
             - log_probs: float32 [N], each token given the tokens before it, without temperature; 0 for the first, as in
               TorchRL. Constraints act on the tokens in ``all_assistant_mask`` as if they were being sampled, each run
               from its first token and with ``max_new_tokens`` of the options; a token that they take away has -inf.
-            - hidden_states: all N positions, and the spans except those of a response. token_hidden_states, logits: N.
+            - hidden_states: all N positions, and the spans except those of a response; all else N.
             - weight_version; neither finish_reason nor mixed_weights.
 
             In place, these replace what stood under their keys, the prompts and responses of a generation too, as in
@@ -259,7 +262,7 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         call = read_call(config, generate_kwargs, vocab_size=info.vocab_size, logits_only=logits_only)
         keys = config.output_keys(call.hidden, call.logits, call.records, logits_only=logits_only, errors=errors)
         if logits_only or (call.hidden, call.records) != (config.returned_hidden, config.records):
-            list_out_keys(keys, call.hidden, call.logits, config.generate)  # refuses keys that clash
+            list_out_keys(keys, call.hidden, call.logits, config.generate, call.heads)  # refuses keys that clash
         rows = replace(
             make_reader(config, chat_template_kwargs),
             spans={} if call.hidden is None else call.hidden.spans,

@@ -22,6 +22,7 @@ from torchrl_sglang_hidden.protocol.tensors import MAX_TEXT_BYTES
 from torchrl_sglang_hidden.records import DEFAULT_NEW_TOKENS, MAX_ANSWER_BYTES, EngineInfo, Request
 from torchrl_sglang_hidden.sglang_api.images import check_images
 from torchrl_sglang_hidden.sglang_api.payload import wanted_of
+from torchrl_sglang_hidden.sglang_api.scores import check_heads
 from torchrl_sglang_hidden.spec.constraints import check_constraints
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec, canonical_layer, reads_prompt
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
@@ -74,6 +75,7 @@ def check_requests(requests: Sequence[Request], info: EngineInfo) -> None:
             _check_hidden(row, request, request.hidden, info)
         _check_constraints_and_logits(row, request, info)
         _check_records(row, request, info)
+        check_heads(row, request, info)
     sizes = [_logits_bytes(request, info) for request in requests]
     if sum(sizes) > MAX_ANSWER_BYTES:
         raise InputError(

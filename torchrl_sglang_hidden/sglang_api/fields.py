@@ -72,7 +72,7 @@ def read_fields(number: int, row: Any, info: EngineInfo, rid: str | None = None)
             raise ValueError(f"it answers {excerpt(request_id)}, and {rid!r} was sent")
         error: SGLangHiddenError | None = None
         _text("finish_reason's type", finish_type)
-        if finish_type not in ("stop", "length"):
+        if finish_type not in ("stop", "length", "head"):
             message = meta["finish_reason"].get("message", "")
             error = RequestAbortedError(
                 f"{name}: finished with {finish_type!r:.80} after {len(response_ids)} tokens: "

@@ -16,7 +16,7 @@ def overflow_of(name: str, **tensors: Sequence[torch.Tensor]) -> EngineError | N
 
     Args:
         name: names the row in the error.
-        tensors: what came of each kind, ``states`` and ``logits``.
+        tensors: what came of each kind, ``states``, ``logits`` and ``scores``.
     """
     for what, values in tensors.items():
         if any(one.isnan().any() for one in values):

@@ -16,6 +16,7 @@ from torchrl_sglang_hidden.records import DEFAULT_NEW_TOKENS, READING, EngineInf
 from torchrl_sglang_hidden.reduce.pooling import RequestPools
 from torchrl_sglang_hidden.reduce.wanted import Wanted
 from torchrl_sglang_hidden.reduce.wanted_logits import WantedLogits
+from torchrl_sglang_hidden.sglang_api.scores import scores_of
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec, canonical_layer
 from torchrl_sglang_hidden.spec.spans import PromptSpan
 
@@ -81,15 +82,15 @@ def to_payload(requests: Sequence[Request], info: EngineInfo, *, binary: bool) -
     wanted = [None if request.hidden is None else wanted_of(request, request.hidden, info) for request in requests]
     if info.pools_in_server:
         for states, params, request in zip(wanted, sampling, requests, strict=True):
-            logits = logits_of(request)
+            logits, scores = logits_of(request), scores_of(request)
             # Of a prompt with images the server half always tells which ids it computed.
-            if states is None and logits is None and request.images is None:
+            if states is None and logits is None and request.images is None and scores is None:
                 continue
             states = states or Wanted(segments=(), pooling=None)
             way = "binary" if binary else _way(shares(request), info)
             # A native SGLang logit processor reads the user's entries of the same dict.
             custom_params = params.get("custom_params") or {}
-            params["custom_params"] = {**custom_params, CHANNEL: pack_options(states, way, logits)}
+            params["custom_params"] = {**custom_params, CHANNEL: pack_options(states, way, logits, scores)}
     elif any(states is not None for states in wanted):
         payload["return_hidden_states"] = [states is not None for states in wanted]
         # Stock SGLang leaves out the rows of a prefix-cache hit. A salt that no other request has prevents the hit.

@@ -24,6 +24,7 @@ from torchrl_sglang_hidden.records import (
     Completion,
     EngineInfo,
     Request,
+    Scores,
     TokenLogits,
     failed_completion,
 )
@@ -34,6 +35,7 @@ from torchrl_sglang_hidden.sglang_api.log_probs import read_log_probs
 from torchrl_sglang_hidden.sglang_api.overflow import overflow_of
 from torchrl_sglang_hidden.sglang_api.payload import logits_of, shares
 from torchrl_sglang_hidden.sglang_api.sampled import read_sampled
+from torchrl_sglang_hidden.sglang_api.scores import read_scores
 from torchrl_sglang_hidden.sglang_api.states import States, read_states
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 
@@ -132,9 +134,9 @@ def _read_row(number: int, request: Request, row: Any, info: EngineInfo, rid: st
         raise AlignmentError(
             f"{name}: 0 response tokens with finish reason {finish_type!r}; expected at least 1; send it again"
         )
-    wanted = logits_of(request)
-    answer = None
-    if info.pools_in_server and any(one is not None for one in (request.hidden, wanted, request.images)):
+    wanted, answer = logits_of(request), None
+    asked = (request.hidden, wanted, request.images, request.heads)
+    if info.pools_in_server and any(one is not None for one in asked):
         shared = shares(request) and info.shares_memory
         limit = _most_bytes(request, len(request.prompt_ids) + len(response_ids), info)
         answer = unpack_answer(meta.get(CHANNEL), name, info.hidden_size, shared=shared, limit=limit)
@@ -142,17 +144,17 @@ def _read_row(number: int, request: Request, row: Any, info: EngineInfo, rid: st
         if answer.logits is not None and answer.logits.fault:
             # What was sampled from there on, nobody asked for.
             return failed_completion(request, ConstraintError(f"{name}: {answer.logits.fault}"), weight_version)
-    states = None
+    states = logits = None
     if request.hidden is not None:
         states = read_states(name, request, request.hidden, meta, response_ids, info, answer)
         for span_name, fault in states.faults.items():
             error = error or SpanError(f"{name}, span {span_name!r}: {fault}")
-    logits = None
     if wanted is not None:
         logits = _read_logits(name, request, wanted, None if answer is None else answer.logits, len(response_ids), info)
+    scores = read_scores(name, request, answer, len(response_ids), finish_type, complete=error is None)
     log_probs_T = _read_log_probs(name, meta, "output", response_ids) if request.return_log_probs else None
     sampling_mask, routed_experts = read_sampled(name, request, meta, response_ids, info=info, complete=error is None)
-    error = error or _overflow(name, states, logits)
+    error = error or _overflow(name, states, logits, scores)
     if request.reads_only:
         text, response_ids, finish_type, versions = "", (), "length", ()
         log_probs_T = None if log_probs_T is None else log_probs_T[:0]
@@ -178,6 +180,7 @@ def _read_row(number: int, request: Request, row: Any, info: EngineInfo, rid: st
         sampling_mask=sampling_mask,
         routed_experts=routed_experts,
         cached_tokens=cached if type(cached := meta.get("cached_tokens")) is int else 0,
+        scores=scores,
     )
 
 
@@ -185,7 +188,9 @@ def _most_bytes(request: Request, num_rows: int, info: EngineInfo) -> int:
     """Return how many bytes the largest tensor of an answer can have, with one row for each token."""
     spec, logits = request.hidden, request.logits
     num_states = 0 if spec is None else len(spec.layer_ids) * info.hidden_size
-    return 4 * num_rows * max(num_states, 0 if logits is None else logits.num_columns(info.vocab_size), 1)
+    num_scores = 1 if request.heads is None else len(request.heads.heads)
+    num_logits = 0 if logits is None else logits.num_columns(info.vocab_size)
+    return 4 * num_rows * max(num_states, num_logits, num_scores)
 
 
 def _check_length(name: str, request: Request, num_prompt: int | None) -> None:
@@ -289,7 +294,9 @@ def _counted(
     return rows
 
 
-def _overflow(name: str, states: States | None, logits: FoundLogits | None) -> EngineError | None:
+def _overflow(
+    name: str, states: States | None, logits: FoundLogits | None, scores: Mapping[str, Scores]
+) -> EngineError | None:
     # A span that may be empty is NaN where it is.
     pooled = [] if states is None else [*states.hidden.values(), *(one for one in states.spans.values() if one.count)]
     rows = None if states is None else states.token_rows
@@ -297,6 +304,7 @@ def _overflow(name: str, states: States | None, logits: FoundLogits | None) -> E
         name,
         states=[*(one.vector for one in pooled), *([] if rows is None else [rows.rows_ND])],
         logits=[] if logits is None else [one.values_NC for one in (logits.prompt, logits.response) if one is not None],
+        scores=[part for one in scores.values() for part in (one.prompt_P, one.response_T) if part is not None],
     )
 
 
