@@ -116,3 +116,11 @@ def test_state_encoder(run: Run) -> None:
     assert wide["memory"]["encoded"] == 12
     assert (points[0]["step"], points[-1]["step"], len(points)) == (0, 60, 21)
     assert all(point[name] > 10 for point in points for name in ("client_pss_mib", "server_pss_mib", "server_rss_mib"))
+
+
+def test_heads(run: Run) -> None:
+    sizes = ("--prompts", "2", "--prompt-tokens", "8", "--new-tokens", "4", "--rounds", "1")
+    found = run("heads", "--model", "wide", *sizes)["models"]["wide"]
+    assert found["worst_difference"] < 1e-3
+    assert found["sides"].keys() == {"plain", "scored", "tokens"}
+    assert found["sides"]["scored"]["new_tokens"] == 8

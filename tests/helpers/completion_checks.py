@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from helpers import hf_oracle
+from helpers import heads_oracle, hf_oracle
 from helpers.byte_tokenizers import byte_characters
 from helpers.policy_checks import LOG_PROB_ATOL, STATE_RTOL, relative_error
 from helpers.reference_pooling import pool
@@ -39,6 +39,7 @@ def assert_completion(
     if completion.log_probs_T is not None:
         expected_T = truth.log_probs_T[: len(completion.response_ids)]
         torch.testing.assert_close(completion.log_probs_T, expected_T, atol=LOG_PROB_ATOL, rtol=0, msg=name)
+    assert_scores_of(request, completion, model_dir)
     if spec is None:
         assert (completion.hidden, completion.spans, completion.token_rows) == ({}, {}, None), name
         return truth
@@ -83,6 +84,34 @@ def assert_completion(
     else:
         assert completion.token_rows is None, name
     return truth
+
+
+def assert_scores_of(request: Request, completion: Completion, model_dir: str) -> None:
+    """Check the scores of the storm's heads, and that their rule ended the response where it says so."""
+    spec = request.heads
+    if spec is None:
+        assert completion.scores == {}
+        return
+    assert list(completion.scores) == list(spec.heads)
+    prompt_ids, response_ids = completion.prompt_ids, completion.response_ids or (0,)
+    states_size = hf_oracle.load(model_dir).config.hidden_size
+    for name, scores in completion.scores.items():
+        head = heads_oracle.storm_head(name, states_size)
+        expected = heads_oracle.expected(head, model_dir, prompt_ids, response_ids, heads_oracle.STORM_LAYERS)
+        for segment, found, asked in (
+            ("prompt", scores.prompt_P, spec.of_prompt),
+            ("response", scores.response_T, spec.of_response),
+        ):
+            assert (found is not None) is asked
+            if found is not None:
+                heads_oracle.assert_scores(found, expected[segment], f"{name}, {segment}, {spec}")
+    rule = spec.rule
+    if rule is not None:
+        scores_T = completion.scores[rule.head].response_T
+        assert scores_T is not None
+        holding = [token for token, score in enumerate(scores_T.tolist()) if rule.holds(score)]
+        assert holding in ([], [len(scores_T) - 1]), f"{spec}: {holding} of {len(scores_T)}"
+        assert (completion.finish_reason == "head") <= bool(holding)
 
 
 @functools.cache

@@ -23,6 +23,7 @@ from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from helpers.fake_heads import found_scores, until_rule
 from helpers.fake_images import FIRST_IMAGE_ROW, images_in, joined, seen_ids
 from helpers.reference_pooling import pool
 from torchrl_sglang_hidden.engines import Engine
@@ -303,6 +304,13 @@ class RecordingEngine(Engine):
             temperature = sampling.get("temperature", 1.0) or 1.0
             one = RequestLogits(options.logits, request.prompt_ids, image_rows=frozenset(request.image_rows))
             response_ids, log_probs, logits = choose(one, prompt_ids, response_ids, limit, temperature)
+        hidden_ND, scores = states_ND(prompt_ids, response_ids), None
+        if options is not None and options.scores is not None:
+            count = until_rule(options.scores, hidden_ND, len(prompt_ids), len(response_ids))
+            ruled, response_ids = count < len(response_ids), response_ids[:count]
+            hidden_ND = hidden_ND[: len(prompt_ids) + count - 1]
+            scores = found_scores(options.scores, hidden_ND, len(prompt_ids))
+            ends_by_head = ruled or until_rule(options.scores, hidden_ND, len(prompt_ids), count + 1) == count
         stopped = response_ids[-1] == EOS_ID
         meta: dict[str, Any] = {
             "id": f"recorded-{index}",
@@ -310,6 +318,8 @@ class RecordingEngine(Engine):
             "weight_version": self._info.weight_version,
             "finish_reason": {"type": "stop", "matched": EOS_ID} if stopped else {"type": "length", "length": limit},
         }
+        if scores is not None and ends_by_head and not stopped:
+            meta["finish_reason"] = {"type": "head"}
         if return_logprob:
             values = log_probs or [log_prob_of(i) for i in response_ids]
             meta["output_token_logprobs"] = [[v, i, None] for v, i in zip(values, response_ids, strict=True)]
@@ -318,13 +328,12 @@ class RecordingEngine(Engine):
             given = [0 if i >= FIRST_IMAGE_ROW else i for i in prompt_ids[start:]]
             entries = [[log_prob_of(i), i, None] for i in given[1:]]
             meta["input_token_logprobs"] = [[None, given[0], None], *entries]
-        hidden_ND = states_ND(prompt_ids, response_ids)
         if options is not None:
             pools = HostPools(options.wanted, len(prompt_ids))
             feed(pools, torch.stack([of_layer(hidden_ND, layer) for layer in options.wanted.layers], 1))
             digest = digest_prompt(request.prompt_ids, request.image_rows) if request.images is not None else None
             found = pools.results(response_ids, self._decode)
-            meta[CHANNEL] = [pack_answer(found, options.way, logits=logits, prompt_digest=digest)]
+            meta[CHANNEL] = [pack_answer(found, options.way, logits=logits, prompt_digest=digest, scores=scores)]
         if stock:
             num_prompt = len(prompt_ids)
             meta["hidden_states"] = [hidden_ND[:num_prompt].tolist(), *hidden_ND[num_prompt:].tolist()]

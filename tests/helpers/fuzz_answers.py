@@ -38,7 +38,7 @@ from helpers.sample_requests import (
     spanned,
 )
 from helpers.spoiling import Choices, spoil
-from torchrl_sglang_hidden import HiddenSpec
+from torchrl_sglang_hidden import HeadSpec, HiddenSpec
 from torchrl_sglang_hidden.engines.http_answers import read_event, read_json
 from torchrl_sglang_hidden.engines.samples import generate_samples
 from torchrl_sglang_hidden.engines.streams import Stream
@@ -53,7 +53,7 @@ from torchrl_sglang_hidden.weights.control import drained, finish_update, succee
 V, INFO = len(WORDS), make_info()
 CAT = "data:image/png;base64,Y2F0"
 READS_IMAGES = {"takes_images": True, "image_token_id": IMAGE_ID}
-FINISHED = {"stop", "length", "abort", "error"}
+FINISHED = {"stop", "length", "head", "abort", "error"}
 _ALL = HiddenSpec(ALL_SEGMENTS)
 _RECORDS = SamplingRecords(entropy=True, sampling_mask=True, routed_experts=True)
 _ASKED = httpx.Request("POST", "http://fuzz/generate")
@@ -72,6 +72,8 @@ _KINDS: tuple[tuple[list[Request], dict[str, Any]], ...] = (
     ([request(_ALL), request(None)], {"pools_in_server": False, "layers": (-1,)}),
     ([spanned(tokens=True)], {"pools_in_server": False, "layers": (-1,)}),
     ([request(max_new_tokens=0)], {}),
+    ([dataclasses.replace(request(_ALL), heads=HeadSpec(("d0", "d3"), ("full",), "d0 > 9"))], {}),
+    ([dataclasses.replace(request(None), heads=HeadSpec(("d1",)))], {}),
 )
 
 
@@ -269,6 +271,11 @@ def check_completion(sent: Request, found: Completion, info: EngineInfo) -> None
     for logits in (found.logits, found.prompt_logits):
         _check_logits(logits, info)
     check_floats(found.entropy_T, (num_response,), wanted=None)
+    assert list(found.scores) == ([] if sent.heads is None else list(sent.heads.heads))
+    for scored in found.scores.values():
+        assert isinstance(scored.version, str)
+        check_floats(scored.prompt_P, (num_prompt,), wanted=None)
+        check_floats(scored.response_T, (num_response,), wanted=None)
     if found.routed_experts is not None:
         assert found.routed_experts.dtype == torch.int32
     if found.sampling_mask is not None:

@@ -13,7 +13,7 @@ from helpers.fake_engine import (
     RecordingEngine,
     tiny_tokenizer,
 )
-from torchrl_sglang_hidden import DisallowedTokens, HiddenSpec, LogitsSpec, SGLangHiddenWrapper
+from torchrl_sglang_hidden import DisallowedTokens, HeadSpec, HiddenSpec, LogitsSpec, SGLangHiddenWrapper
 from torchrl_sglang_hidden.spec.hidden import SEGMENTS
 
 TOKENIZER = tiny_tokenizer()
@@ -81,7 +81,8 @@ FULL_CONFIG: dict[str, Any] = {
     "text_key": None, "tokens_key": ("a", "b"), "masks_key": "m", "log_probs_key": None, "hidden": ALL,
     "hidden_states_key": "s", "token_hidden_states_key": ("t", "s"), "logits": LogitsSpec(top_k=3, stage="processed"),
     "logits_key": ("l", "g"), "images_key": ("my", "images"), "prompt_images_key": "i", "pixel_values_key": ("p", "v"),
-    "sampling_key": ("d", "r"), "routed_experts_key": "r",
+    "heads": HeadSpec(("d1",), ("full",)), "head_scores_key": ("e", "h"), "sampling_key": ("d", "r"),
+    "routed_experts_key": "r",
     "constraints": (DisallowedTokens([7]),), "action_mask_key": ("my", "actions"),
     "action_token_ids": (9, 8, 1), "on_error": "nan", "extra_samples": 1,
 }  # fmt: skip

@@ -24,12 +24,14 @@ import torch
 
 from helpers.bad_link import bad_link
 from helpers.completion_checks import assert_completion
+from helpers.heads_oracle import STORM_HEADS, storm_head
 from helpers.policy_checks import prompt_of
 from torchrl_sglang_hidden import (
     At,
     Each,
     EngineUnreachableError,
     Every,
+    HeadSpec,
     HiddenSpec,
     LastTokens,
     SGLangServer,
@@ -94,6 +96,9 @@ def draw_request(chance: random.Random) -> Request:
         dtype=chance.choice((torch.float32, torch.bfloat16)),
         spans={name: asked for name, (asked, _) in spans.items()},
     )
+    heads = draw_heads(chance) if chance.random() < 0.4 else None
+    if heads is not None and chance.random() < 0.3:
+        return Request(tuple(prompt_ids), {**sampling, "min_new_tokens": 0}, heads=heads)
     return Request(
         tuple(prompt_ids),
         sampling,
@@ -101,7 +106,16 @@ def draw_request(chance: random.Random) -> Request:
         return_log_probs=sampling["min_new_tokens"] == 0,
         hidden=spec,
         spans={name: resolved for name, (_, resolved) in spans.items()},
+        heads=heads,
     )
+
+
+def draw_heads(chance: random.Random) -> HeadSpec:
+    """Draw some of the storm's heads, for some tokens; half of them end the response, where its score says so."""
+    names = tuple(chance.sample(STORM_HEADS, chance.randint(1, len(STORM_HEADS))))
+    segments = tuple(chance.sample(SEGMENTS, chance.randint(1, 3)))
+    rule = f"{names[0]} {chance.choice('<>')} {chance.choice((-2, -0.5, 0, 0.5, 2))}"
+    return HeadSpec(names, segments, rule if segments != ("prompt",) and chance.random() < 0.5 else None)
 
 
 def draw_state(chance: random.Random, segment: Any) -> At | Each:
@@ -216,6 +230,8 @@ def storm(
         draw: draws a request.
         faults: calls of clients that are struck meanwhile, of each kind of `STRIKES`.
     """
+    for head in STORM_HEADS:
+        server.push_head(head, storm_head(head, server.info.hidden_size))
     chance = random.Random(seed)
     batches = [[draw(chance) for _ in range(chance.randint(1, most_rows))] for _ in range(calls)]
     doomed = [(f"doomed-{seed}-{index}", draw(chance)) for index in range(aborts)]

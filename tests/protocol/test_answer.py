@@ -445,7 +445,7 @@ def test_an_answer_that_did_not_come_whole(case: str) -> None:
         unpack_answer(answer, "row 5", D)
 
 
-@pytest.mark.parametrize("protocol", [None, 1, 2, 3, 4, 5, 6, 7, 8, 10, "9"])
+@pytest.mark.parametrize("protocol", [None, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, "10"])
 def test_an_answer_of_another_protocol(protocol: Any) -> None:
     answer = sent(pools_of(), "text")
     answer[0]["protocol"] = protocol

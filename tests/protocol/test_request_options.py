@@ -35,6 +35,7 @@ from torchrl_sglang_hidden.protocol import (
     request_options,
     unpack_options,
 )
+from torchrl_sglang_hidden.reduce.head_scores import WantedScores
 from torchrl_sglang_hidden.reduce.wanted import Wanted
 from torchrl_sglang_hidden.reduce.wanted_logits import WantedLogits
 from torchrl_sglang_hidden.spec.constraints import (
@@ -43,6 +44,7 @@ from torchrl_sglang_hidden.spec.constraints import (
     LinearSchedule,
     TemperatureScale,
 )
+from torchrl_sglang_hidden.spec.head_scores import StopRule
 from torchrl_sglang_hidden.spec.hidden import POOLINGS, SEGMENTS
 from torchrl_sglang_hidden.spec.logits import STAGES, LogitsSpec
 from torchrl_sglang_hidden.spec.spans import Between, LastTokens, intervals_of
@@ -88,6 +90,24 @@ chosen = st.builds(
     response_limit=st.integers(0, 10**6),
     entropy=st.booleans(),
 )
+head_names = st.lists(
+    st.from_regex(r"[A-Za-z_][A-Za-z0-9_-]{0,63}", fullmatch=True), min_size=1, max_size=4, unique=True
+)
+scored = head_names.flatmap(
+    lambda names: st.builds(
+        WantedScores,
+        st.just(tuple(names)),
+        prompt=st.booleans(),
+        response=st.just(True),
+        stop=st.none()
+        | st.builds(
+            StopRule,
+            st.sampled_from(names),
+            st.sampled_from([">", ">=", "<", "<="]),
+            st.floats(allow_nan=False, allow_infinity=False),
+        ),
+    )
+)
 options = st.builds(
     Options,
     st.builds(
@@ -101,12 +121,13 @@ options = st.builds(
     ),
     st.sampled_from(WAYS),
     chosen,
+    st.none() | scored,
 )
 
 
 @given(asked=options)
 def test_options_round_trip(asked: Options) -> None:
-    custom = {CHANNEL: pack_options(asked.wanted, asked.way, asked.logits)}
+    custom = {CHANNEL: pack_options(asked.wanted, asked.way, asked.logits, asked.scores)}
     assert all(isinstance(value, (str, int)) for value in custom[CHANNEL].values()), "SGLang carries scalars"
     assert unpack_options(json.loads(json.dumps(custom))) == asked
 

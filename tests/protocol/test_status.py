@@ -27,7 +27,7 @@ def test_a_status_round_trip(layers: tuple[int, ...] | None) -> None:
     assert Status.unpack(json.loads(json.dumps(status.pack()))) == status
 
 
-@pytest.mark.parametrize("protocol", [None, 0, 1, 2, 3, 4, 5, 6, 7, 8, 10, "9"])
+@pytest.mark.parametrize("protocol", [None, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, "10"])
 def test_a_status_of_another_protocol(protocol: Any) -> None:
     with pytest.raises(ProtocolError, match=rf"{protocol!r} and this client {PROTOCOL}; install the same version"):
         Status.unpack({**STATUS.pack(), "protocol": protocol})

@@ -39,7 +39,7 @@ from torchrl_sglang_hidden.protocol.shared_memory import MIN_BYTES, SharedFiles,
 from torchrl_sglang_hidden.reduce.wanted import Wanted
 from torchrl_sglang_hidden.reduce.wanted_logits import WantedLogits
 from torchrl_sglang_hidden.server import capture as capture_module
-from torchrl_sglang_hidden.server.capture import _Tokens
+from torchrl_sglang_hidden.server.prefix_sums import TokensOf
 from torchrl_sglang_hidden.spec.hidden import POOLINGS, SEGMENTS
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 from torchrl_sglang_hidden.spec.places import At, Each, Every, Window
@@ -513,7 +513,7 @@ def test_no_options_end_the_scheduler(custom: Any) -> None:
 def test_prompt_and_response_are_read_as_one(prompt: list[int], response: list[int], data: st.DataObject) -> None:
     req = Req(prompt)
     req.output_ids = response
-    tokens, ids = _Tokens(req), prompt + response
+    tokens, ids = TokensOf(req), prompt + response
     start, stop = (data.draw(st.none() | st.integers(0, len(ids) + 2)) for _ in range(2))
     assert (len(tokens), tokens[start:stop]) == (len(ids), ids[start:stop])
     del req

@@ -71,7 +71,7 @@ def request(custom_params: Any = None, **fields: Any) -> Any:
 
 
 def take(scheduler: SGLangScheduler, recv_req: Any, original: Any = lambda *args: None) -> None:
-    isolation.take_in(original, scheduler, recv_req, {-1}.issuperset)
+    isolation.take_in(original, scheduler, recv_req, Capture())
 
 
 def refusal(scheduler: SGLangScheduler, recv_req: Any) -> str:

@@ -303,7 +303,11 @@ def resend(answer: dict[str, Any], fields: dict[str, Any], value: float) -> None
 
 # The answer's places are the segments prompt, response, full, then the spans mask, tail.
 BAD_CHANNELS: dict[str, tuple[Callable[[dict[str, Any]], Any], type[SGLangHiddenError], str]] = {
-    "other protocol": (lambda a: a.update(protocol=3), ProtocolError, r"row 0 .*protocol 3 and this client 9; install"),
+    "other protocol": (
+        lambda a: a.update(protocol=3),
+        ProtocolError,
+        r"row 0 .*protocol 3 and this client 10; install",
+    ),
     "no data": (lambda a: a.pop("data"), ProtocolError, r"row 0 .*cannot be read"),
     "cut base64": (lambda a: a.update(data=a["data"][:-3]), ProtocolError, r"cannot be read.*cut short"),
     "no places": (lambda a: a.update(places=None), ProtocolError, r"cannot be read"),

@@ -168,7 +168,7 @@ def test_a_shorter_context_of_the_server_counts() -> None:
     assert (info.context_length, info.max_prompt_tokens) == (40, 39)
 
 
-@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, "9"])
+@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, "10"])
 def test_another_protocol(protocol: Any) -> None:
     with pytest.raises(ProtocolError, match=rf"{re.escape(repr(protocol))}.*this client {PROTOCOL}; install the same"):
         read_info(MODEL_INFO, server_info({**STATUS, "protocol": protocol}), never)

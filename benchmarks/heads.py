@@ -1,0 +1,122 @@
+"""What small heads cost: scores of a head for each token, beside the same generation without.
+
+    plain      text, tokens and log-probs
+    scored     the same, and a number for each response token by a two-layer head of a million parameters
+    tokens     the same, and the state of each response token, of which a client could make the score itself
+
+The scores are compared with those that the head makes here of the states before a ratio is shown.
+
+    python benchmarks/heads.py --model wide --prompts 16 --prompt-tokens 64 --new-tokens 64
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from rounds import CONSOLE, Call, DifferentAnswersError, Rounds, print_record, read_arguments, same_tokens, take_turns
+from serving import ask, client_of, greedy, new_prompts, response_ids, served
+
+from torchrl_sglang_hidden import Head, HeadSpec, HiddenSpec, SGLangServer
+from torchrl_sglang_hidden.records import Request
+
+PLAIN, SCORED, TOKENS = "plain", "scored", "tokens"
+PARAMETERS = 10**6
+SCORE_ATOL = 1e-3
+
+
+def make_head(hidden_size: int, parameters: int = PARAMETERS) -> Head:
+    """Make a random two-layer head of about so many parameters, whose scores are of the order of 1."""
+    width = max(parameters // (hidden_size + 2), 1)
+    drawn = torch.Generator().manual_seed(0)
+    tensors = {
+        "hidden.weight": torch.randn(width, hidden_size, generator=drawn) / math.sqrt(hidden_size),
+        "hidden.bias": torch.zeros(width),
+        "output.weight": torch.randn(width, generator=drawn) / math.sqrt(width),
+    }
+    return Head("mlp", tensors, normalize="rms")
+
+
+def compare_ways(server: SGLangServer, *, prompts: int, prompt_tokens: int, new_tokens: int, rounds: int) -> Rounds:
+    """Let the ways take turns.
+
+    Args:
+        server: serves the model.
+        prompts: rows of the batch.
+        prompt_tokens: of each.
+        new_tokens: of each.
+        rounds: that count.
+    """
+    head = make_head(server.info.hidden_size)
+    server.push_head("million", head)
+    ways: dict[str, dict[str, Any]] = {
+        PLAIN: {},
+        SCORED: {"heads": HeadSpec(("million",))},
+        TOKENS: {"hidden": HiddenSpec(pooling=None, tokens=True)},
+    }
+
+    def compare(calls: Mapping[str, Call]) -> float:
+        same_tokens(calls, response_ids)
+        worst = 0.0
+        pairs = zip(calls[SCORED].found["completions"], calls[TOKENS].found["completions"], strict=True)
+        for row, (scored, with_states) in enumerate(pairs):
+            here = head.score(with_states.token_rows.rows_ND)
+            error = float((scored.scores["million"].response_T - here).abs().max())
+            if not error < SCORE_ATOL:
+                raise DifferentAnswersError(f"row {row}: scores differ by {error:.1e}; no ratio means anything")
+            worst = max(worst, error)
+        return worst
+
+    with client_of(server) as client:
+
+        def side(fields: dict[str, Any]) -> Any:
+            def measure(batch: list[list[int]]) -> Call:
+                requests = lambda: [Request(tuple(ids), greedy(new_tokens), **fields) for ids in batch]  # noqa: E731
+                return ask(client, requests, server.info)
+
+            return measure
+
+        return take_turns(
+            f"{prompts} × ({prompt_tokens} + {new_tokens}) tokens",
+            {name: side(fields) for name, fields in ways.items()},
+            lambda number: new_prompts(server.info, prompts, prompt_tokens, seed=number),
+            rounds=rounds,
+            compare=compare,
+        )
+
+
+def main() -> None:
+    """Measure the models that the command line names."""
+    args = read_arguments(
+        __doc__, model=("smollm2", "wide"), prompts=16, prompt_tokens=64, new_tokens=64, rounds=9, dtype="float32"
+    )
+    per_row = args.prompt_tokens + args.new_tokens + 64
+    models = {}
+    for model in args.model:
+        with served(
+            model, dtype=args.dtype, context_length=per_row, total_tokens=args.prompts * (per_row + 64)
+        ) as server:
+            sizes = {name: getattr(args, name) for name in ("prompts", "prompt_tokens", "new_tokens", "rounds")}
+            found = compare_ways(server, **sizes)
+        CONSOLE.print(
+            found.table(
+                f"{model}, {args.dtype}: {args.prompts} prompts × {args.prompt_tokens} tokens, {args.new_tokens} new "
+                f"tokens each, a head of {PARAMETERS:,} parameters, medians of {args.rounds} rounds",
+                {
+                    "speed / plain": lambda side, found=found: f"{found.speed(side, PLAIN):.3f}",
+                    "HTTP MB": lambda side, found=found: f"{found.count(side, 'http_bytes') / 1e6:.3f}",
+                },
+                f"same tokens on all sides; scores differ by at most {found.worst:.0e}",
+            )
+        )
+        sides = found.results()
+        for name, result in sides.items():
+            result["speed_of_plain"] = found.speed(name, PLAIN)
+        models[model] = {"worst_difference": found.worst, "sides": sides}
+    print_record("heads", args, {"models": models})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,299 @@
+"""Scores of small heads on the demo model, against Hugging Face and the head in float64; and the stop rule."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from helpers import heads_oracle, hf_oracle
+from helpers.policy_checks import (
+    CHUNKED_PREFILL_SIZE,
+    LOG_PROB_ATOL,
+    STATE_RTOL,
+    prompt_of,
+    relative_error,
+    tokens_input,
+)
+from tensordict import TensorDict
+from torchrl.modules.llm.policies import Tokens
+from transformers import PreTrainedTokenizerBase
+
+from torchrl_sglang_hidden import (
+    Completion,
+    HeadSpec,
+    HiddenSpec,
+    InputError,
+    LogitsSpec,
+    Request,
+    RequestRejectedError,
+    SGLangHiddenWrapper,
+    SGLangServer,
+    WeightsError,
+)
+
+D, LAYERS = 576, (4, 29)
+HEADS = {
+    "linear": heads_oracle.make_head("linear", D, seed=1, normalize="standard"),
+    "mlp": heads_oracle.make_head("mlp", D, seed=2, layer=4, normalize="layer", activation="gelu", scale=2),
+    "gated": heads_oracle.make_head("gated", D, seed=3, layer=29, normalize="rms", output="sigmoid", scale=2),
+    "tanh": heads_oracle.make_head("mlp", D, seed=4, normalize="rms", activation="tanh", scale=2),
+}
+NAMES = tuple(HEADS)
+ALL = ("prompt", "response", "full")
+
+
+@pytest.fixture(scope="module")
+def versions(smol: SGLangServer) -> Iterator[dict[str, str]]:
+    yield {name: smol.push_head(name, head) for name, head in HEADS.items()}
+    for name in HEADS:
+        smol.drop_head(name)
+
+
+def greedy(ids: list[int], max_new_tokens: int = 8, **fields: Any) -> Request:
+    return Request(tuple(ids), {"temperature": 0, "max_new_tokens": max_new_tokens}, **fields)
+
+
+def assert_scored(completion: Completion, spec: HeadSpec, model_dir: str, versions: dict[str, str]) -> None:
+    assert completion.scores.keys() == set(spec.heads)
+    prompt, response = list(completion.prompt_ids), list(completion.response_ids)
+    for name, scores in completion.scores.items():
+        expected = heads_oracle.expected(HEADS[name], model_dir, prompt, response, LAYERS)
+        what = f"{name}, P={len(prompt)}, T={len(response)}"
+        assert scores.version == versions[name]
+        assert (scores.prompt_P is not None, scores.response_T is not None) == (spec.of_prompt, spec.of_response)
+        if scores.prompt_P is not None:
+            heads_oracle.assert_scores(scores.prompt_P, expected["prompt"], f"{what}, prompt")
+        if scores.response_T is not None:
+            heads_oracle.assert_scores(scores.response_T, expected["response"], f"{what}, response")
+
+
+def test_cold_cached_chunked_and_mixed(smol: SGLangServer, smol_dir: str, versions: dict[str, str]) -> None:
+    """Each kind of head, cold and from the prefix cache, in one batch with requests that ask for other things."""
+    long = prompt_of(2 * CHUNKED_PREFILL_SIZE + 9, seed=7100)
+    requests = [
+        greedy(long, heads=HeadSpec(NAMES, ALL)),
+        greedy(prompt_of(9, seed=7101), heads=HeadSpec(("mlp", "linear"))),
+        greedy(prompt_of(12, seed=7102), hidden=HiddenSpec(ALL, layers=(-1, 4)), logits=LogitsSpec(top_k=3)),
+        greedy(prompt_of(5, seed=7103)),
+        greedy(prompt_of(7, seed=7104), heads=HeadSpec(("gated",), ("prompt",))),
+        greedy(prompt_of(11, seed=7105), hidden=HiddenSpec(("prompt",), tokens=True), heads=HeadSpec(NAMES, ("full",))),
+        greedy(prompt_of(1, seed=7106), heads=HeadSpec(NAMES, ALL)),
+    ]
+    for _ in range(2):
+        for request, completion in zip(requests, smol.generate(requests), strict=True):
+            if request.heads is None:
+                assert completion.scores == {}
+            else:
+                assert_scored(completion, request.heads, smol_dir, versions)
+    (longer,) = smol.generate([greedy([*long, *prompt_of(5, seed=7107)], heads=HeadSpec(NAMES, ALL))])
+    assert_scored(longer, HeadSpec(NAMES, ALL), smol_dir, versions)
+    # The response alone leaves the whole prompt to the prefix cache.
+    (cached,) = smol.generate([greedy(long, heads=HeadSpec(NAMES))])
+    assert cached.cached_tokens > CHUNKED_PREFILL_SIZE
+    assert_scored(cached, HeadSpec(NAMES), smol_dir, versions)
+
+
+@pytest.mark.parametrize(("pad_output", "num_samples"), [(False, None), (True, 2)])
+def test_a_policy_writes_scores(
+    smol: SGLangServer,
+    smol_dir: str,
+    tokenizer: PreTrainedTokenizerBase,
+    versions: dict[str, str],
+    pad_output: bool,
+    num_samples: int | None,
+) -> None:
+    policy = SGLangHiddenWrapper(
+        smol,
+        tokenizer=tokenizer,
+        input_mode="tokens",
+        hidden=None,
+        heads=HeadSpec(("mlp", "gated"), ALL),
+        pad_output=pad_output,
+        num_samples=num_samples,
+        generate_kwargs={"max_new_tokens": 6, "temperature": 1.0 if num_samples else 0},
+    )
+    out = policy(tokens_input([prompt_of(9, seed=7201), prompt_of(14, seed=7202)]))
+    assert ("head_scores", "response", "mlp") in policy.out_keys
+    groups = out.unbind(0)
+    for row in groups if num_samples is None else [row for group in groups for row in group.unbind(0)]:
+        mask, num_prompt = row["masks"].all_attention_mask, len(row["tokens"].prompt)
+        prompt = row["tokens"].prompt[mask[:num_prompt]].tolist()
+        response = row["tokens"].response[mask[num_prompt:]].tolist()
+        for name in ("mlp", "gated"):
+            expected = heads_oracle.expected(HEADS[name], smol_dir, prompt, response, LAYERS)
+            assert row["head_scores", "versions", name] == versions[name]
+            for segment in ALL:
+                found = row["head_scores", segment, name]
+                if pad_output:
+                    assert len(found) == len(getattr(row["tokens"], segment)) - (segment == "full")
+                heads_oracle.assert_scores(found[~found.isnan()], expected[segment], f"{name}, {segment}")
+    scorer = policy.get_new_version(generate=False, num_samples=None, input_key=("tokens", "full"))
+    scored = scorer(
+        TensorDict(tokens=Tokens(full=torch.tensor([prompt_of(9, seed=7201)]), batch_size=1), batch_size=1)
+    )[0]
+    expected = heads_oracle.expected(HEADS["mlp"], smol_dir, prompt_of(9, seed=7201), [1], LAYERS)["prompt"]
+    heads_oracle.assert_scores(scored["head_scores", "full", "mlp"], expected, "scored")
+
+
+def rule_that_ends_at(scores_T: torch.Tensor, least: int) -> tuple[str, int]:
+    """Return a rule that a score fulfils first at a token, from ``least`` on if there is one; and that token."""
+    if not least:
+        return "> -1e8", 0
+    scores = scores_T.tolist()
+    for token in (*range(least, len(scores)), *range(least - 1, 0, -1)):
+        highest, lowest = max(scores[:token]), min(scores[:token])
+        if scores[token] > highest + 1e-3:
+            return f"> {(scores[token] + highest) / 2!r}", token
+        if scores[token] < lowest - 1e-3:
+            return f"<= {(scores[token] + lowest) / 2!r}", token
+    raise AssertionError("all scores are alike: choose another prompt")
+
+
+@pytest.mark.parametrize("least", [0, 5])
+def test_a_score_ends_a_response(smol: SGLangServer, smol_dir: str, versions: dict[str, str], least: int) -> None:
+    """With the token that fulfils the rule as its last, and all that belongs to it cut there too."""
+    prompts = [prompt_of(9 + row, seed=7300 + row) for row in range(6)]
+    asked: dict[str, Any] = {
+        "hidden": HiddenSpec(("response", "full"), layers=(-1, 4), tokens=True),
+        "logits": LogitsSpec(top_k=2),
+    }
+    ignoring = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
+    free = smol.generate([Request(tuple(ids), ignoring, heads=HeadSpec(("linear",)), **asked) for ids in prompts])
+    rules = [rule_that_ends_at(one.scores["linear"].response_T, least) for one in free]
+    stopping = [
+        Request(tuple(ids), ignoring, heads=HeadSpec(("linear",), stop_when=f"linear {rule}"), **asked)
+        for ids, (rule, _) in zip(prompts, rules, strict=True)
+    ]
+    beside = [Request(tuple(ids), ignoring, heads=HeadSpec(("linear",))) for ids in prompts[:2]]
+    mixed = smol.generate([*stopping, *beside])
+    for whole, cut, (_, last) in zip(free, mixed, rules, strict=False):
+        assert cut.finish_reason == "head"
+        assert cut.response_ids == whole.response_ids[: last + 1]
+        assert len(cut.log_probs_T) == len(cut.logits.values_NC) == len(cut.scores["linear"].response_T) == last + 1
+        assert cut.hidden["response"].count == last + 1
+        assert_scored(cut, HeadSpec(("linear",)), smol_dir, versions)
+        truth = hf_oracle.teacher_force(smol_dir, list(cut.prompt_ids), list(cut.response_ids), layers=LAYERS)
+        torch.testing.assert_close(cut.log_probs_T, truth.log_probs_T, atol=LOG_PROB_ATOL, rtol=0)
+        for place, layer in enumerate((-1, 4)):
+            for segment in ("response", "full"):
+                error = relative_error(cut.hidden[segment].vector[place], truth.pooled(segment, "mean", layer))
+                assert error < STATE_RTOL, (segment, layer, error)
+    assert [one.finish_reason for one in mixed[6:]] == ["length"] * 2
+    assert [len(one.response_ids) for one in mixed[6:]] == [12] * 2
+
+
+def test_a_score_ends_a_stream(smol: SGLangServer, versions: dict[str, str]) -> None:
+    ids = prompt_of(9, seed=7300)
+    ignoring = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
+    (free,) = smol.generate([Request(tuple(ids), ignoring, heads=HeadSpec(("linear",)))])
+    rule, last = rule_that_ends_at(free.scores["linear"].response_T, 2)
+    with smol.stream(Request(tuple(ids), ignoring, heads=HeadSpec(("linear",), stop_when=f"linear {rule}"))) as stream:
+        streamed = [token_id for chunk in stream for token_id in chunk.ids]
+        whole = stream.completion
+    assert tuple(streamed) == whole.response_ids == free.response_ids[: last + 1]
+    assert whole.finish_reason == "head"
+    torch.testing.assert_close(
+        whole.scores["linear"].response_T, free.scores["linear"].response_T[: last + 1], atol=1e-5, rtol=0
+    )
+
+
+def test_a_rule_and_another_end_at_once(smol: SGLangServer, versions: dict[str, str]) -> None:
+    """A stop token says so itself, and its text is trimmed as ever; the last token that is allowed is the rule's."""
+    ids = tuple(prompt_of(9, seed=7300))
+    always = HeadSpec(("linear",), stop_when="linear > -1e30")
+    ignoring: dict[str, Any] = {"temperature": 0, "max_new_tokens": 3, "ignore_eos": True}
+    (free,) = smol.generate([Request(ids, ignoring)])
+    # SGLang looks at no stop token under ignore_eos.
+    stop = {"temperature": 0, "max_new_tokens": 3, "stop_token_ids": [free.response_ids[0]]}
+    by_token, by_length, never = smol.generate(
+        [
+            Request(ids, stop, heads=always),
+            Request(ids, {**ignoring, "max_new_tokens": 1}, heads=always),
+            Request(ids, ignoring, heads=HeadSpec(("linear",), stop_when="linear < -1e30")),
+        ]
+    )
+    assert [one.finish_reason for one in (by_token, by_length, never)] == ["stop", "head", "length"]
+    assert [len(one.response_ids) for one in (by_token, by_length, never)] == [1, 1, 3]
+
+
+def test_a_head_that_is_pushed_again(smol: SGLangServer, smol_dir: str) -> None:
+    """Requests under way keep the head that they began with; those behind it have the new one, and say which."""
+    old, new = (heads_oracle.make_head("linear", D, seed=seed, normalize="rms") for seed in (11, 12))
+    ids = prompt_of(10, seed=7400)
+    request = greedy(ids, 60, heads=HeadSpec(("again",)))
+    ignoring = replace(request, sampling={**request.sampling, "ignore_eos": True})
+    first = smol.push_head("again", old, version="one")
+    with smol.stream(ignoring) as stream:
+        next(iter(stream))
+        assert smol.push_head("again", new) == smol.push_head("again", new)
+        for _ in stream:
+            pass
+        under_way = stream.completion
+    (behind,) = smol.generate([request])
+    assert (under_way.scores["again"].version, first) == ("one", "one")
+    assert behind.scores["again"].version not in ("one", "")
+    for completion, head in ((under_way, old), (behind, new)):
+        expected = heads_oracle.expected(head, smol_dir, ids, list(completion.response_ids), LAYERS)["response"]
+        heads_oracle.assert_scores(completion.scores["again"].response_T, expected, "again")
+    with pytest.raises(RequestRejectedError, match=r"has version .* with other weights"):
+        smol.push_head("again", old, version=behind.scores["again"].version)
+    smol.drop_head("again")
+    with pytest.raises(RequestRejectedError, match=r"no head .again.*push_head"):
+        smol.generate([request])
+
+
+def test_heads_that_cannot_be_served(smol: SGLangServer, tmp_path: Any) -> None:
+    """Each is refused with a name, and the server goes on."""
+    from torchrl_sglang_hidden.protocol.head_call import HeadCall
+
+    narrow, far = heads_oracle.make_head("linear", 8), heads_oracle.make_head("linear", D, layer=30)
+    with pytest.raises(WeightsError, match=r"reads states of 8 numbers, and the model's have 576"):
+        smol.push_head("bad", narrow)
+    with pytest.raises(InputError, match=r"layers=30: the model has 30 layers"):
+        smol.push_head("bad", far)
+    (tmp_path / "head.safetensors").write_bytes(b"not a head")
+    with pytest.raises(WeightsError, match="no safetensors file that describes a head"):
+        smol.push_head("bad", tmp_path / "head.safetensors")
+    # What another client may send, past the checks of this one.
+    for head, said in (
+        (narrow, "reads states of 8 numbers"),
+        (far, "reads layer 30, whose states the server does not give"),
+    ):
+        with pytest.raises(RequestRejectedError, match=said):
+            smol._endpoints[0].call("get_weights_by_name", {"name": HeadCall("bad", "1", head.to_bytes()).pack()})
+    for name, said in (
+        (HeadCall("bad", "1", b"{}").pack(), "no safetensors file"),
+        (HeadCall("bad").pack()[:-9], "cannot be read"),
+        (HeadCall("bad").pack(), "no head 'bad'"),
+    ):
+        with pytest.raises(RequestRejectedError, match=said):
+            smol._endpoints[0].call("get_weights_by_name", {"name": name})
+    with pytest.raises(RequestRejectedError, match="no head 'bad'"):
+        smol.generate([greedy(prompt_of(5, seed=1), heads=HeadSpec(("bad",)))])
+    assert smol.generate([greedy(prompt_of(5, seed=1))])[0].finish_reason == "length"
+
+
+def test_many_at_once_without_waiting(smol: SGLangServer, smol_dir: str, versions: dict[str, str]) -> None:
+    """Requests of every kind of head that come and end at any time, half of them by a rule."""
+
+    async def run() -> list[Completion]:
+        async def one(index: int) -> Completion:
+            await asyncio.sleep(0.02 * (index % 7))
+            names = NAMES[index % 4 :] + NAMES[: index % 3]
+            stop = f"{names[0]} > {0.2 * (index % 5)}" if index % 2 else None
+            spec = HeadSpec(tuple(dict.fromkeys(names)), ALL if index % 3 == 0 else ("response",), stop)
+            sampling = {"temperature": 1.0, "max_new_tokens": 4 + index % 9}
+            (completion,) = await smol.agenerate(
+                [Request(tuple(prompt_of(5 + index, seed=7500 + index)), sampling, heads=spec)]
+            )
+            assert_scored(completion, spec, smol_dir, versions)
+            return completion
+
+        return await asyncio.gather(*(one(index) for index in range(16)))
+
+    reasons = {completion.finish_reason for completion in asyncio.run(run())}
+    assert {"head", "length"} <= reasons
