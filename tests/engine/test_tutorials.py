@@ -90,12 +90,22 @@ LESSONS: dict[str, tuple[str, ...]] = {
         r"pixels \+ zeros +right in new worlds, new words: mean ",
         r"pixels \+ hidden less pixels \+ shuffled: [+-]\d\.\d\d, 95 % from ",
     ),
+    "110_only_what_is_possible": (
+        r"possible: \['north', 'south', 'east', 'west'\]",
+        r"turn 3: \w+ +of \[.+\]; without the mask \d\d% for what is impossible",
+        r"logits \[B, A\] \(2, 6\)  hidden states \(2, 576\)",
+        r"160 prompts; logits \(240, 6\), hidden states \(240, 576\)",
+        r"hidden states +chest opened: at first +[1-4]\d%, .* (100|[3-9]\d)%",
+        r"no mask +chest opened: at first +\d%, in the last four batches +\d%",
+        r"hidden states less no mask: \+0\.\d\d, 95 % from ",
+    ),
 }
 # Fewer seeds and steps where a lesson trains for minutes; what is committed has all of them.
 SHORTER = {
     "104_language_model_as_state_encoder": ("range(5), 32_768", "range(2), 8_192"),
     "106_a_mission_in_a_room": ("range(5, 10), 65_536", "range(2), 24_576"),
     "108_pixels_beside_text": ("4000, range(5, 10), 350, 100", "800, range(2), 60, 16"),
+    "110_only_what_is_possible": ("range(5), 24", "range(2), 5"),
 }
 # The session's server takes the place of these, in float32 where a lesson leaves the dtype to SGLang. Others start
 # theirs in their notebook: one of another model, and one of this model as it is printed.
@@ -142,7 +152,7 @@ def test_there_is_no_lesson_that_no_test_runs() -> None:
 
 def test_some_lessons_share_a_server_and_some_launch_their_own() -> None:
     could = [bool(re.search(SHARED_LAUNCH, "".join(cell.source for cell in read(name).cells))) for name in LESSONS]
-    assert could == [True, True, True, True, True, True, False, True]
+    assert could == [True, True, True, True, True, True, False, True, True]
     assert set(LESSONS) > OWN_SERVER
 
 
