@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -241,6 +242,17 @@ def test_a_head_of_other_weights_is_found() -> None:
     for row in batch.unbind(0):
         del row["next", "teacher_log_probs"]
     VocabularyDistillationLoss(STUDENT, other)(batch)
+
+
+@pytest.mark.parametrize(
+    ("chance", "moved", "refused"), [(-1, 0.09, False), (-1, 0.11, True), (-15, 1.4, False), (-15, 1.6, True)]
+)
+def test_the_tolerance_grows_with_how_improbable_a_token_is(chance: float, moved: float, refused: bool) -> None:
+    """A state rounded to bfloat16 was found 0.11 off at a token of log-prob -15, where the head was the right one."""
+    states, head = torch.ones(1, 1), torch.tensor([[math.log1p(-math.exp(chance))], [float(chance)]])
+    said = {"tokens_N": torch.tensor([1]), "teacher_log_probs_N": torch.tensor([chance - moved])}
+    with pytest.raises(AlignmentError, match=r"of tolerance=0\.1") if refused else nullcontext():
+        vocabulary_divergence(states, head, states, head, **said)
 
 
 def test_a_teacher_of_another_vocabulary() -> None:
