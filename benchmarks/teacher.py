@@ -67,9 +67,10 @@ def compare_ways(server: LaunchedServer, head: Any, *, prompts: int, tokens: int
         def compare(calls: Mapping[str, Call]) -> float:
             row = calls[STATES].found[0]["token_hidden_states", "full"][:COMPARED]
             logits = logits_from_hidden(row.detach(), head).detach()[:-1]
+            # Row n has the logits of token n, which the state before it makes.
             top = calls[TOP_K].found[0]["logits"]
-            ids = top["full_token_ids"][1:COMPARED].to(torch.int64)
-            error = float((logits.gather(-1, ids) - top["full"][1:COMPARED].float()).abs().max())
+            found = logits.gather(-1, top.full_token_ids[1:COMPARED])
+            error = float((found - top.full[1:COMPARED].float()).abs().max())
             if not error < LOGITS_ATOL:
                 raise DifferentAnswersError(f"logits of {STATES!r} are {error:.2f} from the server's; expected none")
             return error
