@@ -41,7 +41,7 @@ FLOORS: list[list[set[str]]] = [
     ],
     [
         {"server", "sglang_api", "weights"},
-        {"sglang_api.fields", "sglang_api.overflow", "sglang_api.scores"},
+        {"sglang_api.fields", "sglang_api.overflow", "sglang_api.streamed_scores"},
         {
             "sglang_api.sampling",
             "sglang_api.payload",
@@ -52,6 +52,7 @@ FLOORS: list[list[set[str]]] = [
             "sglang_api.images",
         },
         {"sglang_api.states"},
+        {"sglang_api.scores"},
         {"sglang_api.checks", "sglang_api.responses"},
         {"weights.trainers"},
         {"weights.validation"},

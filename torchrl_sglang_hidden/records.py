@@ -107,6 +107,7 @@ class Request:
         images: the images in the prompt, or None for none. All positions of a request (``score_from``, ``spans``,
             ``response_ranges``) count the rows of ``prompt_ids``.
         heads: the scores that come back, and the rule that ends the response by one; or None.
+        head_spans: the spans of ``heads``, as ``spans`` has those of ``hidden``.
     """
 
     prompt_ids: tuple[int, ...]
@@ -127,6 +128,7 @@ class Request:
     return_errors: bool = False
     images: Images | None = None
     heads: HeadSpec | None = None
+    head_spans: Mapping[str, ResolvedSpan] = field(default_factory=dict)
 
     @property
     def image_rows(self) -> tuple[int, ...]:
@@ -197,11 +199,15 @@ class Scores:
         prompt_P: float32 ``[P]``, of the prompt's positions; None where they were not asked for.
         response_T: float32 ``[T]``, each of the state that produced the response token; None where not asked for.
         version: of the head that gave them.
+        pooled: of the segments that ``HeadSpec(pooling=…)`` pools, each one number, float32 ``[]``.
+        spans: of its spans, ``[]`` each, or ``[S]`` of one without a pooling.
     """
 
     prompt_P: torch.Tensor | None
     response_T: torch.Tensor | None
     version: str
+    pooled: Mapping[str, Pooled] = field(default_factory=dict)
+    spans: Mapping[str, Pooled] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
+from helpers import fake_engine
 from helpers.engine_contract import assert_same, request
 from helpers.fake_engine import (
     Fault,
@@ -38,6 +40,7 @@ from torchrl_sglang_hidden.errors import (
     RequestRejectedError,
 )
 from torchrl_sglang_hidden.records import Completion, Request
+from torchrl_sglang_hidden.spec.head_scores import HeadSpec
 
 
 class TestRecorder(StreamContract):
@@ -356,3 +359,67 @@ def test_a_closed_engine_says_so(engine: SGLangServer) -> None:
     engine.close()
     with pytest.raises(EngineError, match="closed by close"):
         engine.stream(request(PROMPT))
+
+
+# --- scores of heads --------------------------------------------------------------------------------------------------
+
+
+def scored_stream(spec: HeadSpec, fault: Fault | None = None) -> tuple[list[StreamChunk], Completion]:
+    one = replace(request(ids_of_length(4), hidden=None), heads=spec)
+    stream = RecordingEngine(fault=fault).stream(one)
+    return list(stream), stream.completion
+
+
+def test_scores_come_with_the_tokens() -> None:
+    chunks, completion = scored_stream(HeadSpec(("d0", "d3"), ("prompt", "response")))
+    assert [len(chunk.ids) for chunk in chunks] == [1] * 4
+    for name, scores in completion.scores.items():
+        assert torch.equal(torch.cat([chunk.scores[name] for chunk in chunks]), scores.response_T)
+        assert chunks[0].scores[name].dtype == torch.float32
+
+
+def test_pooled_scores_come_at_the_end_alone() -> None:
+    for spec in (HeadSpec(("d0",), pooling="mean"), HeadSpec(("d0",), ("prompt",))):
+        chunks, completion = scored_stream(spec)
+        assert [chunk.scores for chunk in chunks] == [{}] * 4
+        assert completion.scores.keys() == {"d0"}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        (lambda parts: parts[1].update(streamed=[["1"]]), ProtocolError, "'1' stands where a score is expected"),
+        (lambda parts: parts[1].update(streamed=[[True]]), ProtocolError, "True stands where a score"),
+        (
+            lambda parts: parts[1].update(streamed=[[1.0], [1.0]]),
+            ProtocolError,
+            "scores of a part of a stream are wrong",
+        ),
+        (lambda parts: parts[1].update(streamed=3), ProtocolError, "scores of a part of a stream are wrong"),
+        (lambda parts: parts[1].update(streamed=[[]]), AlignmentError, "1 scores of head 'd0' for the 2 tokens so far"),
+        (
+            lambda parts: parts[1].update(streamed=[[9.0]]),
+            AlignmentError,
+            "the scores of head 'd0' in the stream are not",
+        ),
+        (lambda parts: parts[1].update(streamed=[[None]]), AlignmentError, "the scores of head 'd0' in the stream are"),
+    ],
+)
+def test_parts_whose_scores_are_wrong(
+    monkeypatch: pytest.MonkeyPatch, change: Any, error: type[Exception], said: str
+) -> None:
+    original = fake_engine.streamed_parts
+
+    def spoilt(*args: Any) -> list[Any]:
+        parts = original(*args)
+        change(parts[-4:])
+        return parts
+
+    monkeypatch.setattr(fake_engine, "streamed_parts", spoilt)
+    with pytest.raises(error, match=said):
+        scored_stream(HeadSpec(("d0",)))
+
+
+def test_an_abort_in_a_scored_stream() -> None:
+    with pytest.raises(RequestAbortedError):
+        scored_stream(HeadSpec(("d0",)), fault=abort_a_row)

@@ -23,7 +23,7 @@ from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from helpers.fake_heads import found_scores, until_rule
+from helpers.fake_heads import every_score, found_scores, streamed_parts, until_rule
 from helpers.fake_images import FIRST_IMAGE_ROW, images_in, joined, seen_ids
 from helpers.reference_pooling import pool
 from torchrl_sglang_hidden.engines import Engine
@@ -219,8 +219,16 @@ class RecordingEngine(Engine):
         self._check([request], self._info)
         row = self._send([request])[0]
         yield None
+        parts: list[Any] = []
+        if request.heads is not None and request.heads.response_tokens:
+            parts = streamed_parts(request.heads.heads, states_ND(list(request.prompt_ids), row["output_ids"]))
+            parts = parts[len(request.prompt_ids) - 1 :]
         for count in range(1, len(row["output_ids"])):
-            yield self.so_far(row, count)
+            part = self.so_far(row, count)
+            yield part if not parts else {**part, "meta_info": {**part["meta_info"], CHANNEL: parts[:count]}}
+        # The last token's are in the answer.
+        if parts:
+            row["meta_info"][CHANNEL] = [*parts[:-1], *row["meta_info"].get(CHANNEL, [])]
         yield row
 
     def so_far(self, row: dict[str, Any], count: int) -> dict[str, Any]:
@@ -309,7 +317,12 @@ class RecordingEngine(Engine):
             count = until_rule(options.scores, hidden_ND, len(prompt_ids), len(response_ids))
             ruled, response_ids = count < len(response_ids), response_ids[:count]
             hidden_ND = hidden_ND[: len(prompt_ids) + count - 1]
-            scores = found_scores(options.scores, hidden_ND, len(prompt_ids))
+            of_heads = None
+            if options.scores.pooled is not None:
+                score_pools = HostPools(options.scores.pooled, len(prompt_ids))
+                feed(score_pools, every_score(options.scores, hidden_ND).T[:, None])
+                of_heads = score_pools.results(response_ids, self._decode)
+            scores = found_scores(options.scores, hidden_ND, len(prompt_ids), of_heads)
             ends_by_head = ruled or until_rule(options.scores, hidden_ND, len(prompt_ids), count + 1) == count
         stopped = response_ids[-1] == EOS_ID
         meta: dict[str, Any] = {

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from torchrl_sglang_hidden.protocol.answer import STREAMED
 from torchrl_sglang_hidden.reduce.head_scores import FoundScores, WantedScores
+from torchrl_sglang_hidden.reduce.pooling import Pools
 
 
 def scores_of(states_ND: torch.Tensor, name: str) -> torch.Tensor:
@@ -20,11 +24,25 @@ def until_rule(wanted: WantedScores | None, states_ND: torch.Tensor, num_prompt:
     return next((token + 1 for token, score in enumerate(scores) if wanted.stop.holds(score)), count)
 
 
-def found_scores(wanted: WantedScores, states_ND: torch.Tensor, num_prompt: int) -> FoundScores:
-    """Return what the server half would send."""
-    every_HN = torch.stack([scores_of(states_ND, name) for name in wanted.heads])
+def every_score(wanted: WantedScores, states_ND: torch.Tensor) -> torch.Tensor:
+    """Return the scores of all positions, ``[H, N]``."""
+    return torch.stack([scores_of(states_ND, name) for name in wanted.heads])
+
+
+def found_scores(
+    wanted: WantedScores, states_ND: torch.Tensor, num_prompt: int, pools: Pools | None = None
+) -> FoundScores:
+    """Return what the server half would send; ``pools`` is what is pooled of the scores."""
+    every_HN = every_score(wanted, states_ND)
     return FoundScores(
         tuple(f"v-{name}" for name in wanted.heads),
         every_HN[:, :num_prompt] if wanted.prompt else None,
         every_HN[:, num_prompt - 1 :] if wanted.response else None,
+        pools,
     )
+
+
+def streamed_parts(heads: Sequence[str], states_ND: torch.Tensor) -> list[dict[str, list[list[float]]]]:
+    """Return what the server half sends with each part of a stream, one part for each state."""
+    every_HN = torch.stack([scores_of(states_ND, name) for name in heads])
+    return [{STREAMED: [[score] for score in scores]} for scores in every_HN.T.tolist()]

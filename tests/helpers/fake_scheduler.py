@@ -75,7 +75,7 @@ class Req:
         self.session: Any = None
         self.multimodal_inputs: Any = None
         self.tokenizer = TOKENIZER
-        self.is_finished = False
+        self.is_finished = self.stream = False
         self.prefix_len = self.host_hit_length = 0
 
     @property

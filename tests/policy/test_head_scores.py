@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,18 +17,26 @@ from torchrl.modules.llm.policies import Tokens
 
 from torchrl_sglang_hidden import (
     AlignmentError,
+    At,
     CapabilityError,
     EngineError,
+    Every,
     HeadSpec,
     HiddenSpec,
     InputError,
     InputTypeError,
+    LastTokens,
     ProtocolError,
     Request,
     SGLangHiddenWrapper,
+    SpanError,
+    TokenMask,
+    Turn,
+    Window,
 )
 from torchrl_sglang_hidden.protocol import CHANNEL
 from torchrl_sglang_hidden.sglang_api.checks import check_requests
+from torchrl_sglang_hidden.spec.spans import PromptSpan, Span
 
 NAMES = ("d0", "d3")
 ALL = ("prompt", "response", "full")
@@ -216,7 +225,7 @@ def test_what_cannot_be_asked() -> None:
     with pytest.raises(CapabilityError, match=r"row 0: heads=\('d0',\) are asked of a server without the server half"):
         make(heads=HeadSpec(("d0",)), engine=stock)[0](batch_of("tokens"))
     assert stock.payloads == []
-    with pytest.raises(InputError, match=r"max_new_tokens=0 with HeadSpec\(segments=\('response',\)\)"):
+    with pytest.raises(InputError, match=r"max_new_tokens=0 with HeadSpec\(segments=\('response',\), spans"):
         make(heads=HeadSpec(("d0",)), generate_kwargs={"max_new_tokens": 0})[0](batch_of("tokens"))
     with pytest.raises(InputError, match=r"row 0: max_new_tokens=0 generates nothing, and HeadSpec"):
         check_requests([Request((1,), {"max_new_tokens": 0}, heads=HeadSpec(("d0",)))], make_info())
@@ -232,3 +241,108 @@ def test_a_prompt_that_is_only_read() -> None:
     for row in flat(policy(batch_of("tokens"))):
         prompt, _ = real(row)
         torch.testing.assert_close(row["head_scores", "prompt", "d1"], states_ND(prompt, [EOS_ID])[: len(prompt), 1])
+
+
+# --- pooled scores ----------------------------------------------------------------------------------------------------
+
+WORDS = {"mean": torch.mean, "sum": torch.sum, "max": torch.max, "last": lambda scores_N: scores_N[-1]}
+
+
+@pytest.mark.parametrize("pooling", ["mean", "sum", "max", "last"])
+@pytest.mark.parametrize("pad_output", [False, True])
+@pytest.mark.parametrize("num_samples", [None, 2])
+def test_one_number_for_a_segment(pooling: Any, pad_output: bool, num_samples: int | None) -> None:
+    policy, _ = make(heads=HeadSpec(NAMES, ALL, pooling=pooling), pad_output=pad_output, num_samples=num_samples)
+    out = policy(batch_of("tokens"))
+    assert out["head_scores", "response", "d3"].shape == out.batch_size
+    for row in flat(out):
+        for name in NAMES:
+            for segment in ALL:
+                truth = WORDS[pooling](expected(row, name)[segment])
+                torch.testing.assert_close(row["head_scores", segment, name], truth)
+    (row, *_) = flat(policy.get_new_version(num_samples=None, generate=False)(scored_batch()))
+    torch.testing.assert_close(row["head_scores", "full", "d3"], WORDS[pooling](states_ND([5, 6, 7], [EOS_ID])[:3, 3]))
+
+
+def scored_batch() -> TensorDict:
+    return TensorDict(tokens=Tokens(full=torch.tensor([[5, 6, 7]]), batch_size=1), batch_size=1)
+
+
+SPANS: dict[str, Span] = {
+    "end": LastTokens(2, segment="response", allow_fewer=True),
+    "each": Every(2, segment="response"),
+    "never": At("w499", segment="response", missing="nan"),
+    "start": Window(0, 1, segment="prompt"),
+    "best": Window(0, 64, segment="response", pooling="max"),
+}
+
+
+@pytest.mark.parametrize("pad_output", [False, True])
+@pytest.mark.parametrize("pooling", [None, "sum"])
+@pytest.mark.parametrize("num_samples", [None, 2])
+def test_scores_of_spans(pad_output: bool, pooling: Any, num_samples: int | None) -> None:
+    """Beside the scores of the tokens, or of the segments, or alone; and beside states of other spans."""
+    segments = ("response",) if pooling is None else ()
+    policy, _ = make(
+        heads=HeadSpec(NAMES, segments, pooling=pooling, spans=SPANS),
+        hidden=HiddenSpec(spans={"end": LastTokens(1)}),
+        pad_output=pad_output,
+        num_samples=num_samples,
+    )
+    out = policy(batch_of("tokens"))
+    keys = {("head_scores", "spans", span, name) for span in SPANS for name in NAMES}
+    assert keys | {("head_scores", "span_places", "each")} <= set(policy.out_keys)
+    most = max(len(real(row)[1]) for row in flat(out))
+    for row in flat(out):
+        for name in NAMES:
+            truth, found = expected(row, name), row["head_scores", "spans"]
+            pool = torch.mean if pooling is None else torch.sum
+            torch.testing.assert_close(found["end", name], pool(truth["response"][-2:]))
+            torch.testing.assert_close(found["start", name], truth["prompt"][0])
+            torch.testing.assert_close(found["best", name], truth["response"].max())
+            assert found["never", name].isnan()
+            each, rows = found["each", name], truth["response"][::2]
+            torch.testing.assert_close(each[: len(rows)], rows)
+            assert len(each) == ((most + 1) // 2 if pad_output else len(rows))
+            assert each[len(rows) :].isnan().all()
+            places = row["head_scores", "span_places", "each"]
+            assert places[: len(rows)].tolist() == list(range(0, len(truth["response"]), 2))
+            assert (places[len(rows) :] == -1).all()
+            assert row["hidden_states", "span_counts", "end"] == 1
+
+
+def test_spans_of_scores_that_cannot_be_found() -> None:
+    policy, _ = make(heads=HeadSpec(("d0",), spans={"answer": At("w499", missing="error")}))
+    with pytest.raises(SpanError, match=r"span 'answer' of heads: At.*w499.* the marker is not in the response"):
+        policy(batch_of("tokens"))
+    with pytest.raises(InputError, match=r"the span 'said', Turn.* only history mode"):
+        make(heads=HeadSpec(("d0",), spans={"said": Turn(0)}))
+    masked, _ = make(heads=HeadSpec(("d0",), (), spans={"mask": TokenMask("my_mask")}))
+    assert "my_mask" in masked.in_keys
+    lenient = policy.get_new_version(on_error="nan", pad_output=True)
+    for row in flat(lenient(batch_of("tokens"))):
+        assert row["head_scores", "spans", "answer", "d0"].isnan()
+    request = Request((1, 2), {}, heads=HeadSpec(("d0",), spans={"a": At("w1")}))
+    with pytest.raises(InputError, match=r"head_spans \[\] are resolved, and \['a'\] are asked for"):
+        check_requests([request], make_info())
+    with pytest.raises(InputError, match=r"head_spans \['b'\] are resolved"):
+        check_requests([replace(request, heads=HeadSpec(("d0",)), head_spans={"b": Window(0, 1)})], make_info())
+    far = replace(request, heads=HeadSpec(("d0",), spans={"a": Window(0, 9, segment="prompt")}))
+    with pytest.raises(SpanError, match="ends at 9 in a prompt of 2 tokens"):
+        check_requests([replace(far, head_spans={"a": PromptSpan(((0, 9),))})], make_info())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "said"),
+    [
+        (lambda scores: scores.pop("pools"), ProtocolError, "pooled scores asked for: True, in the answer: False"),
+        (lambda scores: scores["pools"].update(scores=scores), ProtocolError, "scores of their own"),
+        (lambda scores: scores.update(pools=[]), ProtocolError, "pooled scores|expected one"),
+        (lambda scores: scores["pools"]["places"][0].__setitem__(2, 1), AlignmentError, "1 rows of states"),
+    ],
+)
+def test_pooled_answers_that_are_wrong(spoil: Any, error: type[Exception], said: str) -> None:
+    policy, engine = make(heads=HeadSpec(("d0",), pooling="mean"))
+    engine.fault = spoilt(lambda meta, scores: spoil(scores))
+    with pytest.raises(error, match=said):
+        policy(batch_of("tokens"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import heads_oracle
@@ -21,6 +22,8 @@ from torchrl_sglang_hidden.server import heads as served_heads
 from torchrl_sglang_hidden.server.capture import Capture
 from torchrl_sglang_hidden.spec.head_scores import StopRule
 from torchrl_sglang_hidden.spec.heads import Head
+from torchrl_sglang_hidden.spec.places import Every
+from torchrl_sglang_hidden.spec.spans import LastTokens, PromptSpan
 
 CPU = torch.device("cpu")
 HEADS = {
@@ -80,6 +83,61 @@ def test_prefill_and_decode(scheduler: Scheduler, prompt: bool, response: bool) 
         scheduler.decode(req)
     assert_scored(scheduler, req)
     assert not scheduler.capture.scored
+
+
+@pytest.mark.parametrize("pooling", ["mean", "sum", "max", "last"])
+@pytest.mark.parametrize("count", [1, 5])
+def test_scores_that_are_pooled(scheduler: Scheduler, pooling: Any, count: int) -> None:
+    """The prompt in pieces; segments, and spans of prompt and response with poolings of their own."""
+    spans = {
+        "part": PromptSpan(((0, 2), (3, 4)), "max"),
+        "rows": PromptSpan(((1, 3),), None),
+        "end": LastTokens(2, segment="response", allow_fewer=True),
+        "each": Every(2, segment="response"),
+    }
+    names = ("a", "c")
+    req = scored(
+        9, 8, 7, 6, 5, heads=names, response=False, pooled=Wanted(("prompt", "response", "full"), pooling, spans=spans)
+    )
+    scheduler.run(Step("EXTEND", [req], [(0, 2)], [False]))
+    scheduler.run(Step("EXTEND", [req], [(2, 5)], [True]))
+    for _ in range(count - 1):
+        scheduler.decode(req)
+    found = unpack_answer(scheduler.finish(req), "row 0", HIDDEN_SIZE).scores
+    assert found is not None
+    assert (found.prompt_HP, found.response_HT) == (None, None)
+    assert found.pools is not None
+    pool = {"mean": np.mean, "sum": np.sum, "max": np.max, "last": lambda scores_N: scores_N[-1]}[pooling]
+    for index, name in enumerate(names):
+        head = HEADS[name]
+        full = heads_oracle.score(head, states_of(req.ids[:-1], (head.layer,))[:, 0])
+        prompt, response = full[:5], full[4:]
+        for segment, truth in (("prompt", prompt), ("response", response), ("full", full)):
+            value, number = found.pools.segments[segment]
+            assert value is not None
+            assert number == len(truth)
+            assert abs(float(value[0, index]) - pool(truth)) < heads_oracle.SCORE_ATOL
+        for span, expected in (
+            ("part", prompt[[0, 1, 3]].max()),
+            ("rows", prompt[1:3]),
+            ("end", pool(response[-2:])),
+            ("each", response[::2]),
+        ):
+            value, _ = found.pools.spans[span]
+            assert value is not None
+            np.testing.assert_allclose(value[..., 0, index], expected, atol=heads_oracle.SCORE_ATOL)
+
+
+def test_pooled_scores_behind_a_gap(scheduler: Scheduler) -> None:
+    """The counts are those of the tokens that were scored, and the client finds that they are too few."""
+    req = scored(9, 8, 7, 6, heads=("a",), response=False, pooled=Wanted(("prompt", "full"), "mean"))
+    scheduler.run(Step("EXTEND", [req], [(0, 2)], [False]))
+    scheduler.run(Step("EXTEND", [req], [(3, 4)], [True]))
+    found = unpack_answer(scheduler.finish(req), "row 0", HIDDEN_SIZE).scores
+    assert found is not None
+    assert found.pools is not None
+    assert found.pools.segments["prompt"] == (None, 2)
+    assert found.pools.segments["full"][1] != 4
 
 
 def test_a_mixed_batch(scheduler: Scheduler) -> None:

@@ -10,10 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import heads_oracle
 from helpers.fake_engine import HIDDEN_SIZE
 from helpers.fake_scheduler import Req, Scheduler, asking, states_of
 
-from torchrl_sglang_hidden.protocol import CHANNEL, unpack_answer
+from torchrl_sglang_hidden.protocol import CHANNEL, pack_options, unpack_answer
+from torchrl_sglang_hidden.protocol.head_call import HeadCall
+from torchrl_sglang_hidden.reduce.head_scores import WantedScores
+from torchrl_sglang_hidden.reduce.wanted import Wanted
 from torchrl_sglang_hidden.server.output_stream import MessageGate, make_streamer_class
 from torchrl_sglang_hidden.server.state_store import StateStore
 
@@ -171,3 +175,36 @@ def test_a_rank_without_a_socket_holds_and_answers_nothing(stream: Any) -> None:
     assert [info for _, info, _ in sender.messages] == [{"theirs": [1]}]
     assert scheduler.capture._stores == {}
     assert all(slots.device_bytes == 0 for slots in scheduler.capture._slots.values())
+
+
+@pytest.mark.parametrize(("streams", "response"), [(True, True), (False, True), (True, False)])
+def test_scores_come_with_the_parts_of_a_stream(
+    stream: tuple[Scheduler, Any, Sender], streams: bool, response: bool
+) -> None:
+    """Each once, with the tokens that they are of; and the answer has them all."""
+    scheduler, streamer, sender = stream
+    head = heads_oracle.make_head("linear", HIDDEN_SIZE)
+    scheduler.capture.heads.answer(HeadCall("h", "1", head.to_bytes()), HIDDEN_SIZE, torch.device("cpu"))
+    asked = pack_options(Wanted((), None), "binary", None, WantedScores(("h",), True, response))
+    scored, other = named("scored", Req([9, 8, 7], custom={CHANNEL: asked})), named("other", asking(5, 4))
+    scored.stream, other.stream = streams, True
+    scheduler.prefill(scored, other)
+    streamer.stream_output([scored, other], False)
+    scheduler.decode(scored, other)
+    scheduler.decode(scored, other)
+    streamer.stream_output([scored, other], False)
+    scheduler.decode(scored, other)
+    scored.is_finished = True
+    streamer.stream_output([scored, other], False)
+    parts = [info.get(CHANNEL, [[], []]) for _, info, _ in sender.messages]
+    assert [len(part) for part in parts] == [2] * 3
+    assert [part[1] for part in parts] == [[]] * 3
+    found = unpack_answer(parts[-1][0], "row 0", HIDDEN_SIZE).scores
+    assert found is not None
+    if not (streams and response):
+        assert [part[0] for part in parts[:2]] == [[]] * 2
+        return
+    assert found.response_HT is not None
+    streamed = [part[0][0]["streamed"] for part in parts[:2]]
+    assert [len(scores) for (scores,) in streamed] == [1, 2]
+    assert [score for (scores,) in streamed for score in scores] == found.response_HT[0, :3].tolist()

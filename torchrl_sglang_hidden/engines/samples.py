@@ -144,6 +144,9 @@ def _of_segment(spec: LogitsSpec | None, segment: Segment) -> LogitsSpec | None:
 
 def _scores_of(spec: HeadSpec | None, segment: Segment) -> HeadSpec | None:
     """Return the scores of one segment only; None where they are not asked for."""
+    if spec is not None and spec.pooled is not None:
+        # A number over prompt and response is made of both: every sample has its prompt scored anew.
+        return None if segment is Segment.PROMPT else spec
     if spec is None or not (spec.of_prompt if segment is Segment.PROMPT else spec.of_response):
         return None
     return replace(spec, segments=(segment,), stop_when=None if segment is Segment.PROMPT else spec.stop_when)

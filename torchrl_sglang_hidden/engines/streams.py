@@ -5,8 +5,8 @@ SGLang sends the whole response so far with every token. Knows nothing of how th
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Mapping
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,6 +19,7 @@ from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
 from torchrl_sglang_hidden.sglang_api.fields import read_ids
 from torchrl_sglang_hidden.sglang_api.log_probs import read_log_probs
 from torchrl_sglang_hidden.sglang_api.responses import read_responses
+from torchrl_sglang_hidden.sglang_api.streamed_scores import StreamedScores
 
 __all__ = ["AsyncStream", "Stream", "StreamChunk", "check_stream"]
 
@@ -31,11 +32,14 @@ class StreamChunk:
         ids: the N new response ids: one, or more where the reader was slower than the engine.
         text: the new text. Empty while the text may still be the start of a stop string, or half of a character.
         log_probs_T: log-probs of the new ids, float32 ``[N]``; None when not asked for.
+        scores: what heads gave the new ids, float32 ``[N]`` by the heads' names; those that ``HeadSpec(pooling=…)``
+            pools are in the completion alone.
     """
 
     ids: tuple[int, ...]
     text: str
     log_probs_T: torch.Tensor | None
+    scores: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def check_stream(request: Request, info: EngineInfo, *, cumulative: bool) -> None:
@@ -78,6 +82,7 @@ class _Reader:
         self._meter = meter or Meter.of_nobody()
         self._ids: tuple[int, ...] = ()
         self._text = ""
+        self._scores = StreamedScores(request.heads)
         self._rid: Any = None
         self._completion: Completion | None = None
         self._over = ""
@@ -140,15 +145,19 @@ class _Reader:
                 f"{len(self._ids)} before; this is a fault of the engine, please report it"
             )
         start, before = len(self._ids), len(self._text)
+        last = self._scores.read(name, meta)
         if finish is not None:
-            self._completion = read_responses([self._request], [row], self._info)[0]
+            whole = {**row, "meta_info": last}
+            self._completion = read_responses([self._request], [whole], self._info)[0]
             self._meter.took([self._completion])
+            scores = self._scores.end(name, self._completion, start)
             every_T = self._completion.log_probs_T
             log_probs_T = None if every_T is None else every_T[start:]
         else:
             log_probs_T = None if entries is None else read_log_probs(name, "output", entries, ids, start=start)
+            scores = self._scores.of(name, start, len(ids))
         self._ids, self._text = ids, text
-        return StreamChunk(ids[start:], text[before:], log_probs_T)
+        return StreamChunk(ids[start:], text[before:], log_probs_T, scores)
 
 
 class Stream(Iterator[StreamChunk]):

@@ -75,8 +75,9 @@ def assemble(
     response_width = max(len(completion.response_ids) for completion in completions)
     widths = (prompt_width, response_width) if pad_id is not None else None
     asked: dict[str, Any] = {"keys": keys, "hidden": hidden, "hidden_size": hidden_size, "logits": logits}
-    asked |= {"num_columns": num_columns, "images": images, "heads": heads}
+    asked |= {"num_columns": num_columns, "images": images}
     asked["span_widths"] = None if pad_id is None else most_rows(hidden, completions)
+    asked["heads"] = heads if pad_id is None else heads.padded_for(completions)
     asked["sampled"] = SampledRows.of(records, completions)
     out = [
         _row(row, completion, widths=widths, pad_id=pad_id or 0, **asked)
@@ -114,8 +115,9 @@ def assemble_scores(
             lengths = [len(row.prompt_ids) for row in rows]
             placements = [(False,) * (width - length) + (True,) * length for length in lengths]
     asked: dict[str, Any] = {"keys": keys, "hidden": hidden, "hidden_size": hidden_size, "logits": logits}
-    asked |= {"num_columns": num_columns, "images": images, "heads": heads}
+    asked |= {"num_columns": num_columns, "images": images}
     asked["span_widths"] = None if pad_id is None else most_rows(hidden, completions)
+    asked["heads"] = heads if pad_id is None else heads.padded_for(completions)
     out = [
         _scored_row(row, completion, placement=placement, pad_id=pad_id or 0, logits_only=logits_only, **asked)
         for row, completion, placement in zip(rows, completions, placements, strict=True)

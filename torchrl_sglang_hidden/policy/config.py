@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from tensordict.utils import NestedKey
 
-from torchrl_sglang_hidden.errors import InputError, InputTypeError
+from torchrl_sglang_hidden.errors import InputError
 from torchrl_sglang_hidden.images.expansion import NO_IMAGES, ImageProcessor, is_processor, tokenizer_of
 from torchrl_sglang_hidden.policy import argument_checks
 from torchrl_sglang_hidden.policy.action_masks import (
@@ -28,6 +28,7 @@ from torchrl_sglang_hidden.policy.outcomes import OutcomeConfig
 from torchrl_sglang_hidden.policy.outputs import KeyConfig, OutputKeys, list_out_keys
 from torchrl_sglang_hidden.policy.prompts import INPUT_MODES, InputMode
 from torchrl_sglang_hidden.policy.returned import (
+    check_head_spec,
     resolve_hidden,
     resolve_records,
     returned_keys,
@@ -221,10 +222,7 @@ class PolicyConfig:
         if self.input_mode not in INPUT_MODES:
             raise InputError(f"input_mode={self.input_mode!r}: input_mode must be one of {INPUT_MODES}")
         argument_checks.check_choices(self)
-        if self.heads is not None and not isinstance(self.heads, HeadSpec):
-            raise InputTypeError(
-                f"heads={self.heads!r:.80}: expected a HeadSpec, such as HeadSpec(('confident',)), or None"
-            )
+        check_head_spec(self.heads, self.input_mode)
         options = standardize(self.generate_kwargs)
         responses = argument_checks.resolve_num_samples(self.num_samples, options)
         many = argument_checks.check_samples(self.generate, responses, self.inplace, self.outcomes.extra_samples)
@@ -381,8 +379,9 @@ class PolicyConfig:
     @property
     def in_keys(self) -> list[NestedKey]:
         """The keys that must be there: of the prompt, of the masks of spans, and of the action masks."""
-        spans = {} if self.returned_hidden is None else self.returned_hidden.spans
-        masks = [span.key for span in spans.values() if isinstance(span, TokenMask)]
+        specs = (self.returned_hidden, self.returned_heads)
+        spans = [span for spec in specs if spec is not None for span in spec.spans.values()]
+        masks = [span.key for span in spans if isinstance(span, TokenMask)]
         actions = [] if self.action_mask_key is None else [self.action_mask_key]
         return list(dict.fromkeys([self.prompt_key, *masks, *actions]))
 

@@ -133,7 +133,7 @@ class Logits(TensorClass["nocast"]):  # type: ignore[misc,name-defined]
 
 
 class HeadScores(TensorClass["nocast"]):  # type: ignore[misc,name-defined]
-    """The scores that heads gave tokens, by the heads' names: read as ``("head_scores", "response", name)``.
+    """The scores that heads gave, by the heads' names: read as ``("head_scores", "response", name)``.
 
     Args:
         prompt (TensorDict | None): prompt positions ``0 … P-1``: one score for each token of ``tokens.prompt``.
@@ -142,17 +142,24 @@ class HeadScores(TensorClass["nocast"]):  # type: ignore[misc,name-defined]
         full (TensorDict | None): every position once, ``0 … P+T-2``: one score for each token of ``tokens.full`` but
             the last, which was never read; of a scored sequence all N.
         versions (TensorDict): the version of each head that scored the row, a string; empty where none did.
+        spans (TensorDict | None): those of ``HeadSpec(spans=…)``: ``("head_scores", "spans", name_of_span, name)``.
+        span_places (TensorDict | None): of the spans without a pooling, by the spans' names, which rows they have: see
+            `HiddenStates`.
 
     Shapes:
         - float32 ``[*batch, rows]``, padded as the tokens are, with NaN. None for a segment that was not asked for.
+        - with ``HeadSpec(pooling=…)`` float32 ``[*batch]``, and a span too; ``[*batch, S]`` of a span without a
+          pooling, padded on the right with NaN, and its places, int64, with -1.
 
-    A row that under ``on_error="nan"`` has no scores has none; padded, it has NaN everywhere.
+    A row that under ``on_error="nan"`` has no scores has none; padded or pooled, it has NaN.
     """
 
     prompt: TensorDict | None = None
     response: TensorDict | None = None
     full: TensorDict | None = None
     versions: TensorDict | None = None
+    spans: TensorDict | None = None
+    span_places: TensorDict | None = None
 
 
 class Sampling(TensorClass["nocast"]):  # type: ignore[misc,name-defined]
@@ -316,8 +323,10 @@ def list_out_keys(
         ids = {"prompt": "prompt_token_ids", "response": "token_ids", "full": "full_token_ids"}
         leaves[keys.logits] = [*fields, *(ids[name] for name in fields if logits.top_k is not None)]
     if heads is not None:
-        parts = [str(segment) for segment in heads.segments] if generate else [str(Segment.FULL)]
-        leaves[keys.head_scores] = [(part, name) for part in (*parts, "versions") for name in heads.heads]
+        parts: list[NestedKey] = [str(one) for one in heads.segments] if generate else [str(Segment.FULL)]
+        parts += ["versions", *(("spans", span) for span in heads.spans)]
+        leaves[keys.head_scores] = [unravel_key((part, name)) for part in parts for name in heads.heads]
+        leaves[keys.head_scores] += [("span_places", span) for span in heads.unpooled]
     return [key for key in written if key not in leaves] + [
         unravel_key((key, leaf)) for key, found in leaves.items() if key is not None for leaf in found
     ]

@@ -60,6 +60,7 @@ class PromptReader:
         padding_value: the id that pads a ``Tokens`` that says it is padded.
         said: what the policy has warned of.
         spans: the spans to find in each prompt. Spans of a response stay as they are.
+        head_spans: those whose scores are wanted, which are found also where a row wants no states.
         action_masks: reads each row's action mask; None reads none.
         processor: says which ids an image becomes.
         keeps_errors: whether an error of one row is kept in `Row.error`, and not raised.
@@ -84,6 +85,7 @@ class PromptReader:
     mark_end_of_turn: bool = False
     said: set[str] = field(default_factory=set)
     spans: Mapping[str, Span] = field(default_factory=dict)
+    head_spans: Mapping[str, Span] = field(default_factory=dict)
     action_masks: ActionMaskReader | None = None
     images_key: NestedKey | None = None
     processor: ImageProcessor = NO_IMAGES
@@ -195,13 +197,16 @@ class PromptReader:
         wants_states = read_wants_states(index, row)
         # The engine refuses ids that no tokenizer has.
         readable = found.prompt_ids and min(found.prompt_ids) >= 0 and max(found.prompt_ids) < 2**31
-        if wants_states is False or not readable:
+        if not readable:
             return replace(found, wants_states=wants_states)
-        spans = {
-            key: resolve_span(f"row {index}, span {key!r}:", row, found, span, self.tokenizer)
-            for key, span in self.spans.items()
-        }
-        return replace(found, wants_states=wants_states, spans=spans)
+        spans, head_spans = (
+            {
+                key: resolve_span(f"row {index}, span {key!r}:", row, found, span, self.tokenizer)
+                for key, span in wanted.items()
+            }
+            for wanted in ({} if wants_states is False else self.spans, self.head_spans)
+        )
+        return replace(found, wants_states=wants_states, spans=spans, head_spans=head_spans)
 
     def _say_where_parted(self, index: int, parted: str) -> None:
         """Raise or warn, once for a policy, where ids of earlier turns are at hand and not in a prompt."""

@@ -232,8 +232,9 @@ def _check_reading(call: CallOptions, num_samples: int | None) -> None:
         )
     if heads is not None and heads.of_response:
         raise InputError(
-            f"max_new_tokens=0 with HeadSpec(segments={heads.segments}): a prompt that is only read has no response, "
-            "and no 'full'; ask for segments=('prompt',), or raise max_new_tokens"
+            f"max_new_tokens=0 with HeadSpec(segments={heads.segments}, spans={dict(heads.spans)}): a prompt that is "
+            "only read has no response, and no 'full'; ask for segments=('prompt',) and spans of the prompt, or raise "
+            "max_new_tokens"
         )
     if hidden is not None and hidden.needs_response:
         raise InputError(
@@ -276,6 +277,7 @@ def to_requests(
                 priority=call.priority,
                 logits=call.logits,
                 heads=call.heads,
+                head_spans=row.head_spans,
                 constraints=constraints if call.generate or responses else (),
                 response_ranges=responses,
                 response_limit=call.response_limit,
@@ -315,8 +317,11 @@ def check_responses(
     decode = functools.partial(decode_all, tokenizer)
     for index, completion in enumerate(completions):
         row, sample = divmod(index, num_samples)
-        for name, span in rows[row].spans.items():
-            pooled = completion.spans.get(name)
+        scores = next(iter(completion.scores.values()), None)
+        of_heads = {} if scores is None else scores.spans
+        spans = [(name, span, completion.spans.get(name)) for name, span in rows[row].spans.items()]
+        spans += [(name, span, of_heads.get(name)) for name, span in rows[row].head_spans.items()]
+        for name, span, pooled in spans:
             if not isinstance(span, (Between, At, Each)) or span.segment == "prompt" or pooled is None:
                 continue  # nothing to search for, or a row that wanted no states
             try:
@@ -326,6 +331,6 @@ def check_responses(
             if pooled.count != len(here) or pooled.places not in (None, here):
                 said = "" if pooled.places is None else f", {pooled.places!s:.80} there and {here!s:.80} here"
                 raise AlignmentError(
-                    f"row {row}, sample {sample}, span {name!r}: {pooled.count} rows of states for the {len(here)} "
-                    f"rows of {span!r}{said}; start the server with the wrapper's tokenizer"
+                    f"row {row}, sample {sample}, span {name!r}: {pooled.count} rows of states or scores for the "
+                    f"{len(here)} rows of {span!r}{said}; start the server with the wrapper's tokenizer"
                 )

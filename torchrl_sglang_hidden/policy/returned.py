@@ -17,9 +17,17 @@ from torchrl_sglang_hidden.records import SamplingRecords
 from torchrl_sglang_hidden.spec.head_scores import HeadSpec
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec, Segment
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
-from torchrl_sglang_hidden.spec.spans import Role, Turn, is_of_response
+from torchrl_sglang_hidden.spec.spans import Role, Span, Turn, is_of_response
 
-__all__ = ["resolve_hidden", "resolve_records", "returned_keys", "scored_heads", "scored_hidden", "scored_logits"]
+__all__ = [
+    "check_head_spec",
+    "resolve_hidden",
+    "resolve_records",
+    "returned_keys",
+    "scored_heads",
+    "scored_hidden",
+    "scored_logits",
+]
 
 
 def resolve_hidden(hidden: Any, return_hidden_states: bool | None, input_mode: str) -> HiddenSpec | None:
@@ -35,13 +43,31 @@ def resolve_hidden(hidden: Any, return_hidden_states: bool | None, input_mode: s
     if not wanted:
         return None
     spec = hidden if isinstance(hidden, HiddenSpec) else HiddenSpec()
-    of_chats = [name for name, span in spec.spans.items() if isinstance(span, (Turn, Role))]
+    _check_chat_spans(spec.spans, input_mode)
+    return spec
+
+
+def check_head_spec(heads: Any, input_mode: str) -> None:
+    """Check which scores of heads are wanted.
+
+    Raises:
+        InputTypeError: ``heads`` is no `HeadSpec` or None.
+        InputError: a span of messages outside history mode.
+    """
+    if heads is None:
+        return
+    if not isinstance(heads, HeadSpec):
+        raise InputTypeError(f"heads={heads!r:.80}: expected a HeadSpec, such as HeadSpec(('confident',)), or None")
+    _check_chat_spans(heads.spans, input_mode)
+
+
+def _check_chat_spans(spans: Mapping[str, Span], input_mode: str) -> None:
+    of_chats = [name for name, span in spans.items() if isinstance(span, (Turn, Role))]
     if of_chats and input_mode != "history":
         raise InputError(
-            f"the span {of_chats[0]!r}, {spec.spans[of_chats[0]]}, with input_mode={input_mode!r}: only history mode "
+            f"the span {of_chats[0]!r}, {spans[of_chats[0]]}, with input_mode={input_mode!r}: only history mode "
             "has messages; use TokenMask or Between"
         )
-    return spec
 
 
 def resolve_records(options: Mapping[str, Any]) -> SamplingRecords:
@@ -97,8 +123,11 @@ def scored_hidden(hidden: HiddenSpec | None) -> HiddenSpec | None:
 
 
 def scored_heads(heads: HeadSpec | None) -> HeadSpec | None:
-    """Return the scores to ask for of a scored sequence: of all its tokens. No rule ends it."""
-    return None if heads is None else replace(heads, segments=(Segment.PROMPT,), stop_when=None)
+    """Return the scores to ask for of a scored sequence: of all its tokens, and of the spans that need no response."""
+    if heads is None:
+        return None
+    spans = {name: span for name, span in heads.spans.items() if not is_of_response(span)}
+    return replace(heads, segments=(Segment.PROMPT,), stop_when=None, spans=spans)
 
 
 def scored_logits(logits: LogitsSpec | None, *, logits_only: bool = False) -> LogitsSpec | None:

@@ -40,6 +40,7 @@ class Row:
         short_placement: the same of such ids alone: what a mask of the row's is over.
         wants_states: what the row says at ``"return_hidden_states"``; None where it says nothing.
         spans: the spans by name, spans of the prompt as positions; empty where the row wants no states.
+        head_spans: the same of scores.
         action_mask: the tokens that the row allows, or None.
         images: its images, or None.
         placed: where they stand in ``prompt_ids``, and what the engine gets; None as above.
@@ -56,6 +57,7 @@ class Row:
     short_placement: tuple[bool, ...] | None = None
     wants_states: bool | None = None
     spans: Mapping[str, ResolvedSpan] = field(default_factory=dict)
+    head_spans: Mapping[str, ResolvedSpan] = field(default_factory=dict)
     action_mask: ActionMask | None = None
     images: RowImages | None = None
     placed: Images | None = None

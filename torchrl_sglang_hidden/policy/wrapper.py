@@ -266,6 +266,7 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         rows = replace(
             make_reader(config, chat_template_kwargs),
             spans={} if call.hidden is None else call.hidden.spans,
+            head_spans={} if call.heads is None else call.heads.spans,
             action_masks=make_mask_reader(config, info.vocab_size) if call.reads_masks else None,
             keeps_errors=errors,
         ).read(tensordict)

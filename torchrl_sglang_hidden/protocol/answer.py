@@ -34,6 +34,9 @@ from torchrl_sglang_hidden.reduce.head_scores import FoundScores
 from torchrl_sglang_hidden.reduce.pooling import Pools, WantedRows
 from torchrl_sglang_hidden.reduce.wanted_logits import FoundLogits
 
+# Under this name a stream's parts have the scores of their tokens, before the answer itself comes with the last part.
+STREAMED = "streamed"
+
 __all__ = ["Answer", "answer_of", "digest_prompt", "drop_shared", "pack_answer", "unpack_answer"]
 
 
@@ -134,6 +137,8 @@ def pack_answer(
             for name, values in of_segments.items()
             if values is not None
         }
+        if scores.pools is not None:
+            packed["pools"] = pack_answer(scores.pools, "binary" if way == "binary" else "text")
         answer["scores"] = {"versions": list(scores.versions), **packed}
     return answer
 
@@ -207,7 +212,7 @@ def unpack_answer(
         span_rows = {_text(name): _read_rows(rows) for name, rows in fields["rows_of_spans"].items()}
         rows = None if "rows" not in fields else _unpack_rows(fields["rows"], hidden_size, limit)
         logits = None if "constrained" not in fields else _unpack_found(fields, limit)
-        scores = None if "scores" not in fields else _unpack_scores(fields["scores"], limit)
+        scores = None if "scores" not in fields else _unpack_scores(fields["scores"], row, limit)
         prompt_digest = fields.get("prompt_digest")
         if prompt_digest is not None:
             as_count(prompt_digest, "prompt_digest", 2**32 - 1)
@@ -263,7 +268,7 @@ def _unpack_rows(fields: Mapping[str, Any], hidden_size: int, limit: int) -> Wan
     return WantedRows(as_count(fields["first"], "the first row's position"), rows)
 
 
-def _unpack_scores(fields: Mapping[str, Any], limit: int) -> FoundScores:
+def _unpack_scores(fields: Mapping[str, Any], row: str, limit: int) -> FoundScores:
     versions = tuple(map(_text, fields["versions"]))
     found = {name: unpack_tensor(fields[name], "floats", limit) for name in ("prompt", "response") if name in fields}
     for name, values in found.items():
@@ -271,7 +276,13 @@ def _unpack_scores(fields: Mapping[str, Any], limit: int) -> FoundScores:
             raise ValueError(
                 f"{name} scores of shape {tuple(values.shape)} and {values.dtype}, of {len(versions)} heads"
             )
-    return FoundScores(versions, found.get("prompt"), found.get("response"))
+    pools = None
+    if "pools" in fields:
+        pooled = fields["pools"]
+        if "scores" in pooled:
+            raise ValueError("pooled scores have scores of their own")
+        pools = unpack_answer([pooled], f"{row}, scores", len(versions), shared=False, limit=limit).pools
+    return FoundScores(versions, found.get("prompt"), found.get("response"), pools)
 
 
 def _unpack_found(fields: Mapping[str, Any], limit: int) -> FoundLogits:

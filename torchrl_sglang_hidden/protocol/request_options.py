@@ -21,7 +21,7 @@ from torchrl_sglang_hidden.reduce.head_scores import WantedScores
 from torchrl_sglang_hidden.reduce.wanted import Wanted
 from torchrl_sglang_hidden.reduce.wanted_logits import WantedLogits
 from torchrl_sglang_hidden.spec.constraints import ActionMask, DisallowedTokens, LogitConstraint
-from torchrl_sglang_hidden.spec.head_scores import HeadSpec, StopRule
+from torchrl_sglang_hidden.spec.head_scores import HeadSpec
 from torchrl_sglang_hidden.spec.hidden import SEGMENTS, Segment
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 from torchrl_sglang_hidden.spec.places import At, Each, Every, Window
@@ -53,15 +53,7 @@ def pack_options(
     wanted: Wanted, way: Way, logits: WantedLogits | None = None, scores: WantedScores | None = None
 ) -> dict[str, str | int]:
     """Write a request's options. SGLang carries scalars, flat lists and flat dicts here, hence one text."""
-    fields: dict[str, Any] = {
-        "segments": wanted.segments,
-        "pooling": wanted.pooling,
-        "layers": wanted.layers,
-        "tokens": wanted.tokens,
-        "row_dtype": _name_of(wanted.row_dtype),
-        "spans": {name: _pack_span(span) for name, span in wanted.spans.items()},
-        "way": way,
-    }
+    fields: dict[str, Any] = {**_pack_wanted(wanted), "way": way}
     if logits is not None:
         fields["logits"] = _pack_logits(logits)
     if scores is not None:
@@ -70,6 +62,7 @@ def pack_options(
             scores.prompt,
             scores.response,
             None if scores.stop is None else str(scores.stop),
+            None if scores.pooled is None else _pack_wanted(scores.pooled),
         ]
     return {"protocol": PROTOCOL, "options": json.dumps(fields, separators=(",", ":"))}
 
@@ -133,22 +126,38 @@ def unpack_options(custom_params: object) -> Options | None:
         return None
     try:
         fields = json.loads(options["options"])
-        (pooling,) = _known([fields["pooling"]], (*POOLINGS, None))
-        wanted = Wanted(
-            segments=_known(fields["segments"], SEGMENTS),
-            pooling=pooling,
-            layers=tuple(int(layer) for layer in fields["layers"]),
-            spans={str(name): _unpack_span(span, pooling) for name, span in fields["spans"].items()},
-            tokens=fields["tokens"] is True,
-            row_dtype=_FLOATS[fields["row_dtype"]],
-        )
-        if not wanted.layers or len(set(wanted.layers)) != len(wanted.layers):
-            return None
+        wanted = _unpack_wanted(fields)
         logits = _unpack_logits(fields["logits"]) if "logits" in fields else WantedLogits()
         scores = _unpack_scores(*fields["scores"]) if "scores" in fields else None
         return Options(wanted, _known([fields["way"]], ("binary", "text", "shared"))[0], logits, scores)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError):
         return None
+
+
+def _pack_wanted(wanted: Wanted) -> dict[str, Any]:
+    return {
+        "segments": wanted.segments,
+        "pooling": wanted.pooling,
+        "layers": wanted.layers,
+        "tokens": wanted.tokens,
+        "row_dtype": _name_of(wanted.row_dtype),
+        "spans": {name: _pack_span(span) for name, span in wanted.spans.items()},
+    }
+
+
+def _unpack_wanted(fields: Mapping[str, Any]) -> Wanted:
+    (pooling,) = _known([fields["pooling"]], (*POOLINGS, None))
+    wanted = Wanted(
+        segments=_known(fields["segments"], SEGMENTS),
+        pooling=pooling,
+        layers=tuple(int(layer) for layer in fields["layers"]),
+        spans={str(name): _unpack_span(span, pooling) for name, span in fields["spans"].items()},
+        tokens=fields["tokens"] is True,
+        row_dtype=_FLOATS[fields["row_dtype"]],
+    )
+    if not wanted.layers or len(set(wanted.layers)) != len(wanted.layers):
+        raise ValueError(f"layers={wanted.layers}: expected some, each once")
+    return wanted
 
 
 def _pack_logits(logits: WantedLogits) -> dict[str, Any]:
@@ -186,10 +195,15 @@ def _unpack_logits(fields: Mapping[str, Any]) -> WantedLogits:
     )
 
 
-def _unpack_scores(heads: Any, prompt: Any, response: Any, stop: Any) -> WantedScores:
-    segments = [one for one, asked in ((Segment.PROMPT, prompt), (Segment.RESPONSE, response)) if asked is True]
-    spec = HeadSpec(heads, tuple(segments), stop)  # checks them
-    return WantedScores(spec.heads, prompt is True, response is True, None if stop is None else StopRule.parse(stop))
+def _unpack_scores(heads: Any, prompt: Any, response: Any, stop: Any, pooled: Any) -> WantedScores:
+    spec = HeadSpec(heads, (Segment.RESPONSE,), stop)  # checks them
+    wanted = None if pooled is None else _unpack_wanted(pooled)
+    if wanted is not None and (wanted.tokens or wanted.pooling is None or wanted.layers != (-1,)):
+        raise ValueError("pooled scores are of no layers, and without their tokens")
+    scores = WantedScores(spec.heads, prompt is True, response is True, spec.rule, wanted)
+    if not (scores.reads_prompt or scores.reads_response):
+        raise ValueError("no token is to be scored")
+    return scores
 
 
 def _few(texts: list[Any]) -> list[Any]:

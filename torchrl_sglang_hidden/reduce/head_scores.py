@@ -12,7 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
+from torchrl_sglang_hidden.reduce.host_pools import HostPools
+from torchrl_sglang_hidden.reduce.pooling import Pools, WantedRows
+from torchrl_sglang_hidden.reduce.wanted import Wanted
 from torchrl_sglang_hidden.spec.head_scores import StopRule
+from torchrl_sglang_hidden.spec.hidden import reads_prompt
+from torchrl_sglang_hidden.spec.span_search import Decode
+from torchrl_sglang_hidden.spec.spans import PromptSpan
 
 __all__ = ["FoundScores", "RequestScores", "WantedScores"]
 
@@ -23,15 +29,31 @@ class WantedScores:
 
     Args:
         heads: their names, H of them.
-        prompt: whether the prompt's tokens are scored.
-        response: whether the response's are.
+        prompt: whether a score of each prompt token is wanted.
+        response: whether one of each response token is.
         stop: ends the response; None for no such rule.
+        pooled: what is wanted pooled, of scores as if they were states of H dimensions; None for nothing.
     """
 
     heads: tuple[str, ...]
     prompt: bool = False
     response: bool = True
     stop: StopRule | None = None
+    pooled: Wanted | None = None
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether prompt tokens are scored, for themselves or for what is pooled."""
+        wanted = self.pooled
+        return self.prompt or (
+            wanted is not None
+            and (reads_prompt(wanted.segments) or any(isinstance(one, PromptSpan) for one in wanted.spans.values()))
+        )
+
+    @property
+    def reads_response(self) -> bool:
+        """Whether response tokens are scored, for themselves, for what is pooled or for the rule."""
+        return self.response or self.stop is not None or (self.pooled is not None and self.pooled.produced)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +64,13 @@ class FoundScores:
         versions: of the heads that gave them, in the order of `WantedScores.heads`.
         prompt_HP: float32 ``[H, P]``; None where the prompt was not scored.
         response_HT: float32 ``[H, T]``; None where the response was not scored.
+        pools: what was pooled, in vectors of H scores; None for nothing.
     """
 
     versions: tuple[str, ...]
     prompt_HP: torch.Tensor | None = None
     response_HT: torch.Tensor | None = None
+    pools: Pools | None = None
 
 
 class RequestScores:
@@ -65,9 +89,10 @@ class RequestScores:
         # What a rule of another head's never asks is not compared.
         self.rule_head = -1 if wanted.stop is None else wanted.heads.index(wanted.stop.head)
         # The next prompt position to be scored. P, so none, where the prompt is not scored.
-        self.done = 0 if wanted.prompt else num_prompt
+        self.done = 0 if wanted.reads_prompt else num_prompt
         self._planned = self.done
         self.count = 0
+        self._streamed = 0
         self._prompt = [array("f") for _ in wanted.heads]
         self._response = [array("f") for _ in wanted.heads]
 
@@ -118,13 +143,38 @@ class RequestScores:
         """Return whether a response token with these scores, of each head, ends the response."""
         return self.wanted.stop is not None and self.wanted.stop.holds(scores[self.rule_head])
 
-    def finish(self) -> FoundScores:
-        """Return what was collected."""
+    def next_of_stream(self) -> list[list[float]]:
+        """Return the scores of the response tokens, of each head, that this has not returned before."""
+        first, self._streamed = self._streamed, self.count
+        return [kept[first:].tolist() for kept in self._response]
+
+    def finish(self, response_ids: Sequence[int] = (), decode: Decode | None = None) -> FoundScores:
+        """Return what was collected, and pool it.
+
+        Args:
+            response_ids: the T tokens of the response.
+            decode: turns ids into text, where spans are found by it; None without a tokenizer.
+        """
         return FoundScores(
             versions=self.versions,
             prompt_HP=_stacked(self._prompt) if self.wanted.prompt else None,
             response_HT=_stacked(self._response) if self.wanted.response else None,
+            pools=None if self.wanted.pooled is None else self._pool(self.wanted.pooled, response_ids, decode),
         )
+
+    def _pool(self, wanted: Wanted, response_ids: Sequence[int], decode: Decode | None) -> Pools:
+        """Pool scores by the code that pools states: each token's are one row ``[1, H]``."""
+        pools = HostPools(wanted, self.num_prompt)
+        if pools.reads_prompt:
+            step = pools.plan_prompt(0, self.done)
+            if step is not None:
+                pools.add_rows(step, _stacked(self._prompt).T[:, None])
+        response_KH = kept = None
+        pools.count = self.count if self.wanted.reads_response else 0
+        if pools.count:
+            rows_TKH = _stacked(self._response).T[:, None]
+            response_KH, kept = wanted.reducer.rows(rows_TKH), WantedRows(self.num_prompt - 1, rows_TKH)
+        return pools.finish(response_ids, decode, response_KH, kept)
 
 
 def _stacked(scores: Sequence[array[float]]) -> torch.Tensor:

@@ -64,7 +64,7 @@ class Unfinished:
         pools = tracked.finish(self.response_ids, self.decode, self.value())
         wanted = tracked.logits.wanted
         logits = tracked.logits.finish() if wanted.wants_sampled or wanted.prompt_from is not None else None
-        scores = None if tracked.scores is None else tracked.scores.finish()
+        scores = None if tracked.scores is None else tracked.scores.finish(self.response_ids, self.decode)
         answer = answer_of(pools, tracked.options.way, self._share, logits, tracked.prompt_digest, scores)
         taken = tracked.pools.done + tracked.pools.count - tracked.spared
         SERVER.add(requests=1, rows=taken, **tracked.prefix_hit)

@@ -89,7 +89,7 @@ def with_scores(plan: StepPlan | None, batch: Any, opened: Mapping[Any, TrackedR
         length = batch.extend_lens[row] if prefills else 1
         tracked = asking.get(id(req))
         if tracked is not None and tracked.scores is not None:
-            prompt, produces = None, tracked.scores.wanted.response
+            prompt, produces = None, tracked.scores.wanted.reads_response
             if prefills:
                 position = batch.prefix_lens[row]
                 prompt = tracked.scores.plan_prompt(position, position + length)

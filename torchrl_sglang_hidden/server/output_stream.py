@@ -11,9 +11,11 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from torchrl_sglang_hidden.protocol import CHANNEL, PROTOCOL
+from torchrl_sglang_hidden.protocol.answer import STREAMED
 from torchrl_sglang_hidden.server.answers import Answer, Unfinished
 from torchrl_sglang_hidden.server.capture import Capture
 
@@ -74,6 +76,14 @@ def add_answers(message: Any, answers: Sequence[Answer]) -> None:
     message.customized_info = wrap_as_pickle({**info, CHANNEL: list(answers)})
 
 
+def streamed_scores(capture: Capture, req: Any) -> Answer:
+    """Return what a part of a stream says of its tokens' scores, as a list of one; an empty list for nothing."""
+    tracked = capture.scored.get(req) if req.stream else None
+    if tracked is None or tracked.scores is None or not tracked.scores.wanted.response:
+        return []
+    return [{STREAMED: tracked.scores.next_of_stream()}]
+
+
 def make_streamer_class(base: type, capture: Capture, gate: MessageGate) -> type:
     """Make an output streamer that sends the server half's answers.
 
@@ -131,11 +141,13 @@ def make_streamer_class(base: type, capture: Capture, gate: MessageGate) -> type
                 refused = {"protocol": PROTOCOL, "refused": f"the answer could not be made ({error!r}); see the log"}
                 finished = [is_asked and req.finished() for is_asked, req in zip(asked, reqs, strict=True)]
                 return {**info, CHANNEL: [[refused] if is_finished else [] for is_finished in finished]}
-            if not any(unfinished):
-                return info
-            if self.later:
+            if self.later and any(unfinished):
                 gate.hold_next(unfinished)
                 return info
-            return {**info, CHANNEL: [[] if one is None else one.finish() for one in unfinished]}
+            parts = [streamed_scores(capture, req) for req in reqs] if capture.scored else []
+            if not any(unfinished) and not any(parts):
+                return info
+            answers = [[] if one is None else one.finish() for one in unfinished]
+            return {**info, CHANNEL: [answer or part for answer, part in zip_longest(answers, parts, fillvalue=[])]}
 
     return PooledOutputStreamer

@@ -129,7 +129,7 @@ class TrackedRequest:
     @property
     def reads_prompt(self) -> bool:
         """Whether anything of the prompt is wanted, so that not all of it may come from the prefix cache."""
-        scored = self.scores is not None and self.scores.wanted.prompt
+        scored = self.scores is not None and self.scores.wanted.reads_prompt
         return self.pools.reads_prompt or self.logits.wanted.prompt_from is not None or scored
 
     @property

@@ -5,8 +5,7 @@ Knows nothing of TensorDicts, nor of how a payload is written.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Mapping, Sequence
 
 from torchrl_sglang_hidden.errors import (
     CapabilityError,
@@ -29,7 +28,14 @@ from torchrl_sglang_hidden.spec.logits import LogitsSpec
 from torchrl_sglang_hidden.spec.places import At, Each
 from torchrl_sglang_hidden.spec.request_rules import check_prompt_ids, check_token_ids
 from torchrl_sglang_hidden.spec.span_base import MAX_SPAN_ROWS
-from torchrl_sglang_hidden.spec.spans import Between, LastTokens, PromptSpan, ResponseSpan, may_be_empty
+from torchrl_sglang_hidden.spec.spans import (
+    Between,
+    LastTokens,
+    PromptSpan,
+    ResolvedSpan,
+    ResponseSpan,
+    may_be_empty,
+)
 
 __all__ = ["check_requests"]
 
@@ -76,6 +82,10 @@ def check_requests(requests: Sequence[Request], info: EngineInfo) -> None:
         _check_constraints_and_logits(row, request, info)
         _check_records(row, request, info)
         check_heads(row, request, info)
+        if request.heads is not None:
+            # Scores are pooled as states are; without anything to pool there are no spans.
+            pooled = request.heads.pooled or HiddenSpec()
+            _check_spans(row, "head_spans", request.head_spans, pooled, request, info)
     sizes = [_logits_bytes(request, info) for request in requests]
     if sum(sizes) > MAX_ANSWER_BYTES:
         raise InputError(
@@ -282,19 +292,25 @@ def _check_hidden(row: int, request: Request, spec: HiddenSpec, info: EngineInfo
             f"row {row}: max_new_tokens=0 generates nothing, and segments={spec.segments}, spans={list(spec.spans)} "
             "are not all of the prompt; ask for the prompt's, or for tokens"
         )
-    if request.spans.keys() != spec.spans.keys():
-        raise InputError(
-            f"row {row}: spans {sorted(request.spans)} are resolved, and {sorted(spec.spans)} are asked for; pass in "
-            "Request.spans what HiddenSpec.spans asks for"
-        )
-    for name, span in request.spans.items():
-        _check_span(f"row {row}, span {name!r}:", name, span, request, info)
+    _check_spans(row, "spans", request.spans, spec, request, info)
     if spec.tokens:
         _check_token_bytes(row, request, spec, info)
 
 
-def _check_span(name: str, key: str, span: object, request: Request, info: EngineInfo) -> None:
-    spec = cast("HiddenSpec", request.hidden)
+def _check_spans(
+    row: int, field: str, spans: Mapping[str, ResolvedSpan], spec: HiddenSpec, request: Request, info: EngineInfo
+) -> None:
+    if spans.keys() != spec.spans.keys():
+        owner = "HiddenSpec" if field == "spans" else "HeadSpec"
+        raise InputError(
+            f"row {row}: {field} {sorted(spans)} are resolved, and {sorted(spec.spans)} are asked for; pass in "
+            f"Request.{field} what {owner}.spans asks for"
+        )
+    for name, span in spans.items():
+        _check_span(f"row {row}, span {name!r}:", name, span, spec, request, info)
+
+
+def _check_span(name: str, key: str, span: ResolvedSpan, spec: HiddenSpec, request: Request, info: EngineInfo) -> None:
     if isinstance(span, PromptSpan):
         if not span.count and not may_be_empty(spec.spans[key]):
             raise SpanError(f"{name} {spec.spans[key]!r} has 0 positions, and an empty span has no state; pass some")

@@ -6,21 +6,21 @@ Knows nothing of TensorDicts, nor of how a payload travels.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from torchrl_sglang_hidden.protocol import CHANNEL, Way, pack_options
 from torchrl_sglang_hidden.records import DEFAULT_NEW_TOKENS, READING, EngineInfo, Request
+from torchrl_sglang_hidden.reduce.head_scores import WantedScores
 from torchrl_sglang_hidden.reduce.pooling import RequestPools
 from torchrl_sglang_hidden.reduce.wanted import Wanted
 from torchrl_sglang_hidden.reduce.wanted_logits import WantedLogits
-from torchrl_sglang_hidden.sglang_api.scores import scores_of
-from torchrl_sglang_hidden.spec.hidden import HiddenSpec, canonical_layer
-from torchrl_sglang_hidden.spec.spans import PromptSpan
+from torchrl_sglang_hidden.spec.hidden import HiddenSpec, Segment, canonical_layer
+from torchrl_sglang_hidden.spec.spans import PromptSpan, ResolvedSpan
 
-__all__ = ["logits_of", "row_dtype_of", "sent_ids_of", "shares", "to_payload", "wanted_of"]
+__all__ = ["logits_of", "row_dtype_of", "scores_of", "sent_ids_of", "shares", "to_payload", "wanted_of"]
 
 
 def wanted_of(request: Request, spec: HiddenSpec, info: EngineInfo) -> Wanted:
@@ -30,7 +30,7 @@ def wanted_of(request: Request, spec: HiddenSpec, info: EngineInfo) -> Wanted:
         pooling=spec.pooling,
         layers=tuple(canonical_layer(layer, info.num_layers) for layer in spec.layer_ids),
         # What is known to be empty is not sent.
-        spans={name: one for name, one in request.spans.items() if not (isinstance(one, PromptSpan) and not one.count)},
+        spans=_sent_spans(request.spans),
         tokens=spec.tokens,
         row_dtype=row_dtype_of(spec),
     )
@@ -157,3 +157,25 @@ def _sampling(request: Request, info: EngineInfo) -> dict[str, Any]:
 def _reads_prompt(wanted: Wanted, num_prompt: int) -> bool:
     """Return whether prompt rows before the last are wanted. SGLang computes the last row even on a full cache hit."""
     return wanted.pools_prefix or RequestPools(wanted, num_prompt).first_needed() < num_prompt - 1
+
+
+def scores_of(request: Request) -> WantedScores | None:
+    """Return the scores that a request asks the server half for; None for none."""
+    spec = request.heads
+    if spec is None:
+        return None
+    pooled = spec.pooled
+    return WantedScores(
+        spec.heads,
+        spec.prompt_tokens,
+        spec.response_tokens,
+        spec.rule,
+        None
+        if pooled is None
+        else Wanted(tuple(map(Segment, pooled.segments)), pooled.pooling, spans=_sent_spans(request.head_spans)),
+    )
+
+
+def _sent_spans(spans: Mapping[str, ResolvedSpan]) -> dict[str, ResolvedSpan]:
+    """Return the spans without those of a prompt that are empty, of which nothing can be sent."""
+    return {name: one for name, one in spans.items() if not (isinstance(one, PromptSpan) and not one.count)}

@@ -151,10 +151,12 @@ def _read_row(number: int, request: Request, row: Any, info: EngineInfo, rid: st
             error = error or SpanError(f"{name}, span {span_name!r}: {fault}")
     if wanted is not None:
         logits = _read_logits(name, request, wanted, None if answer is None else answer.logits, len(response_ids), info)
-    scores = read_scores(name, request, answer, len(response_ids), finish_type, complete=error is None)
+    heads = read_scores(name, request, answer, response_ids, finish_type, info, complete=error is None)
+    for span_name, fault in heads.faults.items():
+        error = error or SpanError(f"{name}, span {span_name!r} of heads: {fault}")
     log_probs_T = _read_log_probs(name, meta, "output", response_ids) if request.return_log_probs else None
     sampling_mask, routed_experts = read_sampled(name, request, meta, response_ids, info=info, complete=error is None)
-    error = error or _overflow(name, states, logits, scores)
+    error = error or _overflow(name, states, logits, heads.scores)
     if request.reads_only:
         text, response_ids, finish_type, versions = "", (), "length", ()
         log_probs_T = None if log_probs_T is None else log_probs_T[:0]
@@ -180,7 +182,7 @@ def _read_row(number: int, request: Request, row: Any, info: EngineInfo, rid: st
         sampling_mask=sampling_mask,
         routed_experts=routed_experts,
         cached_tokens=cached if type(cached := meta.get("cached_tokens")) is int else 0,
-        scores=scores,
+        scores=heads.scores,
     )
 
 
@@ -304,8 +306,13 @@ def _overflow(
         name,
         states=[*(one.vector for one in pooled), *([] if rows is None else [rows.rows_ND])],
         logits=[] if logits is None else [one.values_NC for one in (logits.prompt, logits.response) if one is not None],
-        scores=[part for one in scores.values() for part in (one.prompt_P, one.response_T) if part is not None],
+        scores=[part for one in scores.values() for part in _numbers_of(one)],
     )
+
+
+def _numbers_of(scores: Scores) -> list[torch.Tensor]:
+    pooled = [one.vector for one in (*scores.pooled.values(), *scores.spans.values()) if one.count]
+    return [part for part in (scores.prompt_P, scores.response_T, *pooled) if part is not None]
 
 
 def _read_log_probs(

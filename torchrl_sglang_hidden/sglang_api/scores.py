@@ -1,25 +1,31 @@
-"""Says what a request asks of heads, and reads and counts the scores of one answer.
+"""Checks what a request asks of heads, and reads and counts the scores of one answer.
 
 Knows nothing of what a head computes, nor of how bytes travel.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
 import torch
 
 from torchrl_sglang_hidden.errors import AlignmentError, CapabilityError, InputError, ProtocolError
 from torchrl_sglang_hidden.protocol import FALLBACK_REMEDY, Answer
-from torchrl_sglang_hidden.records import EngineInfo, Request, Scores
-from torchrl_sglang_hidden.reduce.head_scores import WantedScores
+from torchrl_sglang_hidden.records import EngineInfo, Pooled, Request, Scores
+from torchrl_sglang_hidden.reduce.head_scores import FoundScores
+from torchrl_sglang_hidden.sglang_api.states import read_states
 from torchrl_sglang_hidden.spec.head_scores import HeadSpec
 
-__all__ = ["check_heads", "read_scores", "scores_of"]
+__all__ = ["FoundHeads", "check_heads", "read_scores"]
 
 
-def scores_of(request: Request) -> WantedScores | None:
-    """Return the scores that a request asks the server half for; None for none."""
-    spec = request.heads
-    return None if spec is None else WantedScores(spec.heads, spec.of_prompt, spec.of_response, spec.rule)
+@dataclass(frozen=True, slots=True)
+class FoundHeads:
+    """The scores of one answer by head; ``faults`` says why a span is not there."""
+
+    scores: Mapping[str, Scores] = field(default_factory=dict)
+    faults: Mapping[str, str] = field(default_factory=dict)
 
 
 def check_heads(row: int, request: Request, info: EngineInfo) -> None:
@@ -39,22 +45,30 @@ def check_heads(row: int, request: Request, info: EngineInfo) -> None:
         )
     if request.reads_only and spec.of_response:
         raise InputError(
-            f"row {row}: max_new_tokens=0 generates nothing, and HeadSpec(segments={spec.segments}) are not all of the "
-            "prompt; ask for segments=('prompt',)"
+            f"row {row}: max_new_tokens=0 generates nothing, and HeadSpec(segments={spec.segments}, "
+            f"spans={list(spec.spans)}) are not all of the prompt; ask for segments=('prompt',)"
         )
 
 
 def read_scores(
-    name: str, request: Request, answer: Answer | None, num_response: int, finish_type: str, *, complete: bool
-) -> dict[str, Scores]:
+    name: str,
+    request: Request,
+    answer: Answer | None,
+    response_ids: tuple[int, ...],
+    finish_type: str,
+    info: EngineInfo,
+    *,
+    complete: bool,
+) -> FoundHeads:
     """Read the scores of one answer, and count them against the tokens.
 
     Args:
         name: names the request in errors.
         request: what was asked.
         answer: the server half's.
-        num_response: T.
+        response_ids: the T tokens of the response.
         finish_type: why the response ended.
+        info: the engine's.
         complete: whether it ended by itself, and was not given up on.
 
     Raises:
@@ -65,15 +79,15 @@ def read_scores(
     if spec is None:
         if finish_type == "head":
             raise ProtocolError(f"{name}: finished with 'head', and no head was asked for; send it again")
-        return {}
+        return FoundHeads()
     found = None if answer is None else answer.scores
     if found is None or len(found.versions) != len(spec.heads):
         raise ProtocolError(
             f"{name}: the scores of heads {spec.heads} were asked for and are not in the answer; send it again"
         )
     for segment, scores, wanted, expected in (
-        ("prompt", found.prompt_HP, spec.of_prompt, len(request.prompt_ids)),
-        ("response", found.response_HT, spec.of_response, num_response),
+        ("prompt", found.prompt_HP, spec.prompt_tokens, len(request.prompt_ids)),
+        ("response", found.response_HT, spec.response_tokens, len(response_ids)),
     ):
         count = None if scores is None else scores.shape[1]
         if count != (expected if wanted else None):
@@ -83,14 +97,46 @@ def read_scores(
             )
     if complete:
         _check_end(name, spec, found.response_HT, finish_type)
-    return {
+    pooled, spans, faults = _read_pooled(name, request, spec, found, response_ids, info)
+    by_head = {
         head: Scores(
             prompt_P=None if found.prompt_HP is None else found.prompt_HP[index].clone(),
             response_T=None if found.response_HT is None else found.response_HT[index].clone(),
             version=found.versions[index],
+            pooled=_of_head(pooled, index),
+            spans=_of_head(spans, index),
         )
         for index, head in enumerate(spec.heads)
     }
+    return FoundHeads(by_head, faults)
+
+
+def _read_pooled(
+    name: str, request: Request, spec: HeadSpec, found: FoundScores, response_ids: tuple[int, ...], info: EngineInfo
+) -> tuple[Mapping[str, Pooled], Mapping[str, Pooled], Mapping[str, str]]:
+    """Read pooled scores as states of as many dimensions as there are heads, which are counted alike."""
+    pooled = spec.pooled
+    if (pooled is None) is not (found.pools is None):
+        raise ProtocolError(
+            f"{name}: pooled scores asked for: {pooled is not None}, in the answer: {found.pools is not None}; send it "
+            "again"
+        )
+    if pooled is None or found.pools is None:
+        return {}, {}, {}
+    states = read_states(
+        f"{name}, scores of heads",
+        replace(request, hidden=pooled, spans=request.head_spans),
+        pooled,
+        {},
+        response_ids,
+        replace(info, hidden_size=len(spec.heads)),
+        Answer(found.pools, None),
+    )
+    return states.hidden, states.spans, states.faults
+
+
+def _of_head(found: Mapping[str, Pooled], index: int) -> dict[str, Pooled]:
+    return {name: replace(one, vector=one.vector[..., index].clone()) for name, one in found.items()}
 
 
 def _check_end(name: str, spec: HeadSpec, response_HT: torch.Tensor | None, finish_type: str) -> None:

@@ -7,12 +7,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from torchrl_sglang_hidden.errors import InputError, InputTypeError
 from torchrl_sglang_hidden.spec.heads import HEAD_NAME, MAX_HEADS, check_head_name
-from torchrl_sglang_hidden.spec.hidden import SEGMENTS, Segment, SegmentName, reads_prompt, reads_response
+from torchrl_sglang_hidden.spec.hidden import (
+    SEGMENTS,
+    HiddenSpec,
+    Pooling,
+    Segment,
+    SegmentName,
+    reads_prompt,
+    reads_response,
+)
+from torchrl_sglang_hidden.spec.spans import Span, is_of_response
 
 __all__ = ["HeadSpec", "StopRule"]
 
@@ -67,7 +76,7 @@ class StopRule:
 
 @dataclass(frozen=True, slots=True)
 class HeadSpec:
-    """Says which heads score which tokens: one number for each head and token comes back, instead of D.
+    """Says which heads score which tokens: one number for each head and token, or for each segment, instead of D.
 
     Args:
         heads: names of heads that the server has, see `Engine.push_head`.
@@ -77,32 +86,49 @@ class HeadSpec:
             head among ``heads``, one of ``>``, ``>=``, ``<``, ``<=``, and a number. That token is the last, and
             ``finish_reason`` is ``"head"``; a token that also ends the response by itself, such as EOS, says
             ``"stop"``. Scoring ignores it.
+        pooling: how the scores of a segment's tokens become one number, as in `HiddenSpec.pooling`; None leaves a score
+            for each token. The mean of scores is the score of the mean state only for a linear head whose ``normalize``
+            is ``"none"`` or ``"standard"`` and whose output is raw.
+        spans: parts of the prompt or the response whose scores come back as well, by names of yours, as in
+            `HiddenSpec.spans`: at ``At("</think>")`` one score, at ``Each("\\n\\n")`` one at each boundary. A span
+            without a pooling of its own has the pooling above, and the mean where that is None.
 
     Raises:
-        InputError: a name or segment that is none, or given twice; a rule that cannot be read, or of another head; or
-            a rule without a response.
+        InputError: a name or segment that is none, or given twice; a rule that cannot be read, or of another head; a
+            rule without a response; a pooling or span that is none.
         InputTypeError: a value of the wrong type.
     """
 
     heads: tuple[str, ...]
     segments: tuple[Segment | SegmentName, ...] = ("response",)
     stop_when: str | None = None
+    pooling: Pooling | None = None
+    spans: Mapping[str, Span] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         for name, values in (("heads", self.heads), ("segments", self.segments)):
             if isinstance(values, str) or not isinstance(values, (tuple, list)):
                 raise InputTypeError(f"HeadSpec({name}={values!r:.80}): expected a tuple of names")
             object.__setattr__(self, name, tuple(values))
+        if not isinstance(self.spans, Mapping):
+            raise InputTypeError(f"HeadSpec(spans={self.spans!r:.80}): expected a dict of names to spans")
         for name in self.heads:
             check_head_name(name)
         if not 1 <= len(self.heads) <= MAX_HEADS or len(set(self.heads)) != len(self.heads):
             raise InputError(f"HeadSpec(heads={self.heads!r:.200}): expected 1 to {MAX_HEADS} names, each once")
         unknown = [segment for segment in self.segments if segment not in SEGMENTS]
-        if unknown or not self.segments or len(set(self.segments)) != len(self.segments):
+        if unknown or not (self.segments or self.spans) or len(set(self.segments)) != len(self.segments):
             raise InputError(
-                f"HeadSpec(segments={self.segments!r:.200}): expected one or more of {SEGMENTS}, each once"
+                f"HeadSpec(segments={self.segments!r:.200}): expected one or more of {SEGMENTS}, each once; none only "
+                "beside spans"
             )
         object.__setattr__(self, "segments", tuple(map(str, self.segments)))
+        try:
+            pooled = self.pooled
+        except InputError as error:
+            # Whoever wrote a HeadSpec knows of no other.
+            raise type(error)(str(error).replace("HiddenSpec(", "HeadSpec(", 1)) from None
+        object.__setattr__(self, "spans", {} if pooled is None else pooled.spans)
         rule = self.rule
         if rule is not None and rule.head not in self.heads:
             raise InputError(
@@ -121,11 +147,35 @@ class HeadSpec:
         return None if self.stop_when is None else StopRule.parse(self.stop_when)
 
     @property
+    def pooled(self) -> HiddenSpec | None:
+        """What is pooled, as if scores were states of as many dimensions as there are heads; None for nothing."""
+        if self.pooling is None and not self.spans:
+            return None
+        segments = () if self.pooling is None else self.segments
+        return HiddenSpec(segments, "mean" if self.pooling is None else self.pooling, spans=self.spans)
+
+    @property
+    def unpooled(self) -> tuple[str, ...]:
+        """The names of the spans whose scores stay as they are, ``[S]``."""
+        pooled = self.pooled
+        return () if pooled is None else pooled.unpooled
+
+    @property
     def of_prompt(self) -> bool:
         """Whether prompt tokens are scored."""
-        return reads_prompt(self.segments)
+        return reads_prompt(self.segments) or not all(map(is_of_response, self.spans.values()))
 
     @property
     def of_response(self) -> bool:
         """Whether response tokens are scored."""
-        return reads_response(self.segments)
+        return reads_response(self.segments) or any(map(is_of_response, self.spans.values()))
+
+    @property
+    def prompt_tokens(self) -> bool:
+        """Whether a score of each prompt token comes back."""
+        return self.pooling is None and reads_prompt(self.segments)
+
+    @property
+    def response_tokens(self) -> bool:
+        """Whether a score of each response token comes back."""
+        return self.pooling is None and reads_response(self.segments)
