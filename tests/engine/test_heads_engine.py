@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import heads_oracle, hf_oracle
@@ -23,7 +24,9 @@ from torchrl.modules.llm.policies import Tokens
 from transformers import PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden import (
+    At,
     Completion,
+    Every,
     HeadSpec,
     HiddenSpec,
     InputError,
@@ -33,6 +36,7 @@ from torchrl_sglang_hidden import (
     SGLangHiddenWrapper,
     SGLangServer,
     WeightsError,
+    Window,
 )
 
 D, LAYERS = 576, (4, 29)
@@ -139,6 +143,61 @@ def test_a_policy_writes_scores(
     heads_oracle.assert_scores(scored["head_scores", "full", "mlp"], expected, "scored")
 
 
+@pytest.mark.parametrize(("pooling", "num_samples"), [("mean", None), (None, 2)])
+def test_scores_of_segments_and_boundaries(
+    smol: SGLangServer,
+    smol_dir: str,
+    tokenizer: PreTrainedTokenizerBase,
+    versions: dict[str, str],
+    pooling: Any,
+    num_samples: int | None,
+) -> None:
+    """One number for each, beside requests for other things; a long prompt cold, then with a part of it cached."""
+    prompts = [prompt_of(2 * CHUNKED_PREFILL_SIZE + 5, seed=7250), prompt_of(11, seed=7251)]
+    asked = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
+    (free,) = smol.generate([Request(tuple(prompts[1]), asked)])
+    marker, found_boundary = tokenizer.decode(free.response_ids[3]), False
+    spans = {
+        "boundary": At(marker, pooling="last"),
+        "all": Every(5),
+        "start": Window(0, 6, segment="prompt", pooling="max"),
+    }
+    policy = SGLangHiddenWrapper(
+        smol,
+        tokenizer=tokenizer,
+        input_mode="tokens",
+        hidden=HiddenSpec(),
+        heads=HeadSpec(("mlp", "gated"), ALL, pooling=pooling, spans=spans),
+        num_samples=num_samples,
+        generate_kwargs=asked,
+    )
+    for _ in range(2):
+        rows = policy(tokens_input(prompts)).unbind(0)
+        for row in rows if num_samples is None else [row for group in rows for row in group.unbind(0)]:
+            prompt, response = row["tokens"].prompt.tolist(), row["tokens"].response.tolist()
+            for name in ("mlp", "gated"):
+                truth = heads_oracle.expected(HEADS[name], smol_dir, prompt, response, LAYERS)
+                for segment in ALL:
+                    expected = truth[segment].mean(keepdims=True) if pooling == "mean" else truth[segment]
+                    found = row["head_scores", segment, name]
+                    heads_oracle.assert_scores(found[None] if pooling == "mean" else found, expected, segment)
+                in_spans = row["head_scores", "spans"]
+                heads_oracle.assert_scores(in_spans["all", name], truth["response"][::5], "all")
+                heads_oracle.assert_scores(
+                    in_spans["start", name][None], truth["prompt"][:6].max(keepdims=True), "start"
+                )
+                at = row_behind(marker, response, tokenizer)
+                boundary = truth["response"][at : at + 1] if at < len(response) else np.array([np.nan])
+                np.testing.assert_allclose(in_spans["boundary", name][None], boundary, atol=heads_oracle.SCORE_ATOL)
+                found_boundary |= at < len(response)
+    assert found_boundary
+
+
+def row_behind(marker: str, response: list[int], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the first row whose state has read the marker; T or more where there is none."""
+    return next((n for n in range(1, len(response)) if marker in tokenizer.decode(response[:n])), len(response))
+
+
 def rule_that_ends_at(scores_T: torch.Tensor, least: int) -> tuple[str, int]:
     """Return a rule that a score fulfils first at a token, from ``least`` on if there is one; and that token."""
     if not least:
@@ -191,10 +250,13 @@ def test_a_score_ends_a_stream(smol: SGLangServer, versions: dict[str, str]) -> 
     ignoring = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
     (free,) = smol.generate([Request(tuple(ids), ignoring, heads=HeadSpec(("linear",)))])
     rule, last = rule_that_ends_at(free.scores["linear"].response_T, 2)
-    with smol.stream(Request(tuple(ids), ignoring, heads=HeadSpec(("linear",), stop_when=f"linear {rule}"))) as stream:
-        streamed = [token_id for chunk in stream for token_id in chunk.ids]
+    spec = HeadSpec(("linear", "gated"), ("prompt", "response"), stop_when=f"linear {rule}")
+    with smol.stream(Request(tuple(ids), ignoring, heads=spec)) as stream:
+        chunks = list(stream)
         whole = stream.completion
-    assert tuple(streamed) == whole.response_ids == free.response_ids[: last + 1]
+    for name, scores in whole.scores.items():
+        assert torch.equal(torch.cat([chunk.scores[name] for chunk in chunks]), scores.response_T)
+    assert sum((chunk.ids for chunk in chunks), ()) == whole.response_ids == free.response_ids[: last + 1]
     assert whole.finish_reason == "head"
     torch.testing.assert_close(
         whole.scores["linear"].response_T, free.scores["linear"].response_T[: last + 1], atol=1e-5, rtol=0
@@ -224,8 +286,8 @@ def test_a_head_that_is_pushed_again(smol: SGLangServer, smol_dir: str) -> None:
     """Requests under way keep the head that they began with; those behind it have the new one, and say which."""
     old, new = (heads_oracle.make_head("linear", D, seed=seed, normalize="rms") for seed in (11, 12))
     ids = prompt_of(10, seed=7400)
-    request = greedy(ids, 60, heads=HeadSpec(("again",)))
-    ignoring = replace(request, sampling={**request.sampling, "ignore_eos": True})
+    request = greedy(ids, 8, heads=HeadSpec(("again",)))
+    ignoring = replace(request, sampling={"temperature": 0, "max_new_tokens": 40, "ignore_eos": True})
     first = smol.push_head("again", old, version="one")
     with smol.stream(ignoring) as stream:
         next(iter(stream))

@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from helpers import random_models
+from helpers import heads_oracle, random_models
 from helpers.policy_checks import LOG_PROB_ATOL, SEGMENTS, assert_row, make_policy, prompt_of
 from helpers.process_watch import still_running, watched
 from helpers.rollout import SHARED_MEMORY, Rollout, family_of, scheduler_of, traces_of
@@ -36,6 +36,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from torchrl_sglang_hidden import (
     EngineError,
+    Head,
+    HeadSpec,
     HiddenSpec,
     IncompleteWeightsError,
     Restart,
@@ -266,6 +268,8 @@ def test_a_rollout_goes_on_over_deaths_of_its_server(
     version = server.load_adapter("step", adapter)
     adapter.load_state_dict(trainer_under(adapter, trainer))
     merged_dir = saved(adapter, tmp_path / "merged")
+    head = heads_oracle.make_head("mlp", server.info.hidden_size, normalize="rms")
+    of_head = server.push_head("kept", head)
 
     rollout, chance = Rollout(make_policy(server, tokenizer)), random.Random(KILLS)
     traces: set[Path] = set()
@@ -285,6 +289,7 @@ def test_a_rollout_goes_on_over_deaths_of_its_server(
             down_s.append(time.monotonic() - begun)
             assert (server.restarts, completion.weight_version) == (restarts, version)
             assert_answered_with(completion, trained_dir)
+            assert_scored(server, head, of_head, trained_dir)
 
     print(
         f"\n{KILLS} kills {dict(killed)}: {rollout.calls} calls, {len(rollout.rows)} rows, "
@@ -321,6 +326,17 @@ def trainer_under(adapter: Any, trainer: PreTrainedModel) -> dict[str, torch.Ten
         path, _, last = f"base_model.model.{name}".rpartition(".")
         state[f"{path}.{last}" if f"{path}.{last}" in state else f"{path}.base_layer.{last}"] = value
     return state
+
+
+def assert_scored(server: LaunchedServer, head: Head, version: str, model_dir: str) -> None:
+    """Check that the server has a head again, and scores by it."""
+    request = Request(tuple(PROMPTS[0]), {"temperature": 0, "max_new_tokens": 3}, heads=HeadSpec(("kept",)))
+    (completion,) = server.generate([request])
+    scores = completion.scores["kept"]
+    truth = heads_oracle.expected(head, model_dir, PROMPTS[0], completion.response_ids, ())["response"]
+    assert scores.version == version
+    assert scores.response_T is not None
+    heads_oracle.assert_scores(scores.response_T, truth, "kept")
 
 
 def patiently(server: LaunchedServer) -> list[Completion]:

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import heads_oracle
 from helpers.process_watch import still_running, watched
 
 from torchrl_sglang_hidden import InputTypeError, Restart, RestartError, launch
 from torchrl_sglang_hidden.engines import launch as launch_module
 from torchrl_sglang_hidden.engines import process as process_module
 from torchrl_sglang_hidden.engines.launch import LaunchedServer
+from torchrl_sglang_hidden.protocol.head_call import HeadCall
 from torchrl_sglang_hidden.records import Request
 
 TESTS = Path(__file__).parents[1]
@@ -27,7 +29,7 @@ REQUEST = Request((6, 7), {"max_new_tokens": 2})
 SERVES = """
     import json, os, sys, tempfile
     from pathlib import Path
-    from helpers.fake_engine import RecordingServer, model_page
+    from helpers.fake_engine import RecordingEngine, RecordingServer, model_page
     options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
     kept = os.environ.get("TORCHRL_SGLANG_HIDDEN_KEPT_WEIGHTS")
     log = {"options": options, "kept": kept, "tmp": tempfile.mkdtemp(), "read": os.listdir(kept) if kept else []}
@@ -35,6 +37,14 @@ SERVES = """
         print(json.dumps(log), file=file)
     server = RecordingServer(port=int(options["--port"]))
     model = model_page("m")
+    def respond(handler, payload):
+        if handler.path != "/get_weights_by_name":
+            handler.say((200, RecordingEngine().answer(payload)))
+            return
+        with open(os.environ["STARTS"] + ".heads", "a") as file:
+            print(json.dumps([os.getpid(), payload["name"]]), file=file)
+        handler.say((200, {"success": True, "message": ""}))
+    server.respond = respond
     server.pages["/health_generate"] = (200, "")
     server.pages["/model_info"] = (200, {**model, "weight_version": options.get("--weight-version", "default")})
     sys.stdin.read()  # until its parent closes the pipe, or is killed
@@ -139,3 +149,21 @@ def test_yes_or_no(restart: bool, starts: Path, tmp_path: Path) -> None:
             assert server._endpoints[0].supervision.keeps is restart
             assert server.restarts == 0
         assert still_running(handles, timeout_s=0) == []
+
+
+def test_heads_are_pushed_again(server: LaunchedServer, starts: Path) -> None:
+    """The same calls, before a request is answered; not those of heads that were dropped or refused."""
+    first, width = server.pid, server.info.hidden_size
+    heads = [heads_oracle.make_head("linear", width, seed=seed) for seed in range(3)]
+    version = server.push_head("a", heads[0])
+    server.push_head("b", heads[1])
+    server.push_head("a", heads[2], version="2")
+    server.drop_head("b")
+    assert (server.restarts, version) != (0, "2")
+    kill(server)
+    assert server.generate([REQUEST])[0].prompt_ids == (6, 7)
+    calls = [json.loads(line) for line in Path(f"{starts}.heads").read_text().splitlines()]
+    again = [HeadCall.unpack(name) for pid, name in calls if pid == server.pid]
+    assert len(calls) == 5
+    assert server.pid != first
+    assert again == [HeadCall("a", "2", heads[2].to_bytes())]

@@ -225,7 +225,8 @@ class Engine(ABC):
         """Give the engine a head for requests with `HeadSpec(heads=(name,))`, in place of one of that name.
 
         Requests under way keep the head that they began with, and every answer names the version that scored it. The
-        weights' own version stays. A server that was started again has no heads: push them again.
+        weights' own version stays. ``launch(restart=True)`` pushes them again when its server has died; any other
+        server that was started again has none.
 
         Args:
             name: up to 64 letters, digits, ``_`` and ``-``.

@@ -248,15 +248,16 @@ class Endpoint:
                     if (event := read_event(line, self.url)) is not None:
                         yield event
 
-    def call(self, route: str, payload: dict[str, Any]) -> dict[str, Any]:
-        """Call one of SGLang's control routes.
+    def call(self, route: str, payload: dict[str, Any], *, admitted: bool = False) -> dict[str, Any]:
+        """Call one of SGLang's control routes; ``admitted`` also while the server is not said to be back.
 
         Returns:
             ``success`` and ``message``, whether the route answers in JSON or in words.
         """
 
         def attempt() -> httpx.Response:
-            self.supervision.admit(generates=route == "open_session")
+            if not admitted:
+                self.supervision.admit(generates=route == "open_session")
             return self._client.post(f"/{route}", json=payload)
 
         with self._translated():

@@ -31,6 +31,7 @@ from torchrl_sglang_hidden.errors import (
     ProtocolError,
     SGLangHiddenError,
 )
+from torchrl_sglang_hidden.protocol.head_call import HeadCall
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
 from torchrl_sglang_hidden.sglang_api.payload import to_payload
 from torchrl_sglang_hidden.sglang_api.responses import raise_errors
@@ -310,7 +311,7 @@ class SGLangServer(Engine):
                 raise error
 
     def _control_calls(self) -> list[ControlCall]:
-        return [endpoint.call for endpoint in self._endpoints]
+        return [partial(_call_and_keep, endpoint) for endpoint in self._endpoints]
 
     def _is_updating(self) -> bool:
         return any(_UPDATING[url].locked() for url in self.urls)
@@ -373,3 +374,12 @@ def _stream_payload(request: Request, endpoint: Endpoint) -> dict[str, Any]:
 
 def _reconnect(urls: tuple[str, ...], config: dict[str, Any]) -> SGLangServer:
     return SGLangServer(urls, api_key=key_of_pickle(urls), **config)
+
+
+def _call_and_keep(endpoint: Endpoint, route: str, payload: dict[str, Any]) -> dict[str, Any]:
+    """Call about a head, and let whoever starts the server again know what it has."""
+    start, call = endpoint.supervision.start, HeadCall.unpack(payload["name"])
+    answer = endpoint.call(route, payload)
+    if answer.get("success"):
+        endpoint.supervision.keep_head(call.name, payload["name"] if call.data else None, start)
+    return answer

@@ -46,6 +46,7 @@ from torchrl_sglang_hidden.server.__main__ import (
     command_line,
     is_loopback,
 )
+from torchrl_sglang_hidden.weights.control import succeeded
 from torchrl_sglang_hidden.weights.kept import Resumption
 
 __all__ = ["LaunchedServer", "launch"]
@@ -103,8 +104,9 @@ def launch(
         progress: show a status line while the server starts, in terminals and notebooks.
         restart: start the server again, with the same arguments and at the same port, when it has died; True is
             `Restart()`, which says how often, after which waits, and where pushed weights are kept. The new process has
-            the last weights that were pushed through this client, its adapters and the weight version before it answers
-            anybody. A call under way at the death raises; one that begins while the server is coming back waits.
+            the last weights that were pushed through this client, its adapters, heads and weight version before it
+            answers anybody. A call under way at the death raises; one that begins while the server is coming back
+            waits.
         **server_args: SGLang server arguments by their Python names: ``chunked_prefill_size=64`` becomes
             ``--chunked-prefill-size 64``. ``True`` is the bare flag, ``False`` and ``None`` leave it out, lists are
             several values, mappings become JSON. A name that SGLang does not know fails the start. A key or a
@@ -187,7 +189,7 @@ class LaunchedServer(SGLangServer):
         else:
             endpoint.supervision = supervisor
             # The thread must not keep the client, which ends the server when nobody has it any more.
-            supervisor.watch(partial(_read_again, weakref.ref(endpoint)))
+            supervisor.watch(partial(_read_again, weakref.ref(endpoint), supervisor.heads))
 
     @property
     def pid(self) -> int:
@@ -234,11 +236,14 @@ class _Owned(Supervision):
         self.how_it_ended = process.how_it_ended  # type: ignore[method-assign]
 
 
-def _read_again(endpoint: weakref.ReferenceType[Endpoint]) -> str:
+def _read_again(endpoint: weakref.ReferenceType[Endpoint], heads: Mapping[str, str]) -> str:
     alive = endpoint()
     if alive is None:
         return ""
     alive.read_description()
+    for name, packed in heads.items():
+        answer = alive.call("get_weights_by_name", {"name": packed}, admitted=True)
+        succeeded(answer, f"take head {name!r} again")
     return alive.info.weight_version
 
 

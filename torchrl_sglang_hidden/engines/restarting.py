@@ -49,6 +49,7 @@ class Restart:
             during an update. A directory: a copy there, which costs no memory, and the time to write it in each update.
             ``"nothing"``: after a restart calls raise `RestartError` until weights are pushed again. A checkpoint
             directory of yours that was passed to ``update_weights`` is read again where it is, and must stay as it is.
+            Heads that were pushed are kept in this process's own memory, except with ``"nothing"``, and pushed again.
 
     Raises:
         InputError: a number out of range, or a directory that cannot be written.
@@ -84,6 +85,7 @@ class Supervisor(Supervision):
 
     Attributes:
         keeps: whether weights that are pushed must be written as a checkpoint.
+        heads: by name, the calls that pushed the heads which the server has.
         start: number of the present process, from 0.
     """
 
@@ -92,6 +94,7 @@ class Supervisor(Supervision):
         self.process = process
         self._kept = KeptWeights(restart.keep)
         self.keeps = self._kept.copies
+        self.heads: dict[str, str] = {}
         self.start = 0
         # Of all that follows. Waited on by calls; notified at each change.
         self._changed = threading.Condition()
@@ -109,8 +112,8 @@ class Supervisor(Supervision):
         """Begin to watch.
 
         Args:
-            reconnect: has the client read the server's description again, and returns the version of its weights. May
-                raise `EngineError`, which counts as a failed start.
+            reconnect: has the client read the server's description again and push its heads, and returns the version of
+                its weights. May raise `EngineError`, which counts as a failed start.
         """
         self._reconnect = reconnect
         self._thread.start()
@@ -149,6 +152,14 @@ class Supervisor(Supervision):
         with self._changed:
             self._kept.drop(name)
             self._lost.pop(name, None)
+
+    def keep_head(self, name: str, packed: str | None, start: int) -> None:
+        """See `Supervision.keep_head`."""
+        with self._changed:
+            self._check_served(f"head {name!r}", start, "push it again")
+            self.heads.pop(name, None)
+            if packed is not None and self.keeps:
+                self.heads[name] = packed
 
     def wait(self) -> None:
         """Block until the server does not come back, or `stop`.
@@ -200,13 +211,16 @@ class Supervisor(Supervision):
 
     def _keep(self, name: str, directory: Path | None, version: str, start: int, *, is_users: bool) -> None:
         with self._changed:
-            if start != self.start or self._state != "up":
-                raise EngineError(
-                    f"{self._url} ended right after it took version {version!r}, which it will not have when it is "
-                    "back; update again"
-                )
+            self._check_served(f"version {version!r}", start, "update again")
             self._kept.keep(name, directory, version, is_users=is_users)
             self._lost.pop(name, None)
+
+    def _check_served(self, what: str, start: int, remedy: str) -> None:
+        """Raise if the process that took something is not the one that serves."""
+        if start != self.start or self._state != "up":
+            raise EngineError(
+                f"{self._url} ended right after it took {what}, which it will not have when it is back; {remedy}"
+            )
 
     # --- the thread -------------------------------------------------------------------------------------------------
 

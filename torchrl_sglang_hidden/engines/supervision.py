@@ -58,3 +58,15 @@ class Supervision:
 
     def drop_adapter(self, name: str) -> None:
         """Forget an adapter that the server has just unloaded."""
+
+    def keep_head(self, name: str, packed: str | None, start: int) -> None:
+        """Keep a head that the server has just taken, or forget one that it has just dropped.
+
+        Args:
+            name: the head's.
+            packed: the call that pushed it, see `HeadCall.pack`; None for one that was dropped.
+            start: `start` when it was sent.
+
+        Raises:
+            EngineError: the server ended right after it took the head.
+        """

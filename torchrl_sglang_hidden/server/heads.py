@@ -75,7 +75,7 @@ class ServedHeads:
         if missing:
             raise InputError(
                 f"the server has no head {missing[0]!r}: it has {sorted(self._heads)}; use Engine.push_head, "
-                "again after a restart of the server"
+                "again after a restart that launch(restart=True) did not make"
             )
 
     def of(self, wanted: WantedScores | None) -> tuple[ServedHead, ...]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from itertools import zip_longest
 from typing import Any
 
 from torchrl_sglang_hidden.protocol import CHANNEL, PROTOCOL
@@ -144,10 +143,12 @@ def make_streamer_class(base: type, capture: Capture, gate: MessageGate) -> type
             if self.later and any(unfinished):
                 gate.hold_next(unfinished)
                 return info
-            parts = [streamed_scores(capture, req) for req in reqs] if capture.scored else []
+            parts: list[Answer] = (
+                [streamed_scores(capture, req) for req in reqs] if capture.scored else [[]] * len(reqs)
+            )
             if not any(unfinished) and not any(parts):
                 return info
-            answers = [[] if one is None else one.finish() for one in unfinished]
-            return {**info, CHANNEL: [answer or part for answer, part in zip_longest(answers, parts, fillvalue=[])]}
+            answers = [part if one is None else one.finish() for one, part in zip(unfinished, parts, strict=True)]
+            return {**info, CHANNEL: answers}
 
     return PooledOutputStreamer
