@@ -231,8 +231,8 @@ def test_what_cannot_be_asked() -> None:
         check_requests([Request((1,), {"max_new_tokens": 0}, heads=HeadSpec(("d0",)))], make_info())
     with pytest.raises(InputError, match="'head_scores' is the key of 2 outputs"):
         make(heads=HeadSpec(("d0",)), text_key="head_scores")[0](batch_of("tokens"))
-    policy, _ = make(heads=HeadSpec(("d0",)), on_error="nan", inplace=False)
-    with pytest.raises(InputError, match=r"resume with heads=.*get_new_version\(heads=None\)"):
+    policy, _ = make(heads=HeadSpec(("d0",), pooling="max"), on_error="nan", inplace=False)
+    with pytest.raises(InputError, match=r"resume with heads=.*pooled scores of two parts are not joined"):
         policy.resume(policy(batch_of("tokens")))
 
 

@@ -22,6 +22,7 @@ from torchrl_sglang_hidden import (
     At,
     Between,
     Each,
+    HeadSpec,
     HiddenSpec,
     InputError,
     InputTypeError,
@@ -131,6 +132,42 @@ def test_a_response_in_parts_is_the_response(mode: str, pooling: Pooling, layers
     assert out["weight_versions"][1] == (("v7", 6),)
     assert [bool(row["mixed_weights"]) for row in flat(out)] == [True, False, True]
     assert out["weight_version"] == ["v9", "v7", "v8"]
+
+
+@pytest.mark.parametrize("segments", [("prompt",), ("response",), ("full",), SEGMENTS])
+def test_scores_of_heads_stand_one_after_another(segments: Any) -> None:
+    options: dict[str, Any] = {"hidden": None, "heads": HeadSpec(("d0", "d3"), segments)}
+    policy, engine = policy_of("tokens", [2, 0, 3], [1, None, None], [None], **options)
+    out = policy.resume(policy.resume(policy(batch_of("tokens"))))
+    assert_rows_equal(out, policy_of("tokens", **options)[0](batch_of("tokens")), "mixed_weights")
+    assert all(row["head_scores", "versions", "d3"] == "v-d3" for row in flat(out))
+    asked = [request.heads for request in engine.requests[3:]]
+    # The request that never left the queue is sent whole.
+    of_rest = None if segments == ("prompt",) else HeadSpec(("d0", "d3"))
+    assert asked == [of_rest, options["heads"], of_rest, of_rest]
+
+
+def test_a_rule_ends_the_second_part() -> None:
+    heads = HeadSpec(("d5",), stop_when="d5 > 0.9")
+    (whole, *_) = flat(policy_of("tokens", hidden=None, heads=heads)[0](batch_of("tokens")))
+    policy, _ = policy_of("tokens", [2, None, None], hidden=None, heads=heads)
+    row = policy.resume(policy(batch_of("tokens")))[0]
+    assert (row["finish_reason"], whole["finish_reason"]) == ("head", "head")
+    assert row["tokens"].response.tolist() == WHOLE[:4]
+    torch.testing.assert_close(row["head_scores", "response", "d5"], whole["head_scores", "response", "d5"])
+
+
+def test_heads_that_were_pushed_between_two_parts() -> None:
+    policy, engine = policy_of("tokens", [2, None, None], hidden=None, heads=HeadSpec(("d0",)))
+    out = policy(batch_of("tokens"))
+
+    def other(rows: Any) -> None:
+        rows[0]["meta_info"][CHANNEL][0]["scores"]["versions"] = ["new"]
+
+    engine.fault = other
+    row = policy.resume(out)[0]
+    assert row["finish_reason"] == "stop"
+    assert "head 'd0': version 'v-d0' scored the first part of the response, and 'new' the second" in row["error"]
 
 
 def test_a_default_limit_ends_where_the_context_does() -> None:

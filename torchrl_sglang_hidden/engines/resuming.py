@@ -12,8 +12,17 @@ from typing import Any, cast
 import torch
 
 from torchrl_sglang_hidden.errors import InputError, SpanError
-from torchrl_sglang_hidden.records import DEFAULT_NEW_TOKENS, Completion, Pooled, Request, TokenLogits, TokenRows
+from torchrl_sglang_hidden.records import (
+    DEFAULT_NEW_TOKENS,
+    Completion,
+    Pooled,
+    Request,
+    Scores,
+    TokenLogits,
+    TokenRows,
+)
 from torchrl_sglang_hidden.reduce.reducers import reducer_of
+from torchrl_sglang_hidden.spec.head_scores import HeadSpec
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec, Pooling, Segment
 from torchrl_sglang_hidden.spec.spans import LastTokens, PromptSpan
 
@@ -70,6 +79,8 @@ def rest_of(request: Request, first: Completion) -> Request:
             if isinstance(span, LastTokens)
         },
         logits=None if request.logits is None else _of_response(request),
+        heads=None if request.heads is None or not request.heads.of_response else _response_scores(request.heads),
+        head_spans={},
         return_errors=True,
     )
 
@@ -89,6 +100,10 @@ def _response_part(spec: HiddenSpec) -> HiddenSpec | None:
     return replace(spec, segments=segments, tokens=spec.tokens and bool(segments), spans=spans)
 
 
+def _response_scores(spec: HeadSpec) -> HeadSpec:
+    return replace(spec, segments=(Segment.RESPONSE,), pooling=None, spans={})
+
+
 def _of_response(request: Request) -> Any:
     spec = request.logits
     return None if spec is None or not spec.of_response else replace(spec, segments=(Segment.RESPONSE,))
@@ -97,9 +112,10 @@ def _of_response(request: Request) -> Any:
 def join_completions(request: Request, first: Completion, rest: Completion) -> Completion:
     """Join a completion and what went on from it, see `rest_of`, to the completion of the whole response.
 
-    Tokens, log-probs and logits stand one after another. Pooled states of a response are those of both parts, each row
-    of the weights that sampled its token; states of the prompt are the first part's. A span of the response is joined
-    where its rows are all in the second part, and is else missing, with a `SpanError`.
+    Tokens, log-probs, logits and scores stand one after another; both parts must be scored by the same heads. Pooled
+    states of a response are those of both parts, each row of the weights that sampled its token; states of the prompt
+    are the first part's. A span of the response is joined where its rows are all in the second part, and is else
+    missing, with a `SpanError`.
 
     Args:
         request: what was asked at first.
@@ -131,6 +147,14 @@ def join_completions(request: Request, first: Completion, rest: Completion) -> C
                     f"span {name!r}: the response came in two parts, and the span is not in the second; ask for "
                     "tokens=True to pool it yourself"
                 )
+    apart = [
+        name for name, one in first.scores.items() if name in rest.scores and rest.scores[name].version != one.version
+    ]
+    if apart and error is None:
+        error = InputError(
+            f"head {apart[0]!r}: version {first.scores[apart[0]].version!r} scored the first part of the response, and "
+            f"{rest.scores[apart[0]].version!r} the second; send the prompt again, or push the first again before"
+        )
     versions = list(first.versions)
     for version, count in rest.versions:
         if versions and versions[-1][0] == version:
@@ -150,9 +174,14 @@ def join_completions(request: Request, first: Completion, rest: Completion) -> C
         spans=spans,
         token_rows=_joined_rows(first.token_rows, rest.token_rows),
         logits=_joined_logits(first.logits, rest.logits),
+        scores={name: _joined_scores(one, rest.scores.get(name)) for name, one in first.scores.items()},
         error=error,
         versions=tuple(versions),
     )
+
+
+def _joined_scores(first: Scores, rest: Scores | None) -> Scores:
+    return first if rest is None else replace(first, response_T=_cat(first.response_T, rest.response_T))
 
 
 def _merged(pooling: Pooling, before: Pooled, after: Pooled) -> Pooled:

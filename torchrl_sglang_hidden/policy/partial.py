@@ -37,9 +37,11 @@ from torchrl_sglang_hidden.records import (
     EngineInfo,
     Pooled,
     Request,
+    Scores,
     TokenLogits,
     TokenRows,
 )
+from torchrl_sglang_hidden.spec.head_scores import HeadSpec
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec, Segment, reads_prompt
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
 from torchrl_sglang_hidden.spec.spans import PromptSpan, TokenMask, is_of_response, may_be_empty
@@ -64,9 +66,10 @@ def resume_rows(
         raise InputError(
             f"resume with {call.records}: what was recorded of the sampling is not joined; leave it out of the options"
         )
-    if call.heads is not None:
+    if call.heads is not None and call.heads.pooled is not None:
         raise InputError(
-            f"resume with heads={call.heads}: the scores of two parts are not joined; use get_new_version(heads=None)"
+            f"resume with heads={call.heads!r:.300}: pooled scores of two parts are not joined; use get_new_version("
+            "heads=…) without pooling and spans, or heads=None"
         )
     td_rows = _flat(tensordict)
     aborted = [index for index, row in enumerate(td_rows) if _finish_reason(row, keys) == "abort"]
@@ -200,6 +203,9 @@ def _read_completion(name: str, row: TensorDictBase, keys: OutputKeys, call: Cal
         if keys.token_hidden_states is None or spec is None
         else _token_rows(spec, _get(row, keys.token_hidden_states, "token states"), len(prompt_ids)),
         versions=tuple(_get(row, keys.weight_versions, "weight_versions")),
+        scores={}
+        if call.heads is None or not response_ids
+        else _scores(call.heads, _get(row, keys.head_scores, "scores of heads"), len(prompt_ids)),
         **_logits(call.logits, None if keys.logits is None else _get(row, keys.logits, "logits"), len(prompt_ids)),
     )
 
@@ -307,6 +313,20 @@ def _token_rows(spec: HiddenSpec, states: Any, num_prompt: int) -> TokenRows | N
             rows_ND = torch.cat([rows_ND, states.response[1:]])
         return TokenRows(0, rows_ND)
     return TokenRows(num_prompt - 1, states.response)
+
+
+def _scores(spec: HeadSpec, found: Any, num_prompt: int) -> dict[str, Scores]:
+    """Read the scores of tokens back."""
+    scores = {}
+    for name in spec.heads:
+        parts = {segment: getattr(found, segment)[name] for segment in map(str, spec.segments)}
+        if Segment.FULL in parts:
+            full = parts[Segment.FULL]
+            parts |= {str(Segment.PROMPT): full[:num_prompt], str(Segment.RESPONSE): full[num_prompt - 1 :]}
+        version = found.versions[name]
+        if version:
+            scores[name] = Scores(parts.get("prompt"), parts.get("response"), version)
+    return scores
 
 
 def _logits(spec: LogitsSpec | None, logits: Any, num_prompt: int) -> dict[str, Any]:
