@@ -153,7 +153,7 @@ def test_scores_of_segments_and_boundaries(
     num_samples: int | None,
 ) -> None:
     """One number for each, beside requests for other things; a long prompt cold, then with a part of it cached."""
-    prompts = [prompt_of(2 * CHUNKED_PREFILL_SIZE + 5, seed=7250), prompt_of(11, seed=7251)]
+    prompts = [prompt_of(CHUNKED_PREFILL_SIZE + 5, seed=7250), prompt_of(11, seed=7251)]
     asked = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
     (free,) = smol.generate([Request(tuple(prompts[1]), asked)])
     marker, found_boundary = tokenizer.decode(free.response_ids[3]), False
@@ -215,7 +215,7 @@ def rule_that_ends_at(scores_T: torch.Tensor, least: int) -> tuple[str, int]:
 @pytest.mark.parametrize("least", [0, 5])
 def test_a_score_ends_a_response(smol: SGLangServer, smol_dir: str, versions: dict[str, str], least: int) -> None:
     """With the token that fulfils the rule as its last, and all that belongs to it cut there too."""
-    prompts = [prompt_of(9 + row, seed=7300 + row) for row in range(6)]
+    prompts = [prompt_of(9 + row, seed=7300 + row) for row in range(4)]
     asked: dict[str, Any] = {
         "hidden": HiddenSpec(("response", "full"), layers=(-1, 4), tokens=True),
         "logits": LogitsSpec(top_k=2),
@@ -241,8 +241,8 @@ def test_a_score_ends_a_response(smol: SGLangServer, smol_dir: str, versions: di
             for segment in ("response", "full"):
                 error = relative_error(cut.hidden[segment].vector[place], truth.pooled(segment, "mean", layer))
                 assert error < STATE_RTOL, (segment, layer, error)
-    assert [one.finish_reason for one in mixed[6:]] == ["length"] * 2
-    assert [len(one.response_ids) for one in mixed[6:]] == [12] * 2
+    assert [one.finish_reason for one in mixed[4:]] == ["length"] * 2
+    assert [len(one.response_ids) for one in mixed[4:]] == [12] * 2
 
 
 def test_a_score_ends_a_stream(smol: SGLangServer, versions: dict[str, str]) -> None:
@@ -303,9 +303,23 @@ def test_a_head_that_is_pushed_again(smol: SGLangServer, smol_dir: str) -> None:
         heads_oracle.assert_scores(completion.scores["again"].response_T, expected, "again")
     with pytest.raises(RequestRejectedError, match=r"has version .* with other weights"):
         smol.push_head("again", old, version=behind.scores["again"].version)
-    smol.drop_head("again")
+    with smol.stream(ignoring) as stream:
+        next(iter(stream))
+        smol.drop_head("again")
+        last = [chunk.scores["again"] for chunk in stream][-1]
+        assert torch.equal(last, stream.completion.scores["again"].response_T[-len(last) :])
     with pytest.raises(RequestRejectedError, match=r"no head .again.*push_head"):
         smol.generate([request])
+
+
+def test_a_session(smol: SGLangServer, smol_dir: str, versions: dict[str, str]) -> None:
+    """Positions count from the context's beginning."""
+    spec = HeadSpec(("mlp", "gated"), ("response",))
+    with smol.session() as session:
+        for seed in (7600, 7601):
+            completion = session.generate(greedy(prompt_of(9, seed=seed), 4, heads=spec))
+            assert_scored(completion, spec, smol_dir, versions)
+    assert len(completion.prompt_ids) == 9 + 4 + 9
 
 
 def test_heads_that_cannot_be_served(smol: SGLangServer, tmp_path: Any) -> None:
@@ -355,7 +369,7 @@ def test_many_at_once_without_waiting(smol: SGLangServer, smol_dir: str, version
             assert_scored(completion, spec, smol_dir, versions)
             return completion
 
-        return await asyncio.gather(*(one(index) for index in range(16)))
+        return await asyncio.gather(*(one(index) for index in range(12)))
 
     reasons = {completion.finish_reason for completion in asyncio.run(run())}
     assert {"head", "length"} <= reasons

@@ -99,14 +99,25 @@ def assert_scores_of(request: Request, completion: Completion, model_dir: str) -
         head = heads_oracle.storm_head(name, states_size)
         expected = heads_oracle.expected(head, model_dir, prompt_ids, response_ids, heads_oracle.STORM_LAYERS)
         for segment, found, asked in (
-            ("prompt", scores.prompt_P, spec.of_prompt),
-            ("response", scores.response_T, spec.of_response),
+            ("prompt", scores.prompt_P, spec.prompt_tokens),
+            ("response", scores.response_T, spec.response_tokens),
         ):
             assert (found is not None) is asked
             if found is not None:
                 heads_oracle.assert_scores(found, expected[segment], f"{name}, {segment}, {spec}")
+        for segment, one in scores.pooled.items():
+            truth = pool(torch.from_numpy(expected[segment])[:, None], str(spec.pooling)).numpy()
+            scale = one.count if spec.pooling == "sum" else 1  # errors add up with the scores
+            heads_oracle.assert_scores(one.vector[None] / scale, truth / scale, f"{name}, {segment}, {spec}")
+        for span, one in scores.spans.items():
+            assert one.places == tuple(range(0, len(completion.response_ids), 3)), span
+            heads_oracle.assert_scores(one.vector, expected["response"][::3], f"{name}, {span}")
+        assert (scores.pooled.keys(), scores.spans.keys()) == (
+            set(spec.segments if spec.pooling else ()),
+            spec.spans.keys(),
+        )
     rule = spec.rule
-    if rule is not None:
+    if rule is not None and spec.response_tokens:
         scores_T = completion.scores[rule.head].response_T
         assert scores_T is not None
         holding = [token for token, score in enumerate(scores_T.tolist()) if rule.holds(score)]

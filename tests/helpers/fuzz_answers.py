@@ -38,7 +38,7 @@ from helpers.sample_requests import (
     spanned,
 )
 from helpers.spoiling import Choices, spoil
-from torchrl_sglang_hidden import HeadSpec, HiddenSpec
+from torchrl_sglang_hidden import Every, HeadSpec, HiddenSpec, LastTokens
 from torchrl_sglang_hidden.engines.http_answers import read_event, read_json
 from torchrl_sglang_hidden.engines.samples import generate_samples
 from torchrl_sglang_hidden.engines.streams import Stream
@@ -55,6 +55,7 @@ CAT = "data:image/png;base64,Y2F0"
 READS_IMAGES = {"takes_images": True, "image_token_id": IMAGE_ID}
 FINISHED = {"stop", "length", "head", "abort", "error"}
 _ALL = HiddenSpec(ALL_SEGMENTS)
+_POOLED = HeadSpec(("d0", "d1"), ("full",), pooling="mean", spans={"each": Every(2), "end": LastTokens(1)})
 _RECORDS = SamplingRecords(entropy=True, sampling_mask=True, routed_experts=True)
 _ASKED = httpx.Request("POST", "http://fuzz/generate")
 # Kinds of requests, and what the engine that answers them says of itself.
@@ -74,6 +75,7 @@ _KINDS: tuple[tuple[list[Request], dict[str, Any]], ...] = (
     ([request(max_new_tokens=0)], {}),
     ([dataclasses.replace(request(_ALL), heads=HeadSpec(("d0", "d3"), ("full",), "d0 > 9"))], {}),
     ([dataclasses.replace(request(None), heads=HeadSpec(("d1",)))], {}),
+    ([dataclasses.replace(request(None), heads=_POOLED, head_spans=_POOLED.spans)], {}),
 )
 
 
@@ -276,6 +278,10 @@ def check_completion(sent: Request, found: Completion, info: EngineInfo) -> None
         assert isinstance(scored.version, str)
         check_floats(scored.prompt_P, (num_prompt,), wanted=None)
         check_floats(scored.response_T, (num_response,), wanted=None)
+        for pooled in scored.pooled.values():
+            check_floats(pooled.vector, (), wanted=None)
+        for pooled in scored.spans.values():
+            check_floats(pooled.vector, () if pooled.places is None else (pooled.count,), wanted=None)
     if found.routed_experts is not None:
         assert found.routed_experts.dtype == torch.int32
     if found.sampling_mask is not None:

@@ -42,7 +42,7 @@ from torchrl_sglang_hidden.engines.launch import LaunchedServer
 from torchrl_sglang_hidden.records import Request
 from torchrl_sglang_hidden.sglang_api.payload import sent_ids_of, to_payload
 from torchrl_sglang_hidden.spec.hidden import POOLINGS, SEGMENTS
-from torchrl_sglang_hidden.spec.spans import PromptSpan, span_over
+from torchrl_sglang_hidden.spec.spans import PromptSpan, Span, span_over
 
 NUM_LAYERS = 4
 ABORTS = 24
@@ -98,7 +98,7 @@ def draw_request(chance: random.Random) -> Request:
     )
     heads = draw_heads(chance) if chance.random() < 0.4 else None
     if heads is not None and chance.random() < 0.3:
-        return Request(tuple(prompt_ids), {**sampling, "min_new_tokens": 0}, heads=heads)
+        return Request(tuple(prompt_ids), {**sampling, "min_new_tokens": 0}, heads=heads, head_spans=heads.spans)
     return Request(
         tuple(prompt_ids),
         sampling,
@@ -107,6 +107,7 @@ def draw_request(chance: random.Random) -> Request:
         hidden=spec,
         spans={name: resolved for name, (_, resolved) in spans.items()},
         heads=heads,
+        head_spans={} if heads is None else heads.spans,
     )
 
 
@@ -115,7 +116,10 @@ def draw_heads(chance: random.Random) -> HeadSpec:
     names = tuple(chance.sample(STORM_HEADS, chance.randint(1, len(STORM_HEADS))))
     segments = tuple(chance.sample(SEGMENTS, chance.randint(1, 3)))
     rule = f"{names[0]} {chance.choice('<>')} {chance.choice((-2, -0.5, 0, 0.5, 2))}"
-    return HeadSpec(names, segments, rule if segments != ("prompt",) and chance.random() < 0.5 else None)
+    stop_when = rule if segments != ("prompt",) and chance.random() < 0.5 else None
+    pooling = chance.choice((None, None, *POOLINGS))
+    spans: dict[str, Span] = {"third": Every(3)} if chance.random() < 0.3 else {}
+    return HeadSpec(names, segments, stop_when, pooling, spans)
 
 
 def draw_state(chance: random.Random, segment: Any) -> At | Each:

@@ -93,6 +93,12 @@ chosen = st.builds(
 head_names = st.lists(
     st.from_regex(r"[A-Za-z_][A-Za-z0-9_-]{0,63}", fullmatch=True), min_size=1, max_size=4, unique=True
 )
+pooled_scores = st.builds(
+    Wanted,
+    st.lists(st.sampled_from(SEGMENTS), unique=True).map(tuple),
+    st.sampled_from(POOLINGS),
+    spans=st.dictionaries(st.text(min_size=1, max_size=4), st.builds(LastTokens, st.integers(1, 9)), max_size=2),
+)
 scored = head_names.flatmap(
     lambda names: st.builds(
         WantedScores,
@@ -106,6 +112,7 @@ scored = head_names.flatmap(
             st.sampled_from([">", ">=", "<", "<="]),
             st.floats(allow_nan=False, allow_infinity=False),
         ),
+        pooled=st.none() | pooled_scores,
     )
 )
 options = st.builds(
@@ -194,3 +201,30 @@ def test_other_constraints_are_read_for_each_request() -> None:
 @dataclass(frozen=True)
 class Masked(ActionMask, name="channel_masked"):
     """A user's own kind of mask."""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda scores: scores[4].update(pooling=None),
+        lambda scores: scores[4].update(pooling="median"),
+        lambda scores: scores[4].update(layers=[0]),
+        lambda scores: scores[4].update(tokens=True),
+        lambda scores: scores[4].update(segments=["answer"]),
+        lambda scores: scores[4].update(spans={"a": ["mean", "code"]}),
+        lambda scores: scores.__setitem__(4, []),
+        lambda scores: scores.__setitem__(0, ["a b"]),
+        lambda scores: scores.__setitem__(3, "b > 1"),
+        lambda scores: scores.pop(),
+        lambda scores: scores.append(None),
+        lambda scores: scores.__setitem__(slice(1, 5), [False, False, None, None]),
+    ],
+)
+def test_scores_that_nobody_can_ask_for(change: Any) -> None:
+    asked = WantedScores(("a",), True, True, StopRule("a", ">", 1.0), Wanted(("full",), "mean"))
+    custom: Any = {CHANNEL: pack_options(Wanted((), None), "binary", None, asked)}
+    assert unpack_options(custom).scores == asked  # type: ignore[union-attr]
+    fields = json.loads(custom[CHANNEL]["options"])
+    change(fields["scores"])
+    custom[CHANNEL]["options"] = json.dumps(fields)
+    assert unpack_options(custom) is None

@@ -15,7 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from torchrl_sglang_hidden import Head, HeadSpec, InputError, InputTypeError, WeightsError
+from torchrl_sglang_hidden import (
+    Each,
+    Every,
+    Head,
+    HeadSpec,
+    HiddenSpec,
+    InputError,
+    InputTypeError,
+    WeightsError,
+    Window,
+)
 from torchrl_sglang_hidden.spec import heads
 from torchrl_sglang_hidden.spec.head_scores import StopRule
 
@@ -198,6 +208,22 @@ def test_what_fulfils_a_rule(comparison: str, holds: tuple[bool, ...]) -> None:
     assert not rule.holds(float("nan"))
 
 
+def test_specs_of_pooled_scores() -> None:
+    spans = {"each": Each("w"), "start": Window(0, 2, segment="prompt")}
+    spec = HeadSpec(("a",), ["response"], pooling="max", spans=spans)  # type: ignore[arg-type]
+    assert spec.pooled == HiddenSpec(("response",), "max", spans=spans)
+    assert (spec.of_prompt, spec.of_response) == (True, True)
+    assert (spec.prompt_tokens, spec.response_tokens) == (False, False)
+    assert spec.unpooled == ("each",)
+    beside = replace(spec, pooling=None)
+    assert beside.pooled == HiddenSpec((), "mean", spans=spans)
+    assert (beside.prompt_tokens, beside.response_tokens) == (False, True)
+    assert HeadSpec(("a",)).pooled is None
+    alone = HeadSpec(("a",), (), spans={"start": spans["start"]})
+    assert (alone.of_prompt, alone.of_response) == (True, False)
+    assert hash(spec) == hash(replace(spec))
+
+
 def test_specs() -> None:
     spec = HeadSpec(["a", "b"], ["prompt", "full"], "b < 2")  # type: ignore[arg-type]
     assert (spec.heads, spec.segments, spec.rule) == (("a", "b"), ("prompt", "full"), StopRule("b", "<", 2.0))
@@ -222,6 +248,16 @@ def test_specs() -> None:
         ({"heads": ("a",), "stop_when": "b > 1"}, InputError, "'b' is not among heads"),
         ({"heads": ("a",), "stop_when": "a"}, InputError, "such as 'confident > 0.9'"),
         ({"heads": ("a",), "stop_when": "a > 1", "segments": ("prompt",)}, InputError, "add 'response'"),
+        ({"heads": ("a",), "pooling": "median"}, InputError, r"^HeadSpec\(pooling='median'\): expected one of"),
+        ({"heads": ("a",), "spans": []}, InputTypeError, r"HeadSpec\(spans=\[\]\): expected a dict"),
+        ({"heads": ("a",), "spans": {"x": "last"}}, InputTypeError, r"^HeadSpec\(spans={'x': 'last'}\): expected"),
+        ({"heads": ("a",), "spans": {"": Every(2)}}, InputTypeError, "a non-empty string for a span's name"),
+        ({"heads": ("a",), "segments": (), "pooling": "mean"}, InputError, "none only beside spans"),
+        (
+            {"heads": ("a",), "segments": (), "spans": {"x": Every(2, segment="prompt")}, "stop_when": "a > 1"},
+            InputError,
+            "add 'response'",
+        ),
     ],
 )
 def test_specs_that_are_none(fields: Any, error: type[Exception], said: str) -> None:
