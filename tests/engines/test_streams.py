@@ -379,7 +379,12 @@ def test_scores_come_with_the_tokens() -> None:
 
 
 def test_pooled_scores_come_at_the_end_alone() -> None:
-    for spec in (HeadSpec(("d0",), pooling="mean"), HeadSpec(("d0",), ("prompt",))):
+    rule = "d0 > 9"
+    for spec in (
+        HeadSpec(("d0",), pooling="mean"),
+        HeadSpec(("d0",), pooling="mean", stop_when=rule),
+        HeadSpec(("d0",), ("prompt",)),
+    ):
         chunks, completion = scored_stream(spec)
         assert [chunk.scores for chunk in chunks] == [{}] * 4
         assert completion.scores.keys() == {"d0"}

@@ -220,7 +220,7 @@ class RecordingEngine(Engine):
         row = self._send([request])[0]
         yield None
         parts: list[Any] = []
-        if request.heads is not None and request.heads.response_tokens:
+        if request.heads is not None and request.heads.sends_response:
             parts = streamed_parts(request.heads.heads, states_ND(list(request.prompt_ids), row["output_ids"]))
             parts = parts[len(request.prompt_ids) - 1 :]
         for count in range(1, len(row["output_ids"])):

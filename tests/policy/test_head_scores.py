@@ -264,6 +264,16 @@ def test_one_number_for_a_segment(pooling: Any, pad_output: bool, num_samples: i
     torch.testing.assert_close(row["head_scores", "full", "d3"], WORDS[pooling](states_ND([5, 6, 7], [EOS_ID])[:3, 3]))
 
 
+@pytest.mark.parametrize("num_samples", [None, 2])
+def test_a_rule_beside_pooled_scores(num_samples: int | None) -> None:
+    """The scores that it reads come too, for the response's end is held against them, and are not written."""
+    policy, _ = make(heads=HeadSpec(("d0", "d3"), pooling="max", stop_when="d3 > -9"), num_samples=num_samples)
+    for row in flat(policy(batch_of("tokens"))):
+        _, response = real(row)
+        assert (row["finish_reason"], len(response)) == ("head", 1)
+        torch.testing.assert_close(row["head_scores", "response", "d3"], expected(row, "d3")["response"][0])
+
+
 def scored_batch() -> TensorDict:
     return TensorDict(tokens=Tokens(full=torch.tensor([[5, 6, 7]]), batch_size=1), batch_size=1)
 

@@ -15,7 +15,7 @@ from helpers.fake_scheduler import LAYERS, Req, Scheduler, Step, asking, capturi
 from torchrl_sglang_hidden.errors import CapabilityError, InputError, WeightsError
 from torchrl_sglang_hidden.protocol import CHANNEL, pack_options, unpack_answer
 from torchrl_sglang_hidden.protocol.head_call import HeadCall
-from torchrl_sglang_hidden.reduce.head_scores import WantedScores
+from torchrl_sglang_hidden.reduce.head_scores import RequestScores, WantedScores
 from torchrl_sglang_hidden.reduce.wanted import Wanted
 from torchrl_sglang_hidden.server import head_steps, request_isolation
 from torchrl_sglang_hidden.server import heads as served_heads
@@ -126,6 +126,20 @@ def test_scores_that_are_pooled(scheduler: Scheduler, pooling: Any, count: int) 
             value, _ = found.pools.spans[span]
             assert value is not None
             np.testing.assert_allclose(value[..., 0, index], expected, atol=heads_oracle.SCORE_ATOL)
+
+
+def test_scores_that_arrive_twice_or_late_are_left_out() -> None:
+    scores = RequestScores(WantedScores(("a",), True, True), ("1",), 4)
+    scores.add_prompt(0, 2, [[0.0, 1.0]])
+    scores.add_prompt(0, 2, [[9.0, 9.0]])
+    scores.add_prompt(3, 4, [[9.0]])
+    scores.add_prompt(2, 4, [[2.0, 3.0]])
+    for index, score in ((0, 0.0), (0, 9.0), (2, 9.0), (1, 1.0)):
+        scores.add_produced(index, [score])
+    found = scores.finish()
+    assert found.prompt_HP is not None
+    assert found.response_HT is not None
+    assert (found.prompt_HP.tolist(), found.response_HT.tolist()) == ([[0, 1, 2, 3]], [[0, 1]])
 
 
 def test_pooled_scores_behind_a_gap(scheduler: Scheduler) -> None:

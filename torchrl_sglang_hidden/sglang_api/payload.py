@@ -168,7 +168,7 @@ def scores_of(request: Request) -> WantedScores | None:
     return WantedScores(
         spec.heads,
         spec.prompt_tokens,
-        spec.response_tokens,
+        spec.sends_response,
         spec.rule,
         None
         if pooled is None

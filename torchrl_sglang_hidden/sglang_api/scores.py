@@ -87,7 +87,7 @@ def read_scores(
         )
     for segment, scores, wanted, expected in (
         ("prompt", found.prompt_HP, spec.prompt_tokens, len(request.prompt_ids)),
-        ("response", found.response_HT, spec.response_tokens, len(response_ids)),
+        ("response", found.response_HT, spec.sends_response, len(response_ids)),
     ):
         count = None if scores is None else scores.shape[1]
         if count != (expected if wanted else None):
@@ -101,7 +101,9 @@ def read_scores(
     by_head = {
         head: Scores(
             prompt_P=None if found.prompt_HP is None else found.prompt_HP[index].clone(),
-            response_T=None if found.response_HT is None else found.response_HT[index].clone(),
+            response_T=found.response_HT[index].clone()
+            if found.response_HT is not None and spec.response_tokens
+            else None,
             version=found.versions[index],
             pooled=_of_head(pooled, index),
             spans=_of_head(spans, index),

@@ -29,7 +29,8 @@ class StreamedScores:
     """
 
     def __init__(self, spec: HeadSpec | None) -> None:
-        self._heads = spec.heads if spec is not None and spec.response_tokens else ()
+        self._heads = spec.heads if spec is not None and spec.sends_response else ()
+        self._shown = self._heads if spec is not None and spec.response_tokens else ()
         self._num_parts = 0
         self._kept: list[list[float]] = [[] for _ in self._heads]
 
@@ -78,7 +79,7 @@ class StreamedScores:
                 raise AlignmentError(
                     f"{name}: {start + len(scores)} scores of head {head!r} for the {stop} tokens so far; send it again"
                 )
-        return {head: torch.tensor(scores, dtype=torch.float32) for head, scores in found.items()}
+        return {head: torch.tensor(found[head], dtype=torch.float32) for head in self._shown}
 
     def end(self, name: str, completion: Completion, start: int) -> dict[str, torch.Tensor]:
         """Return the scores of the last part, from token ``start`` on, of the whole response.

@@ -179,3 +179,8 @@ class HeadSpec:
     def response_tokens(self) -> bool:
         """Whether a score of each response token comes back."""
         return self.pooling is None and reads_response(self.segments)
+
+    @property
+    def sends_response(self) -> bool:
+        """Whether these travel: with a rule always, for the response's end is held against them."""
+        return self.response_tokens or self.stop_when is not None
