@@ -73,10 +73,10 @@ FLOORS: list[list[set[str]]] = [
         {
             "policy.sampling_rows",
             "policy.assemble_chat",
-            "policy.assemble_heads",
             "policy.assemble_logits",
             "policy.assemble_states",
         },
+        {"policy.assemble_heads"},
         {"policy.assemble", "policy.config", "policy.candidate_ids"},
         {"policy.requests", "policy.reading", "policy.attributes"},
         {"policy.distributions", "policy.candidates", "policy.sending"},

@@ -23,7 +23,7 @@ from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from helpers.fake_heads import every_score, found_scores, streamed_parts, until_rule
+from helpers.fake_heads import feed, found_scores, streamed_parts, until_rule, with_parts
 from helpers.fake_images import FIRST_IMAGE_ROW, images_in, joined, seen_ids
 from helpers.reference_pooling import pool
 from torchrl_sglang_hidden.engines import Engine
@@ -219,17 +219,11 @@ class RecordingEngine(Engine):
         self._check([request], self._info)
         row = self._send([request])[0]
         yield None
-        parts: list[Any] = []
-        if request.heads is not None and request.heads.sends_response:
-            parts = streamed_parts(request.heads.heads, states_ND(list(request.prompt_ids), row["output_ids"]))
-            parts = parts[len(request.prompt_ids) - 1 :]
+        parts = streamed_parts(request.heads, len(request.prompt_ids), states_ND(request.prompt_ids, row["output_ids"]))
         for count in range(1, len(row["output_ids"])):
-            part = self.so_far(row, count)
-            yield part if not parts else {**part, "meta_info": {**part["meta_info"], CHANNEL: parts[:count]}}
+            yield with_parts(self.so_far(row, count), parts[:count])
         # The last token's are in the answer.
-        if parts:
-            row["meta_info"][CHANNEL] = [*parts[:-1], *row["meta_info"].get(CHANNEL, [])]
-        yield row
+        yield with_parts(row, parts[:-1])
 
     def so_far(self, row: dict[str, Any], count: int) -> dict[str, Any]:
         """Return a row of an answer as it was after ``count`` tokens."""
@@ -317,12 +311,7 @@ class RecordingEngine(Engine):
             count = until_rule(options.scores, hidden_ND, len(prompt_ids), len(response_ids))
             ruled, response_ids = count < len(response_ids), response_ids[:count]
             hidden_ND = hidden_ND[: len(prompt_ids) + count - 1]
-            of_heads = None
-            if options.scores.pooled is not None:
-                score_pools = HostPools(options.scores.pooled, len(prompt_ids))
-                feed(score_pools, every_score(options.scores, hidden_ND).T[:, None])
-                of_heads = score_pools.results(response_ids, self._decode)
-            scores = found_scores(options.scores, hidden_ND, len(prompt_ids), of_heads)
+            scores = found_scores(options.scores, hidden_ND, len(prompt_ids), response_ids, self._decode)
             ends_by_head = ruled or until_rule(options.scores, hidden_ND, len(prompt_ids), count + 1) == count
         stopped = response_ids[-1] == EOS_ID
         meta: dict[str, Any] = {
@@ -422,16 +411,6 @@ def choose(
 def of_layer(hidden: torch.Tensor, layer: int) -> torch.Tensor:
     """Return the states of another layer: different numbers, which tell the layer."""
     return hidden if layer == -1 else hidden * 0.5 + layer + 1
-
-
-def feed(pools: HostPools, hidden_NKD: torch.Tensor) -> None:
-    """Add a request's rows to its pools, as a server does that computes the prompt in one piece."""
-    num_prompt = pools.num_prompt
-    step = pools.plan_prompt(0, num_prompt)
-    if step is not None:
-        pools.add_rows(step, hidden_NKD)
-    for index, position in enumerate(range(num_prompt - 1, len(hidden_NKD))):
-        pools.add_produced(hidden_NKD[position].float(), index)
 
 
 # --- over HTTP --------------------------------------------------------------------------------------------------------

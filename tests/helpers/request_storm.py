@@ -112,11 +112,11 @@ def draw_request(chance: random.Random) -> Request:
 
 
 def draw_heads(chance: random.Random) -> HeadSpec:
-    """Draw some of the storm's heads, for some tokens; half of them end the response, where its score says so."""
+    """Draw some of the storm's heads, for some tokens; some end the response, where its score says so."""
     names = tuple(chance.sample(STORM_HEADS, chance.randint(1, len(STORM_HEADS))))
     segments = tuple(chance.sample(SEGMENTS, chance.randint(1, 3)))
     rule = f"{names[0]} {chance.choice('<>')} {chance.choice((-2, -0.5, 0, 0.5, 2))}"
-    stop_when = rule if segments != ("prompt",) and chance.random() < 0.5 else None
+    stop_when = rule if segments != ("prompt",) and chance.random() < 0.25 else None
     pooling = chance.choice((None, None, *POOLINGS))
     spans: dict[str, Span] = {"third": Every(3)} if chance.random() < 0.3 else {}
     return HeadSpec(names, segments, stop_when, pooling, spans)

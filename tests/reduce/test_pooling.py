@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.fake_engine import feed
+from helpers.fake_heads import feed
 from helpers.reference_pooling import (
     DTYPES,
     SUBSETS,
