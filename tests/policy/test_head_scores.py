@@ -321,6 +321,23 @@ def test_scores_of_spans(pad_output: bool, pooling: Any, num_samples: int | None
             assert row["hidden_states", "span_counts", "end"] == 1
 
 
+def test_scored_sequences_have_no_spans_of_a_response() -> None:
+    policy, _ = make(heads=HeadSpec(("d0",), pooling="max", spans=SPANS), generate=False)
+    assert {key[2] for key in policy.out_keys if key[:2] == ("head_scores", "spans")} == {"start"}
+    (row,) = flat(policy(scored_batch()))
+    assert row["head_scores"].spans.keys() == {"start"}
+    torch.testing.assert_close(row["head_scores", "spans", "start", "d0"], states_ND([5, 6, 7], [EOS_ID])[0, 0])
+
+
+def test_spans_that_another_tokenizer_finds_elsewhere() -> None:
+    policy, engine = make(heads=HeadSpec(("d0",), (), spans={"five": At("w5")}))
+    engine.fault = spoilt(lambda meta, scores: scores["pools"]["rows_of_spans"].update(five=[1]))
+    with pytest.raises(
+        AlignmentError, match=r"span 'five': .*\(1,\) there and \(2,\) here; .* the wrapper's tokenizer"
+    ):
+        policy(batch_of("tokens", ["w1 w2 w3"]))
+
+
 def test_spans_of_scores_that_cannot_be_found() -> None:
     policy, _ = make(heads=HeadSpec(("d0",), spans={"answer": At("w499", missing="error")}))
     with pytest.raises(SpanError, match=r"span 'answer' of heads: At.*w499.* the marker is not in the response"):
