@@ -20,6 +20,7 @@ from torchrl_sglang_hidden.reduce.head_scores import WantedScores
 from torchrl_sglang_hidden.reduce.wanted import Wanted
 from torchrl_sglang_hidden.server.output_stream import MessageGate, make_streamer_class
 from torchrl_sglang_hidden.server.state_store import StateStore
+from torchrl_sglang_hidden.spec.spans import LastTokens
 
 TIMEOUT_S = 60
 
@@ -208,3 +209,30 @@ def test_scores_come_with_the_parts_of_a_stream(
     streamed = [part[0][0]["streamed"] for part in parts[:2]]
     assert [len(scores) for (scores,) in streamed] == [1, 2]
     assert [score for (scores,) in streamed for score in scores] == found.response_HT[0, :3].tolist()
+
+
+def test_scores_that_are_pooled_over_a_prompt_are_made_in_the_finishers_thread(
+    stream: tuple[Scheduler, Any, Sender],
+) -> None:
+    scheduler, streamer, sender = stream
+    head = heads_oracle.make_head("linear", HIDDEN_SIZE)
+    scheduler.capture.heads.answer(HeadCall("h", "1", head.to_bytes()), HIDDEN_SIZE, torch.device("cpu"))
+    reqs = []
+    for name, pooled in (
+        ("whole", Wanted(("full",), "mean")),
+        ("spans", Wanted((), "mean", spans={"end": LastTokens(1)})),
+        ("response", Wanted(("response",), "mean")),
+    ):
+        asked = pack_options(Wanted((), None), "binary", None, WantedScores(("h",), False, False, None, pooled))
+        reqs.append(named(name, Req([9, 8, 7], custom={CHANNEL: asked})))
+    scheduler.prefill(*reqs)
+    for req in reqs:
+        req.is_finished = True
+    streamer.stream_output(reqs, False)
+    sender.wait_for(3)
+    threads = {rid: thread for rids, _, thread in sender.messages for rid in rids}
+    assert {rid for rid, thread in threads.items() if thread == "finish-requests"} == {"whole", "spans"}
+    for rids, info, _ in sender.messages:
+        found = unpack_answer(info[CHANNEL][0], rids[0], HIDDEN_SIZE).scores
+        assert found is not None
+        assert found.pools is not None

@@ -143,7 +143,13 @@ class TrackedRequest:
         """Whether making the answer may take long enough to hold up other requests."""
         wanted = self.options.wanted
         single = any(wanted.span_pooling(name) is None for name in wanted.spans)
-        return self.keeps_rows or single or self.logits.wanted.spec is not None
+        return self.keeps_rows or single or self.logits.wanted.spec is not None or self._pools_many_scores
+
+    @property
+    def _pools_many_scores(self) -> bool:
+        """Whether scores are pooled that are as many as the prompt's tokens, or are found by the response's text."""
+        scores = None if self.scores is None else self.scores.wanted
+        return scores is not None and scores.pooled is not None and bool(scores.reads_prompt or scores.pooled.spans)
 
     def refuse(self, reason: str) -> None:
         """Give no answer but this reason, and no memory to rows that nobody will read."""
