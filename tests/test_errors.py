@@ -54,7 +54,7 @@ EXCEPTIONS: dict[tuple[str, str | None], str] = {
     ("server.control_guard.around_control", None): "the reason of the scheduler, which names the log or what to pass",
     ("server.request_checks.check_wire", None): "the field and its value, with the type that was expected",
     ("sglang_api.responses._read_row", "…, span …: …"): "the spans' errors, made where states are pooled",
-    ("sglang_api.responses._read_row", "…, span … of heads: …"): "the spans' errors, made where states are pooled",
+    ("sglang_api.responses._fault_of", "…, span … of heads: …"): "the spans' errors, made where states are pooled",
     ("sglang_api.responses._read_row", "…: …"): "the constraints' errors, made in the server",
     ("engines.launch._check_arguments", "launch(…=…): launch sets this server argument itself; …"): (
         "OWNED_ARGUMENTS has the remedy of each"

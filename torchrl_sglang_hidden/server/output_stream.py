@@ -77,7 +77,7 @@ def add_answers(message: Any, answers: Sequence[Answer]) -> None:
 
 def streamed_scores(capture: Capture, req: Any) -> Answer:
     """Return what a part of a stream says of its tokens' scores, as a list of one; an empty list for nothing."""
-    tracked = capture.scored.get(req) if req.stream else None
+    tracked = capture.scored.get(req) if capture.scored and req.stream else None
     if tracked is None or tracked.scores is None or not tracked.scores.wanted.response:
         return []
     return [{STREAMED: tracked.scores.next_of_stream()}]
@@ -143,9 +143,7 @@ def make_streamer_class(base: type, capture: Capture, gate: MessageGate) -> type
             if self.later and any(unfinished):
                 gate.hold_next(unfinished)
                 return info
-            parts: list[Answer] = (
-                [streamed_scores(capture, req) for req in reqs] if capture.scored else [[]] * len(reqs)
-            )
+            parts = [streamed_scores(capture, req) for req in reqs]
             if not any(unfinished) and not any(parts):
                 return info
             answers = [part if one is None else one.finish() for one, part in zip(unfinished, parts, strict=True)]

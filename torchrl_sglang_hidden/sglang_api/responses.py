@@ -135,8 +135,7 @@ def _read_row(number: int, request: Request, row: Any, info: EngineInfo, rid: st
             f"{name}: 0 response tokens with finish reason {finish_type!r}; expected at least 1; send it again"
         )
     wanted, answer = logits_of(request), None
-    asked = (request.hidden, wanted, request.images, request.heads)
-    if info.pools_in_server and any(one is not None for one in asked):
+    if info.pools_in_server and _asks_server_half(request):
         shared = shares(request) and info.shares_memory
         limit = _most_bytes(request, len(request.prompt_ids) + len(response_ids), info)
         answer = unpack_answer(meta.get(CHANNEL), name, info.hidden_size, shared=shared, limit=limit)
@@ -152,8 +151,7 @@ def _read_row(number: int, request: Request, row: Any, info: EngineInfo, rid: st
     if wanted is not None:
         logits = _read_logits(name, request, wanted, None if answer is None else answer.logits, len(response_ids), info)
     heads = read_scores(name, request, answer, response_ids, finish_type, info, complete=error is None)
-    for span_name, fault in heads.faults.items():
-        error = error or SpanError(f"{name}, span {span_name!r} of heads: {fault}")
+    error = error or _fault_of(name, heads.faults)
     log_probs_T = _read_log_probs(name, meta, "output", response_ids) if request.return_log_probs else None
     sampling_mask, routed_experts = read_sampled(name, request, meta, response_ids, info=info, complete=error is None)
     error = error or _overflow(name, states, logits, heads.scores)
@@ -184,6 +182,16 @@ def _read_row(number: int, request: Request, row: Any, info: EngineInfo, rid: st
         cached_tokens=cached if type(cached := meta.get("cached_tokens")) is int else 0,
         scores=heads.scores,
     )
+
+
+def _asks_server_half(request: Request) -> bool:
+    asked = (request.hidden, logits_of(request), request.images, request.heads)
+    return any(one is not None for one in asked)
+
+
+def _fault_of(name: str, faults: Mapping[str, str]) -> SpanError | None:
+    """Return the first error of a span whose scores are not there; None for none."""
+    return next((SpanError(f"{name}, span {span!r} of heads: {fault}") for span, fault in faults.items()), None)
 
 
 def _most_bytes(request: Request, num_rows: int, info: EngineInfo) -> int:
