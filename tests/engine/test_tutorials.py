@@ -111,6 +111,16 @@ LESSONS: dict[str, tuple[str, ...]] = {
         r"no mask +chest opened: at first +\d%, in the last four batches +\d%",
         r"hidden states less no mask: \+0\.\d\d, 95 % from ",
     ),
+    "113_stopping_an_answer": (
+        r"Afghanistan +right +' Kabul\.",
+        r"4\d of 114 answers are right; 23\.\d tokens each",
+        r"state +0\.[78]\d +0\.[89]\d +0\.[89]\d",
+        r"head +0\.[12]\d +' ",
+        r"head +[3-6]\d% +[5-8]\d% +[789]\d% +1\d\.\d\n",
+        r"shuffled labels +(100|[89]\d)% +[34]\d% +(100|[89]\d)% +2\d\.\d\n",
+        r"every answer +100% +[34]\d% +100% +23\.\d\n",
+        r"head against shuffled labels: t = [3-9]\.\d|head against shuffled labels: t = \d\d\.",
+    ),
 }
 # Fewer seeds and steps where a lesson trains for minutes; what is committed has all of them.
 SHORTER = {
@@ -119,6 +129,7 @@ SHORTER = {
     "108_pixels_beside_text": ("4000, range(5, 10), 350, 100", "800, range(2), 60, 16"),
     "109_a_teacher_on_a_server": ("range(5, 10), 6, 6, 8, 8", "range(5, 7), 1, 4, 2, 2"),
     "110_only_what_is_possible": ("range(5), 24", "range(2), 5"),
+    "113_stopping_an_answer": ("range(10, 15)", "range(10, 12)"),
 }
 # The session's server takes the place of these, in float32 where a lesson leaves the dtype to SGLang. Others start
 # theirs in their notebook: one of another model, and one of this model as it is printed.
@@ -165,7 +176,8 @@ def test_there_is_no_lesson_that_no_test_runs() -> None:
 
 def test_some_lessons_share_a_server_and_some_launch_their_own() -> None:
     could = [bool(re.search(SHARED_LAUNCH, "".join(cell.source for cell in read(name).cells))) for name in LESSONS]
-    assert could == [True, True, True, True, True, True, False, True, True, True]
+    assert could == [True, True, True, True, True, True, False, True, True, True, True]
+    assert could == [True, True, True, True, True, True, False, True, True, True, True]
     assert set(LESSONS) > OWN_SERVER
 
 
