@@ -62,6 +62,17 @@ def test_in_one_write_in_several_and_in_every_form(part: Callable[..., GroupTran
 
 
 @parts
+def test_as_an_environment_returns_rollouts_of_one_step(part: Callable[..., GroupTransform]) -> None:
+    rollouts = groups(2, 3)
+    steps = LazyStackedTensorDict.maybe_dense_stack([ragged(rollouts)], 1)
+    rows = lazy_stack([row.to_tensordict() for row in steps.unbind(0)])
+    assert not isinstance(rows[0], LazyStackedTensorDict)
+    out = part(3).inv(rows)
+    assert {len(tokens) for tokens in out.get("tokens", as_list=True)} == {2, 3, 4}
+    assert written(out, part) == written(part(3).inv(ragged(rollouts)), part)
+
+
+@parts
 def test_rollouts_of_different_numbers_of_turns(part: Callable[..., GroupTransform]) -> None:
     rollouts = [rollout("a", turns=turns, seed=turns) for turns in (1, 3, 2)]
     out = part(3).inv(ragged(rollouts))

@@ -240,7 +240,13 @@ def read_state(step: TensorDictBase, key: NestedKey) -> torch.Tensor:
 
 
 def _join(rollouts: list[TensorDictBase]) -> TensorDictBase:
-    """Return trajectories one behind the other, ``[N]``; lazily where they are, since their leaves may be ragged."""
-    if any(isinstance(rollout, LazyStackedTensorDict) for rollout in rollouts):
+    """Return trajectories one behind the other, ``[N]``; lazily where they are, or where their leaves are ragged."""
+    if any(isinstance(rollout, LazyStackedTensorDict) for rollout in rollouts) or _are_ragged(rollouts):
         return lazy_stack([step for rollout in rollouts for step in rollout.unbind(0)])
     return torch.cat(rollouts)
+
+
+def _are_ragged(rollouts: list[TensorDictBase]) -> bool:
+    """Return whether leaves differ in shape, as tokens do in trajectories of one step, each dense by itself."""
+    shapes = [{key: leaf.shape[1:] for key, leaf in rollout.items(True, True)} for rollout in rollouts]
+    return any(other != shapes[0] for other in shapes[1:])
