@@ -119,6 +119,15 @@ LESSONS: dict[str, tuple[str, ...]] = {
         r"reward 0\.\d\d on average; its variance 0\.\d+, of which 0\.\d+ is chance",
         r"hidden states less shuffled: [+-]0\.\d+ of reward, 95 % from ",
     ),
+    "112_a_reward_in_every_turn": (
+        r"\w+: I am thinking of an? (city|animal)\. \w+.*\?.*\.\n",
+        r"  (Which|What|Is) .*\? +reward [+-]\d\.\d\d, the guess is now \w+",
+        r"\d\d+ conversations were read; right guesses [345]\d%",
+        r"sum of rewards and right guess: correlation \+0\.\d\d; shuffled, 200 times: between -0\.\d\d and \+0\.\d\d",
+        r"each turn +guessed right: at first +[345]\d%, in the last three batches +[5-9]\d%",
+        r"shuffled +guessed right: at first +[345]\d%, in the last three batches +[2-6]\d%",
+        r"training, each turn less shuffled: [+-]0\.\d\d, 95 % from ",
+    ),
     "113_stopping_an_answer": (
         r"Afghanistan +right +' Kabul\.",
         r"4\d of 114 answers are right; 23\.\d tokens each",
@@ -138,6 +147,7 @@ SHORTER = {
     "109_a_teacher_on_a_server": ("range(5, 10), 6, 6, 8, 8", "range(5, 7), 1, 4, 2, 2"),
     "110_only_what_is_possible": ("range(5), 24", "range(2), 5"),
     "111_grpo_with_a_baseline": ("range(5), 20, 10", "range(2), 3, 4"),
+    "112_a_reward_in_every_turn": ("400, range(5), 12", "100, range(2), 4"),
     "113_stopping_an_answer": ("range(10, 15)", "range(10, 12)"),
 }
 # The session's server takes the place of these, in float32 where a lesson leaves the dtype to SGLang. Others start
@@ -185,9 +195,10 @@ def test_there_is_no_lesson_that_no_test_runs() -> None:
 
 def test_some_lessons_share_a_server_and_some_launch_their_own() -> None:
     could = [bool(re.search(SHARED_LAUNCH, "".join(cell.source for cell in read(name).cells))) for name in LESSONS]
-    assert could == [True, True, True, True, True, True, False, True, True, True, False, True]
-    assert could == [True, True, True, True, True, True, False, True, True, True, False, True]
-    assert could == [True, True, True, True, True, True, False, True, True, True, False, True]
+    assert could == [True, True, True, True, True, True, False, True, True, True, False, True, True]
+    assert could == [True, True, True, True, True, True, False, True, True, True, False, True, True]
+    assert could == [True, True, True, True, True, True, False, True, True, True, False, True, True]
+    assert could == [True, True, True, True, True, True, False, True, True, True, False, True, True]
     assert set(LESSONS) > OWN_SERVER
 
 
