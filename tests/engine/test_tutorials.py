@@ -147,7 +147,7 @@ SHORTER = {
     "109_a_teacher_on_a_server": ("range(5, 10), 6, 6, 8, 8", "range(5, 7), 1, 4, 2, 2"),
     "110_only_what_is_possible": ("range(5), 24", "range(2), 5"),
     "111_grpo_with_a_baseline": ("range(5), 20, 10", "range(2), 3, 4"),
-    "112_a_reward_in_every_turn": ("400, range(5), 12", "100, range(2), 4"),
+    "112_a_reward_in_every_turn": ("400, range(5), 12", "60, range(2), 3"),
     "113_stopping_an_answer": ("range(10, 15)", "range(10, 12)"),
 }
 # The session's server takes the place of these, in float32 where a lesson leaves the dtype to SGLang. Others start
