@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchrl.modules.llm import TransformersWrapper
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from torchrl_sglang_hidden import SGLangHiddenWrapper
+from torchrl_sglang_hidden import HeadSpec, SGLangHiddenWrapper
 from torchrl_sglang_hidden.errors import AlignmentError, InputError, InputTypeError, MissingKeyError, TokenIdError
 from torchrl_sglang_hidden.rl import RetrieveTeacherStates, VocabularyDistillationLoss, vocabulary_divergence
 
@@ -235,8 +235,13 @@ def test_the_default_chunk_has_64_mib_of_logits() -> None:
 
 def test_a_head_of_other_weights_is_found() -> None:
     other = make_model(7, size=24)
-    with pytest.raises(AlignmentError, match=r"position 0: the teacher's engine said a log-prob of .* tolerance=0.1"):
+    with pytest.raises(AlignmentError, match=r"^row 0, trained position 0: the teacher's engine said .* tolerance=0.1"):
         VocabularyDistillationLoss(STUDENT, other)(make_batch())
+    batch = make_batch()
+    where = batch[1]["next", "teacher_log_probs", "full"]
+    where[-1] -= 9
+    with pytest.raises(AlignmentError, match=r"^row 1, trained position 2: "):
+        VocabularyDistillationLoss(STUDENT, TEACHER)(batch)
     # Without log-probs nothing tells.
     batch = make_batch()
     for row in batch.unbind(0):
@@ -262,6 +267,10 @@ def test_a_teacher_of_another_vocabulary() -> None:
         vocabulary_divergence(student, heads[0], teacher, heads[1])
     with pytest.raises(InputError, match=r"vocab_size=11: .* expected at most 10"):
         vocabulary_divergence(student, heads[0], teacher, heads[1], vocab_size=11)
+    # A token that only the larger head has is no teacher's where that is the smaller one.
+    said = {"tokens_N": torch.full((3,), 11), "teacher_log_probs_N": torch.zeros(3)}
+    with pytest.raises(TokenIdError, match=r"id 11; expected ids in 0\.\.9"):
+        vocabulary_divergence(teacher, heads[1], student, heads[0], vocab_size=9, **said)
     found = vocabulary_divergence(student, heads[0], teacher, heads[1], vocab_size=9)
     torch.testing.assert_close(found, vocabulary_divergence(student, heads[0][:9], teacher, heads[1][:9]))
 
@@ -274,6 +283,8 @@ def test_a_teacher_of_another_vocabulary() -> None:
         ({"temperature": 0.0}, InputError, "temperature=0.0: expected a finite number above 0"),
         ({"temperature": math.nan}, InputError, "temperature=nan"),
         ({"chunk_size": 0}, InputError, "chunk_size=0: expected an integer of at least 1"),
+        ({"tolerance": -0.1}, InputError, "tolerance=-0.1: expected a number of at least 0, in nats"),
+        ({"tolerance": math.nan}, InputError, "tolerance=nan"),
         ({"vocab_size": 1}, InputError, "vocab_size=1: expected an integer of at least 2"),
         ({"tokens_N": torch.zeros(3).long()}, InputError, "belong together"),
         ({"tokens_N": torch.zeros(2).long(), "teacher_log_probs_N": torch.zeros(2)}, InputError, r"expected \[3\]"),
@@ -315,6 +326,27 @@ def test_a_token_that_the_student_cannot_sample_adds_nothing() -> None:
     assert vocabulary_divergence(states, head, states, head, divergence="jsd").isfinite().all()
 
 
+@pytest.mark.parametrize("divergence", ["reverse", "forward", "jsd"])
+def test_a_token_that_neither_can_sample_leaves_the_gradient_alone(divergence: Any) -> None:
+    """The same as without the token in the vocabulary."""
+    states, teacher_states = torch.randn(5, 4), torch.randn(5, 3)
+    heads = [torch.nn.Linear(size, 10) for size in (4, 3)]
+    shorter = [torch.nn.Linear(size, 9) for size in (4, 3)]
+    kept = torch.arange(10) != 3
+    with torch.no_grad():
+        for head, short in zip(heads, shorter, strict=True):
+            head.bias[3] = -math.inf
+            short.weight.copy_(head.weight[kept])
+            short.bias.copy_(head.bias[kept])
+    found = []
+    for own, other in (heads, shorter):
+        own_states = states.clone().requires_grad_()
+        values = vocabulary_divergence(own_states, own, teacher_states, other, divergence=divergence)
+        values.sum().backward()
+        found.append((values.detach(), own_states.grad))
+    torch.testing.assert_close(found[0], found[1])
+
+
 def test_what_a_batch_lacks() -> None:
     loss = VocabularyDistillationLoss(STUDENT, TEACHER)
     for key, message in (
@@ -354,6 +386,9 @@ def test_bad_teachers_and_students() -> None:
         VocabularyDistillationLoss(STUDENT, {})
     with pytest.raises(InputError, match="expected finite numbers of at least 0, not all 0"):
         VocabularyDistillationLoss(STUDENT, {"a": TEACHER}, teacher_weights={"a": 0.0})
+    for wrong, said in (({"a": "1"}, r"teacher_weights=\{'a': '1'\}: expected numbers"), ([1.0], "expected a mapping")):
+        with pytest.raises(InputTypeError, match=said):
+            VocabularyDistillationLoss(STUDENT, {"a": TEACHER}, teacher_weights=wrong)  # type: ignore[arg-type]
     with pytest.raises(InputTypeError, match="student: a Linear; expected a Hugging Face causal language model"):
         VocabularyDistillationLoss(torch.nn.Linear(2, 2), TEACHER)
 
@@ -385,6 +420,42 @@ def test_states_and_log_probs_of_the_same_ids(padded: bool, after: bool) -> None
         expected = [0.0, *(log_prob_of(token) for token in known[1:])]
         torch.testing.assert_close(row.get(("teacher_log_probs", "full"))[real], torch.tensor(expected))
         assert not row.get(("teacher_states", "full"))[~real].any()
+
+
+def test_masks_of_integers_are_masks() -> None:
+    """As tokenizers write them: rows are not indexed by their 0 and 1."""
+    found = []
+    for dtype in (torch.bool, torch.int64):
+        retrieve, engine = make_retrieve(dtype=torch.float32)
+        batch = make_batch(padded=True, after=False)
+        batch["tokens", "full"].clamp_(6, 90)
+        batch["masks", "all_attention_mask"] = batch["masks", "all_attention_mask"].to(dtype)
+        retrieve(batch)
+        ids = [request.prompt_ids for request in engine.requests]
+        found.append((ids, batch["teacher_states", "full"], batch["teacher_log_probs", "full"]))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(first, second) for first, second in zip(found[0][1:], found[1][1:], strict=True))
+
+
+def test_what_a_teachers_own_policy_asks_for_is_not_asked_here() -> None:
+    """A policy for something else, whose rows with errors would be NaN, is a teacher all the same."""
+    engine = RecordingEngine(tokenizer=tiny_tokenizer())
+    teacher = SGLangHiddenWrapper(
+        engine,
+        tokenizer=tiny_tokenizer(),
+        heads=HeadSpec(("d0",)),
+        action_mask_key="mask",
+        action_token_ids=(7, 8),
+        on_error="nan",
+    )
+    batch = make_batch(after=False)
+    for row in batch.unbind(0):
+        row.get(("tokens", "full")).clamp_(6, 90)
+    RetrieveTeacherStates(teacher)(batch)
+    assert all(request.heads is None for request in engine.requests)
+    batch[0].get(("tokens", "full"))[0] = VOCAB + 9
+    with pytest.raises(TokenIdError, match="row 0"):
+        RetrieveTeacherStates(teacher)(batch)
 
 
 def test_names_dtypes_and_tokenizers() -> None:

@@ -19,7 +19,7 @@ from torchrl.objectives.common import LossModule
 from torchrl.objectives.llm.distillation import DistillationLossOutput
 from transformers import PreTrainedModel
 
-from torchrl_sglang_hidden.errors import InputError, InputTypeError, MissingKeyError
+from torchrl_sglang_hidden.errors import AlignmentError, InputError, InputTypeError, MissingKeyError
 from torchrl_sglang_hidden.rl.teacher_states import flat_rows, teacher_keys
 from torchrl_sglang_hidden.rl.vocabulary_divergence import Divergence, check_measure, vocabulary_divergence
 
@@ -101,7 +101,7 @@ class VocabularyDistillationLoss(LossModule):  # type: ignore[misc]
         assistant_only: bool = True,
     ) -> None:
         super().__init__()
-        check_measure(divergence, beta, temperature, vocab_size, chunk_size)
+        check_measure(divergence, beta, temperature, vocab_size, chunk_size, tolerance)
         if reduction not in get_args(Reduction):
             raise InputError(
                 f"reduction={reduction!r:.80}: expected one of {', '.join(map(repr, get_args(Reduction)))}"
@@ -145,7 +145,7 @@ class VocabularyDistillationLoss(LossModule):  # type: ignore[misc]
         if not rows:
             raise InputError(f"a batch of size {tuple(tensordict.batch_size)} has no rows; expected at least 1")
         states = _student_states(self.student, [row.tokens_N for row in rows])
-        found = torch.stack([self._of_row(row, states_ND) for row, states_ND in zip(rows, states, strict=True)])
+        found = torch.stack([self._of_row(index, row, next(states)) for index, row in enumerate(rows)])
         loss = found if self.reduction == "none" else found.mean() if self.reduction == "mean" else found.sum()
         return DistillationLossOutput(loss_distill=loss, kl_to_teacher=found.detach().mean())
 
@@ -178,7 +178,7 @@ class VocabularyDistillationLoss(LossModule):  # type: ignore[misc]
             )
         return _Row(tokens_N[attended_N], selected_N, teachers)
 
-    def _of_row(self, row: _Row, states_ND: torch.Tensor) -> torch.Tensor:
+    def _of_row(self, index: int, row: _Row, states_ND: torch.Tensor) -> torch.Tensor:
         # State n predicts token n + 1.
         places = row.selected_N.nonzero()[:, 0].to(states_ND.device) - 1
         tokens_C = row.tokens_N.to(states_ND.device)[places + 1]
@@ -187,15 +187,19 @@ class VocabularyDistillationLoss(LossModule):  # type: ignore[misc]
             teacher_ND, log_probs_N = row.teachers[name]
             at = places.to(teacher_ND.device)
             log_probs_C = None if log_probs_N is None else log_probs_N[at.to(log_probs_N.device) + 1]
-            found_C = vocabulary_divergence(
-                states_ND[places],
-                self.student_head,
-                teacher_ND[at],
-                head,
-                tokens_N=None if log_probs_C is None else tokens_C,
-                teacher_log_probs_N=log_probs_C,
-                **self._measure,
-            )
+            try:
+                found_C = vocabulary_divergence(
+                    states_ND[places],
+                    self.student_head,
+                    teacher_ND[at],
+                    head,
+                    tokens_N=None if log_probs_C is None else tokens_C,
+                    teacher_log_probs_N=log_probs_C,
+                    **self._measure,
+                )
+            except AlignmentError as error:
+                of_teacher = "" if name is None else f", teacher {name!r}"
+                raise AlignmentError(f"row {index}{of_teacher}, trained {error}") from error
             total = total + self._weights[name] * (found_C.mean() if self.normalize_by_seq_length else found_C.sum())
         return total
 
@@ -217,9 +221,15 @@ def _check_weights(teachers: Mapping[Any, Any], weights: Mapping[str, float] | N
     """Return each teacher's share."""
     if not teachers:
         raise InputError("teacher_heads has no teacher; expected at least 1")
+    if weights is not None and not isinstance(weights, Mapping):
+        raise InputTypeError(
+            f"teacher_weights={weights!r:.80}: expected a mapping of teachers' names to numbers, or None"
+        )
     given = dict.fromkeys(teachers, 1.0) if weights is None else dict(weights)
     if set(given) != set(teachers):
         raise InputError(f"teacher_weights for {sorted(map(str, given))}; expected one for each of {list(teachers)}")
+    if not all(isinstance(weight, (int, float)) for weight in given.values()):
+        raise InputTypeError(f"teacher_weights={given!r:.200}: expected numbers")
     wrong = {name: weight for name, weight in given.items() if not 0 <= weight < math.inf}
     if wrong or not sum(given.values()):
         raise InputError(f"teacher_weights={given}: expected finite numbers of at least 0, not all 0")

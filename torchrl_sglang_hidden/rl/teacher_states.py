@@ -42,7 +42,7 @@ class RetrieveTeacherStates(TensorDictModuleBase):  # type: ignore[misc]
         tokenizer: the student's. If given, the teacher's policy must have one too, and both must have the same tokens
             under the same ids.
         tokens_key: the student's tokens, int64 ``[N]`` per row, prompt and response.
-        mask_key: bool ``[N]`` per row, False at padding, which is not sent. Optional in the batch.
+        mask_key: bool, or 0 and 1, ``[N]`` per row, False at padding, which is not sent. Optional in the batch.
         dtype: of the states that travel.
 
     Writes at ``"next"`` where the batch has one, and beside the tokens otherwise:
@@ -90,11 +90,15 @@ class RetrieveTeacherStates(TensorDictModuleBase):  # type: ignore[misc]
             generate_kwargs={},
             hidden=HiddenSpec(segments=("full",), pooling=None, tokens=True, dtype=dtype),
             logits=None,
+            heads=None,
             constraints=(),
             action_mask_key=None,
+            action_token_ids=None,
             pad_output=False,
             return_log_probs=True,
             inplace=False,
+            # NaN in the place of a row's states would be the student's loss.
+            on_error="raise",
         )
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -107,8 +111,10 @@ class RetrieveTeacherStates(TensorDictModuleBase):  # type: ignore[misc]
                 "with tokens_key"
             )
         masks = [row.get(self._mask_key, None) for row in rows]
+        # A tokenizer's own masks are 0 and 1 as integers, by which a tensor would be indexed.
         real = [
-            torch.ones_like(ids, dtype=torch.bool) if m is None else m for ids, m in zip(tokens, masks, strict=True)
+            torch.ones_like(ids, dtype=torch.bool) if m is None else m.bool()
+            for ids, m in zip(tokens, masks, strict=True)
         ]
         sequences = [ids[mask] for ids, mask in zip(tokens, real, strict=True)]
         scored = self._scorer(ragged(tokens=sequences, full=True))

@@ -73,7 +73,7 @@ def vocabulary_divergence(
         TokenIdError: a token that the teacher's head does not have.
         AlignmentError: the teacher's log-probs are not those of its states: the head is of other weights.
     """
-    check_measure(divergence, beta, temperature, vocab_size, chunk_size)
+    check_measure(divergence, beta, temperature, vocab_size, chunk_size, tolerance)
     rows = (("student_states_ND", student_states_ND), ("teacher_states_ND", teacher_states_ND))
     for name, states_ND in rows:
         if not isinstance(states_ND, torch.Tensor) or not states_ND.is_floating_point():
@@ -90,11 +90,11 @@ def vocabulary_divergence(
             raise InputError(f"{name}: shape {tuple(values_N.shape)}; expected [{len(student_states_ND)}]")
     if not len(student_states_ND):
         return student_states_ND.new_zeros(0, dtype=torch.float32)
-    num_tokens = _shared_vocabulary(student_states_ND, student_head, teacher_states_ND, teacher_head, vocab_size)
+    sizes = _check_vocabularies(student_states_ND, student_head, teacher_states_ND, teacher_head, vocab_size)
     if chunk_size is None:
-        chunk_size = max(_CHUNK_LOGITS // num_tokens, 1)
+        chunk_size = max(_CHUNK_LOGITS // max(sizes), 1)
     if tokens_N is not None:
-        tokens_N = _check_tokens(tokens_N, num_tokens)
+        tokens_N = _check_tokens(tokens_N, sizes[1])
     measure = _Measure(divergence, beta, temperature, vocab_size)
     found = []
     for start in range(0, len(student_states_ND), chunk_size):
@@ -123,7 +123,9 @@ class _Measure(NamedTuple):
     vocab_size: int | None
 
 
-def check_measure(divergence: Any, beta: Any, temperature: Any, vocab_size: Any, chunk_size: Any) -> None:
+def check_measure(
+    divergence: Any, beta: Any, temperature: Any, vocab_size: Any, chunk_size: Any, tolerance: Any
+) -> None:
     """Refuse what `vocabulary_divergence` cannot compute, before it has states."""
     if divergence not in get_args(Divergence):
         raise InputError(f"divergence={divergence!r:.80}: expected one of {', '.join(map(repr, get_args(Divergence)))}")
@@ -134,16 +136,18 @@ def check_measure(divergence: Any, beta: Any, temperature: Any, vocab_size: Any,
     for name, size, least in (("vocab_size", vocab_size, 2), ("chunk_size", chunk_size, 1)):
         if size is not None and (type(size) is not int or size < least):
             raise InputError(f"{name}={size!r:.80}: expected an integer of at least {least}, or None")
+    if not isinstance(tolerance, (int, float)) or not tolerance >= 0:
+        raise InputError(f"tolerance={tolerance!r:.80}: expected a number of at least 0, in nats")
 
 
-def _shared_vocabulary(
+def _check_vocabularies(
     student_states_ND: torch.Tensor,
     student_head: Any,
     teacher_states_ND: torch.Tensor,
     teacher_head: Any,
     vocab_size: int | None,
-) -> int:
-    """Return the larger of the two heads' numbers of tokens; refuse two that are not compared."""
+) -> tuple[int, int]:
+    """Return how many tokens the student's head and the teacher's have; refuse two that are not compared."""
     with torch.no_grad():
         student = logits_from_hidden(student_states_ND[:1], student_head).shape[-1]
         teacher = logits_from_hidden(teacher_states_ND[:1], teacher_head).shape[-1]
@@ -157,7 +161,7 @@ def _shared_vocabulary(
             f"vocab_size={vocab_size}: the student's head has {student} tokens and the teacher's {teacher}; expected "
             f"at most {min(student, teacher)}"
         )
-    return max(student, teacher)
+    return student, teacher
 
 
 def _check_tokens(tokens_N: torch.Tensor, num_tokens: int) -> torch.Tensor:
@@ -207,7 +211,10 @@ def _of_chunk(
         found_C = _kl(teacher_CV, student_CV)
     elif measure.divergence == "jsd":
         beta = measure.beta
-        mixture_CV = torch.logaddexp(teacher_CV + math.log(beta), student_CV + math.log1p(-beta))
+        # Where a token is impossible to both it adds nothing below, and the gradient of `logaddexp` would be NaN.
+        impossible_CV = torch.logical_and(student_CV == -math.inf, teacher_CV == -math.inf)
+        possible_CV = student_CV.masked_fill(impossible_CV, 0.0)
+        mixture_CV = torch.logaddexp(teacher_CV + math.log(beta), possible_CV + math.log1p(-beta))
         found_C = beta * _kl(teacher_CV, mixture_CV) + (1 - beta) * _kl(student_CV, mixture_CV)
     else:
         assert_never(measure.divergence)
