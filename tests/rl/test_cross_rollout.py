@@ -236,6 +236,11 @@ def test_state_dict_and_pickle_keep_the_window() -> None:
     assert empty.window_size == 0
     with pytest.raises(InputError, match="numbers a rollout; expected 12"):
         second.inv(ragged(groups(1, 3, size=5)))
+    # One that has seen no rollout itself knows the size from the window.
+    fresh = CrossRolloutBaseline(3, window=32, min_rollouts=9)
+    fresh.load_state_dict(first.state_dict())
+    with pytest.raises(InputError, match="numbers a rollout; expected 12"):
+        fresh.inv(ragged(groups(1, 3, size=5)))
 
 
 @pytest.mark.parametrize(
@@ -243,6 +248,7 @@ def test_state_dict_and_pickle_keep_the_window() -> None:
     [
         ({"features": torch.zeros(3, 2)}, "expected both features and targets"),
         ({"features": torch.zeros(3, 2), "targets": torch.zeros(2)}, r"expected \[N, F\] and \[N\]"),
+        ({"features": torch.zeros(3), "targets": torch.tensor(1.0)}, r"expected \[N, F\] and \[N\]"),
     ],
 )
 def test_a_state_that_does_not_fit(state: dict[str, torch.Tensor], words: str) -> None:
@@ -274,6 +280,23 @@ def test_bad_entropies() -> None:
     batch[0]["sampling", "entropy"][:] = torch.inf
     with pytest.raises(InputError, match="are not finite; expected finite numbers"):
         baseline.inv(batch)
+
+
+def test_a_value_is_held_at_the_returns_that_were_seen() -> None:
+    """States far beyond those of the window: the line goes on for ever, and the values do not."""
+    baseline = CrossRolloutBaseline(3, window=32, min_rollouts=9)
+    write = groups(4, 3)
+    for steps in write:
+        number = float(steps[0]["query"].removeprefix("question "))
+        steps[0]["next", "reward"].fill_(number)
+        steps[0]["hidden_states", "prompt"].fill_(number)
+    baseline.inv(ragged(write))
+    for far, nearest in ((1e3, 3.0), (-1e3, 0.0)):
+        new = groups(1, 3, seed=5000)
+        for steps in new:
+            steps[0]["hidden_states", "prompt"].fill_(far)
+        out = pickle.loads(pickle.dumps(baseline)).inv(ragged(new))
+        assert out["baseline"].flatten().tolist() == [nearest] * 3
 
 
 def test_equal_returns_and_equal_states() -> None:

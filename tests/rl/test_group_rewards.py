@@ -65,6 +65,17 @@ def test_without_counts_turns_count_alike() -> None:
     assert numbers(found, BONUS, write) == pytest.approx(bonuses(states, 0.1), rel=1e-5)
 
 
+def test_counts_of_every_shape_and_of_nothing() -> None:
+    write = [rollout("a", turns=2, seed=seed) for seed in range(3)]
+    batch = ragged(write)
+    expected = ExplorationBonus(3).inv(batch.clone())[BONUS]
+    batch["hidden_states", "response_count"] = batch["hidden_states", "response_count"].unsqueeze(-1)
+    assert torch.equal(ExplorationBonus(3).inv(batch.clone())[BONUS], expected)
+    batch["hidden_states", "response_count"] = 0 * batch["hidden_states", "response_count"]
+    with pytest.raises(InputError, match=r"of 'a': counts of \[0.0, 0.0\] states, whose mean is none; leave"):
+        ExplorationBonus(3).inv(batch)
+
+
 @pytest.mark.parametrize("scale", [1e-4, 1e4])
 @pytest.mark.parametrize(("part", "key"), [(ExplorationBonus, BONUS), (CentroidReward, CENTROID)])
 def test_the_length_of_a_models_states_does_not_matter(part: Any, key: str, scale: float) -> None:

@@ -70,6 +70,13 @@ def test_rows_that_have_no_rank() -> None:
     assert found[2] == 0
 
 
+@pytest.mark.parametrize(("shape", "ranks"), [((0,), (0,)), ((2, 0), (2, 0)), ((), ())])
+def test_batches_of_no_rows_and_without_dimensions(shape: tuple[int, ...], ranks: tuple[int, ...]) -> None:
+    batch = TensorDict(states=torch.randn(*shape, 3, 5), layers=torch.randn(*shape, 3, 2, 5), batch_size=shape)
+    assert EffectiveRank("states")(batch)["effective_rank"].shape == ranks
+    assert EffectiveRank("layers")(batch)["effective_rank"].shape == (*ranks, 2)
+
+
 @pytest.mark.parametrize("invert", [False, True])
 def test_in_a_buffer(invert: bool) -> None:
     rows = rows_of([3, 6])

@@ -136,7 +136,11 @@ class CrossRolloutBaseline(GroupTransform):
         features_NF, targets_N = state.get("features"), state.get("targets")
         if (features_NF is None) != (targets_N is None):
             raise InputError(f"a state with {sorted(state)}: expected both features and targets, or neither")
-        if features_NF is not None and targets_N is not None and features_NF.shape[:-1] != targets_N.shape:
+        if (
+            features_NF is not None
+            and targets_N is not None
+            and ((features_NF.ndim, targets_N.ndim) != (2, 1) or len(features_NF) != len(targets_N))
+        ):
             raise InputError(
                 f"a state with features of shape {tuple(features_NF.shape)} and targets of {tuple(targets_N.shape)}; "
                 "expected [N, F] and [N]"

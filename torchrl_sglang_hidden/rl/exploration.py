@@ -8,6 +8,7 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 
+from torchrl_sglang_hidden.errors import InputError
 from torchrl_sglang_hidden.rl.group_reward import Combine, GroupReward, check_number
 from torchrl_sglang_hidden.rl.groups import Group, read_state
 from torchrl_sglang_hidden.rl.projection import make_sparse_projection
@@ -27,9 +28,12 @@ class ExplorationBonus(GroupReward):
 
         ``sqrt(φᵢᵀ (λ I + Σ_{j≠i} φⱼ φⱼᵀ)⁻¹ φᵢ)``,
 
-    over the group's other rollouts. λ is given in units of the group's mean squared ``‖φ‖²``, which is this package's
-    choice: the bonus is the same whatever the length of a model's states. With λ far below 1 and more dimensions than
-    rollouts every rollout's bonus nears ``sqrt(G - 1)``, and tells nothing.
+    over the group's other rollouts. Two things are this package's choice. λ is given in units of the group's mean
+    squared ``‖φ‖²``: the bonus is the same whatever the length of a model's states. And the root is taken, as linear
+    bandits have it; the authors' program (verl's recipe ``rep_exp``) adds the square, in the training runs that it
+    comes with over all rollouts, the one itself too, with λ = 0.01 and a scale of 0.01, and gives no bonus to a group
+    in which no rollout was right. Their ``scale`` and ``ridge`` are therefore no values for these. With λ far below 1
+    and more dimensions than rollouts every rollout's bonus nears ``sqrt(G - 1)``, and tells nothing.
 
     A transform for a replay buffer, which acts on what is written, before ``MCAdvantage`` in time, and so behind it in
     ``Compose``: ``Compose(MCAdvantage(8), ExplorationBonus(8))``. Or for a batch of whole groups: ``bonus.inv(batch)``.
@@ -125,7 +129,12 @@ class ExplorationBonus(GroupReward):
         counts = [self._count(step) for step in steps]
         if any(count is None for count in counts):
             return states_TD.mean(0)
-        weights_T = torch.stack([count for count in counts if count is not None]).to(states_TD)
+        weights_T = torch.stack([count.reshape(()) for count in counts if count is not None]).to(states_TD)
+        if not weights_T.sum() > 0:
+            raise InputError(
+                f"{self.state_key!r} of {self._name(rollout)!r:.80}: counts of {weights_T.tolist()} states, whose mean "
+                "is none; leave out the rows that failed"
+            )
         mean_D: torch.Tensor = weights_T @ states_TD / weights_T.sum()
         return mean_D
 

@@ -86,7 +86,8 @@ class EffectiveRank(Transform):  # type: ignore[misc]
         rows = states.detach().flatten(0, tensordict.ndim - 1) if tensordict.ndim else states.detach().unsqueeze(0)
         layers = rows if dims == 3 else rows.unsqueeze(-2)
         ranks = torch.tensor([[self._rank(layer_TD) for layer_TD in row.unbind(1)] for row in layers])
-        ranks = ranks.reshape(*tensordict.batch_size, -1).to(states.device)
+        # Not -1 for K: a batch may have no rows.
+        ranks = ranks.reshape(*tensordict.batch_size, layers.shape[2]).to(states.device)
         return ranks if dims == 3 else ranks[..., 0]
 
     def _rank(self, states_TD: torch.Tensor) -> float:
