@@ -107,6 +107,24 @@ def test_several_samples_and_collected_rows() -> None:
     assert copied == HeadSpec(NAMES, ALL, "d0 > 2")
 
 
+def test_a_head_that_is_pushed_between_a_prompt_and_its_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row names one version of a head, which must have given all its scores."""
+    from helpers import fake_engine, fake_heads
+
+    def pushed_again(wanted: Any, *args: Any) -> Any:
+        found = fake_heads.found_scores(wanted, *args)
+        return replace(found, versions=("v-2",)) if wanted.response else found
+
+    monkeypatch.setattr(fake_engine, "found_scores", pushed_again)
+    policy, _ = make(heads=HeadSpec(("d0",), ALL), num_samples=2)
+    with pytest.raises(InputError, match="head 'd0': version 'v-d0' scored the prompt, and 'v-2' the response; push"):
+        policy(batch_of("tokens"))
+    rows = flat(policy.get_new_version(on_error="nan")(batch_of("tokens")))
+    assert all("'v-2' the response" in row["error"] for row in rows)
+    alone = policy.get_new_version(heads=HeadSpec(("d0",)))
+    assert {row["head_scores", "versions", "d0"] for row in flat(alone(batch_of("tokens")))} == {"v-2"}
+
+
 @pytest.mark.parametrize("pad_output", [False, True])
 def test_a_scored_sequence(pad_output: bool) -> None:
     """All its tokens are scored, and no rule ends it."""
@@ -319,6 +337,21 @@ def test_scores_of_spans(pad_output: bool, pooling: Any, num_samples: int | None
             assert places[: len(rows)].tolist() == list(range(0, len(truth["response"]), 2))
             assert (places[len(rows) :] == -1).all()
             assert row["hidden_states", "span_counts", "end"] == 1
+
+
+@pytest.mark.parametrize("num_samples", [None, 2])
+def test_a_prompt_without_the_marker_that_alone_is_scored(num_samples: int | None) -> None:
+    """Nothing of such a row is scored; the others of its batch are."""
+    spans = {"at": At("w2", segment="prompt"), "each": Window(2, 9, segment="prompt", pooling=None)}
+    policy, _ = make(heads=HeadSpec(("d0",), segments=(), spans=spans), num_samples=num_samples)
+    rows = flat(policy(batch_of("tokens", ["w1 w2 w3", "w1"])))
+    for row in rows[: len(rows) // 2]:
+        assert row["head_scores", "spans", "at", "d0"] == expected(row, "d0")["prompt"][1]
+        assert row["head_scores", "spans", "each", "d0"].tolist() == expected(row, "d0")["prompt"][2:].tolist()
+    for row in rows[len(rows) // 2 :]:
+        assert row["head_scores", "spans", "at", "d0"].isnan()
+        assert row["head_scores", "spans", "each", "d0"].shape == (0,)
+        assert row["head_scores", "versions", "d0"] == "v-d0"
 
 
 def test_scored_sequences_have_no_spans_of_a_response() -> None:

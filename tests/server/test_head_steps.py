@@ -154,6 +154,18 @@ def test_pooled_scores_behind_a_gap(scheduler: Scheduler) -> None:
     assert found.pools.segments["full"][1] != 4
 
 
+def test_nothing_that_is_pooled(scheduler: Scheduler) -> None:
+    """Of a prompt without the spans that alone are asked for: an answer that says so."""
+    req = scored(9, 8, 7, heads=("a",), response=False, pooled=Wanted((), "mean"))
+    scheduler.prefill(req)
+    scheduler.decode(req)
+    found = unpack_answer(scheduler.finish(req), "row 0", HIDDEN_SIZE).scores
+    assert found is not None
+    assert (found.versions, found.prompt_HP, found.response_HT) == (("1",), None, None)
+    assert found.pools is not None
+    assert (found.pools.segments, found.pools.spans) == ({}, {})
+
+
 def test_a_mixed_batch(scheduler: Scheduler) -> None:
     """Requests of other heads, of states, and of nothing, in one step; a decode beside a chunk of a prompt."""
     many = [

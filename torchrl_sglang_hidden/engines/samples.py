@@ -14,7 +14,7 @@ import torch
 from torchrl_sglang_hidden.engines.base import Engine
 from torchrl_sglang_hidden.engines.races import first_to_end
 from torchrl_sglang_hidden.engines.row_errors import numbered
-from torchrl_sglang_hidden.errors import SGLangHiddenError
+from torchrl_sglang_hidden.errors import InputError, SGLangHiddenError
 from torchrl_sglang_hidden.records import READING, Completion, Pooled, Request, SamplingRecords, TokenRows
 from torchrl_sglang_hidden.reduce.reducers import reducer_of
 from torchrl_sglang_hidden.sglang_api.checks import check_requests
@@ -62,7 +62,7 @@ def generate_samples(
 
     Raises:
         InputError: a request that must not be sent, or more racing samples than this process can open connections for;
-            nothing was sent.
+            nothing was sent. Or a head that was pushed again between a prompt and its samples.
         EngineError: see `Engine.generate`.
     """
     check_requests(requests, engine.info)
@@ -180,12 +180,16 @@ def _merged(request: Request, sample: Completion, first: Completion) -> Completi
             error=sample.error or first.error,
         )
     if of_prompt.heads is not None:
+        apart = _apart(sample, first)
+        if apart is not None and not request.return_errors:
+            raise apart
         sample = replace(
             sample,
             scores={
                 name: replace(sample.scores.get(name, one), prompt_P=one.prompt_P) for name, one in first.scores.items()
             },
             mixed_weights=sample.mixed_weights or sample.weight_version != first.weight_version,
+            error=sample.error or apart,
         )
     if of_prompt.logits is not None:
         sample = replace(
@@ -212,6 +216,18 @@ def _merged(request: Request, sample: Completion, first: Completion) -> Completi
         # The prompt's states and the response's are of two requests, and an update may have come between them.
         mixed_weights=sample.mixed_weights or sample.weight_version != first.weight_version,
     )
+
+
+def _apart(sample: Completion, first: Completion) -> InputError | None:
+    """Return an error where a head was pushed again between the prompt and its sample: a row names one version."""
+    for name, of_prompt in first.scores.items():
+        version = sample.scores.get(name, of_prompt).version
+        if version != of_prompt.version:
+            return InputError(
+                f"head {name!r}: version {of_prompt.version!r} scored the prompt, and {version!r} the response; push "
+                "heads between calls, and send the prompt again"
+            )
+    return None
 
 
 def _joined(prompt: TokenRows, response: TokenRows | None) -> TokenRows:

@@ -201,7 +201,8 @@ def _unpack_scores(heads: Any, prompt: Any, response: Any, stop: Any, pooled: An
     if wanted is not None and (wanted.tokens or wanted.pooling is None or wanted.layers != (-1,)):
         raise ValueError("pooled scores are of no layers, and without their tokens")
     scores = WantedScores(spec.heads, prompt is True, response is True, spec.rule, wanted)
-    if not (scores.reads_prompt or scores.reads_response):
+    # What is pooled may come to nothing: of spans that this prompt does not have none is sent.
+    if wanted is None and not (scores.reads_prompt or scores.reads_response):
         raise ValueError("no token is to be scored")
     return scores
 
