@@ -16,7 +16,14 @@ from torchrl.modules.llm import TransformersWrapper
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from torchrl_sglang_hidden import HeadSpec, SGLangHiddenWrapper
-from torchrl_sglang_hidden.errors import AlignmentError, InputError, InputTypeError, MissingKeyError, TokenIdError
+from torchrl_sglang_hidden.errors import (
+    AlignmentError,
+    InputError,
+    InputTypeError,
+    MissingKeyError,
+    PromptLengthError,
+    TokenIdError,
+)
 from torchrl_sglang_hidden.rl import RetrieveTeacherStates, VocabularyDistillationLoss, vocabulary_divergence
 
 VOCAB = 96
@@ -453,9 +460,9 @@ def test_what_a_teachers_own_policy_asks_for_is_not_asked_here() -> None:
         row.get(("tokens", "full")).clamp_(6, 90)
     RetrieveTeacherStates(teacher)(batch)
     assert all(request.heads is None for request in engine.requests)
-    batch[0].get(("tokens", "full"))[0] = VOCAB + 9
-    with pytest.raises(TokenIdError, match="row 0"):
-        RetrieveTeacherStates(teacher)(batch)
+    too_long = lazy_stack([TensorDict(tokens=TensorDict(full=torch.full((length,), 7))) for length in (3, 10**4)])
+    with pytest.raises(PromptLengthError, match="row 1"):
+        RetrieveTeacherStates(teacher)(too_long)
 
 
 def test_names_dtypes_and_tokenizers() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Sequence
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -20,10 +21,10 @@ Ablation: TypeAlias = Literal["zero", "shuffle", "frozen"]
 POOL_SIZE = 1024
 
 
-def check_ablation(ablate: str | None) -> None:
-    """Refuse an ablation that does not exist."""
-    if ablate is not None and ablate not in get_args(Ablation):
-        raise InputError(f"ablate={ablate!r:.80}: expected None or one of {get_args(Ablation)}")
+def check_ablation(ablate: str | None, known: Sequence[str] = get_args(Ablation)) -> None:
+    """Refuse an ablation that is none of those that a part knows."""
+    if ablate is not None and ablate not in known:
+        raise InputError(f"ablate={ablate!r:.80}: expected None or one of {tuple(known)}")
 
 
 class Shuffler:

@@ -13,8 +13,8 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey, unravel_key
 
 from torchrl_sglang_hidden.errors import InputError, InputTypeError, MissingKeyError
-from torchrl_sglang_hidden.rl.ablations import Shuffler
-from torchrl_sglang_hidden.rl.groups import Group, GroupTransform, check_ablation_of, read_state
+from torchrl_sglang_hidden.rl.ablations import Shuffler, check_ablation
+from torchrl_sglang_hidden.rl.groups import Group, GroupTransform, read_state
 from torchrl_sglang_hidden.rl.ridge import Ridge, RidgeFit
 
 __all__ = ["CrossRolloutBaseline"]
@@ -102,7 +102,7 @@ class CrossRolloutBaseline(GroupTransform):
             raise InputError(
                 f"min_rollouts={min_rollouts}, window={window}: expected {_FEWEST} <= min_rollouts <= window"
             )
-        check_ablation_of(ablate, ABLATIONS)
+        check_ablation(ablate, ABLATIONS)
         self.prompt_state_key, self.end_state_key = unravel_key(prompt_state_key), unravel_key(end_state_key)
         self.entropy_key = None if entropy_key is None else unravel_key(entropy_key)
         self.baseline_key, self.advantage_key = unravel_key(baseline_key), unravel_key(advantage_key)

@@ -13,7 +13,8 @@ import torch
 from tensordict.utils import NestedKey, unravel_key
 
 from torchrl_sglang_hidden.errors import InputError, InputTypeError
-from torchrl_sglang_hidden.rl.groups import Group, GroupTransform, check_ablation_of
+from torchrl_sglang_hidden.rl.ablations import check_ablation
+from torchrl_sglang_hidden.rl.groups import Group, GroupTransform
 
 __all__ = ["Combine", "GroupReward", "check_number"]
 
@@ -63,7 +64,7 @@ class GroupReward(GroupTransform):
         )
         if combine is not None and combine not in get_args(Combine):
             raise InputError(f"combine={combine!r:.80}: expected None or one of {get_args(Combine)}")
-        check_ablation_of(ablate, ABLATIONS)
+        check_ablation(ablate, ABLATIONS)
         self.state_key, self.out_key = unravel_key(state_key), unravel_key(out_key)
         self.in_keys = [self.state_key, self.group_key, self.reward_key, self.done_key]
         self.out_keys = [self.out_key, *([] if combine is None else [self.reward_key])]

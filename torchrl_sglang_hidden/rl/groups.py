@@ -7,7 +7,7 @@ group, which is handled when its last rollout is there, whichever batches they c
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from torchrl.envs.transforms import Compose, Transform
 
 from torchrl_sglang_hidden.errors import InputError, InputTypeError, MissingKeyError
 
-__all__ = ["Group", "GroupTransform", "check_ablation_of", "read_state"]
+__all__ = ["Group", "GroupTransform", "read_state"]
 
 
 class _Rollout(NamedTuple):
@@ -50,12 +50,6 @@ class Group(NamedTuple):
         """The sum of the rewards of each rollout, float64 ``[G]``."""
         device = self.rollouts[0].features.device
         return torch.stack([rollout.rewards.double().sum().to(device) for rollout in self.rollouts])
-
-
-def check_ablation_of(ablate: str | None, known: Sequence[str]) -> None:
-    """Refuse an ablation that is none of those that a part knows."""
-    if ablate is not None and ablate not in known:
-        raise InputError(f"ablate={ablate!r:.80}: expected None or one of {tuple(known)}")
 
 
 class GroupTransform(Transform):  # type: ignore[misc]
