@@ -8,12 +8,13 @@ import json
 import math
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from helpers import fake_engine
+from helpers import fake_engine, fake_heads
 from helpers.engine_contract import assert_same, request
 from helpers.fake_engine import (
     Fault,
@@ -423,6 +424,23 @@ def test_parts_whose_scores_are_wrong(
     monkeypatch.setattr(fake_engine, "streamed_parts", spoilt)
     with pytest.raises(error, match=said):
         scored_stream(HeadSpec(("d0",)))
+
+
+@pytest.mark.parametrize(("score", "said"), [(math.inf, ""), (math.nan, "the scores have NaN")])
+def test_scores_that_json_does_not_have(monkeypatch: pytest.MonkeyPatch, score: float, said: str) -> None:
+    """They come as null while the response goes on, and as they are with its end."""
+    monkeypatch.setattr(fake_heads, "scores_of", lambda states_ND, name: torch.full((len(states_ND),), score))
+    original = fake_engine.streamed_parts
+    monkeypatch.setattr(fake_engine, "streamed_parts", lambda *args: [{"streamed": [[None]]} for _ in original(*args)])
+    for keeps_errors in (False, True):
+        one = replace(request(ids_of_length(4), hidden=None), heads=HeadSpec(("d0",)), return_errors=keeps_errors)
+        stream, chunks = RecordingEngine().stream(one), []
+        with pytest.raises(EngineError, match=said) if said and not keeps_errors else nullcontext():
+            chunks += list(stream)
+            last = chunks[-1].scores["d0"]
+            assert torch.equal(last, stream.completion.scores["d0"].response_T[-1:]) or said
+            assert (stream.completion.error is not None) is bool(said)
+        assert all(chunk.scores["d0"].isnan() for chunk in chunks[:-1])
 
 
 def test_an_abort_in_a_scored_stream() -> None:

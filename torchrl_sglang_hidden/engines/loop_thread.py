@@ -65,6 +65,7 @@ class LoopThread:
 
     @classmethod
     def of(cls, loop: asyncio.AbstractEventLoop) -> LoopThread:
+        """Return the one object of a loop."""
         with cls._all_lock:
             return cls._all.setdefault(loop, cls(loop))
 
@@ -75,6 +76,11 @@ class LoopThread:
         self._thread: threading.Thread | None = None
 
     def run(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Return the result of a call in the loop; an error of the wait, such as Ctrl-C, gives the call up.
+
+        Raises:
+            EngineError: the loop runs already, in the caller's thread.
+        """
         under_way = _CallUnderWay(call)
         with self._running():
             try:
@@ -86,6 +92,7 @@ class LoopThread:
                 raise
 
     async def arun(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Return the result of a call as `run` does, from a coroutine of this loop or of another one."""
         if asyncio.get_running_loop() is self._loop:
             return await call()
         under_way = _CallUnderWay(call)

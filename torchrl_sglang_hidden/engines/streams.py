@@ -32,8 +32,8 @@ class StreamChunk:
         ids: the N new response ids: one, or more where the reader was slower than the engine.
         text: the new text. Empty while the text may still be the start of a stop string, or half of a character.
         log_probs_T: log-probs of the new ids, float32 ``[N]``; None when not asked for.
-        scores: what heads gave the new ids, float32 ``[N]`` by the heads' names; those that ``HeadSpec(pooling=…)``
-            pools are in the completion alone.
+        scores: what heads gave the new ids, float32 ``[N]`` by the heads' names, NaN for one that is infinite; those
+            that ``HeadSpec(pooling=…)`` pools are in the completion alone.
     """
 
     ids: tuple[int, ...]

@@ -93,7 +93,9 @@ class StreamedScores:
             if scores is None or scores.response_T is None:
                 continue  # a response that failed, and says so
             before_T = torch.tensor(kept[: len(scores.response_T)], dtype=torch.float32)
-            if not torch.equal(before_T, scores.response_T[: len(before_T)]):
+            there_T = scores.response_T[: len(before_T)]
+            # What is not finite came as null, see `_number`.
+            if not torch.where(there_T.isfinite(), before_T == there_T, ~before_T.isfinite()).all():
                 raise AlignmentError(
                     f"{name}: the scores of head {head!r} in the stream are not those of its end; send it again, and "
                     "report it if it stays"
@@ -103,7 +105,7 @@ class StreamedScores:
 
 
 def _number(score: object) -> float:
-    if score is None:  # JSON has no NaN; the end says what overflowed
+    if score is None:  # JSON has neither NaN nor infinity; the end says which it is
         return math.nan
     if not isinstance(score, (int, float)) or isinstance(score, bool):
         raise TypeError(f"{excerpt(score)} stands where a score is expected")

@@ -61,11 +61,13 @@ def own_pooling(own: SpanPooling, of_spec: Pooling | None) -> Pooling | None:
 
 
 def check_segment(span: _OfSegment) -> None:
+    """Refuse a segment that spans do not have."""
     if span.segment not in SPAN_SEGMENTS:
         raise InputError(f"{type(span).__name__}(segment={span.segment!r}): expected one of {SPAN_SEGMENTS}")
 
 
 def check_pooling(span: SpanBase) -> None:
+    """Refuse a pooling that spans do not have."""
     if span.pooling not in (*POOLINGS, "spec", None):
         raise InputError(
             f"{type(span).__name__}(pooling={span.pooling!r}): expected one of {POOLINGS}, None for the rows as they "
