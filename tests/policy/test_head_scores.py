@@ -117,7 +117,7 @@ def test_a_head_that_is_pushed_between_a_prompt_and_its_samples(monkeypatch: pyt
 
     monkeypatch.setattr(fake_engine, "found_scores", pushed_again)
     policy, _ = make(heads=HeadSpec(("d0",), ALL), num_samples=2)
-    with pytest.raises(InputError, match="head 'd0': version 'v-d0' scored the prompt, and 'v-2' the response; push"):
+    with pytest.raises(InputError, match="head 'd0': version 'v-d0' scored the prompt, and 'v-2' the response; send"):
         policy(batch_of("tokens"))
     rows = flat(policy.get_new_version(on_error="nan")(batch_of("tokens")))
     assert all("'v-2' the response" in row["error"] for row in rows)

@@ -242,7 +242,8 @@ class Engine(ABC):
             WeightsError: it is no head's file, does not fit the model, or is not finite. The engine keeps its heads.
             InputError: an unknown kind, or a layer that the model does not have.
             CapabilityError: the server lacks the server half, or does not give the states of the head's layer.
-            EngineError: the engine failed or refused, such as for a version that it has with other weights.
+            EngineError: the engine failed or refused, such as for a version that it has with other weights. Of several
+                servers those that come before the one that failed have the head.
         """
         return pushed_heads.push(self._control_calls(), self.info, name, head, version)
 

@@ -224,8 +224,8 @@ def _apart(sample: Completion, first: Completion) -> InputError | None:
         version = sample.scores.get(name, of_prompt).version
         if version != of_prompt.version:
             return InputError(
-                f"head {name!r}: version {of_prompt.version!r} scored the prompt, and {version!r} the response; push "
-                "heads between calls, and send the prompt again"
+                f"head {name!r}: version {of_prompt.version!r} scored the prompt, and {version!r} the response; send "
+                "the prompt again, and push heads between calls"
             )
     return None
 

@@ -199,7 +199,7 @@ class VocabularyDistillationLoss(LossModule):  # type: ignore[misc]
                 )
             except AlignmentError as error:
                 of_teacher = "" if name is None else f", teacher {name!r}"
-                raise AlignmentError(f"row {index}{of_teacher}, trained {error}") from error
+                raise type(error)(f"row {index}{of_teacher}, trained {error}") from error
             total = total + self._weights[name] * (found_C.mean() if self.normalize_by_seq_length else found_C.sum())
         return total
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torchrl_sglang_hidden.errors import CapabilityError, InputTypeError, WeightsError
 from torchrl_sglang_hidden.protocol.head_call import HeadCall
@@ -57,7 +58,7 @@ def push(calls: Sequence[ControlCall], info: EngineInfo, name: str, source: Head
             f"it for that layer, as with launch(layers=({layer},)), or use another"
         )
     if layer != head.layer:
-        head = Head(head.kind, head.tensors, layer, head.activation, head.normalize, head.output)
+        head = replace(head, layer=layer)
     data = head.to_bytes()
     version = hashlib.sha256(data).hexdigest()[:12] if version is None else version
     _call(calls, HeadCall(name, version, data), f"take head {name!r}")
