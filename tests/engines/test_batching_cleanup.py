@@ -35,6 +35,7 @@ from torchrl_sglang_hidden.errors import (
     BatchCancelledError,
     EngineError,
 )
+from torchrl_sglang_hidden.weights.control import ControlCall
 
 # --- cleaning up ------------------------------------------------------------------------------------------------------
 
@@ -167,8 +168,14 @@ def test_everything_an_engine_has_is_the_wrapped_ones(inner: Held) -> None:
     assert inner.given == [("/weights", options), ("/others", options)]
     # What is counted is read from the engine's own meter.
     assert engine._meter is inner._meter
-    public = {name for name in vars(Engine) if not name.startswith("_")} - {"counters", "server_counters"}
-    assert public <= vars(BatchingEngine).keys()
+    counted = {"counters", "server_counters"}
+    # These come down to `update_weights` and to the calls of the server's control channel.
+    calls: list[ControlCall] = []
+    inner._control_calls = lambda: calls  # type: ignore[method-assign]
+    assert engine._control_calls() is calls
+    built = {"aupdate_weights", "push_head", "drop_head"}
+    public = {name for name in vars(Engine) if not name.startswith("_")}
+    assert public - counted - built <= vars(BatchingEngine).keys()
 
 
 COPIES: dict[str, Callable[[Turned], Turned]] = {
