@@ -307,3 +307,23 @@ def test_equal_returns_and_equal_states() -> None:
     out = baseline.inv(ragged(same[:3]))
     assert out["baseline"].flatten().tolist() == pytest.approx([1, 1, 1])
     assert TensorDict(out.exclude("query", "tokens", "sampling")).isfinite().all()
+
+
+def test_what_differs_by_rounding_alone_tells_nothing() -> None:
+    """A window of one prompt, whose states batches of several sizes rounded differently, and then another prompt."""
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        baseline = CrossRolloutBaseline(3, window=30, min_rollouts=9)
+        returns = []
+        for number in range(10):
+            write = [rollout("a", seed=10 * number + index, size=48) for index in range(3)]
+            rounded = 1 + 1e-7 * torch.randn(48, generator=generator)
+            for (step,) in write:
+                step["hidden_states", "prompt"] *= rounded
+                step["hidden_states", "response"] = step["hidden_states", "prompt"].clone()
+                step["next", "reward"] = torch.randint(2, (1,), generator=generator).float()
+                returns.append(step["next", "reward"])
+            baseline.inv(ragged(write))
+        out = baseline.inv(ragged([rollout("another", seed=index, size=48) for index in range(3)]))
+        mean = float(torch.stack(returns).mean())
+        assert out["baseline"].flatten().tolist() == pytest.approx([mean] * 3)

@@ -13,6 +13,9 @@ __all__ = ["Ridge", "RidgeFit"]
 
 # Strengths that are tried, in units of the mean squared singular value of the features.
 _STRENGTHS = tuple(10.0**power for power in range(-6, 4))
+# A deviation, over the dimension's own size, that is the rounding of float32: scaled to 1, it would be told apart, and
+# the next row that differs by more than rounding would be millions of deviations away.
+_LEAST_SPREAD = 1e-5
 
 
 class RidgeFit(NamedTuple):
@@ -45,7 +48,9 @@ class Ridge:
     def __init__(self, train_ND: torch.Tensor) -> None:
         self._mean, deviation = train_ND.mean(0), train_ND.std(0)
         # A dimension that does not vary tells nothing, and would be divided by nothing.
-        self._scale = torch.where(deviation > 1e-9 * deviation.max(), 1 / deviation, 0)
+        size = train_ND.square().mean(0).sqrt()
+        varies = (deviation > 1e-9 * deviation.max()) & (deviation > _LEAST_SPREAD * size)
+        self._scale = torch.where(varies, 1 / deviation, 0)
         self._left, self._values, self._right = torch.linalg.svd(
             (train_ND - self._mean) * self._scale, full_matrices=False
         )
