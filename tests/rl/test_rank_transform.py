@@ -52,6 +52,12 @@ def test_padded_rows_and_layers() -> None:
     assert torch.equal(EffectiveRank()(ragged(rows))["effective_rank"], found[:, 0])
 
 
+@pytest.mark.parametrize(("layers", "shape"), [((), (0,)), ((2,), (0, 2))])
+def test_a_batch_without_rows(layers: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    batch = TensorDict(states=torch.zeros(0, 7, *layers, 5), batch_size=[0])
+    assert EffectiveRank("states")(batch)["effective_rank"].shape == shape
+
+
 @pytest.mark.parametrize("pad_output", [False, True])
 def test_of_a_policys_output(pad_output: bool) -> None:
     policy, _ = make("text", hidden=HiddenSpec(("response",), tokens=True), pad_output=pad_output)
