@@ -442,6 +442,9 @@ def test_masks_of_integers_are_masks() -> None:
         found.append((ids, batch["teacher_states", "full"], batch["teacher_log_probs", "full"]))
     assert found[0][0] == found[1][0]
     assert all(torch.equal(first, second) for first, second in zip(found[0][1:], found[1][1:], strict=True))
+    batch["masks", "all_attention_mask"] = batch["masks", "all_attention_mask"][:, 1:]
+    with pytest.raises(InputError, match=r"row 0: .* has shape \(8,\) for tokens of shape \(9,\); .* with mask_key"):
+        make_retrieve()[0](batch)
 
 
 def test_what_a_teachers_own_policy_asks_for_is_not_asked_here() -> None:

@@ -110,11 +110,8 @@ class RetrieveTeacherStates(TensorDictModuleBase):  # type: ignore[misc]
                 f"no {self._tokens_key!r} in a batch of size {tuple(tensordict.batch_size)}: name the student's tokens "
                 "with tokens_key"
             )
-        masks = [row.get(self._mask_key, None) for row in rows]
-        # A tokenizer's own masks are 0 and 1 as integers, by which a tensor would be indexed.
         real = [
-            torch.ones_like(ids, dtype=torch.bool) if m is None else m.bool()
-            for ids, m in zip(tokens, masks, strict=True)
+            _mask(index, row, self._mask_key, ids) for index, (row, ids) in enumerate(zip(rows, tokens, strict=True))
         ]
         sequences = [ids[mask] for ids, mask in zip(tokens, real, strict=True)]
         scored = self._scorer(ragged(tokens=sequences, full=True))
@@ -136,6 +133,20 @@ def _check_tokenizers(student: Any, teacher: Any) -> None:
                 f"tokenizer: token {token!r:.80} has id {index}, and {other.get(token)} in the teacher's tokenizer; "
                 "expected the student's vocabulary: give another teacher"
             )
+
+
+def _mask(index: int, row: TensorDictBase, key: NestedKey, ids: torch.Tensor) -> torch.Tensor:
+    """Return which tokens of a row are no padding, bool ``[N]``."""
+    mask: torch.Tensor | None = row.get(key, None)
+    if mask is None:
+        return torch.ones_like(ids, dtype=torch.bool)
+    if mask.shape != ids.shape:
+        raise InputError(
+            f"row {index}: {key!r} has shape {tuple(mask.shape)} for tokens of shape {tuple(ids.shape)}; expected a "
+            "value for each: name the mask of these tokens with mask_key"
+        )
+    # Of integers, as Hugging Face writes masks, it would be a list of places.
+    return mask.bool()
 
 
 def flat_rows(tensordict: TensorDictBase) -> list[TensorDictBase]:
