@@ -142,14 +142,14 @@ def test_iterations_make_the_centroid_robust() -> None:
 
 def test_equal_states_are_told_apart_by_nothing() -> None:
     write = [rollout("a", seed=0) for _ in range(4)]
-    noise = [torch.randn(6) * 1e-7 for _ in range(4)]
+    noise = [torch.randn(6) * 1e-6 for _ in range(4)]
     for steps, little in zip(write, noise, strict=True):
         steps[0]["hidden_states", "response"] += little
     assert numbers(CentroidReward(4).inv(ragged(write)), CENTROID, write) == pytest.approx([1] * 4, abs=1e-3)
     bonus = numbers(ExplorationBonus(4).inv(ragged(write)), BONUS, write)
     same = [rollout("a", seed=0) for _ in range(4)]
     assert numbers(ExplorationBonus(4).inv(ragged(same)), BONUS, same) == [0] * 4
-    assert max(bonus) < 1
+    assert max(bonus) < 0.05
 
 
 def test_a_tiny_ridge_says_nothing() -> None:

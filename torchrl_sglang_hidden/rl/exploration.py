@@ -15,8 +15,9 @@ from torchrl_sglang_hidden.rl.projection import make_sparse_projection
 
 __all__ = ["ExplorationBonus"]
 
-# A spread, over the states' own length, that is the rounding of float32; as a unit it would tell noise apart.
-_LEAST_SPREAD = 1e-6
+# The least unit, over the states' own length. One response in batches of several sizes was found 3e-7 apart, by the
+# rounding of float32: with a unit of this size it has a bonus of 0.01, and with one of 1e-6 of almost 1.
+_LEAST_SPREAD = 1e-4
 
 
 class ExplorationBonus(GroupReward):
@@ -28,12 +29,14 @@ class ExplorationBonus(GroupReward):
 
         ``sqrt(φᵢᵀ (λ I + Σ_{j≠i} φⱼ φⱼᵀ)⁻¹ φᵢ)``,
 
-    over the group's other rollouts. Two things are this package's choice. λ is given in units of the group's mean
-    squared ``‖φ‖²``: the bonus is the same whatever the length of a model's states. And the root is taken, as linear
-    bandits have it; the authors' program (verl's recipe ``rep_exp``) adds the square, in the training runs that it
-    comes with over all rollouts, the one itself too, with λ = 0.01 and a scale of 0.01, and gives no bonus to a group
-    in which no rollout was right. Their ``scale`` and ``ridge`` are therefore no values for these. With λ far below 1
-    and more dimensions than rollouts every rollout's bonus nears ``sqrt(G - 1)``, and tells nothing.
+    over the group's other rollouts. Three things are this package's choice. λ is given in units of the group's mean
+    squared ``‖φ‖²``: the bonus is the same whatever the length of a model's states. A group that spreads by less than
+    1e-4 of its states' length is taken to spread so far: equal responses, which the rounding of float32 tells apart,
+    have a bonus near 0; a server in bfloat16 rounds further than that. And the root is taken, as linear bandits have
+    it; the authors' program (verl's recipe ``rep_exp``) adds the square, in the training runs that it comes with over
+    all rollouts, the one itself too, with λ = 0.01 and a scale of 0.01, and gives no bonus to a group in which no
+    rollout was right. Their ``scale`` and ``ridge`` are therefore no values for these. With λ far below 1 and more
+    dimensions than rollouts every rollout's bonus nears ``sqrt(G - 1)``, and tells nothing.
 
     A transform for a replay buffer, which acts on what is written, before ``MCAdvantage`` in time, and so behind it in
     ``Compose``: ``Compose(MCAdvantage(8), ExplorationBonus(8))``. Or for a batch of whole groups: ``bonus.inv(batch)``.
