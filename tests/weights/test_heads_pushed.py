@@ -24,6 +24,7 @@ from torchrl_sglang_hidden.engines import BatchingEngine
 from torchrl_sglang_hidden.engines.http import SGLangServer
 from torchrl_sglang_hidden.protocol.head_call import HeadCall
 from torchrl_sglang_hidden.server.weight_routes import after_get_weights
+from torchrl_sglang_hidden.weights import heads
 
 HEAD = heads_oracle.make_head("mlp", HIDDEN_SIZE, normalize="rms")
 
@@ -58,6 +59,22 @@ def test_a_head_goes_to_every_server(tmp_path: Path) -> None:
     assert engine.calls[0] == HeadCall("h", version, HEAD.to_bytes())
     BatchingEngine(engine).drop_head("h")
     assert engine.calls[-2:] == [HeadCall("h")] * 2
+
+
+def test_a_head_that_one_of_several_servers_does_not_have() -> None:
+    """Such as one that was started again: it keeps none of the others from dropping it."""
+    dropped: list[str] = []
+
+    def server(name: str, has: bool) -> Any:
+        def call(route: str, payload: dict[str, Any]) -> dict[str, Any]:
+            dropped.extend([name] if has else [])
+            return {"success": has, "message": "" if has else f"{name} has no head 'h'"}
+
+        return call
+
+    with pytest.raises(RequestRejectedError, match="refused to drop head 'h': b has no head 'h'"):
+        heads.drop([server("a", True), server("b", False), server("c", True)], make_info(), "h")
+    assert dropped == ["a", "c"]
 
 
 def test_a_layer_that_counts_from_the_end() -> None:

@@ -252,7 +252,8 @@ class Engine(ABC):
 
         Raises:
             CapabilityError: the server lacks the server half.
-            EngineError: the engine has no head of that name, or failed.
+            EngineError: the engine has no head of that name, or failed. Of several servers one has not, or failed: the
+                others have dropped it.
         """
         pushed_heads.drop(self._control_calls(), self.info, name)
 

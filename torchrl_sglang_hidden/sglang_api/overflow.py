@@ -14,6 +14,8 @@ __all__ = ["overflow_of"]
 def overflow_of(name: str, **tensors: Sequence[torch.Tensor]) -> EngineError | None:
     """Return the error of a row whose numbers are none: the model's overflowed, for this row and perhaps no other.
 
+    Scores may also be those of a head that overflowed by itself: its numbers are finite, and their sum is not.
+
     Args:
         name: names the row in the error.
         tensors: what came of each kind, ``states``, ``logits`` and ``scores``.
@@ -23,5 +25,6 @@ def overflow_of(name: str, **tensors: Sequence[torch.Tensor]) -> EngineError | N
             return EngineError(
                 f"{name}: the {what} have NaN; the model's numbers overflowed there, as they do in float16: serve the "
                 "model with dtype='bfloat16' or 'float32', and look at its weights"
+                + (", and at those of the head" if what == "scores" else "")
             )
     return None

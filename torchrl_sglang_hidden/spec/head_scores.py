@@ -85,7 +85,7 @@ class HeadSpec:
         stop_when: ends a response behind the first token whose score fulfils a rule such as ``"confident > 0.9"``: a
             head among ``heads``, one of ``>``, ``>=``, ``<``, ``<=``, and a number. That token is the last, and
             ``finish_reason`` is ``"head"``; a token that also ends the response by itself, such as EOS, says
-            ``"stop"``. Scoring ignores it.
+            ``"stop"``. As with stop strings, ``min_new_tokens`` does not hold it back. Scoring ignores it.
         pooling: how the scores of a segment's tokens become one number, as in `HiddenSpec.pooling`; None leaves a score
             for each token. The mean of scores is the score of the mean state only for a linear head whose ``normalize``
             is ``"none"`` or ``"standard"`` and whose output is raw.

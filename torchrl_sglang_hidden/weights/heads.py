@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 
-from torchrl_sglang_hidden.errors import CapabilityError, InputTypeError, WeightsError
+from torchrl_sglang_hidden.errors import CapabilityError, EngineError, InputTypeError, WeightsError
 from torchrl_sglang_hidden.protocol.head_call import HeadCall
 from torchrl_sglang_hidden.records import EngineInfo
 from torchrl_sglang_hidden.spec.heads import Head, check_head_name
@@ -66,9 +66,19 @@ def push(calls: Sequence[ControlCall], info: EngineInfo, name: str, source: Head
 
 
 def drop(calls: Sequence[ControlCall], info: EngineInfo, name: str) -> None:
-    """Drop a head from every server; see `Engine.drop_head`."""
+    """Drop a head from every server that has it; see `Engine.drop_head`.
+
+    One that does not, such as one that was started again, keeps none of the others from it.
+    """
     _check_server_half(info)
-    _call(calls, HeadCall(check_head_name(name)), f"drop head {name!r}")
+    call, refused = HeadCall(check_head_name(name)), []
+    for one in calls:
+        try:
+            _call([one], call, f"drop head {name!r}")
+        except EngineError as error:
+            refused.append(error)
+    if refused:
+        raise refused[0]
 
 
 def _check_server_half(info: EngineInfo) -> None:
