@@ -32,6 +32,7 @@ SMOL = pytest.StashKey[list[SGLangServer]]()
 # Inside a stage, what takes minutes, longest first: the two processes then end together, and neither begins with one of
 # these when the other is done.
 LONGEST = (
+    "test_tutorials",
     "image_site",
     "test_states_engine",
     "test_started_without_weights",
@@ -41,7 +42,6 @@ LONGEST = (
     "test_benchmarks",
     "test_constraints_engine",
     "test_launch_engine",
-    "test_tutorials",
 )
 # What is not worth doing twice where tests run in several processes.
 ONCE = ("trainee_server", "in_process_log", "image_site")
