@@ -195,12 +195,14 @@ def test_a_ray_collector_spreads_its_rows_and_outlives_a_server(
         stack.callback(fleet.update_weights, smol_dir, transport="disk", version=fleet.info.weight_version)
         assert collect() == ({version}, [], (2, 2)), "the weights reached both"
 
-        taken = prefills(other)
+        taken, answered = prefills(other), other.server_counters().requests
         with ThreadPoolExecutor(1) as pool:
             call = pool.submit(collect)
             wait_until(lambda: prefills(other) > taken)
             way.close()
             versions, lost, _ = call.result(120)
+        # Behind the link that was cut they end too, in their own time.
+        wait_until(lambda: other.server_counters().requests == answered + 2)
         assert (versions, len(lost)) == ({version}, 2)
         assert all(f"{link.url} went away while answering" in error for error in lost)
         assert collect() == ({version}, [], (4, 0))
