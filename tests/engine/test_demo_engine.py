@@ -131,7 +131,7 @@ def serving(smol_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 def test_serve_prints_lines_that_work_and_ends_on_sigterm(serving: tuple[subprocess.Popen[str], str]) -> None:
     process, printed = serving
     assert KEY not in printed
-    snippet = printed[printed.index("from tensordict") :]
+    snippet = printed[printed.index("from torchrl_sglang_hidden import") :]
     assert 'api_key="…"' in snippet
     for key, expected in ((KEY, "torch.Size([1, 576])"), ("wrong", "AuthenticationError")):
         code = snippet.replace("…", key)
