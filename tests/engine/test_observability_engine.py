@@ -52,6 +52,6 @@ def test_doctor_finds_nothing_missing(smol: SGLangServer) -> None:
     says = {finding["name"]: finding for finding in found["findings"]}
     assert found["healthy"]
     assert says["server half"]["mark"] == says["hidden states"]["mark"] == "yes"
-    assert says["hidden states"]["says"].startswith("pooled in the server, layers -1…29")
+    assert says["hidden states"]["says"].startswith("pooled in the server, layers -1, 0…29")
     assert says["device"]["says"] == "cpu" or says["device"]["says"].startswith("cuda")
     assert says["so far"]["says"].split()[1] == "requests,"
