@@ -94,10 +94,11 @@ def assert_scores_of(request: Request, completion: Completion, model_dir: str) -
         return
     assert list(completion.scores) == list(spec.heads)
     prompt_ids, response_ids = completion.prompt_ids, completion.response_ids or (0,)
-    states_size = hf_oracle.load(model_dir).config.hidden_size
+    images = () if request.images is None else request.images.data
+    states_size = hf_oracle.load(model_dir).config.get_text_config().hidden_size
     for name, scores in completion.scores.items():
         head = heads_oracle.storm_head(name, states_size)
-        expected = heads_oracle.expected(head, model_dir, prompt_ids, response_ids, heads_oracle.STORM_LAYERS)
+        expected = heads_oracle.expected(head, model_dir, prompt_ids, response_ids, heads_oracle.STORM_LAYERS, images)
         for segment, found, asked in (
             ("prompt", scores.prompt_P, spec.prompt_tokens),
             ("response", scores.response_T, spec.response_tokens),

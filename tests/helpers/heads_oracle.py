@@ -84,13 +84,19 @@ def score(head: Head, states_ND: torch.Tensor) -> np.ndarray:
 
 
 def expected(
-    head: Head, model_dir: str, prompt: Sequence[int], response: Sequence[int], layers: Sequence[int]
+    head: Head,
+    model_dir: str,
+    prompt: Sequence[int],
+    response: Sequence[int],
+    layers: Sequence[int],
+    images: Sequence[str] = (),
 ) -> dict[str, np.ndarray]:
     """Return the scores of prompt, response and full by Hugging Face's float32 states on the same weights.
 
-    ``layers`` are those of all heads of a test, so that one forward pass does for them.
+    ``layers`` are those of all heads of a test, so that one forward pass does for them; ``images`` are the
+    prompt's, data URIs.
     """
-    truth = hf_oracle.teacher_force(model_dir, prompt, response, layers=layers)
+    truth = hf_oracle.teacher_force(model_dir, prompt, response, layers=layers, images=images)
     full = score(head, truth.states(head.layer))
     return {"prompt": full[: len(prompt)], "response": full[len(prompt) - 1 :], "full": full}
 
