@@ -29,6 +29,7 @@ CONSOLE = Console(width=None if Console().is_terminal else 140)
 VERSIONS = ("torch", "sglang", "torchrl", "tensordict", "transformers", "torchrl-sglang-hidden")
 HELP = {
     "model": "smollm2, wide, a directory or a hub name",
+    "wide_layers": "layers of the wide model",
     "prompts": "prompts in a batch",
     "prompt_tokens": "tokens of each prompt",
     "new_tokens": "tokens generated from each prompt",

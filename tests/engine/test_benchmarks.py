@@ -122,5 +122,5 @@ def test_heads(run: Run) -> None:
     sizes = ("--prompts", "2", "--prompt-tokens", "8", "--new-tokens", "4", "--rounds", "1")
     found = run("heads", "--model", "wide", *sizes)["models"]["wide"]
     assert found["worst_difference"] < 1e-3
-    assert found["sides"].keys() == {"plain", "scored", "tokens"}
-    assert found["sides"]["scored"]["new_tokens"] == 8
+    assert found["sides"].keys() == {"plain", "linear", "million", "tokens"}
+    assert found["sides"]["million"]["new_tokens"] == 8
