@@ -106,9 +106,9 @@ def test_training_reaches_the_teacher(
     teacher = hf_oracle.load(smol_dir)
     student = load_trainer(smol_dir).requires_grad_(False)
     student.lm_head = torch.nn.Linear(*reversed(student.lm_head.weight.shape), bias=False)
+    noise = torch.randn(teacher.lm_head.weight.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        student.lm_head.weight.copy_(teacher.lm_head.weight)
-        student.lm_head.weight.mul_(1 + 0.3 * torch.randn(teacher.lm_head.weight.shape))
+        student.lm_head.weight.copy_(teacher.lm_head.weight * (1 + 0.3 * noise))
     batch = RetrieveTeacherStates(policy())(make_batch(1, teacher.config.vocab_size))
     losses = VocabularyDistillationLoss(student, teacher.get_output_embeddings(), divergence="jsd")
     optimizer = torch.optim.Adam(student.lm_head.parameters(), lr=3e-3)
