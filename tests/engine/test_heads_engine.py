@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -38,6 +40,7 @@ from torchrl_sglang_hidden import (
     WeightsError,
     Window,
 )
+from torchrl_sglang_hidden.sglang_api.payload import to_payload
 
 D, LAYERS = 576, (4, 29)
 HEADS = {
@@ -280,6 +283,39 @@ def test_a_rule_and_another_end_at_once(smol: SGLangServer, versions: dict[str, 
     )
     assert [one.finish_reason for one in (by_token, by_length, never)] == ["stop", "head", "length"]
     assert [len(one.response_ids) for one in (by_token, by_length, never)] == [1, 1, 3]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("route", "prompt"),
+    [
+        ("/generate", {"text": "The capital"}),
+        ("/v1/completions", {"prompt": "The capital"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}),
+    ],
+)
+def test_other_clients_read_a_stop(
+    smol: SGLangServer, versions: dict[str, str], route: str, prompt: dict[str, Any], stream: bool
+) -> None:
+    """On SGLang's OpenAI routes too, whose clients know no other reasons than OpenAI's."""
+    request = greedy([5, 6], heads=HeadSpec(("linear",), stop_when="linear > -1e30"))
+    (params,) = to_payload([request], smol.info, binary=False)["sampling_params"]
+    if route == "/generate":
+        body = {**prompt, "sampling_params": {**params, "ignore_eos": True}}
+    else:
+        body = {**prompt, "model": "default", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+        body["custom_params"] = params["custom_params"]
+    answer = httpx.post(smol.url + route, json={**body, "stream": stream}, timeout=120, trust_env=False)
+    assert answer.status_code == 200, answer.text
+    lines = answer.text.splitlines() if stream else [f"data: {answer.text}"]
+    parts = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    if route == "/generate":
+        reasons = [part["meta_info"]["finish_reason"] for part in parts]
+        assert [one for one in reasons if one] == [{"type": "stop", "head": "linear > -1e+30"}]
+    else:
+        choices = [choice for part in parts for choice in part["choices"]]
+        reasons = [(one["finish_reason"], one.get("matched_stop")) for one in choices if one["finish_reason"]]
+        assert reasons == [("stop", None)]
 
 
 def test_a_head_that_is_pushed_again(smol: SGLangServer, smol_dir: str) -> None:

@@ -321,7 +321,7 @@ class RecordingEngine(Engine):
             "finish_reason": {"type": "stop", "matched": EOS_ID} if stopped else {"type": "length", "length": limit},
         }
         if scores is not None and ends_by_head and not stopped:
-            meta["finish_reason"] = {"type": "head"}
+            meta["finish_reason"] = {"type": "stop", "head": str(options.scores.stop)}
         if return_logprob:
             values = log_probs or [log_prob_of(i) for i in response_ids]
             meta["output_token_logprobs"] = [[v, i, None] for v, i in zip(values, response_ids, strict=True)]

@@ -40,6 +40,8 @@ from torchrl_sglang_hidden.spec.spans import PromptSpan, Span
 
 NAMES = ("d0", "d3")
 ALL = ("prompt", "response", "full")
+# What SGLang's other clients read as a "stop".
+BY_HEAD = {"type": "stop", "head": "d0 > 0.5"}
 
 
 def response_to(prompt_ids: Sequence[int]) -> list[int]:
@@ -185,7 +187,7 @@ def spoilt(change: Any) -> Any:
         (lambda meta, scores: scores["response"].update(shape=[1, 8]), ProtocolError, "cannot be read"),
         (lambda meta, scores: scores["response"].update(crc32=1), ProtocolError, "cannot be read"),
         (lambda meta, scores: scores.pop("versions"), ProtocolError, "cannot be read"),
-        (lambda meta, scores: meta.update(finish_reason={"type": "head"}), AlignmentError, "finished with 'head'"),
+        (lambda meta, scores: meta.update(finish_reason=BY_HEAD), AlignmentError, "finished with 'head'"),
     ],
 )
 def test_answers_that_do_not_add_up(change: Any, error: type[Exception], said: str) -> None:
@@ -197,7 +199,7 @@ def test_answers_that_do_not_add_up(change: Any, error: type[Exception], said: s
 
 def test_a_response_that_no_head_was_asked_for_and_ended() -> None:
     policy, engine = make(hidden=HiddenSpec())
-    engine.fault = lambda rows: rows[0]["meta_info"].update(finish_reason={"type": "head"})
+    engine.fault = lambda rows: rows[0]["meta_info"].update(finish_reason=BY_HEAD)
     with pytest.raises(ProtocolError, match="finished with 'head', and no head was asked for"):
         policy(batch_of("tokens", ["w1 w2 w3"]))
 

@@ -36,6 +36,8 @@ from torchrl_sglang_hidden.reduce.wanted_logits import FoundLogits
 
 # Under this name a stream's parts have the scores of their tokens, before the answer itself comes with the last part.
 STREAMED = "streamed"
+# Under this name SGLang's ``finish_reason`` of the type "stop" has the rule on a head's score that ended the response.
+ENDED_BY_HEAD = "head"
 
 __all__ = ["Answer", "answer_of", "digest_prompt", "drop_shared", "pack_answer", "unpack_answer"]
 

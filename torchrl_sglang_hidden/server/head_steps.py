@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from torchrl_sglang_hidden.counters import timed
+from torchrl_sglang_hidden.protocol.answer import ENDED_BY_HEAD
 from torchrl_sglang_hidden.reduce.device import on_device
 from torchrl_sglang_hidden.reduce.head_scores import RequestScores
 from torchrl_sglang_hidden.server.forward_modes import PREFILL_MODES
@@ -282,8 +283,9 @@ def _finish_classes() -> tuple[type, type]:
             self.rule = rule
 
         def to_json(self) -> dict[str, Any]:
-            # Not under "matched", which SGLang takes off the text.
-            return {"type": "head", "rule": self.rule}
+            # SGLang's OpenAI routes fail at a type that OpenAI has no name for. The rule is not under "matched", which
+            # SGLang takes off the text.
+            return {"type": "stop", ENDED_BY_HEAD: self.rule}
 
     return FinishedByHead, FINISH_LENGTH
 

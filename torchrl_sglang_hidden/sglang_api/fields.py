@@ -15,6 +15,7 @@ from torchrl_sglang_hidden.errors import (
     SGLangHiddenError,
 )
 from torchrl_sglang_hidden.protocol import excerpt
+from torchrl_sglang_hidden.protocol.answer import ENDED_BY_HEAD
 from torchrl_sglang_hidden.protocol.excerpts import as_count
 from torchrl_sglang_hidden.protocol.served_weights import INCOMPLETE
 from torchrl_sglang_hidden.records import EngineInfo
@@ -65,7 +66,7 @@ def read_fields(number: int, row: Any, info: EngineInfo, rid: str | None = None)
     """
     try:
         meta, text, response_ids = row["meta_info"], row["text"], read_ids(row["output_ids"], info.vocab_size)
-        request_id, finish_type = meta["id"], meta["finish_reason"]["type"]
+        request_id, finish_type = meta["id"], _finish_type(meta["finish_reason"])
         name = f"row {number} (request {request_id if isinstance(request_id, str) else excerpt(request_id)})"
         _text("text", text)
         if rid is not None and request_id != rid:
@@ -92,6 +93,11 @@ def read_fields(number: int, row: Any, info: EngineInfo, rid: str | None = None)
         raise ProtocolError(
             f"row {number}: the answer {wrong}: {excerpt(row, 200)}; is that an SGLang server?"
         ) from fault
+
+
+def _finish_type(finish: Any) -> Any:
+    """Return why a response ended; ``"head"`` for what SGLang's other clients read as a ``"stop"``."""
+    return "head" if finish["type"] == "stop" and ENDED_BY_HEAD in finish else finish["type"]
 
 
 def _find_mixture(name: str, versions: Iterable[tuple[str, int]]) -> IncompleteWeightsError | None:
