@@ -9,12 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import hf_oracle
+from helpers import heads_oracle, hf_oracle
 from helpers.policy_checks import STATE_RTOL, relative_error
 from transformers import PreTrainedTokenizerBase
 from typer.testing import CliRunner
 
-from torchrl_sglang_hidden import HiddenSpec, SGLangHiddenWrapper, SGLangServer, load_recording, record_hidden_states
+from torchrl_sglang_hidden import (
+    HeadSpec,
+    HiddenSpec,
+    SGLangHiddenWrapper,
+    SGLangServer,
+    load_recording,
+    record_hidden_states,
+)
 from torchrl_sglang_hidden.cli import app
 from torchrl_sglang_hidden.rl import record
 
@@ -57,6 +64,21 @@ def test_every_row_is_hugging_faces_also_after_an_interruption(
             assert relative_error(row["hidden_states", segment], truth.pooled(segment, "mean")) < STATE_RTOL
             assert row["hidden_states", f"{segment}_count"] == len(truth.rows(segment))
             assert relative_error(row["token_hidden_states", segment], truth.rows(segment)) < STATE_RTOL
+
+
+def test_scores_of_heads_are_recorded(policy: Policy, smol: SGLangServer, smol_dir: str, tmp_path: Path) -> None:
+    head = heads_oracle.make_head("mlp", 576, seed=5, layer=4, normalize="rms")
+    version = smol.push_head("recorded", head)
+    asked = policy("text", segments=SEGMENTS, max_new_tokens=NEW_TOKENS)
+    asked = asked.get_new_version(heads=HeadSpec(("recorded",), SEGMENTS))
+    out = record_hidden_states(asked, ROWS, tmp_path / "r", prompt=PROMPT, tokens=True, progress=False).tensordict
+    smol.drop_head("recorded")
+    for row in out.unbind(0):
+        ids, sampled = row["prompt_ids"].tolist(), row["response_ids"].tolist()
+        expected = heads_oracle.expected(head, smol_dir, ids, sampled, (4,))
+        for segment in SEGMENTS:
+            heads_oracle.assert_scores(row["head_scores", segment, "recorded"], expected[segment], segment)
+        assert row["head_scores", "versions", "recorded"] == version
 
 
 def test_text_that_is_there_and_layers(policy: Policy, smol_dir: str, tokenizer: Any, tmp_path: Path) -> None:

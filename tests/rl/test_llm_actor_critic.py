@@ -13,7 +13,15 @@ from tensordict import TensorDictBase
 from torchrl.modules import ActorValueOperator
 from torchrl.objectives import A2CLoss, ClipPPOLoss
 
-from torchrl_sglang_hidden import CandidateActor, HiddenSpec, InputError, InputTypeError, SGLangHiddenWrapper, ragged
+from torchrl_sglang_hidden import (
+    CandidateActor,
+    HeadSpec,
+    HiddenSpec,
+    InputError,
+    InputTypeError,
+    SGLangHiddenWrapper,
+    ragged,
+)
 from torchrl_sglang_hidden.rl import make_llm_actor_critic
 
 CANDIDATES = [" w9", " w8 w7", " w6"]
@@ -59,8 +67,9 @@ def test_sentences_begin_as_the_candidate_actor() -> None:
     assert found.probs[0, 1] == found.probs[2, 0] == 0
 
 
-def test_the_encoder_writes_the_prompts_states_and_nothing_else() -> None:
-    both, _, engine = of_candidates()
+@pytest.mark.parametrize("heads", [None, HeadSpec(("d0",), stop_when="d0 > 9")])
+def test_the_encoder_writes_the_prompts_states_and_nothing_else(heads: HeadSpec | None) -> None:
+    both, _, engine = of_candidates(policy={"heads": heads})
     td = batch()
     before = set(td.keys(True, True))
     out = both(td)

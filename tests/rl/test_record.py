@@ -31,6 +31,7 @@ from tensordict import NonTensorStack, TensorDict, TensorDictBase, lazy_stack
 from torchrl_sglang_hidden import (
     At,
     Each,
+    HeadSpec,
     HiddenSpec,
     LastTokens,
     MissingKeyError,
@@ -112,6 +113,33 @@ def test_spans_that_a_row_may_lack_and_rows_of_several_lengths(tmp_path: Path) -
     assert out["span_counts", "past"].tolist() == [0] * 6
     assert out["spans", "past"].isnan().all()
     assert 0 < int(out["span_counts", "first"].sum()) < 6, "some rows have it, and some lack it"
+
+
+@pytest.mark.parametrize("pooling", ["max", None])
+def test_scores_of_heads(tmp_path: Path, pooling: Any) -> None:
+    """Of each token or each segment, and at spans, with the version of each head; and a row that has none."""
+    rows = [*data_rows(5), {**data_rows(1)[0], "words": "w1 " * 200}]
+    spans = {"each": Each("w1", segment="prompt", pooling=None), "end": LastTokens(1, "response")}
+    heads = HeadSpec(("d0", "d3"), SEGMENTS, pooling=pooling, spans=spans)
+    with pytest.warns(UserWarning, match="1 of 6 rows have no label; the first is PromptLengthError"):
+        recording = labelled(rows, tmp_path / "r", policy={"heads": heads}, batch_size=4)
+    *scored, failed = recording.tensordict.get("head_scores").unbind(0)
+    for row, expected in zip(scored, rows, strict=False):
+        ids = ids_of(expected)
+        places = [place for place, word in enumerate(TOKENIZER.convert_ids_to_tokens(ids)) if "w1" in word]
+        assert row["span_places", "each"].tolist() == places
+        for name in heads.heads:
+            scores = states_ND(ids, response_of(ids))[:, int(name[1:])].float()
+            for segment, truth in zip(SEGMENTS, (scores[: len(ids)], scores[len(ids) - 1 :]), strict=True):
+                torch.testing.assert_close(row[segment, name], truth if pooling is None else truth.max())
+            torch.testing.assert_close(row["spans", "each", name], scores[places])
+            torch.testing.assert_close(row["spans", "end", name], scores[-1])
+            assert row["versions", name] == f"v-{name}"
+    assert failed["versions", "d0"] == ""
+    assert len(failed["spans", "each", "d0"]) == 0
+    assert failed["spans", "end", "d0"].isnan()
+    assert bool(failed["prompt", "d0"].isnan().any()) is (pooling is not None)
+    recording.to_npz(tmp_path / "r.npz")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -19,6 +19,7 @@ from helpers.recordings import PROMPT, SEGMENTS, TOKENIZER, assert_same, data_ro
 from tensordict import TensorDict
 
 from torchrl_sglang_hidden import (
+    HeadSpec,
     HiddenSpec,
     InputError,
     InputTypeError,
@@ -217,6 +218,7 @@ def other_weights() -> dict[str, Any]:
         (lambda: {"policy": {"hidden": HiddenSpec(("prompt",))}}, "another segments"),
         (lambda: {"policy": {"hidden": HiddenSpec(SEGMENTS, layers=0)}}, r"another layers \(layers -1, now 0\)"),
         (lambda: {"policy": {"hidden": HiddenSpec(SEGMENTS, pooling="last")}}, "another pooling"),
+        (lambda: {"policy": {"heads": HeadSpec(("d0",), stop_when="d0 > 9")}}, r"another heads \(heads None, now "),
         (lambda: {"policy": {"chat_template": "{{ messages }}"}}, "another chat_template.text"),
         (lambda: {"policy": {"generate_kwargs": {"max_new_tokens": 2}}}, "another generate_kwargs.max_new_tokens"),
         (lambda: {"prompt": "w1 {words}"}, "another prompt"),

@@ -18,7 +18,7 @@ from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs import ParallelEnv, PendulumEnv, SerialEnv, TransformedEnv, check_env_specs
 from torchrl.envs.transforms import Compose, StepCounter, VecNormV2
 
-from torchrl_sglang_hidden import HiddenSpec, HiddenStateTransform, InputError, SGLangHiddenWrapper, connect
+from torchrl_sglang_hidden import HeadSpec, HiddenSpec, HiddenStateTransform, InputError, SGLangHiddenWrapper, connect
 from torchrl_sglang_hidden.rl import transform as transform_module
 
 READS = {"hidden": HiddenSpec(("prompt",)), "generate_kwargs": {"max_new_tokens": 0}}
@@ -65,6 +65,14 @@ def test_one_request_per_step_and_partial_resets_ask_what_was_reset() -> None:
     rollout(env, 3)
     #                     reset    step     step     0 reset  step
     assert asked(engine) == [[0, 20], [1, 21], [2, 22], [3], [4, 23]]
+
+
+def test_a_rule_of_a_head_ends_what_is_generated() -> None:
+    policy = {"hidden": HiddenSpec(("response",)), "generate_kwargs": {}}
+    ruled = {**policy, "heads": HeadSpec(("d0",), stop_when="d0 > -99")}
+    texts = [env_with(WordEnv([2]), policy=one, text_key="said")[0].reset()["said"] for one in (policy, ruled)]
+    # The EOS at the end of what is not cut is no text.
+    assert [len(TOKENIZER(text)["input_ids"]) for (text,) in texts] == [len(response_of(ids_of(0))) - 1, 1]
 
 
 def test_a_batch_of_two_dimensions() -> None:

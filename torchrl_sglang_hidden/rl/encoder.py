@@ -268,6 +268,13 @@ def _hidden_key(policy: SGLangHiddenWrapper) -> NestedKey:
             f"a policy that pools {leaves} returns {len(leaves)} vectors; expected one segment or one span, such as "
             "HiddenSpec(segments=('prompt',))"
         )
+    heads = policy.config.heads
+    # Those of a rule are read to end responses.
+    if heads is not None and heads.stop_when is None:
+        raise InputError(
+            f"a policy with heads={heads!r:.200}, whose scores nothing reads here; use policy.get_new_version("
+            "heads=None), and Head.score for the score of a vector"
+        )
     check_answers_once(policy)
     return leaves[0]
 

@@ -1,7 +1,7 @@
 """`Labeller`: rows of a data set to what a policy says of them, in one call, with the reason where a row has no label.
 
-Knows nothing of files. A label is the leaves that are recorded beside a row: pooled states, the text that was generated
-and, if they are wanted, the states and ids of every token.
+Knows nothing of files. A label is the leaves that are recorded beside a row: pooled states, scores of heads, the text
+that was generated and, if they are wanted, the states and ids of every token.
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ from torchrl_sglang_hidden.rl.encoder import (
     with_labels,
 )
 from torchrl_sglang_hidden.rl.prompts import PromptWriter, value_of
+from torchrl_sglang_hidden.spec.head_scores import HeadSpec
 from torchrl_sglang_hidden.spec.hidden import FLOAT_DTYPES, HiddenSpec
 
 __all__ = ["IndexedRow", "Label", "Labeller", "recorded_spec"]
 
-POOLED, TOKENS, TEXT = "hidden_states", "token_hidden_states", "text_generated"
+POOLED, TOKENS, TEXT, SCORES = "hidden_states", "token_hidden_states", "text_generated", "head_scores"
 
 
 class Label(NamedTuple):
@@ -82,7 +83,7 @@ class Labeller:
     """Asks a policy about rows.
 
     Args:
-        policy: its segments, pooling, layers and generation options are used; its keys are not.
+        policy: its segments, pooling, layers, heads and generation options are used; its keys are not.
         writer: writes the prompts.
         spec: what `recorded_spec` returned.
         dtype: of the states of tokens.
@@ -102,6 +103,9 @@ class Labeller:
         self.blank = self._make_blank()
         self.ragged = {key for key in self.blank if key[0] in (TOKENS, "prompt_ids", "response_ids")}
         self.ragged |= {(POOLED, part, name) for name in spec.unpooled for part in ("spans", "span_places")}
+        # Of a token or a span's row each; a pooled score is one number.
+        scores = {key: blank for key, blank in self.blank.items() if key[0] == SCORES}
+        self.ragged |= {key for key, blank in scores.items() if isinstance(blank, torch.Tensor) and blank.ndim}
 
     def _make_blank(self) -> Leaves:
         spec, size = self._spec, self._policy.model.info.hidden_size
@@ -120,6 +124,8 @@ class Labeller:
         if spec.tokens:
             blank |= {(TOKENS, str(part)): torch.empty((0, *shape), dtype=self._dtype) for part in spec.segments}
             blank |= {(name,): torch.empty(0, dtype=torch.int64) for name in ("prompt_ids", "response_ids")}
+        if self._policy.config.heads is not None:
+            blank |= _blank_scores(self._policy.config.heads)
         if self._generates:
             blank |= {(TEXT,): "", ("finish_reason",): "error"}
         return blank
@@ -178,6 +184,7 @@ class Labeller:
                 tokens_key="tokens",
                 hidden_states_key=POOLED,
                 token_hidden_states_key=TOKENS,
+                head_scores_key=SCORES,
             )
         return self._askers[mode]
 
@@ -192,10 +199,14 @@ class Labeller:
                 f"row {index}: weights of version {version!r}, and the policy connected to {self._version!r}; "
                 "connect anew, and record into another directory while no trainer updates the weights"
             )
-        leaves = leaves_of(out.select(*(key for key in (POOLED, TOKENS) if out.get(key) is not None)))
+        leaves = leaves_of(out.select(*(key for key in (POOLED, TOKENS, SCORES) if out.get(key) is not None)))
         for key, value in leaves.items():
-            # A span that may be empty is NaN where it is.
-            is_empty = key[:2] == (POOLED, "spans") and not int(leaves[POOLED, "span_counts", key[2]])
+            if not isinstance(value, torch.Tensor):
+                continue  # the version of a head
+            # A span that may be empty is NaN where it is. Of scores the policy looks: they have no counts.
+            is_empty = key[0] == SCORES or (
+                key[:2] == (POOLED, "spans") and not int(leaves[POOLED, "span_counts", key[2]])
+            )
             bad = int((~value.isfinite()).sum()) if value.is_floating_point() and not is_empty else 0
             if bad:
                 return Label(
@@ -211,6 +222,19 @@ class Labeller:
             leaves[TEXT,] = value_of(out.get(("text", "response")))
             leaves["finish_reason",] = value_of(out.get("finish_reason"))
         return Label({key: leaves[key] for key in self.blank}, None)
+
+
+def _blank_scores(spec: HeadSpec) -> Leaves:
+    """Return the scores of a row that has none."""
+    pooled = {str(segment): spec.pooling is not None for segment in spec.segments}
+    blank: Leaves = {}
+    for head in spec.heads:
+        for segment, is_pooled in pooled.items():
+            blank[SCORES, segment, head] = torch.tensor(math.nan) if is_pooled else torch.empty(0)
+        for span in spec.spans:
+            blank[SCORES, "spans", span, head] = torch.empty(0) if span in spec.unpooled else torch.tensor(math.nan)
+        blank[SCORES, "versions", head] = ""
+    return blank | {(SCORES, "span_places", span): torch.empty(0, dtype=torch.int64) for span in spec.unpooled}
 
 
 def _renamed(text: str, index: int) -> str:

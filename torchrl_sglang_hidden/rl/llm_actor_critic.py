@@ -204,6 +204,7 @@ def _reader_of(policy: SGLangHiddenWrapper) -> SGLangHiddenWrapper:
     return policy.get_new_version(
         hidden=_prompt_spec(policy),
         logits=None,
+        heads=None,
         constraints=(),
         action_token_ids=None,
         generate_kwargs={**{name: options[name] for name in _KEPT_OPTIONS if name in options}, "max_new_tokens": 0},

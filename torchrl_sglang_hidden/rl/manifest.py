@@ -243,8 +243,9 @@ def describe(
         "generate_kwargs": config.generate_kwargs,
         "constraints": [repr(constraint) for constraint in config.constraints],
         "fields": dict(schema),
-        # Left out without images: recordings of before these are gone on with.
+        # Left out without images or heads: recordings of before these are gone on with.
         **({"images": list(images)} if images else {}),
+        **({} if config.heads is None else {"heads": repr(config.heads)}),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
     found: dict[str, Any] = json.loads(json.dumps(about, default=repr))

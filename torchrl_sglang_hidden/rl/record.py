@@ -72,7 +72,8 @@ def record_hidden_states(
     label of its own.
 
     Args:
-        policy: says what is recorded: segments, spans, pooling and layers of its ``hidden``, and what is generated.
+        policy: says what is recorded: segments, spans, pooling and layers of its ``hidden``, the scores of its
+            ``heads``, each with the version of the head that gave it, and what is generated.
             With ``max_new_tokens=0`` the text that is there is read, and nothing generated. A policy over several
             servers shares the rows of each call among them; give it a larger ``batch_size``.
         data: a TensorDict, whose batch dimensions are gone through in row-major order; an iterable of mappings, such as

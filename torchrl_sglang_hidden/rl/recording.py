@@ -66,6 +66,8 @@ class Recording:
         - the fields of the data, each under its own key; what is no tensor as strings, lists and dicts.
         - ``("hidden_states", segment)``: float32 ``[N, D]``, or ``[N, K, D]``; NaN in a row that failed. Spans are at
           ``("hidden_states", "spans", name)``, and how many rows were pooled at ``(…, f"{segment}_count")``.
+        - ``("head_scores", …)``, where the policy has heads, under the names of `HeadScores`: float32 ``[N]`` where
+          they are pooled, else ragged, and the heads' versions as strings; NaN, or none, in a row that failed.
         - ``text_generated`` and ``finish_reason``, where the policy generates.
         - ``("token_hidden_states", segment)``, ``prompt_ids``, ``response_ids``, where tokens were recorded.
         - ``label_row``: int64 ``[N]``, the row whose label a row has, where ``every`` is over 1.
