@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 from typing import Any
 
+import peft
 import pytest
 import torch
 from helpers.fake_engine import RecordingEngine, tiny_tokenizer
@@ -263,6 +265,52 @@ def test_bad_input(
 ) -> None:
     with pytest.raises(error, match=words):
         logits_from_hidden(states, llama, **options)
+
+
+@pytest.mark.parametrize("kind", ["llama", "granite"])
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["lm_head"], "lora_dropout": 0.5},
+        {"target_modules": ["lm_head"], "use_dora": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [1, 3]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
+def test_adapters_of_the_head_count(kind: str, adapter: dict[str, Any], dtype: torch.dtype) -> None:
+    """Exactly, in float32, without dropout though the model is in training; and they have gradients."""
+    adapted = peft.get_peft_model(make(kind), peft.LoraConfig(**adapter, init_lora_weights=False)).to(dtype)
+    for name, parameter in adapted.named_parameters():
+        if any(part in name for part in ("modules_to_save", "trainable_tokens", "magnitude")):
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    states = torch.randn(2, 5, SIZE, generator=torch.Generator().manual_seed(1)).to(dtype)
+    exact = copy.deepcopy(adapted).float().eval().get_base_model()
+    with torch.no_grad():
+        expected = exact.get_output_embeddings()(states.float()) / getattr(exact.config, "logits_scaling", 1.0)
+    adapted.train()
+    of_head = [one for name, one in adapted.named_parameters() if one.requires_grad and "lm_head" in name]
+    assert bool(of_head) is ("lm_head" in str(adapter))
+    for model in (adapted, adapted.get_base_model()):
+        found = logits_from_hidden(states, model)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        if of_head:
+            adapted.zero_grad()
+            found.square().sum().backward()
+            assert all(one.grad is not None and one.grad.any() for one in of_head)
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
+def test_a_heads_adapter_alone(llama: PreTrainedModel, wrapped: bool) -> None:
+    adapted = peft.get_peft_model(
+        copy.deepcopy(llama), peft.LoraConfig(target_modules=["lm_head"], init_lora_weights=False)
+    )
+    head = adapted.get_output_embeddings() if wrapped else adapted.get_output_embeddings().base_layer
+    torch.testing.assert_close(logits_from_hidden(GOOD, head), head(GOOD))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ Knows nothing of engines, protocols or TensorDicts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -39,8 +40,8 @@ def logits_from_hidden(
         states: ``[*, N, D]`` of layer -1, or a list of such tensors, one per row, as ``td.get(key, as_list=True)``
             gives them.
         head: a Hugging Face causal language model, whose own code then scales, caps and biases the logits; or the head
-            alone where it does nothing of that, a ``torch.nn.Linear`` or its weight ``[V, D]``. Not written to.
-            Gradients reach it.
+            alone where it does nothing of that, a ``torch.nn.Linear`` or its weight ``[V, D]``. A model may have PEFT
+            adapters: those of its head count, without their dropout. Not written to. Gradients reach it.
 
     Keyword Args:
         tokens: int64 ``[*, N]``, or a list of such rows: the token that was drawn from each row, for the check.
@@ -120,7 +121,9 @@ def _of_row(name: str, states_ND: Any, head: Any, tokens_N: Any, log_probs_N: An
     if not isinstance(states_ND, torch.Tensor) or not states_ND.is_floating_point():
         is_a = f"tensor of {states_ND.dtype}" if isinstance(states_ND, torch.Tensor) else type(states_ND).__name__
         raise InputTypeError(f"{name}states: a {is_a}; expected a floating tensor [*, N, D], or a list of them")
-    weight_VD, bias_V = _weights(head)
+    # PEFT's model around the model.
+    head = head.get_base_model() if hasattr(head, "peft_config") and hasattr(head, "get_base_model") else head
+    linear, weight_VD = _read_head(head)
     if states_ND.ndim < 2 or states_ND.shape[-1] != weight_VD.shape[1]:
         raise InputError(
             f"{name}states: shape {tuple(states_ND.shape)}, and the head is {tuple(weight_VD.shape)}; expected [*, N, "
@@ -128,20 +131,22 @@ def _of_row(name: str, states_ND: Any, head: Any, tokens_N: Any, log_probs_N: An
         )
     float_ND = states_ND.to(weight_VD.device, torch.float32)
     with torch.autocast(weight_VD.device.type, enabled=False):
-        if isinstance(head, (torch.Tensor, nn.Linear)):
-            logits_NV = functional.linear(float_ND, weight_VD.float(), bias_V)
+        if linear is head:
+            logits_NV = _in_float32(linear)(float_ND)
         else:
-            flat_NV = _by_model(head, float_ND.flatten(0, -2), weight_VD, bias_V)
+            flat_NV = _by_model(head, float_ND.flatten(0, -2), _in_float32(linear))
             logits_NV = flat_NV.reshape(*float_ND.shape[:-1], flat_NV.shape[-1])
     if tokens_N is not None:
         _check(name, logits_NV.detach(), tokens_N, log_probs_N, tolerance)
     return logits_NV
 
 
-def _weights(head: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the weight of a head, and its bias in float32."""
+def _read_head(head: Any) -> tuple[Any, torch.Tensor]:
+    """Return what makes logits of states: a module or its weight; and that weight ``[V, D]``."""
     linear = head.get_output_embeddings() if hasattr(head, "get_output_embeddings") else head
-    weight = getattr(linear, "weight", None) if isinstance(linear, nn.Linear) else linear
+    # PEFT puts a layer of its own around one that has an adapter, and says the weight inside.
+    is_module = isinstance(linear, nn.Linear) or type(linear).__module__.startswith("peft.")
+    weight = linear.weight if is_module else linear
     if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.ndim != 2:
         raise InputTypeError(
             f"head: a {type(head).__name__}"
@@ -149,8 +154,35 @@ def _weights(head: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
             + "; expected a Hugging Face causal language model, a torch.nn.Linear or its weight [V, D], of a floating "
             "dtype"
         )
-    bias = getattr(linear, "bias", None)
-    return weight, None if bias is None else bias.float()
+    return linear, weight
+
+
+def _in_float32(linear: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a head that computes in float32; a module, also of a weight alone."""
+    return (
+        _twin(linear) if isinstance(linear, nn.Module) else functools.partial(functional.linear, weight=linear.float())
+    )
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """Return a copy of a module with the same parameters, in float32 and without dropout.
+
+    A copy, for another thread may be training the module. Dropout would be drawn anew where a loss computes logits a
+    second time for its gradient, and the served weights know none.
+    """
+    twin: nn.Module = object.__new__(type(module))
+    # Without a `forward` that a library put on the object, and without its hooks.
+    own = {name: value for name, value in vars(module).items() if name != "forward"}
+    twin.__dict__ = own | {name: {} for name in own if name.endswith("_hooks")} | {"training": False}
+    for kind in ("_parameters", "_buffers"):
+        values = vars(module)[kind]
+        twin.__dict__[kind] = {
+            name: one.float() if one is not None and one.is_floating_point() else one for name, one in values.items()
+        }
+    twin.__dict__["_modules"] = {
+        name: None if child is None else _twin(child) for name, child in module._modules.items()
+    }
+    return twin
 
 
 # --- a model's own code, without its layers -------------------------------------------------------------------------
@@ -186,18 +218,7 @@ class _Decoder(nn.Module):
         return _DecoderOutput((self.states_1ND,))
 
 
-class _Head(nn.Module):
-    def __init__(self, weight_VD: torch.Tensor, bias_V: torch.Tensor | None) -> None:
-        super().__init__()
-        self.weight, self.bias = weight_VD.float(), bias_V
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        return functional.linear(states, self.weight, self.bias)
-
-
-def _by_model(
-    model: Any, states_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None
-) -> torch.Tensor:
+def _by_model(model: Any, states_ND: torch.Tensor, head: Any) -> torch.Tensor:
     children = dict(model._modules)
     prefix = getattr(model, "base_model_prefix", "")
     heads = [name for name, child in children.items() if child is model.get_output_embeddings()]
@@ -207,7 +228,7 @@ def _by_model(
         # such as accelerate, which would run the model itself.
         twin = object.__new__(type(model))
         twin.__dict__ = {name: value for name, value in vars(model).items() if name != "forward"}
-        twin.__dict__["_modules"] = children | {heads[0]: _Head(weight_VD, bias_V), prefix: decoder}
+        twin.__dict__["_modules"] = children | {heads[0]: head, prefix: decoder}
         ids = torch.zeros(1, len(states_ND), dtype=torch.int64, device=states_ND.device)
         logits_NV: torch.Tensor = twin(input_ids=ids, use_cache=False).logits[0].float()
         if decoder.called:
