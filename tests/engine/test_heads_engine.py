@@ -32,6 +32,7 @@ from torchrl_sglang_hidden import (
     HeadSpec,
     HiddenSpec,
     InputError,
+    LastTokens,
     LogitsSpec,
     Request,
     RequestRejectedError,
@@ -40,7 +41,9 @@ from torchrl_sglang_hidden import (
     WeightsError,
     Window,
 )
+from torchrl_sglang_hidden.engines.resuming import join_completions, rest_of
 from torchrl_sglang_hidden.sglang_api.payload import to_payload
+from torchrl_sglang_hidden.spec.spans import PromptSpan
 
 D, LAYERS = 576, (4, 29)
 HEADS = {
@@ -283,6 +286,34 @@ def test_a_rule_and_another_end_at_once(smol: SGLangServer, versions: dict[str, 
     )
     assert [one.finish_reason for one in (by_token, by_length, never)] == ["stop", "head", "length"]
     assert [len(one.response_ids) for one in (by_token, by_length, never)] == [1, 1, 3]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+def test_pooled_scores_of_a_response_in_two_parts(
+    smol: SGLangServer, smol_dir: str, versions: dict[str, str], pooling: Any
+) -> None:
+    spans = {"end": LastTokens(2), "start": Window(0, 3, segment="prompt", pooling="sum")}
+    spec = HeadSpec(("mlp", "gated"), ALL, pooling=pooling, spans=spans)
+    ids = prompt_of(9, seed=7350)
+    sampling: dict[str, Any] = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
+    resolved = {"end": LastTokens(2), "start": PromptSpan(((0, 3),), pooling="sum")}
+    whole = Request(tuple(ids), sampling, heads=spec, head_spans=resolved)
+    (first,) = smol.generate([replace(whole, sampling={**sampling, "max_new_tokens": 3})])
+    (rest,) = smol.generate([rest_of(whole, first)])
+    joined = join_completions(whole, first, rest)
+    assert (len(joined.response_ids), joined.error) == (8, None)
+    for name, scores in joined.scores.items():
+        truth = heads_oracle.expected(HEADS[name], smol_dir, ids, list(joined.response_ids), LAYERS)
+        reduce = np.mean if pooling == "mean" else np.max
+        for segment in ALL:
+            assert scores.pooled[segment].count == len(truth[segment])
+            heads_oracle.assert_scores(
+                scores.pooled[segment].vector[None], reduce(truth[segment], keepdims=True), segment
+            )
+        heads_oracle.assert_scores(
+            scores.spans["end"].vector[None], reduce(truth["response"][-2:], keepdims=True), "end"
+        )
+        heads_oracle.assert_scores(scores.spans["start"].vector[None], truth["prompt"][:3].sum(keepdims=True), "start")
 
 
 @pytest.mark.parametrize("stream", [False, True])

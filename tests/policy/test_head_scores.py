@@ -251,9 +251,19 @@ def test_what_cannot_be_asked() -> None:
         check_requests([Request((1,), {"max_new_tokens": 0}, heads=HeadSpec(("d0",)))], make_info())
     with pytest.raises(InputError, match="'head_scores' is the key of 2 outputs"):
         make(heads=HeadSpec(("d0",)), text_key="head_scores")[0](batch_of("tokens"))
-    policy, _ = make(heads=HeadSpec(("d0",), pooling="max"), on_error="nan", inplace=False)
-    with pytest.raises(InputError, match=r"resume with heads=.*pooled scores of two parts are not joined"):
-        policy.resume(policy(batch_of("tokens")))
+
+
+def test_scores_that_nobody_would_see_are_not_asked_for() -> None:
+    policy, engine = make(heads=HeadSpec(("d0",)), head_scores_key=None)
+    assert "head_scores" not in policy(batch_of("tokens"))
+    scorer = policy.get_new_version(generate=False)
+    scorer(scored_batch())
+    assert [request.heads for request in engine.requests] == [None] * 4
+    # A rule reads them.
+    ruled = policy.get_new_version(heads=HeadSpec(("d0",), stop_when="d0 > -9"))
+    out = ruled(batch_of("tokens"))
+    assert "head_scores" not in out
+    assert out["finish_reason"] == ["head"] * 3
 
 
 def test_a_prompt_that_is_only_read() -> None:

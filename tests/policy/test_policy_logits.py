@@ -319,7 +319,7 @@ def test_the_largest_selections_are_served() -> None:
     [
         ({}, {"logits_only": True}, r"logits_only=True with generate=True.*get_new_version\(generate=False\)"),
         ({"logits": LogitsSpec(full=True)}, {"max_new_tokens": 0}, r"segments=\('response',\)\): .*no response"),
-        ({}, {"max_new_tokens": 0}, "without hidden states or logits"),
+        ({}, {"max_new_tokens": 0}, "without hidden states, logits or scores"),
         ({"generate": False, "logits_key": None}, {"logits_only": True}, "neither log-probs, hidden states, logits"),
         ({"generate": False, "logits_key": "masks"}, {"logits_only": True}, "'masks' is the key of 2 outputs"),
     ],

@@ -316,7 +316,10 @@ def test_a_prompt_is_read_and_nothing_generated(mode: str, padded: bool, way: st
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"hidden": None}, r"max_new_tokens=0 without hidden states or logits: there is nothing to compute"),
+        (
+            {"hidden": None},
+            r"max_new_tokens=0 without hidden states, logits or scores of heads: there is nothing to compute",
+        ),
         ({"hidden": True}, r"max_new_tokens=0 with segments=\('response',\).*ask for segments=\('prompt',\)"),
         ({"hidden": HiddenSpec(("prompt", "full"))}, r"no 'full'"),
         ({"hidden": HiddenSpec((), spans={"a": LastTokens(1)})}, r"spans=\{'a': LastTokens"),

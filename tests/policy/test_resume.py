@@ -147,6 +147,50 @@ def test_scores_of_heads_stand_one_after_another(segments: Any) -> None:
     assert asked == [of_rest, options["heads"], of_rest, of_rest]
 
 
+@MODES
+@pytest.mark.parametrize("pooling", [*POOLINGS, None])
+@pytest.mark.parametrize("segments", [("prompt",), ("full",), SEGMENTS])
+def test_pooled_scores_are_those_of_both_parts(mode: str, pooling: Pooling | None, segments: Any) -> None:
+    spans = {
+        "last": LastTokens(2),
+        "rows": LastTokens(2, pooling=None),
+        "each": Each("w", segment="prompt", pooling=None),
+        "none": At("never", segment="prompt", pooling="max"),
+        "window": Window(0, 2, "prompt", pooling="max"),
+    }
+    options: dict[str, Any] = {"hidden": None, "heads": HeadSpec(("d0", "d3"), segments, pooling=pooling, spans=spans)}
+    policy, engine = policy_of(mode, [2, 0, 3], [1, None, None], [None], **options)
+    out = policy.resume(policy.resume(policy(batch_of(mode))))
+    expected = policy_of(mode, **options)[0](batch_of(mode))
+    assert_rows_equal(out, expected, "mixed_weights")
+    for row, other in zip(flat(out), flat(expected), strict=True):
+        assert torch.equal(row["head_scores", "span_places", "rows"], other["head_scores", "span_places", "rows"])
+    # The prompt is not scored again.
+    assert [len(request.head_spans) for request in engine.requests[3:]] == [2, 5, 2, 2]
+
+
+def test_a_rule_beside_pooled_scores_ends_the_second_part() -> None:
+    """Also where nothing else is asked of the response."""
+    spans = {"second": Between("w35", "w37", segment="response")}
+    for segments, pooled in ((("response",), {}), (("prompt",), spans)):
+        heads = HeadSpec(("d5",), segments, stop_when="d5 > 0.9", pooling="mean", spans=pooled)
+        (whole, *_) = flat(policy_of("tokens", hidden=None, heads=heads)[0](batch_of("tokens")))
+        policy, _ = policy_of("tokens", [2, None, None], hidden=None, heads=heads)
+        row = policy.resume(policy(batch_of("tokens")))[0]
+        assert (row["finish_reason"], row["tokens"].response.tolist()) == ("head", WHOLE[:4])
+        for segment in segments:
+            torch.testing.assert_close(row["head_scores", segment, "d5"], whole["head_scores", segment, "d5"])
+        assert row["error"].startswith("SpanError: span 'second'" if pooled else "")
+        assert bool(row["error"]) is bool(pooled)
+
+
+def test_a_rule_whose_scores_have_no_key_ends_the_second_part() -> None:
+    heads = HeadSpec(("d5",), stop_when="d5 > 0.9")
+    policy, _ = policy_of("tokens", [2, None, None], heads=heads, head_scores_key=None)
+    row = policy.resume(policy(batch_of("tokens")))[0]
+    assert (row["finish_reason"], row["tokens"].response.tolist(), row["error"]) == ("head", WHOLE[:4], "")
+
+
 def test_a_rule_ends_the_second_part() -> None:
     heads = HeadSpec(("d5",), stop_when="d5 > 0.9")
     (whole, *_) = flat(policy_of("tokens", hidden=None, heads=heads)[0](batch_of("tokens")))

@@ -5,9 +5,9 @@ Knows requests and completions only: any engine generates the second part.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 
@@ -24,7 +24,7 @@ from torchrl_sglang_hidden.records import (
 from torchrl_sglang_hidden.reduce.reducers import reducer_of
 from torchrl_sglang_hidden.spec.head_scores import HeadSpec
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec, Pooling, Segment
-from torchrl_sglang_hidden.spec.spans import LastTokens, PromptSpan
+from torchrl_sglang_hidden.spec.spans import LastTokens, PromptSpan, ResolvedSpan
 
 __all__ = ["join_completions", "rest_of"]
 
@@ -72,15 +72,10 @@ def rest_of(request: Request, first: Completion) -> Request:
         images=None if request.images is None else request.images.followed_by(first.response_ids),
         sampling=sampling,
         hidden=None if request.hidden is None else _response_part(request.hidden),
-        # `join_completions` says which of them lack tokens.
-        spans={
-            name: replace(span, allow_fewer=True)
-            for name, span in request.spans.items()
-            if isinstance(span, LastTokens)
-        },
+        spans=_last_tokens(request.spans),
         logits=None if request.logits is None else _of_response(request),
-        heads=None if request.heads is None or not request.heads.of_response else _response_scores(request.heads),
-        head_spans={},
+        heads=None if request.heads is None else _response_scores(request.heads),
+        head_spans=_last_tokens(request.head_spans),
         return_errors=True,
     )
 
@@ -100,8 +95,22 @@ def _response_part(spec: HiddenSpec) -> HiddenSpec | None:
     return replace(spec, segments=segments, tokens=spec.tokens and bool(segments), spans=spans)
 
 
-def _response_scores(spec: HeadSpec) -> HeadSpec:
-    return replace(spec, segments=(Segment.RESPONSE,), pooling=None, spans={})
+def _response_scores(spec: HeadSpec) -> HeadSpec | None:
+    spans = {
+        name: span for name, span in spec.spans.items() if isinstance(span, LastTokens) and span.segment == "response"
+    }
+    segments = (Segment.RESPONSE,) if any(segment != Segment.PROMPT for segment in spec.segments) else ()
+    if not segments and not spans:
+        if spec.stop_when is None:
+            return None
+        # A rule alone is none: it is held against scores.
+        segments = (Segment.RESPONSE,)
+    return replace(spec, segments=segments, spans=spans)
+
+
+def _last_tokens(spans: Mapping[str, ResolvedSpan]) -> dict[str, ResolvedSpan]:
+    """Return the spans that may be in the second part; `join_completions` says which of them lack tokens."""
+    return {name: replace(span, allow_fewer=True) for name, span in spans.items() if isinstance(span, LastTokens)}
 
 
 def _of_response(request: Request) -> Any:
@@ -113,40 +122,26 @@ def join_completions(request: Request, first: Completion, rest: Completion) -> C
     """Join a completion and what went on from it, see `rest_of`, to the completion of the whole response.
 
     Tokens, log-probs, logits and scores stand one after another; both parts must be scored by the same heads. Pooled
-    states of a response are those of both parts, each row of the weights that sampled its token; states of the prompt
-    are the first part's. A span of the response is joined where its rows are all in the second part, and is else
-    missing, with a `SpanError`.
+    states and scores of a response are those of both parts, each row of the weights that sampled its token; those of
+    the prompt are the first part's. A span of the response is joined where its rows are all in the second part, and is
+    else missing, with a `SpanError`.
 
     Args:
         request: what was asked at first.
         first: the aborted part.
         rest: the second part; where it was aborted too, or failed, so is the whole, with the same error.
     """
-    spec = request.hidden
+    done, more = len(first.response_ids), len(rest.response_ids)
     hidden: dict[str, Pooled] = {}
     spans: dict[str, Pooled] = {}
     error = rest.error
-    if spec is not None and spec.pooling is not None:
-        parts: Mapping[Any, Pooled] = first.hidden
-        after = rest.hidden.get(Segment.RESPONSE)
-        for segment in spec.segments:
-            before = parts.get(segment)
-            if before is not None and segment == Segment.PROMPT:
-                hidden[str(segment)] = before
-            elif before is not None and (after is not None or not rest.response_ids):
-                hidden[str(segment)] = before if after is None else _merged(spec.pooling, before, after)
-        for name, span in request.spans.items():
-            if isinstance(span, PromptSpan) and name in first.spans:
-                spans[name] = first.spans[name]
-            elif isinstance(span, LastTokens) and len(rest.response_ids) >= span.count and name in rest.spans:
-                found, done = rest.spans[name], len(first.response_ids)
-                places = None if found.places is None else tuple(done + row for row in found.places)
-                spans[name] = replace(found, places=places)
-            elif error is None:
-                error = SpanError(
-                    f"span {name!r}: the response came in two parts, and the span is not in the second; ask for "
-                    "tokens=True to pool it yourself"
-                )
+    if request.hidden is not None and request.hidden.pooling is not None:
+        hidden, spans, lost = _join_pools(
+            request.hidden, request.spans, (first.hidden, first.spans), (rest.hidden, rest.spans), done, more
+        )
+        error = error or _lost_span(lost, "ask for tokens=True to pool it yourself")
+    scores, lost = _join_scores(request, first.scores, rest.scores, done, more)
+    error = error or _lost_span(lost, "ask for the scores of all tokens, with pooling=None, to pool it yourself")
     apart = [
         name for name, one in first.scores.items() if name in rest.scores and rest.scores[name].version != one.version
     ]
@@ -174,14 +169,75 @@ def join_completions(request: Request, first: Completion, rest: Completion) -> C
         spans=spans,
         token_rows=_joined_rows(first.token_rows, rest.token_rows),
         logits=_joined_logits(first.logits, rest.logits),
-        scores={name: _joined_scores(one, rest.scores.get(name)) for name, one in first.scores.items()},
+        scores=scores,
         error=error,
         versions=tuple(versions),
     )
 
 
-def _joined_scores(first: Scores, rest: Scores | None) -> Scores:
-    return first if rest is None else replace(first, response_T=_cat(first.response_T, rest.response_T))
+def _lost_span(lost: Sequence[str], remedy: str) -> SpanError | None:
+    """Return the error of a span that is not in the second part alone; None for none."""
+    if not lost:
+        return None
+    return SpanError(f"span {lost[0]!r}: the response came in two parts, and the span is not in the second; {remedy}")
+
+
+def _join_scores(
+    request: Request, first: Mapping[str, Scores], rest: Mapping[str, Scores], done: int, more: int
+) -> tuple[dict[str, Scores], list[str]]:
+    """Join the scores of both parts, by head; and name the spans that are not there."""
+    spec = None if request.heads is None else request.heads.pooled
+    joined: dict[str, Scores] = {}
+    lost: list[str] = []
+    for name, one in first.items():
+        after = rest.get(name, Scores(None, None, one.version))
+        joined[name] = replace(one, response_T=_cat(one.response_T, after.response_T))
+        if spec is not None:
+            pooled, spans, lost = _join_pools(
+                spec, request.head_spans, (one.pooled, one.spans), (after.pooled, after.spans), done, more
+            )
+            joined[name] = replace(joined[name], pooled=pooled, spans=spans)
+    return joined, lost
+
+
+_Pools: TypeAlias = tuple[Mapping[Any, Pooled], Mapping[str, Pooled]]
+
+
+def _join_pools(
+    spec: HiddenSpec, spans: Mapping[str, ResolvedSpan], first: _Pools, rest: _Pools, done: int, more: int
+) -> tuple[dict[str, Pooled], dict[str, Pooled], list[str]]:
+    """Join what was pooled of segments and spans.
+
+    Args:
+        spec: what was asked at first, with a pooling.
+        spans: its spans.
+        first: the pools of the first part, by segment and by span.
+        rest: those of the second part.
+        done: how many tokens the first part has.
+        more: how many the second one has.
+
+    Returns:
+        The pools of both, by segment and by span; and the names of the spans that are not there.
+    """
+    segments: dict[str, Pooled] = {}
+    found: dict[str, Pooled] = {}
+    lost: list[str] = []
+    after = rest[0].get(Segment.RESPONSE)
+    for segment in spec.segments:
+        before = first[0].get(segment)
+        if before is not None and segment == Segment.PROMPT:
+            segments[str(segment)] = before
+        elif before is not None and (after is not None or not more):
+            segments[str(segment)] = before if after is None else _merged(cast("Pooling", spec.pooling), before, after)
+    for name, span in spans.items():
+        if isinstance(span, PromptSpan) and name in first[1]:
+            found[name] = first[1][name]
+        elif isinstance(span, LastTokens) and more >= span.count and name in rest[1]:
+            places = rest[1][name].places
+            found[name] = replace(rest[1][name], places=None if places is None else tuple(done + row for row in places))
+        else:
+            lost.append(name)
+    return segments, found, lost
 
 
 def _merged(pooling: Pooling, before: Pooled, after: Pooled) -> Pooled:

@@ -340,8 +340,10 @@ class PolicyConfig:
 
     @property
     def returned_heads(self) -> HeadSpec | None:
-        """The scores of heads that a call returns."""
-        return self.heads if self.generate else scored_heads(self.heads)
+        """The scores of heads that a call returns; without a key those of a rule alone, which nobody else would see."""
+        heads = self.heads if self.generate else scored_heads(self.heads)
+        seen = self.keys.head_scores_key is not None or (heads is not None and heads.stop_when is not None)
+        return heads if seen else None
 
     @property
     def records(self) -> SamplingRecords:

@@ -5,6 +5,7 @@ Knows what `assemble` writes, and reads it back.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -44,7 +45,7 @@ from torchrl_sglang_hidden.records import (
 from torchrl_sglang_hidden.spec.head_scores import HeadSpec
 from torchrl_sglang_hidden.spec.hidden import HiddenSpec, Segment, reads_prompt
 from torchrl_sglang_hidden.spec.logits import LogitsSpec
-from torchrl_sglang_hidden.spec.spans import PromptSpan, TokenMask, is_of_response, may_be_empty
+from torchrl_sglang_hidden.spec.spans import PromptSpan, Span, TokenMask, is_of_response, may_be_empty
 
 __all__ = ["resume_rows"]
 
@@ -66,11 +67,6 @@ def resume_rows(
         raise InputError(
             f"resume with {call.records}: what was recorded of the sampling is not joined; leave it out of the options"
         )
-    if call.heads is not None and call.heads.pooled is not None:
-        raise InputError(
-            f"resume with heads={call.heads!r:.300}: pooled scores of two parts are not joined; use get_new_version("
-            "heads=…) without pooling and spans, or heads=None"
-        )
     td_rows = _flat(tensordict)
     aborted = [index for index, row in enumerate(td_rows) if _finish_reason(row, keys) == "abort"]
     if not aborted:
@@ -78,6 +74,7 @@ def resume_rows(
     reader = replace(
         make_reader(config),
         spans={} if call.hidden is None else call.hidden.spans,
+        head_spans={} if call.heads is None else call.heads.spans,
         action_masks=make_mask_reader(config, info.vocab_size) if call.reads_masks else None,
     )
     # What is joined comes from the engine, and is on the CPU.
@@ -204,8 +201,8 @@ def _read_completion(name: str, row: TensorDictBase, keys: OutputKeys, call: Cal
         else _token_rows(spec, _get(row, keys.token_hidden_states, "token states"), len(prompt_ids)),
         versions=tuple(_get(row, keys.weight_versions, "weight_versions")),
         scores={}
-        if call.heads is None or not response_ids
-        else _scores(call.heads, _get(row, keys.head_scores, "scores of heads"), len(prompt_ids)),
+        if call.heads is None or keys.head_scores is None or not response_ids
+        else _scores(call.heads, _get(row, keys.head_scores, "scores of heads"), len(prompt_ids), len(response_ids)),
         **_logits(call.logits, None if keys.logits is None else _get(row, keys.logits, "logits"), len(prompt_ids)),
     )
 
@@ -239,18 +236,29 @@ def _read_row(index: int, row: TensorDictBase, first: Completion, reader: Prompt
     found = expand_row(name, found)
     if reader.input_mode == "history":
         found = _with_chat(row, found, reader, keys)
-    spans, known = dict(reader.spans), {}
-    if first.response_ids:
-        # The states of the prompt are there, and nothing is searched for in it.
-        spans = {name: span for name, span in spans.items() if is_of_response(span)}
-        known = {name: PromptSpan(()) for name in reader.spans.keys() - spans.keys()}
-    if reader.input_mode == "tokens" and any(isinstance(span, TokenMask) for span in spans.values()):
+    begun = bool(first.response_ids)
+    spans, known = _spans_to_find(reader.spans, begun=begun)
+    head_spans, known_by_heads = _spans_to_find(reader.head_spans, begun=begun)
+    wanted = (*spans.values(), *head_spans.values())
+    if reader.input_mode == "tokens" and any(isinstance(span, TokenMask) for span in wanted):
         given = reader.read_prompt(index, row, None)  # may be padded, as the masks are
         if given.prompt_ids != first.prompt_ids:
             raise InputError(f"row {index}, {reader.input_key!r}: not the prompt that was sent; give back what it was")
         found = replace(found, placement=given.placement, short_placement=given.short_placement)
-    found = replace(reader, spans=spans).read_fields(index, row, found)
+    found = replace(reader, spans=spans, head_spans=head_spans).read_fields(index, row, found)
+    found = replace(found, head_spans={**found.head_spans, **known_by_heads})
     return found if found.wants_states is False else replace(found, spans={**found.spans, **known})
+
+
+def _spans_to_find(spans: Mapping[str, Span], *, begun: bool) -> tuple[dict[str, Span], dict[str, PromptSpan]]:
+    """Return the spans to find, and what stands for those that are known.
+
+    Of a response that has begun what was asked of the prompt is there, and nothing is searched for in it.
+    """
+    if not begun:
+        return dict(spans), {}
+    to_find = {name: span for name, span in spans.items() if is_of_response(span)}
+    return to_find, {name: PromptSpan(()) for name in spans.keys() - to_find.keys()}
 
 
 def _check_without_images(name: str, first: Completion, reader: PromptReader) -> None:
@@ -315,18 +323,33 @@ def _token_rows(spec: HiddenSpec, states: Any, num_prompt: int) -> TokenRows | N
     return TokenRows(num_prompt - 1, states.response)
 
 
-def _scores(spec: HeadSpec, found: Any, num_prompt: int) -> dict[str, Scores]:
-    """Read the scores of tokens back."""
+def _scores(spec: HeadSpec, found: Any, num_prompt: int, num_response: int) -> dict[str, Scores]:
+    """Read the scores back: of tokens or segments, and of the prompt's spans."""
     scores = {}
     for name in spec.heads:
+        version = found.versions[name]
+        if not version:
+            continue
         parts = {segment: getattr(found, segment)[name] for segment in map(str, spec.segments)}
+        spans = {
+            span: _scored_span(spec, span, found, name) for span, at in spec.spans.items() if not is_of_response(at)
+        }
+        if spec.pooling is not None:
+            counts = {segment: len(Segment(segment).positions(num_prompt, num_response)) for segment in parts}
+            pooled = {segment: Pooled(score.float(), counts[segment]) for segment, score in parts.items()}
+            scores[name] = Scores(None, None, version, pooled, spans)
+            continue
         if Segment.FULL in parts:
             full = parts[Segment.FULL]
             parts |= {str(Segment.PROMPT): full[:num_prompt], str(Segment.RESPONSE): full[num_prompt - 1 :]}
-        version = found.versions[name]
-        if version:
-            scores[name] = Scores(parts.get("prompt"), parts.get("response"), version)
+        scores[name] = Scores(parts.get("prompt"), parts.get("response"), version, spans=spans)
     return scores
+
+
+def _scored_span(spec: HeadSpec, span: str, found: Any, head: str) -> Pooled:
+    """Read a span's scores back. Of how many rows one number is, the output does not say, and the join does not ask."""
+    places = tuple(found.span_places[span].tolist()) if span in spec.unpooled else None
+    return Pooled(found.spans[span][head], 0 if places is None else len(places), places)
 
 
 def _logits(spec: LogitsSpec | None, logits: Any, num_prompt: int) -> dict[str, Any]:

@@ -175,7 +175,7 @@ def read_scoring(
         lora=merged.options.get("lora_path"),
         priority=merged.options.get("priority"),
         logits=scored_logits(_readable_logits(config), logits_only=logits_only),
-        heads=None if logits_only else scored_heads(config.heads),
+        heads=None if logits_only else scored_heads(config.returned_heads),
         logits_only=logits_only,
         constraints=merged.constraints,
         # max_new_tokens=0 reads a prompt, which no response follows.
@@ -222,7 +222,7 @@ def _check_reading(call: CallOptions, num_samples: int | None) -> None:
         )
     if hidden is None and logits is None and heads is None:
         raise InputError(
-            "max_new_tokens=0 without hidden states or logits: there is nothing to compute; pass "
+            "max_new_tokens=0 without hidden states, logits or scores of heads: there is nothing to compute; pass "
             "hidden=HiddenSpec(('prompt',)), or raise max_new_tokens"
         )
     if logits is not None and logits.of_response:

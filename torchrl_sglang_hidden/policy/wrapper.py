@@ -290,11 +290,11 @@ class SGLangHiddenWrapper(Distributions, LLMWrapperBase):  # type: ignore[misc]
         """Go on from the aborted responses of an output of this policy, such as after an update of the weights.
 
         The prompt and the tokens so far are sent as they are, the rest is sampled, and both parts are joined: tokens,
-        text, log-probs, token states and logits one after another, pooled states over the rows of both. The states of a
-        prompt stay those of the first part. A span of the response is joined where all of its rows are in the second
-        part, and is else NaN with count 0 and an ``error``. A row that cannot be gone on from, because it fills the
-        context or a stop string stands across both parts, ends with ``finish_reason`` ``"error"``; so has a sample that
-        was aborted midway after the request that was to bring its prompt's states, which is not gone on from.
+        text, log-probs, token states, scores and logits one after another, pooled states and scores over the rows of
+        both. Those of a prompt stay the first part's. A span of the response is joined where all of its rows are in the
+        second part, and is else NaN with count 0 and an ``error``. A row that cannot be gone on from, because it fills
+        the context or a stop string stands across both parts, ends with ``finish_reason`` ``"error"``; so has a sample
+        that was aborted midway after the request that was to bring its prompt's states, which is not gone on from.
 
         Args:
             tensordict: what a call with ``on_error="nan"`` returned, of any batch size, not padded; not written to.
