@@ -138,6 +138,12 @@ GOOD_SPEC = HiddenSpec(ALL_SEGMENTS, layers=(0, -1, -2), spans=SPANS)
             r"row 1, span 'm': ends at 5 in a prompt of 4 tokens",
         ),
         (
+            request(HiddenSpec(spans={"m": TokenMask("m", pooling="max")}), spans={"m": PromptSpan(((0, 1),))}),
+            {},
+            InputError,
+            r"row 1, span 'm': pooling='spec' is resolved, and pooling='max' asked for; pass PromptSpan\(…, pooling=",
+        ),
+        (
             request(HiddenSpec(spans={"b": Between("a", None)}), spans={"b": Between("a", None)}),
             STOCK,
             CapabilityError,

@@ -106,6 +106,11 @@ def test_what_is_no_head(kind: Any, tensors: Any, options: Any, error: type[Exce
         Head(kind, tensors, **options)
 
 
+def test_states_that_are_no_tensor() -> None:
+    with pytest.raises(InputTypeError, match=r"states: a list; expected a tensor \[..., 6\]"):
+        Head("mlp", GOOD).score([1.0] * D)  # type: ignore[arg-type]
+
+
 def test_states_of_another_size() -> None:
     with pytest.raises(InputError, match=r"\(9, 6\): expected \[..., 7\]"):
         Head("linear", {"weight": torch.ones(7)}).score(STATES)

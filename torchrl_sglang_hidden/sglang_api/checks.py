@@ -311,6 +311,11 @@ def _check_spans(
 
 
 def _check_span(name: str, key: str, span: ResolvedSpan, spec: HiddenSpec, request: Request, info: EngineInfo) -> None:
+    if span.pooling != spec.spans[key].pooling:
+        raise InputError(
+            f"{name} pooling={span.pooling!r} is resolved, and pooling={spec.spans[key].pooling!r} asked for; pass "
+            f"{type(span).__name__}(…, pooling={spec.spans[key].pooling!r})"
+        )
     if isinstance(span, PromptSpan):
         if not span.count and not may_be_empty(spec.spans[key]):
             raise SpanError(f"{name} {spec.spans[key]!r} has 0 positions, and an empty span has no state; pass some")

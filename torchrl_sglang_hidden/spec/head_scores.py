@@ -80,12 +80,13 @@ class HeadSpec:
 
     Args:
         heads: names of heads that the server has, see `Engine.push_head`.
-        segments: any of ``"prompt"``, ``"response"``, ``"full"``. Score t of a response is of the state that produced
-            response token t, as in `HiddenSpec`. Scoring returns ``"full"`` alone.
+        segments: any of ``"prompt"``, ``"response"``, ``"full"``, or none beside spans. Score t of a response is of the
+            state that produced response token t, as in `HiddenSpec`. Scoring returns ``"full"`` alone.
         stop_when: ends a response behind the first token whose score fulfils a rule such as ``"confident > 0.9"``: a
             head among ``heads``, one of ``>``, ``>=``, ``<``, ``<=``, and a number. That token is the last, and
             ``finish_reason`` is ``"head"``; a token that also ends the response by itself, such as EOS, says
-            ``"stop"``. As with stop strings, ``min_new_tokens`` does not hold it back. Scoring ignores it.
+            ``"stop"``. As with stop strings, ``min_new_tokens`` does not hold it back. Scoring ignores it, and tensor
+            parallelism refuses it.
         pooling: how the scores of a segment's tokens become one number, as in `HiddenSpec.pooling`; None leaves a score
             for each token. The mean of scores is the score of the mean state only for a linear head whose ``normalize``
             is ``"none"`` or ``"standard"`` and whose output is raw.
@@ -182,5 +183,5 @@ class HeadSpec:
 
     @property
     def sends_response(self) -> bool:
-        """Whether these travel: with a rule always, for the response's end is held against them."""
+        """Whether scores of response tokens travel: with a rule always, which the response's end is held against."""
         return self.response_tokens or self.stop_when is not None

@@ -184,7 +184,10 @@ class Head:
 
         Raises:
             InputError: states of another size.
+            InputTypeError: no tensor.
         """
+        if not isinstance(states, torch.Tensor):
+            raise InputTypeError(f"states: a {type(states).__name__}; expected a tensor [..., {self.width}]")
         if states.shape[-1:] != (self.width,):
             raise InputError(
                 f"states of shape {tuple(states.shape)}: expected [..., {self.width}], what the head reads"
