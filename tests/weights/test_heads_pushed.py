@@ -125,6 +125,7 @@ def test_engines_that_take_none() -> None:
         (lambda fields: fields.pop("protocol"), InputError, "cannot be read"),
         (lambda fields: fields.update(name="a b"), InputError, "head name"),
         (lambda fields: fields.update(version=1), InputError, "the version is 1"),
+        (lambda fields: fields.update(version=""), InputError, "a head without a version"),
         (lambda fields: fields.update(data="%"), InputError, "cannot be read"),
         (lambda fields: fields.update(data=None), InputError, "cannot be read"),
     ],

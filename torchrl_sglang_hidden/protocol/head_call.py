@@ -60,6 +60,8 @@ class HeadCall:
             version, data = fields["version"], base64.b64decode(fields["data"], validate=True)
             if not isinstance(version, str):
                 raise TypeError(f"the version is {excerpt(version)}")
+            if data and not version:
+                raise ValueError("a head without a version, which is what a row has that no head scored")
             return cls(check_head_name(fields["name"]), version, data)
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError, binascii.Error) as error:
             if isinstance(error, InputError):
