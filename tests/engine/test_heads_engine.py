@@ -379,14 +379,21 @@ def test_a_head_that_is_pushed_again(smol: SGLangServer, smol_dir: str) -> None:
         smol.generate([request])
 
 
-def test_a_session(smol: SGLangServer, smol_dir: str, versions: dict[str, str]) -> None:
+@pytest.mark.parametrize("segments", [("response",), ALL])
+def test_a_session(smol: SGLangServer, smol_dir: str, versions: dict[str, str], segments: Any) -> None:
     """Positions count from the context's beginning."""
-    spec = HeadSpec(("mlp", "gated"), ("response",))
+    spec = HeadSpec(("mlp", "gated"), segments)
+    pooled = replace(spec, pooling="mean")
     with smol.session() as session:
         for seed in (7600, 7601):
             completion = session.generate(greedy(prompt_of(9, seed=seed), 4, heads=spec))
             assert_scored(completion, spec, smol_dir, versions)
+        last = session.generate(greedy(prompt_of(9, seed=7602), 4, heads=pooled))
     assert len(completion.prompt_ids) == 9 + 4 + 9
+    for name, scores in last.scores.items():
+        truth = heads_oracle.expected(HEADS[name], smol_dir, list(last.prompt_ids), list(last.response_ids), LAYERS)
+        for segment in segments:
+            heads_oracle.assert_scores(scores.pooled[segment].vector[None], truth[segment].mean(keepdims=True), segment)
 
 
 def test_heads_that_cannot_be_served(smol: SGLangServer, tmp_path: Any) -> None:
