@@ -13,8 +13,10 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
+from helpers.bad_link import bad_link
 from helpers.completion_checks import assert_completion
 from helpers.engine_contract import assert_same
 from helpers.image_site import CACHE_TOKENS, END, EVERYTHING, GREEDY, MOST_IMAGES, START, ImageSite
@@ -269,7 +271,9 @@ def test_a_queue_and_two_servers(image_site: ImageSite) -> None:
     requests = mixed(image_site, hidden=HiddenSpec(("full",)))
     with BatchingEngine(image_site.server, max_batch_size=4) as queue:
         image_site.check(requests, queue.generate(requests))
-    with connect([image_site.server.url, image_site.server.url]) as both:
+    # One server by two addresses, which a client cannot know.
+    port = urlsplit(image_site.server.url).port or 0
+    with bad_link(port) as link, connect([image_site.server.url, link.url]) as both:
         image_site.check(requests, both.generate(requests))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import pickle
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ import pytest
 from helpers.fake_engine import Handler, RecordingEngine, RecordingServer, Respond, abort_a_row, server_page
 
 from torchrl_sglang_hidden import SGLangServer, connect
+from torchrl_sglang_hidden.engines.address import server_at
 from torchrl_sglang_hidden.errors import (
     AuthenticationError,
     CapabilityError,
@@ -308,6 +310,30 @@ def test_a_slash_at_the_end_is_nothing(server: RecordingServer) -> None:
     with connect(server.url + "/") as engine:
         assert engine.url == server.url
         assert len(engine.generate(requests_of(2))) == 2
+
+
+@pytest.mark.parametrize(
+    "spell",
+    [
+        lambda url: url,
+        lambda url: url + "/",
+        lambda url: url.replace("http", "HTTP"),
+        lambda url: url.replace("127.0.0.1", "localhost"),
+        lambda url: url.replace("127.0.0.1", "LOCALHOST."),
+    ],
+)
+def test_a_server_that_stands_there_twice(server: RecordingServer, spell: Callable[[str], str]) -> None:
+    words = rf"'{server.url}' and '{spell(server.url)}' are one server; pass each of several servers once"
+    with pytest.raises(InputError, match=re.escape(words)):
+        connect([server.url, spell(server.url)])
+
+
+def test_addresses_of_one_server_and_of_several() -> None:
+    one = {server_at(url) for url in ("http://h", "http://H:80/", "HTTP://h.:80//", "http://h:80")}
+    assert one == {("http", "h", 80, "")}
+    assert server_at("http://[::1]:3") == server_at("http://[0:0::0:1]:3/")
+    several = ("http://h", "https://h", "http://h:443", "http://h/a", "http://h/b", "http://[::1]", "http://127.0.0.1")
+    assert len({server_at(url) for url in several}) == len(several)
 
 
 # --- several servers --------------------------------------------------------------------------------------------------

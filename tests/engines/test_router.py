@@ -17,6 +17,7 @@ from torchrl_sglang_hidden.errors import (
     AuthenticationError,
     CapabilityError,
     EngineUnreachableError,
+    InputError,
     ProtocolError,
     RequestRejectedError,
     SGLangHiddenError,
@@ -43,6 +44,13 @@ def make_server() -> Iterator[Make]:
 
 def worker(url: str, **changes: Any) -> dict[str, Any]:
     return {"url": url, "worker_type": "regular", "connection_mode": "HTTP", "is_healthy": True, **changes}
+
+
+def test_a_server_that_stands_behind_a_router_too(make_server: Make) -> None:
+    server = make_server()
+    router = make_server({"workers": [worker(server.url)]})
+    with pytest.raises(InputError, match=f"'{server.url}/' and '{server.url}' are one server"):
+        connect([server.url + "/", router.url])
 
 
 def test_a_routers_address_stands_for_its_servers(make_server: Make, caplog: pytest.LogCaptureFixture) -> None:

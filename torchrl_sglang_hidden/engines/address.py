@@ -5,6 +5,8 @@ Has no connections, and knows nothing of requests.
 
 from __future__ import annotations
 
+import ipaddress
+from contextlib import suppress
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
@@ -12,7 +14,7 @@ import httpx
 
 from torchrl_sglang_hidden.errors import InputError, InputTypeError
 
-__all__ = ["LOOPBACK", "client_options", "split_url"]
+__all__ = ["LOOPBACK", "client_options", "server_at", "split_url"]
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # uvicorn closes an idle connection after 5 s; a connection reused in that instant would fail.
@@ -39,6 +41,20 @@ def split_url(url: object) -> SplitResult:
     if not valid:
         raise InputError(f"url={url!r}: expected http://host:port, such as 'http://127.0.0.1:30000'")
     return parts
+
+
+def server_at(url: object) -> tuple[str, str, int, str]:
+    """Return what all spellings of a server's address have in common: scheme, host, port and path.
+
+    Raises:
+        InputError: see `split_url`.
+    """
+    parts = split_url(url)
+    host = str(parts.hostname).rstrip(".")
+    with suppress(ValueError):  # a name
+        host = str(ipaddress.ip_address(host))
+    host = "127.0.0.1" if host == "localhost" else host
+    return parts.scheme, host, parts.port or (443 if parts.scheme == "https" else 80), parts.path.rstrip("/")
 
 
 def client_options(address: SplitResult) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any
 
+from torchrl_sglang_hidden.engines.address import server_at
 from torchrl_sglang_hidden.engines.api_key import ApiKey, key_of_pickle
 from torchrl_sglang_hidden.engines.attempts import check_open_files
 from torchrl_sglang_hidden.engines.base import Engine
@@ -88,7 +89,7 @@ class SGLangServer(Engine):
             An answer that broke off in the middle of sampling is an error at once.
 
     Raises:
-        InputError: ``url`` is no HTTP URL, or ``retries`` is negative.
+        InputError: ``url`` is no HTTP URL, or has a server twice; or ``retries`` is negative.
         EngineUnreachableError: nothing answers at an address.
         AuthenticationError: the server refuses the key, or wants one.
         CapabilityError: the server does not generate text.
@@ -113,9 +114,13 @@ class SGLangServer(Engine):
         self._meter: Meter = Meter(", ".join(map(str, urls)), self._internal_states)
         self._read_timeout_s = read_timeout_s
         again = Retries(retries, lambda: self._meter.tally.add(retries=1))
+        addresses: dict[object, str] = {}
 
         def make(address: str) -> Endpoint:
+            if (earlier := addresses.get(server_at(address))) is not None:
+                raise InputError(f"url: {earlier!r} and {address!r} are one server; pass each of several servers once")
             endpoint = Endpoint(address, self._key, **timeouts, retries=again)
+            addresses[server_at(address)] = address
             endpoint.exchanged = self._meter.exchanged
             return endpoint
 
@@ -258,7 +263,7 @@ class SGLangServer(Engine):
             )
             return update_together(opened, update, bucket_bytes=bucket_bytes)
         with ExitStack() as stack:
-            for url in sorted(set(self.urls)):
+            for url in sorted(self.urls):
                 stack.enter_context(_UPDATING[url])
             updated = stack.enter_context(self._meter.updating())
             tensors = check_weights(opened, self._endpoints[0].served_weights())
@@ -293,7 +298,7 @@ class SGLangServer(Engine):
         check_adapter_options(name, version)
         opened = open_adapter(adapter, which)
         with ExitStack() as stack:
-            for url in sorted(set(self.urls)):
+            for url in sorted(self.urls):
                 stack.enter_context(_UPDATING[url])
             updated = stack.enter_context(self._meter.updating())
             check_adapter(opened, self._endpoints[0].served_weights())
