@@ -35,7 +35,7 @@ from torchrl_sglang_hidden.errors import (
     BatchCancelledError,
     EngineError,
 )
-from torchrl_sglang_hidden.weights.control import ControlCall
+from torchrl_sglang_hidden.weights.heads import PushedHeads
 
 # --- cleaning up ------------------------------------------------------------------------------------------------------
 
@@ -169,10 +169,10 @@ def test_everything_an_engine_has_is_the_wrapped_ones(inner: Held) -> None:
     # What is counted is read from the engine's own meter.
     assert engine._meter is inner._meter
     counted = {"counters", "server_counters"}
-    # These come down to `update_weights` and to the calls of the server's control channel.
-    calls: list[ControlCall] = []
-    inner._control_calls = lambda: calls  # type: ignore[method-assign]
-    assert engine._control_calls() is calls
+    # These come down to `update_weights` and to the engine's own heads.
+    heads = PushedHeads([])
+    inner._pushed_heads = lambda: heads  # type: ignore[method-assign]
+    assert engine._pushed_heads() is heads
     built = {"aupdate_weights", "push_head", "drop_head"}
     public = {name for name in vars(Engine) if not name.startswith("_")}
     assert public - counted - built <= vars(BatchingEngine).keys()

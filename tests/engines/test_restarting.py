@@ -260,10 +260,10 @@ def test_heads_are_kept_for_the_next_start(site: Site) -> None:
     for name in ("a", "b", "a"):
         supervisor.keep_head(name, f"call of {name}", supervisor.start)
     supervisor.keep_head("b", None, supervisor.start)
-    assert supervisor.heads == {"a": "call of a"}
+    assert supervisor.heads.calls == {"a": "call of a"}
     kill(supervisor)
     until(lambda: supervisor.start == 1 and supervisor._state == "up")
-    assert supervisor.heads == {"a": "call of a"}
+    assert supervisor.heads.calls == {"a": "call of a"}
     with pytest.raises(EngineError, match=r"ended right after it took head 'c'.*push it again"):
         supervisor.keep_head("c", "call of c", 0)
 
@@ -271,7 +271,7 @@ def test_heads_are_kept_for_the_next_start(site: Site) -> None:
 def test_nothing_is_kept_of_heads_where_nothing_is_kept(site: Site) -> None:
     supervisor = site.supervise(keep="nothing")
     supervisor.keep_head("a", "call of a", supervisor.start)
-    assert supervisor.heads == {}
+    assert supervisor.heads.calls == {}
 
 
 def test_weights_that_are_gone_are_an_error_of_the_next_call_until_new_ones_come(site: Site, tmp_path: Path) -> None:

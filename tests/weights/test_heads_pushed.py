@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from helpers.fake_engine import HIDDEN_SIZE, NUM_LAYERS, RecordingEngine, make_i
 from torchrl_sglang_hidden import (
     CapabilityError,
     Engine,
+    EngineError,
+    EngineTimeoutError,
+    EngineUnreachableError,
     Head,
     InputError,
     InputTypeError,
@@ -24,7 +28,7 @@ from torchrl_sglang_hidden.engines import BatchingEngine
 from torchrl_sglang_hidden.engines.http import SGLangServer
 from torchrl_sglang_hidden.protocol.head_call import HeadCall
 from torchrl_sglang_hidden.server.weight_routes import after_get_weights
-from torchrl_sglang_hidden.weights import heads
+from torchrl_sglang_hidden.weights.heads import HeadServer, PushedHeads
 
 HEAD = heads_oracle.make_head("mlp", HIDDEN_SIZE, normalize="rms")
 
@@ -36,15 +40,50 @@ class Taking(RecordingEngine):
         super().__init__(**info)
         self.calls: list[HeadCall] = []
         self.answer_of_call = answer or {"success": True, "message": ""}
+        self.heads = PushedHeads([HeadServer(name, lambda: self.info, self.call) for name in ("one", "two")])
 
-    def _control_calls(self) -> Any:
-        def call(route: str, payload: dict[str, Any]) -> dict[str, Any]:
-            assert route == "get_weights_by_name"
-            assert HeadCall.is_packed(payload["name"])
-            self.calls.append(HeadCall.unpack(payload["name"]))
-            return self.answer_of_call
+    def call(self, route: str, payload: dict[str, Any]) -> dict[str, Any]:
+        assert route == "get_weights_by_name"
+        assert HeadCall.is_packed(payload["name"])
+        self.calls.append(HeadCall.unpack(payload["name"]))
+        return self.answer_of_call
 
-        return [call, call]
+    def _pushed_heads(self) -> PushedHeads:
+        return self.heads
+
+
+class Site:
+    """A server that keeps heads as the server half does, and fails the calls that it is told to, by their number.
+
+    Attributes:
+        heads: what it has, by name: version and file.
+        failures: what its next calls raise, before they change anything or after; None for nothing.
+    """
+
+    def __init__(self, name: str, **info: Any) -> None:
+        self.name, self.info = name, make_info(**info)
+        self.heads: dict[str, tuple[str, bytes]] = {}
+        self.failures: list[tuple[str, BaseException] | None] = []
+        self.count = 0
+
+    def call(self, route: str, payload: dict[str, Any]) -> dict[str, Any]:
+        self.count += 1
+        when, error = (self.failures.pop(0) if self.failures else None) or ("never", None)
+        if error is not None and when == "before":
+            raise error
+        call = HeadCall.unpack(payload["name"])
+        if call.data:
+            self.heads[call.name] = call.version, call.data
+        elif self.heads.pop(call.name, None) is None:
+            raise RequestRejectedError(f"{self.name} answered 400: the server has no head {call.name!r}")
+        if error is not None:
+            raise error
+        return {"success": True, "message": ""}
+
+
+def sites_of(count: int = 3) -> tuple[list[Site], PushedHeads]:
+    sites = [Site(f"http://s{number}") for number in range(count)]
+    return sites, PushedHeads([HeadServer(site.name, partial(getattr, site, "info"), site.call) for site in sites])
 
 
 def test_a_head_goes_to_every_server(tmp_path: Path) -> None:
@@ -61,20 +100,116 @@ def test_a_head_goes_to_every_server(tmp_path: Path) -> None:
     assert engine.calls[-2:] == [HeadCall("h")] * 2
 
 
+OTHER = heads_oracle.make_head("mlp", HIDDEN_SIZE, seed=5)
+REFUSED = RequestRejectedError("no room; drop one")
+GONE = EngineUnreachableError("went away while answering; look at the server's log")
+LATE = EngineTimeoutError("did not answer in time; raise read_timeout_s")
+BROKEN = EngineError("answered 500: broken; look at the server's log")
+
+
+@pytest.mark.parametrize("before", [None, "1"])
+@pytest.mark.parametrize("failing", [0, 1, 2])
+@pytest.mark.parametrize(("when", "error"), [("before", REFUSED), ("before", GONE), ("after", GONE), ("after", BROKEN)])
+def test_all_servers_take_a_head_or_none(before: str | None, failing: int, when: str, error: EngineError) -> None:
+    """Also where one took the head, and its answer did not come."""
+    sites, heads = sites_of()
+    if before is not None:
+        heads.push("h", OTHER, before)
+    sites[failing].failures = [(when, error)]
+    had = "no head of that name" if before is None else "version '1'"
+    words = (
+        rf"http://s{failing} did not take head 'h' of version '2': {error}\. The servers have what they had of .*{had}"
+    )
+    with pytest.raises(type(error), match=words) as caught:
+        heads.push("h", HEAD, "2")
+    assert caught.value.__cause__ is error
+    assert [site.heads for site in sites] == [{} if before is None else {"h": ("1", OTHER.to_bytes())}] * 3
+    heads.push("h", HEAD, "2")
+    assert [site.heads["h"][0] for site in sites] == ["2"] * 3
+
+
+def test_what_each_server_has_where_one_cannot_be_put_back() -> None:
+    sites, heads = sites_of()
+    heads.push("h", OTHER, "1")
+    sites[0].failures = [None, ("before", GONE)]
+    sites[1].failures = [None, ("before", REFUSED)]
+    sites[2].failures = [("before", REFUSED)]
+    words = (
+        r"http://s2 did not take head 'h' of version '2': no room.* Not all servers could be put back: "
+        r"http://s0 has version '2' or what it had \(went away.*\); http://s1 has version '2' \(no room.*\); "
+        r"http://s2 has version '1'; push it again, or drop it"
+    )
+    with pytest.raises(RequestRejectedError, match=words):
+        heads.push("h", HEAD, "2")
+    # The servers were put back in thought: who comes back gets what the others have.
+    heads.push_again("http://s0")
+    assert sites[0].heads == {"h": ("1", OTHER.to_bytes())}
+
+
+def test_a_server_that_hangs_does_not_hold_up_the_way_back() -> None:
+    sites, heads = sites_of()
+    sites[1].failures = [("after", LATE)]
+    with pytest.raises(EngineTimeoutError, match=r"s0 has no head of that name; http://s1 has version '2' or what"):
+        heads.push("h", HEAD, "2")
+    assert [site.count for site in sites] == [2, 1, 0]
+    assert sites[0].heads == {}
+
+
+def test_ctrl_c_in_the_middle_of_a_push() -> None:
+    sites, heads = sites_of()
+    heads.push("h", OTHER, "1")
+    sites[1].failures = [("before", KeyboardInterrupt())]
+    with pytest.raises(KeyboardInterrupt):
+        heads.push("h", HEAD, "2")
+    assert [site.heads["h"][0] for site in sites] == ["1"] * 3
+
+
+def test_one_server_alone_says_what_it_says() -> None:
+    (site,), heads = sites_of(1)
+    site.failures = [("before", REFUSED)]
+    with pytest.raises(RequestRejectedError) as caught:
+        heads.push("h", HEAD, "2")
+    assert caught.value is REFUSED
+    with pytest.raises(RequestRejectedError, match=r"^http://s0 answered 400: the server has no head 'h'$"):
+        heads.drop("h")
+    heads.push("h", HEAD, "2")
+    assert (site.count, heads.kept.calls) == (3, {}), "nothing is kept where nothing is left out"
+
+
 def test_a_head_that_one_of_several_servers_does_not_have() -> None:
     """Such as one that was started again: it keeps none of the others from dropping it."""
-    dropped: list[str] = []
+    sites, heads = sites_of()
+    heads.push("h", HEAD, None)
+    sites[1].heads.clear()
+    words = r"^http://s1 did not drop head 'h': .*no head 'h'; every other server has dropped it"
+    with pytest.raises(RequestRejectedError, match=words):
+        heads.drop("h")
+    assert [site.heads for site in sites] == [{}] * 3
+    heads.push_again("http://s1")
+    assert sites[1].heads == {}
 
-    def server(name: str, has: bool) -> Any:
-        def call(route: str, payload: dict[str, Any]) -> dict[str, Any]:
-            dropped.extend([name] if has else [])
-            return {"success": has, "message": "" if has else f"{name} has no head 'h'"}
 
-        return call
+def test_what_one_of_several_servers_cannot_serve_is_sent_to_none() -> None:
+    for changes, said in (
+        ({"layers": (-1, 0)}, r"reads layer 2, and http://s1 gives the states of \[-1, 0\]"),
+        ({"pools_in_server": False}, r"which http://s1 does not have"),
+    ):
+        sites, heads = sites_of()
+        sites[1].info = make_info(**changes)
+        with pytest.raises(CapabilityError, match=said):
+            heads.push("h", heads_oracle.make_head("linear", HIDDEN_SIZE, layer=2), None)
+        assert [site.count for site in sites] == [0, 0, 0]
 
-    with pytest.raises(RequestRejectedError, match="refused to drop head 'h': b has no head 'h'"):
-        heads.drop([server("a", True), server("b", False), server("c", True)], make_info(), "h")
-    assert dropped == ["a", "c"]
+
+def test_a_server_that_came_back_without_the_server_half() -> None:
+    sites, heads = sites_of()
+    sites[1].info = make_info(pools_in_server=False)
+    heads.push_again("http://s1")
+    sites[1].info = make_info()
+    heads.push("h", HEAD, None)
+    sites[1].info = make_info(pools_in_server=False)
+    with pytest.raises(CapabilityError, match="which http://s1 does not have"):
+        heads.push_again("http://s1")
 
 
 def test_a_layer_that_counts_from_the_end() -> None:
@@ -114,7 +249,7 @@ def test_engines_that_take_none() -> None:
     refusing = Taking({"success": False, "message": "no room"})
     with pytest.raises(RequestRejectedError, match="SGLang refused to take head 'h': no room"):
         refusing.push_head("h", HEAD)
-    assert SGLangServer._control_calls is not Engine._control_calls
+    assert SGLangServer._pushed_heads is not Engine._pushed_heads
     assert make_info().pools_in_server
 
 

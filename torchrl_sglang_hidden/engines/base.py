@@ -24,10 +24,8 @@ from torchrl_sglang_hidden.protocol import PLUGIN_ENV, image_token_in
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
 from torchrl_sglang_hidden.sglang_api.checks import check_requests
 from torchrl_sglang_hidden.sglang_api.server_info import ModelSizes
-from torchrl_sglang_hidden.weights import heads as pushed_heads
 from torchrl_sglang_hidden.weights.adapters import AdapterSource
-from torchrl_sglang_hidden.weights.control import ControlCall
-from torchrl_sglang_hidden.weights.heads import HeadSource
+from torchrl_sglang_hidden.weights.heads import HeadSource, PushedHeads
 from torchrl_sglang_hidden.weights.validation import BUCKET_BYTES, Running, Transport, Weights
 
 FALLBACK_WARNING = (
@@ -225,13 +223,15 @@ class Engine(ABC):
         """Give the engine a head for requests with `HeadSpec(heads=(name,))`, in place of one of that name.
 
         Requests under way keep the head that they began with, and every answer names the version that scored it. The
-        weights' own version stays. ``launch(restart=True)`` pushes them again when its server has died; any other
-        server that was started again has none.
+        weights' own version stays. ``launch(restart=True)`` pushes heads again when its server has died. A client of
+        several servers keeps those that it pushed in this process's memory, and gives them to a server that it lost
+        before that takes rows again. Any other server that was started again has none.
 
         Args:
             name: up to 64 letters, digits, ``_`` and ``-``.
             head: a `Head`, or the path of a file that `Head.save` wrote; at most 64 MiB, and 64 heads of 512 MiB for
-                one server. It travels in the call itself, to a server on any machine; several servers all get it.
+                one server. It travels in the call itself, to a server on any machine; all of several servers get it,
+                or none.
             version: the name of these weights of the head; None names them by their content, so that the same head has
                 the same version everywhere.
 
@@ -243,22 +243,23 @@ class Engine(ABC):
             InputError: an unknown kind, or a layer that the model does not have.
             CapabilityError: the server lacks the server half, or does not give the states of the head's layer.
             EngineError: the engine failed or refused, such as for a version that it has with other weights. Of several
-                servers those that come before the one that failed have the head.
+                servers the message names the one that failed, and the others have what they had: the head that this
+                client pushed before, or none. Where that fails, it says what each of them has.
         """
-        return pushed_heads.push(self._control_calls(), self.info, name, head, version)
+        return self._pushed_heads().push(name, head, version)
 
     def drop_head(self, name: str) -> None:
         """Take a head from the engine. Requests under way keep it; later ones that name it are refused.
 
         Raises:
             CapabilityError: the server lacks the server half.
-            EngineError: the engine has no head of that name, or failed. Of several servers one has not, or failed: the
-                others have dropped it.
+            EngineError: the engine has no head of that name, or failed. Of several servers the message names those
+                that have not or failed, and the others have dropped it.
         """
-        pushed_heads.drop(self._control_calls(), self.info, name)
+        self._pushed_heads().drop(name)
 
-    def _control_calls(self) -> Sequence[ControlCall]:
-        """Return what calls a control route of each server."""
+    def _pushed_heads(self) -> PushedHeads:
+        """Return what pushes heads to each server."""
         raise CapabilityError(f"{type(self).__name__} takes no heads; use SGLangServer, launch or SGLangOffline")
 
     def counters(self) -> Counters:

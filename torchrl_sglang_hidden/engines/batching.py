@@ -35,7 +35,7 @@ from torchrl_sglang_hidden.errors import (
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
 from torchrl_sglang_hidden.sglang_api.responses import raise_errors
 from torchrl_sglang_hidden.weights.adapters import AdapterSource
-from torchrl_sglang_hidden.weights.control import ControlCall
+from torchrl_sglang_hidden.weights.heads import PushedHeads
 from torchrl_sglang_hidden.weights.validation import Weights
 
 __all__ = ["BatchingEngine", "check_batching"]
@@ -163,8 +163,8 @@ class BatchingEngine(Engine):
         """See `Engine.unload_adapter`."""
         self.engine.unload_adapter(name)
 
-    def _control_calls(self) -> Sequence[ControlCall]:
-        return self.engine._control_calls()
+    def _pushed_heads(self) -> PushedHeads:
+        return self.engine._pushed_heads()
 
     def stream(self, request: Request) -> Stream:
         """See `Engine.stream`. The request is sent at once, outside the queue."""

@@ -1,6 +1,6 @@
 """Calls that several servers share: rows are spread by load, and go to the other servers when one is lost.
 
-Knows which servers answer, and the versions of their weights; nothing of how weights or requests travel.
+Knows which servers answer, and the versions of their weights; nothing of how weights, heads or requests travel.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from typing import TypeVar
 from torchrl_sglang_hidden.engines.attempts import new_request_ids
 from torchrl_sglang_hidden.engines.endpoint import ABORT_TIMEOUT_S, Endpoint
 from torchrl_sglang_hidden.engines.http_answers import reached
+from torchrl_sglang_hidden.engines.mixtures import Mixtures
 from torchrl_sglang_hidden.engines.retries import Retries
 from torchrl_sglang_hidden.engines.sharing import LoadSharing
 from torchrl_sglang_hidden.engines.waits import INTERRUPT_S, in_daemon_thread
 from torchrl_sglang_hidden.errors import EngineError, EngineUnreachableError
 from torchrl_sglang_hidden.records import Completion, EngineInfo, Request, failed_completion
+from torchrl_sglang_hidden.weights.heads import PushedHeads
 
 __all__ = ["Fleet", "model_of"]
 
@@ -43,23 +45,28 @@ class Fleet:
     """Spreads calls over servers of one model, and leaves out a server that is lost.
 
     A server that cannot be reached, or goes away while it answers, gets nothing more. It is asked now and then whether
-    it is back, and takes rows again when it serves the weights that the others serve. Its rows go to the other servers
-    where that does no harm: nothing of them was sent, or they only read. A row that was being sampled is not sampled a
-    second time behind the caller's back: it is an error, of the row where `Request.return_errors` says so, else of the
-    call.
+    it is back, and takes rows again when it serves the weights that the others serve and has taken the heads that this
+    client pushed. Its rows go to the other servers where that does no harm: nothing of them was sent, or they only
+    read. A row that was being sampled is not sampled a second time behind the caller's back: it is an error, of the
+    row where `Request.return_errors` says so, else of the call.
 
     Args:
         endpoints: the servers. With one there is nothing to leave out, and every error is the call's.
         is_updating: whether this process is giving the servers new weights, so that their versions may differ.
+        heads: the heads that this client pushes to the servers.
     """
 
-    def __init__(self, endpoints: Sequence[Endpoint], is_updating: Callable[[], bool]) -> None:
+    def __init__(self, endpoints: Sequence[Endpoint], is_updating: Callable[[], bool], heads: PushedHeads) -> None:
         self._endpoints = tuple(endpoints)
         self._is_updating = is_updating
+        self._heads = heads
+        self._mixtures = Mixtures(is_updating, lambda: heads.kept.lock.locked())
         self._model = model_of(endpoints[0].info)
         self._sharing = LoadSharing(len(endpoints))
         self._turns = itertools.count()
         self._away: dict[Endpoint, _Absence] = {}
+        # Why one that answers again gets no rows, so that it is said once.
+        self._stays_out: dict[Endpoint, str] = {}
         self._lock = threading.Lock()
 
     # --- which servers ----------------------------------------------------------------------------------------------
@@ -125,30 +132,46 @@ class Fleet:
             present = [endpoint for endpoint in self._endpoints if endpoint not in self._away]
         for endpoint in absent:
             try:
-                # Another process, which may have another model, other weights and other features. Asked once: the rows
-                # of a call wait for it.
-                endpoint.read_description(Retries(0))
-                found = endpoint.info
-                # Where all were lost there is nothing to compare with, and `_prepare` compares those that are back.
-                expected = present[0].weight_version() if present else found.weight_version
+                why = self._make_ready(endpoint, present)
             except EngineError as error:
                 logger.info("%s is not back: %s", endpoint.url, error)
                 continue
-            if model_of(found) != self._model:
-                logger.warning("%s is back with another model, %s; it gets no rows", endpoint.url, found.model_path)
-                continue
-            if found.weight_version != expected:
-                logger.warning(
-                    "%s is back with weights of version %r, and the others serve %r; it gets no rows until an update "
-                    "reaches all servers",
-                    endpoint.url,
-                    found.weight_version,
-                    expected,
-                )
+            if why:
+                if self._stays_out.get(endpoint) != why:
+                    logger.warning("%s is back %s", endpoint.url, why)
+                self._stays_out[endpoint] = why
                 continue
             with self._lock:
                 self._away.pop(endpoint, None)
+                self._stays_out.pop(endpoint, None)
             logger.warning("%s is back, and takes rows again", endpoint.url)
+
+    def _make_ready(self, endpoint: Endpoint, present: Sequence[Endpoint]) -> str:
+        """Give a server that is back its heads; return why it gets no rows even so, "" where it does.
+
+        Raises:
+            EngineError: it is not back, or failed.
+        """
+        # Another process, which may have another model, other weights and other features. Asked once: the rows of a
+        # call wait for it.
+        endpoint.read_description(Retries(0))
+        found = endpoint.info
+        if model_of(found) != self._model:
+            return f"with another model, {found.model_path}; it gets no rows"
+        # Where all were lost there is nothing to compare with, and `_prepare` compares those that are back.
+        expected = present[0].weight_version() if present else found.weight_version
+        if found.weight_version != expected:
+            return (
+                f"with weights of version {found.weight_version!r}, and the others serve {expected!r}; it gets no rows "
+                "until an update reaches all servers"
+            )
+        try:
+            self._heads.push_again(endpoint.url)
+        except EngineUnreachableError:
+            raise
+        except EngineError as error:
+            return f"and does not take the heads that the others have ({error}); it gets no rows until it does"
+        return ""
 
     # --- one request on one server ----------------------------------------------------------------------------------
 
@@ -296,21 +319,8 @@ class Fleet:
                     left.append(row)
                 else:
                     found[row] = completion
-        self._tell_of_mixture(shares, parts)
+        self._mixtures.tell({share.endpoint.url: part for share, part in zip(shares, parts, strict=True)})
         return sorted(left)
-
-    def _tell_of_mixture(self, shares: Sequence[Share], parts: Sequence[Sequence[Completion | None]]) -> None:
-        versions = {
-            share.endpoint.url: {one.weight_version for one in part if one is not None and one.error is None}
-            for share, part in zip(shares, parts, strict=True)
-        }
-        apart = any(a and b and a.isdisjoint(b) for a, b in itertools.combinations(versions.values(), 2))
-        if apart and not self._is_updating():
-            logger.warning(
-                "the rows of one call are of different weights, %s, as each row's weight_version says; another client "
-                "is updating the servers, or its update did not reach all of them",
-                {url: sorted(found) for url, found in versions.items()},
-            )
 
 
 @dataclass(frozen=True, slots=True)

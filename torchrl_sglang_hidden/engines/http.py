@@ -37,7 +37,7 @@ from torchrl_sglang_hidden.records import Completion, EngineInfo, Request
 from torchrl_sglang_hidden.sglang_api.payload import to_payload
 from torchrl_sglang_hidden.sglang_api.responses import raise_errors
 from torchrl_sglang_hidden.weights.adapters import AdapterSource, check_adapter, check_adapter_options, open_adapter
-from torchrl_sglang_hidden.weights.control import ControlCall
+from torchrl_sglang_hidden.weights.heads import HeadServer, PushedHeads
 from torchrl_sglang_hidden.weights.lease import Leases, leased
 from torchrl_sglang_hidden.weights.sharding import update_together
 from torchrl_sglang_hidden.weights.transports import open_update
@@ -76,9 +76,9 @@ class SGLangServer(Engine):
         url: ``"http://host:port"``, or a sequence of them. Several servers must serve the same model, and share the
             rows of each batch by load: by the tokens of prompts, and those to sample, that this client has under way
             on each. Rows of one prompt stay together where that is even enough. A server that cannot be reached any
-            more is left out until it is back with the weights of the others: rows go to the others, except those that
-            it was sampling, which are errors. The address of SGLang's router stands for the servers behind it, to which
-            the client connects itself.
+            more is left out until it is back with the weights of the others and has taken the heads that this client
+            pushed: rows go to the others, except those that it was sampling, which are errors. The address of SGLang's
+            router stands for the servers behind it, to which the client connects itself.
         api_key: sent as a bearer token. It is in no repr, error or pickle. A warning says where it would travel in
             plain text: over http, to another machine.
         connect_timeout_s: seconds to reach a server.
@@ -133,7 +133,13 @@ class SGLangServer(Engine):
             stack.pop_all()
         if self._key is not None:
             self._key.remember(self.urls)
-        self._fleet = Fleet(self._endpoints, self._is_updating)
+        self._heads = PushedHeads(
+            [
+                HeadServer(one.url, partial(getattr, one, "info"), partial(_call_and_keep, one))
+                for one in self._endpoints
+            ]
+        )
+        self._fleet = Fleet(self._endpoints, self._is_updating, self._heads)
         models = {model_of(endpoint.info) for endpoint in self._endpoints}
         if len(models) > 1:
             self.close()
@@ -315,8 +321,8 @@ class SGLangServer(Engine):
             if error is not None:
                 raise error
 
-    def _control_calls(self) -> list[ControlCall]:
-        return [partial(_call_and_keep, endpoint) for endpoint in self._endpoints]
+    def _pushed_heads(self) -> PushedHeads:
+        return self._heads
 
     def _is_updating(self) -> bool:
         return any(_UPDATING[url].locked() for url in self.urls)
@@ -359,7 +365,9 @@ class SGLangServer(Engine):
         return (_reconnect, (self.urls, self._config))
 
     def __copy__(self) -> SGLangServer:
-        return SGLangServer(self.urls, api_key=self._key, **self._config)
+        copied = SGLangServer(self.urls, api_key=self._key, **self._config)
+        copied._heads.kept = self._heads.kept
+        return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SGLangServer:
         return self.__copy__()

@@ -46,7 +46,7 @@ from torchrl_sglang_hidden.server.__main__ import (
     command_line,
     is_loopback,
 )
-from torchrl_sglang_hidden.weights.control import succeeded
+from torchrl_sglang_hidden.weights.heads import KeptHeads
 from torchrl_sglang_hidden.weights.kept import Resumption
 
 __all__ = ["LaunchedServer", "launch"]
@@ -236,14 +236,12 @@ class _Owned(Supervision):
         self.how_it_ended = process.how_it_ended  # type: ignore[method-assign]
 
 
-def _read_again(endpoint: weakref.ReferenceType[Endpoint], heads: Mapping[str, str]) -> str:
+def _read_again(endpoint: weakref.ReferenceType[Endpoint], heads: KeptHeads) -> str:
     alive = endpoint()
     if alive is None:
         return ""
     alive.read_description()
-    for name, packed in heads.items():
-        answer = alive.call("get_weights_by_name", {"name": packed}, admitted=True)
-        succeeded(answer, f"take head {name!r} again")
+    heads.push_again(partial(alive.call, admitted=True))
     return alive.info.weight_version
 
 

@@ -39,7 +39,7 @@ from torchrl_sglang_hidden.weights.adapters import (
     open_adapter,
     unload,
 )
-from torchrl_sglang_hidden.weights.control import ControlCall
+from torchrl_sglang_hidden.weights.heads import HeadServer, PushedHeads
 from torchrl_sglang_hidden.weights.sharding import update_together
 from torchrl_sglang_hidden.weights.transports import Receiver, choose_transport, open_update, send
 from torchrl_sglang_hidden.weights.validation import (
@@ -268,9 +268,9 @@ class SGLangOffline(Engine):
         check_adapter_options(name)
         unload(self._call, name)
 
-    def _control_calls(self) -> list[ControlCall]:
+    def _pushed_heads(self) -> PushedHeads:
         self._check_open()
-        return [self._call]
+        return PushedHeads([HeadServer("this engine", lambda: self._info, self._call)])
 
     def _receiver(self) -> Receiver:
         return Receiver(

@@ -22,6 +22,7 @@ from typing import Literal
 from torchrl_sglang_hidden.engines.process import ServerProcess
 from torchrl_sglang_hidden.engines.supervision import Supervision
 from torchrl_sglang_hidden.errors import EngineError, InputError, RestartError, ServerRestartingError
+from torchrl_sglang_hidden.weights.heads import KeptHeads
 from torchrl_sglang_hidden.weights.kept import BASE, KeptWeights, Resumption, check_keep
 
 __all__ = ["Restart", "Start", "Supervisor"]
@@ -85,7 +86,7 @@ class Supervisor(Supervision):
 
     Attributes:
         keeps: whether weights that are pushed must be written as a checkpoint.
-        heads: by name, the calls that pushed the heads which the server has.
+        heads: those that the server has.
         start: number of the present process, from 0.
     """
 
@@ -94,7 +95,7 @@ class Supervisor(Supervision):
         self.process = process
         self._kept = KeptWeights(restart.keep)
         self.keeps = self._kept.copies
-        self.heads: dict[str, str] = {}
+        self.heads = KeptHeads()
         self.start = 0
         # Of all that follows. Waited on by calls; notified at each change.
         self._changed = threading.Condition()
@@ -157,9 +158,7 @@ class Supervisor(Supervision):
         """See `Supervision.keep_head`."""
         with self._changed:
             self._check_served(f"head {name!r}", start, "push it again")
-            self.heads.pop(name, None)
-            if packed is not None and self.keeps:
-                self.heads[name] = packed
+            self.heads.keep(name, packed if self.keeps else None)
 
     def wait(self) -> None:
         """Block until the server does not come back, or `stop`.
