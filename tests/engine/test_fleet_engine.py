@@ -1,5 +1,7 @@
 """Two real servers: by their addresses, by SGLang's router's, by a `RayLLMCollector`, and when one of them is killed.
 
+Small heads, which both are to have, are in the middle.
+
 The session's server is one of the two; the other is this file's own, and the last test kills it.
 """
 
@@ -13,11 +15,13 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from urllib.parse import urlsplit
 
 import httpx
 import psutil
 import pytest
+from helpers import heads_oracle
 from helpers.bad_link import bad_link
 from helpers.local_ray import reachable_from_outside
 from helpers.policy_checks import (
@@ -32,14 +36,21 @@ from helpers.torchrl_pipelines import chat_env, flat
 from torchrl.collectors.llm import RayLLMCollector
 from transformers import PreTrainedTokenizerBase
 
-from torchrl_sglang_hidden import HiddenSpec, SGLangHiddenWrapper, SGLangServer, connect, launch
+from torchrl_sglang_hidden import Head, HeadSpec, HiddenSpec, SGLangHiddenWrapper, SGLangServer, connect, launch
+from torchrl_sglang_hidden.engines import fleet as fleet_module
 from torchrl_sglang_hidden.engines.launch import LaunchedServer
-from torchrl_sglang_hidden.errors import EngineUnreachableError
+from torchrl_sglang_hidden.errors import EngineUnreachableError, RequestRejectedError
 from torchrl_sglang_hidden.protocol import CHANNEL
 from torchrl_sglang_hidden.records import Completion, Request
 from torchrl_sglang_hidden.sglang_api.payload import to_payload
 
 START_TIMEOUT_S = 120.0
+# Of the demo model's last state and of a layer in the middle.
+HEADS = {
+    "linear": heads_oracle.make_head("linear", 576, seed=81, normalize="rms"),
+    "mlp": heads_oracle.make_head("mlp", 576, seed=82, layer=4, normalize="layer", scale=2),
+}
+NEW, OTHERS = (heads_oracle.make_head("linear", 576, seed=seed, normalize="rms") for seed in (83, 84))
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +83,24 @@ def assert_same(found: Completion, expected: Completion) -> None:
     for name, pooled in expected.hidden.items():
         assert found.hidden[name].count == pooled.count
         assert relative_error(found.hidden[name].vector, pooled.vector) < STATE_RTOL
+
+
+def scored(count: int, spec: HeadSpec, new_tokens: int = 8) -> list[Request]:
+    sampling = {"max_new_tokens": new_tokens, "temperature": 0.0, "ignore_eos": True}
+    return [Request(tuple(prompt_of(5 + row, seed=900 + row)), sampling, heads=spec) for row in range(count)]
+
+
+def assert_scored(one: Completion, heads: dict[str, Head], versions: dict[str, str], model_dir: str) -> None:
+    """Check the scores of prompt and response against the heads in float64 on Hugging Face's states."""
+    assert one.scores.keys() == heads.keys()
+    layers = tuple(sorted({head.layer % 30 for head in HEADS.values()}))
+    for name, scores in one.scores.items():
+        truth = heads_oracle.expected(heads[name], model_dir, one.prompt_ids, one.response_ids, layers)
+        assert scores.version == versions[name]
+        assert scores.prompt_P is not None
+        assert scores.response_T is not None
+        heads_oracle.assert_scores(scores.prompt_P, truth["prompt"], name)
+        heads_oracle.assert_scores(scores.response_T, truth["response"], name)
 
 
 def prefills(server: LaunchedServer) -> int:
@@ -209,6 +238,105 @@ def test_a_ray_collector_spreads_its_rows_and_outlives_a_server(
         with pytest.raises(EngineUnreachableError, match=link.url):
             engine.update_weights(smol_dir, transport="disk", version="of-none")
         assert collect() == ({version}, [], (4, 0)), "all of the servers or none"
+
+
+def test_both_score_with_the_heads_that_were_pushed(
+    smol: SGLangServer, other: LaunchedServer, fleet: SGLangServer, smol_dir: str
+) -> None:
+    """Scores of every row, a rule that ends responses, and after the drop neither has the heads."""
+    versions = {name: fleet.push_head(name, head) for name, head in HEADS.items()}
+    asked = HeadSpec(tuple(HEADS), ("prompt", "response"))
+    before = [server.server_counters().requests for server in (smol, other)]
+    free = fleet.generate(scored(6, asked))
+    taken = [server.server_counters().requests - count for server, count in zip((smol, other), before, strict=True)]
+    assert taken == [3, 3]
+    for one in free:
+        assert_scored(one, HEADS, versions, smol_dir)
+    rules = [heads_oracle.rule_that_ends_at(one.scores["linear"].response_T, 2) for one in free]
+    stopping = [
+        replace(request, heads=replace(asked, stop_when=f"linear {rule}"))
+        for request, (rule, _) in zip(scored(6, asked), rules, strict=True)
+    ]
+    for one, whole, (_, last) in zip(fleet.generate(stopping), free, rules, strict=True):
+        assert (one.finish_reason, one.response_ids) == ("head", whole.response_ids[: last + 1])
+        assert_scored(one, HEADS, versions, smol_dir)
+    for name in HEADS:
+        fleet.drop_head(name)
+    for server in (smol, other):
+        with pytest.raises(RequestRejectedError, match="the server has no head 'linear'"):
+            server.generate(scored(1, asked))
+
+
+def test_a_head_that_one_of_the_two_refuses(
+    smol: SGLangServer, other: LaunchedServer, fleet: SGLangServer, smol_dir: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The other is put back; and rows that two versions score are told of."""
+    asked = HeadSpec(("linear",), ("prompt", "response"))
+    # Another client's head, of the name and the version that this one is about to push.
+    other.push_head("linear", OTHERS, version="2")
+    words = rf"{other.url} did not take head 'linear' of version '2': .* has version '2' with other weights"
+    with pytest.raises(RequestRejectedError, match=rf"{words}.*what they had of this client, no head of that name"):
+        fleet.push_head("linear", NEW, version="2")
+    with pytest.raises(RequestRejectedError, match="the server has no head 'linear'"):
+        smol.generate(scored(1, asked))
+    fleet.push_head("linear", HEADS["linear"], version="1")
+    for one in fleet.generate(scored(4, asked)):
+        assert_scored(one, {"linear": HEADS["linear"]}, {"linear": "1"}, smol_dir)
+    other.push_head("linear", OTHERS, version="2")
+    with pytest.raises(RequestRejectedError, match=rf"{words}.*what they had of this client, version '1'"):
+        fleet.push_head("linear", NEW, version="2")
+    for _ in range(2):
+        completions = fleet.generate(scored(4, asked))
+        assert {one.scores["linear"].version for one in completions} == {"1", "2"}
+        for one in completions:
+            head = {"1": HEADS["linear"], "2": OTHERS}[version := one.scores["linear"].version]
+            assert_scored(one, {"linear": head}, {"linear": version}, smol_dir)
+    told = [message for message in caplog.messages if "scored by different versions of head 'linear'" in message]
+    assert len(told) == 1
+    fleet.push_head("linear", NEW, version="3")
+    for one in fleet.generate(scored(4, asked)):
+        assert_scored(one, {"linear": NEW}, {"linear": "3"}, smol_dir)
+    fleet.drop_head("linear")
+
+
+def test_a_server_that_is_back_has_the_head_again(
+    smol: SGLangServer,
+    other: LaunchedServer,
+    smol_dir: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Behind a link that is gone for a while, in which the server loses the head as one that is started again does."""
+    monkeypatch.setattr(fleet_module, "AWAY_S", 0.0)
+    asked, port = HeadSpec(("linear",), ("prompt", "response")), urlsplit(other.url).port or 0
+    with ExitStack() as stack:
+        way = stack.enter_context(ExitStack())
+        link = way.enter_context(bad_link(port))
+        engine = stack.enter_context(connect([smol.url, link.url]))
+        version = engine.push_head("linear", HEADS["linear"])
+
+        def taken_by_other() -> int:
+            before = other.server_counters().requests
+            for one in engine.generate(scored(4, asked)):
+                assert_scored(one, {"linear": HEADS["linear"]}, {"linear": version}, smol_dir)
+            return other.server_counters().requests - before
+
+        assert taken_by_other() == 2
+        way.close()
+        assert taken_by_other() == 0
+        other.drop_head("linear")
+        other.push_head("linear", OTHERS, version=version)
+        stack.enter_context(bad_link(port, link.port))
+        assert [taken_by_other(), taken_by_other()] == [0, 0], "it has a head of that version with other weights"
+        words = f"{link.url} is back and does not take the heads that the others have"
+        told = [message for message in caplog.messages if message.startswith(words)]
+        assert len(told) == 1
+        assert "with other weights" in told[0]
+        other.drop_head("linear")
+        with pytest.raises(RequestRejectedError, match="the server has no head 'linear'"):
+            other.generate(scored(1, asked))
+        assert taken_by_other() == 2
+        engine.drop_head("linear")
 
 
 def test_one_of_the_two_is_killed(

@@ -204,20 +204,6 @@ def row_behind(marker: str, response: list[int], tokenizer: PreTrainedTokenizerB
     return next((n for n in range(1, len(response)) if marker in tokenizer.decode(response[:n])), len(response))
 
 
-def rule_that_ends_at(scores_T: torch.Tensor, least: int) -> tuple[str, int]:
-    """Return a rule that a score fulfils first at a token, from ``least`` on if there is one; and that token."""
-    if not least:
-        return "> -1e8", 0
-    scores = scores_T.tolist()
-    for token in (*range(least, len(scores)), *range(least - 1, 0, -1)):
-        highest, lowest = max(scores[:token]), min(scores[:token])
-        if scores[token] > highest + 1e-3:
-            return f"> {(scores[token] + highest) / 2!r}", token
-        if scores[token] < lowest - 1e-3:
-            return f"<= {(scores[token] + lowest) / 2!r}", token
-    raise AssertionError("all scores are alike: choose another prompt")
-
-
 @pytest.mark.parametrize("least", [0, 5])
 def test_a_score_ends_a_response(smol: SGLangServer, smol_dir: str, versions: dict[str, str], least: int) -> None:
     """With the token that fulfils the rule as its last, and all that belongs to it cut there too."""
@@ -228,7 +214,7 @@ def test_a_score_ends_a_response(smol: SGLangServer, smol_dir: str, versions: di
     }
     ignoring = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
     free = smol.generate([Request(tuple(ids), ignoring, heads=HeadSpec(("linear",)), **asked) for ids in prompts])
-    rules = [rule_that_ends_at(one.scores["linear"].response_T, least) for one in free]
+    rules = [heads_oracle.rule_that_ends_at(one.scores["linear"].response_T, least) for one in free]
     stopping = [
         Request(tuple(ids), ignoring, heads=HeadSpec(("linear",), stop_when=f"linear {rule}"), **asked)
         for ids, (rule, _) in zip(prompts, rules, strict=True)
@@ -255,7 +241,7 @@ def test_a_score_ends_a_stream(smol: SGLangServer, versions: dict[str, str]) -> 
     ids = prompt_of(9, seed=7300)
     ignoring = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
     (free,) = smol.generate([Request(tuple(ids), ignoring, heads=HeadSpec(("linear",)))])
-    rule, last = rule_that_ends_at(free.scores["linear"].response_T, 2)
+    rule, last = heads_oracle.rule_that_ends_at(free.scores["linear"].response_T, 2)
     spec = HeadSpec(("linear", "gated"), ("prompt", "response"), stop_when=f"linear {rule}")
     with smol.stream(Request(tuple(ids), ignoring, heads=spec)) as stream:
         chunks = list(stream)

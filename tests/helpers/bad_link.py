@@ -24,9 +24,9 @@ class BadLink:
         cut_at: when that was last, of `time.monotonic`; 0 where it was not.
     """
 
-    def __init__(self, target_port: int) -> None:
+    def __init__(self, target_port: int, port: int) -> None:
         self._target_port, self._open = target_port, set[asyncio.StreamWriter]()
-        self.port, self.bytes_per_s, self.cut_after = 0, None, None  # type: tuple[int, float | None, int | None]
+        self.port, self.bytes_per_s, self.cut_after = port, None, None  # type: tuple[int, float | None, int | None]
         self.cut_at = 0.0
         self._loop = asyncio.new_event_loop()
 
@@ -82,10 +82,10 @@ class BadLink:
 
 
 @contextmanager
-def bad_link(target_port: int) -> Iterator[BadLink]:
-    """Yield a link to a port of this machine, good until it is told to be bad."""
-    link = BadLink(target_port)
-    server = link._loop.run_until_complete(asyncio.start_server(link._serve, "127.0.0.1", 0))
+def bad_link(target_port: int, port: int = 0) -> Iterator[BadLink]:
+    """Yield a link to a port of this machine, good until it is told to be bad; 0 takes a free one for it."""
+    link = BadLink(target_port, port)
+    server = link._loop.run_until_complete(asyncio.start_server(link._serve, "127.0.0.1", port))
     link.port = server.sockets[0].getsockname()[1]
     thread = threading.Thread(target=link._loop.run_forever, daemon=True)
     thread.start()

@@ -106,3 +106,17 @@ def assert_scores(found: torch.Tensor, expected_N: np.ndarray, what: str) -> Non
     assert found.shape == expected_N.shape, f"{what}: {tuple(found.shape)} and {expected_N.shape}"
     apart = float(np.abs(found.double().numpy() - expected_N).max(initial=0))
     assert apart < SCORE_ATOL, f"{what}: {apart:.2e} off"
+
+
+def rule_that_ends_at(scores_T: torch.Tensor, least: int) -> tuple[str, int]:
+    """Return a rule that a score fulfils first at a token, from ``least`` on if there is one; and that token."""
+    if not least:
+        return "> -1e8", 0
+    scores = scores_T.tolist()
+    for token in (*range(least, len(scores)), *range(least - 1, 0, -1)):
+        highest, lowest = max(scores[:token]), min(scores[:token])
+        if scores[token] > highest + 1e-3:
+            return f"> {(scores[token] + highest) / 2!r}", token
+        if scores[token] < lowest - 1e-3:
+            return f"<= {(scores[token] + lowest) / 2!r}", token
+    raise AssertionError("all scores are alike: choose another prompt")
