@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from helpers import held_rank, hf_oracle, user_constraints
+from helpers import heads_oracle, held_rank, hf_oracle, user_constraints
 from helpers.completion_checks import assert_completion
 from helpers.logits_checks import check_choices, positioned
 from helpers.policy_checks import (
@@ -43,9 +43,12 @@ from torchrl_sglang_hidden import (
     ActionMask,
     Between,
     DisallowedTokens,
+    Every,
+    HeadSpec,
     HiddenSpec,
     LastTokens,
     LogitsSpec,
+    RequestRejectedError,
     SGLangHiddenWrapper,
     TemperatureScale,
     TokenMask,
@@ -288,6 +291,45 @@ def test_scores(ranks: LaunchedServer, qwen3_dir: str, stage: Any) -> None:
     ]
     for _ in range(2):
         check_choices(ranks, requests, qwen3_dir)
+
+
+@pytest.fixture(scope="module")
+def heads(ranks: LaunchedServer) -> Iterator[tuple[str, ...]]:
+    """Heads of three layers that every rank has; `assert_completion` knows them."""
+    names = heads_oracle.STORM_HEADS
+    for name in names:
+        ranks.push_head(name, heads_oracle.storm_head(name, ranks.info.hidden_size))
+    yield names
+    for name in names:
+        ranks.drop_head(name)
+
+
+@pytest.mark.parametrize("pooling", [None, *POOLINGS])
+def test_scores_of_heads(ranks: LaunchedServer, qwen3_dir: str, heads: tuple[str, ...], pooling: Any) -> None:
+    """Of every token or of whole segments, and of each third token, beside states of other layers and alone."""
+    spec = HeadSpec(heads, SEGMENTS, pooling=pooling, spans={"thirds": Every(3)})
+    fields: dict[str, Any] = {"heads": spec, "head_spans": spec.spans}
+    ask(ranks, qwen3_dir, HiddenSpec(SEGMENTS, layers=(1, -1)), prompts(14), **fields)
+    requests = [
+        Request(tuple(ids), GREEDY, heads=HeadSpec((name,))) for name, ids in zip(heads, prompts(15)[2:5], strict=True)
+    ]
+    for request, completion in zip(requests, ranks.generate(requests), strict=True):
+        assert_completion(request, completion, qwen3_dir, NUM_LAYERS)
+
+
+def test_heads_that_ranks_do_not_take(ranks: LaunchedServer, heads: tuple[str, ...]) -> None:
+    """What each rank refuses is refused once, and they go on together."""
+    head = heads_oracle.make_head("linear", ranks.info.hidden_size)
+    with pytest.raises(RequestRejectedError, match="no head 'absent'"):
+        ranks.drop_head("absent")
+    version = ranks.push_head("twice", head)
+    with pytest.raises(RequestRejectedError, match=r"has version .* with other weights"):
+        ranks.push_head("twice", heads_oracle.make_head("linear", ranks.info.hidden_size, seed=1), version=version)
+    ranks.drop_head("twice")
+    ruled = Request((5, 6, 7), GREEDY, heads=HeadSpec(heads, stop_when=f"{heads[0]} > 0"))
+    with pytest.raises(RequestRejectedError, match=r"stop_when=.* with 2 tensor-parallel ranks"):
+        ranks.generate([ruled])
+    assert len(ranks.generate([Request((5, 6, 7), GREEDY, heads=HeadSpec(heads))])[0].scores) == len(heads)
 
 
 def test_candidates(policy: Policy, qwen3_dir: str) -> None:
