@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -55,24 +54,16 @@ class Rollout:
             self.calls += 1
 
 
-NAMED_WITHIN_S = 10.0
-
-
 def family_of(leader: psutil.Process) -> list[psutil.Process]:
     return [leader, *leader.children(recursive=True)]
 
 
 def scheduler_of(leader: psutil.Process) -> int:
     """Return the process that has the model: SGLang gives it this name."""
-    limit = time.monotonic() + NAMED_WITHIN_S
-    while True:
-        named = {child.pid: " ".join(child.cmdline()) for child in leader.children(recursive=True)}
-        found = [pid for pid, name in named.items() if "scheduler" in name]
-        if len(found) == 1:
-            return found[0]
-        # Seen once, with 1500 tests before: none had the name, of a server that answered.
-        assert time.monotonic() < limit, f"the children of {leader}: {named}"
-        time.sleep(0.05)
+    named = {child.pid: " ".join(child.cmdline()) for child in leader.children(recursive=True)}
+    found = [pid for pid, name in named.items() if "scheduler" in name]
+    assert len(found) == 1, f"the children of {leader}: {named}"
+    return found[0]
 
 
 def traces_of(leader: psutil.Process) -> set[Path]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -10,7 +12,25 @@ from collections.abc import Iterator
 import pytest
 
 from torchrl_sglang_hidden.protocol import PLUGIN_ENV
-from torchrl_sglang_hidden.server.__main__ import SECRET_ARGUMENTS, main
+from torchrl_sglang_hidden.server.__main__ import API_KEY_ENV, SECRET_ARGUMENTS, main
+
+NAMED = """
+import os
+import setproctitle
+from pathlib import Path
+from torchrl_sglang_hidden.server import __main__ as server
+
+def serve(*arguments, **options):
+    os.environ["FIRST"] = "another"
+    if os.fork() == 0:
+        setproctitle.setproctitle("sglang::scheduler")
+        print(Path("/proc/self/cmdline").read_text().strip(chr(0)), flush=True)
+        os._exit(0)
+    os.wait()
+
+server._run_server = serve
+server.main(["--device", "cuda"])
+"""
 
 
 @pytest.fixture
@@ -48,3 +68,10 @@ def test_nothing_is_collected_while_sglang_is_imported_and_what_came_of_it_is_le
     monkeypatch.setenv(PLUGIN_ENV, "1")
     main(["--model-path", "a/model", "--device", "cuda"])
     assert found == {"importing": (False, False), "serving": (True, True)}
+
+
+@pytest.mark.parametrize("first", ["FIRST", API_KEY_ENV])
+def test_forks_take_a_name_though_the_environment_changes(first: str) -> None:
+    environment = {first: "one", **os.environ}
+    done = subprocess.run([sys.executable, "-c", NAMED], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "sglang::scheduler\n"

@@ -56,6 +56,7 @@ def main(arguments: Sequence[str]) -> None:
     Args:
         arguments: SGLang server arguments, as on the command line. They override every default set here.
     """
+    _keep_room_for_titles()
     watch = _end_with_parent()
     secrets = _take_secrets()
     # Imports drop little, and each collection looks at all that they made before: a fifth of the time until a start.
@@ -123,6 +124,18 @@ def watch_parent(parent_pid: int, pipe_fd: int, on_end: Callable[[], None]) -> N
         if readable and not os.read(pipe_fd, 1):
             break
     on_end()
+
+
+def _keep_room_for_titles() -> None:
+    """Find where this process's title stands in memory, for the names that SGLang gives to the forks of it.
+
+    ``setproctitle`` finds the place by the environment's first variable. Once that is changed or taken away, nothing
+    is found, and names are dropped without a word.
+    """
+    # A client alone, which is imported with this module, does without what comes with SGLang.
+    import setproctitle
+
+    setproctitle.getproctitle()
 
 
 def _take_secrets() -> dict[str, str]:
