@@ -18,6 +18,7 @@ from torchrl_sglang_hidden import SGLangHiddenWrapper, SGLangServer, connect, de
 pytest.register_assert_rewrite("helpers")
 
 from helpers import random_models  # noqa: E402
+from helpers.mkl_on_amd import use_whole_processor  # noqa: E402
 from helpers.policy_checks import CHUNKED_PREFILL_SIZE, make_policy  # noqa: E402
 
 # A running server for the `smol` fixture, started with the arguments below: saves its start on each run at work.
@@ -52,6 +53,8 @@ torch.set_num_threads(1)
 # And a second thread in a server waits for a core that the other process of tests has: 33 steps of 6 rows took 7.2 s of
 # wall and 6.2 s of processor time with two threads, and 4.4 s of both with one. Programs and kernels read it too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# For servers, and for the processes of tests where these are several: half of the time of a prompt of 100 tokens.
+use_whole_processor()
 # glibc keeps what is freed for the next allocation, up to 6 GiB after the tests of weights. Beyond 1 MiB, give it back.
 M_MMAP_THRESHOLD = -3
 if hasattr(ctypes.CDLL(None), "mallopt"):
