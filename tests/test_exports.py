@@ -111,6 +111,8 @@ def test_a_client_loads_neither_sglang_nor_transformers() -> None:
     """A tokenizer is loaded with transformers when a policy needs one: that import takes seconds."""
     names = "SGLangServer, SGLangHiddenWrapper, HiddenSpec, launch"
     assert loaded_by(f"from {PACKAGE} import {names}", "sglang", "transformers", "httpx") == ["httpx"]
+    # As workers of environments do, whose policy is a pickle.
+    assert loaded_by(f"import {PACKAGE}.rl", "sglang", "transformers", "torchrl") == ["torchrl"]
 
 
 def test_this_process_has_loaded_no_sglang() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from tensordict import TensorDictBase
@@ -17,11 +17,13 @@ from torch import nn
 from torchrl.modules.llm.policies import LLMWrapperBase
 from torchrl.objectives.common import LossModule
 from torchrl.objectives.llm.distillation import DistillationLossOutput
-from transformers import PreTrainedModel
 
 from torchrl_sglang_hidden.errors import AlignmentError, InputError, InputTypeError, MissingKeyError
 from torchrl_sglang_hidden.rl.teacher_states import flat_rows, teacher_keys
 from torchrl_sglang_hidden.rl.vocabulary_divergence import Divergence, check_measure, vocabulary_divergence
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["VocabularyDistillationLoss"]
 
@@ -251,6 +253,9 @@ def _need(row: TensorDictBase, key: NestedKey, remedy: str) -> torch.Tensor:
 
 def _causal_model(student: Any) -> PreTrainedModel:
     """Return the Hugging Face model in a policy of TorchRL or in a model of PEFT."""
+    # Here, as all of `rl` would take half as long again to import, in each worker of an environment too.
+    from transformers import PreTrainedModel
+
     model = getattr(student, "model", student) if isinstance(student, LLMWrapperBase) else student
     unwrap = getattr(model, "get_base_model", None)
     found = model if unwrap is None else unwrap()
