@@ -358,7 +358,7 @@ def test_a_prompt_across_an_update_is_of_one_model(
     trainee: SGLangServer, trainer: PreTrainedModel, trained_dir: str, smol_dir: str
 ) -> None:
     """A prompt taken out between two chunks has no token yet to tell that its first rows are of old weights."""
-    prompt = tuple(prompt_of(1900, seed=77))
+    prompt = tuple(prompt_of(1000, seed=77))
     spec = HiddenSpec(("prompt",), spans={"start": TokenMask("m")}, tokens=True)
     spans = {"start": PromptSpan(((0, 100),))}
     request = Request(prompt, {"max_new_tokens": 1, "temperature": 0.0}, hidden=spec, spans=spans)
@@ -368,7 +368,8 @@ def test_a_prompt_across_an_update_is_of_one_model(
         with httpx.Client(base_url=trainee.url, timeout=60) as client:
             while not client.get("/server_info").json()["internal_states"][0][CHANNEL]["open_pools"]:
                 assert not read.done(), "too quick for an update in the middle"
-        after = trainee.update_weights(trainer, running="continue")
+        # Of a directory, which is there already: the prompt's chunks do not wait for it to be written.
+        after = trainee.update_weights(Path(trained_dir), running="continue")
         (completion,) = read.result()
     assert not completion.mixed_weights
     model_dir = {before: smol_dir, after: trained_dir}[completion.weight_version]
