@@ -7,19 +7,21 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
-from torchrl_sglang_hidden import SGLangHiddenWrapper, SGLangServer, connect, demo_model, launch
 
 # Before they are imported, so that their failed assertions show the values too.
 pytest.register_assert_rewrite("helpers")
 
-from helpers import random_models  # noqa: E402
 from helpers.mkl_on_amd import use_whole_processor  # noqa: E402
-from helpers.policy_checks import CHUNKED_PREFILL_SIZE, make_policy  # noqa: E402
+
+# What takes seconds to import is imported where it is used: the process that only hands tests to others reads this too.
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from torchrl_sglang_hidden import SGLangHiddenWrapper, SGLangServer
 
 # A running server for the `smol` fixture, started with the arguments below: saves its start on each run at work.
 TEST_URL_ENV = "TORCHRL_SGLANG_HIDDEN_TEST_URL"
@@ -29,7 +31,7 @@ ENGINE_TESTS = Path(__file__).parent / "engine"
 # process ends its `smol` behind the last test that uses it: on full 24 GiB everything waits for the disk.
 STAGES = ("trainee_server", "local_ray", "smol")
 STAGE = pytest.StashKey[int]()
-SMOL = pytest.StashKey[list[SGLangServer]]()
+SMOL = pytest.StashKey[list["SGLangServer"]]()
 # Inside a stage, what takes minutes, longest first: the two processes then end together, and neither begins with one of
 # these when the other is done.
 LONGEST = (
@@ -102,21 +104,31 @@ def group_of(item: pytest.Item) -> str:
 
 @pytest.fixture(scope="session")
 def smol_dir() -> str:
+    from torchrl_sglang_hidden import demo_model
+
     return str(demo_model())
 
 
 @pytest.fixture(scope="session")
 def tokenizer(smol_dir: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(smol_dir)
 
 
 @pytest.fixture(scope="session")
 def qwen3_dir(smol_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    from helpers import random_models
+
     return str(random_models.save_random_qwen3(tmp_path_factory.mktemp("models") / "random-qwen3", smol_dir))
 
 
 @pytest.fixture(scope="session")
 def smol(smol_dir: str, request: pytest.FixtureRequest) -> Iterator[SGLangServer]:
+    from helpers.policy_checks import CHUNKED_PREFILL_SIZE
+
+    from torchrl_sglang_hidden import connect, launch
+
     url = os.environ.get(TEST_URL_ENV)
     if url is not None:
         with connect(url) as engine:
@@ -131,6 +143,8 @@ def smol(smol_dir: str, request: pytest.FixtureRequest) -> Iterator[SGLangServer
 @pytest.fixture
 def policy(smol: SGLangServer, tokenizer: PreTrainedTokenizerBase) -> Callable[..., SGLangHiddenWrapper]:
     """Return `policy_checks.make_policy` for the session's server."""
+    from helpers.policy_checks import make_policy
+
     return functools.partial(make_policy, smol, tokenizer)
 
 
