@@ -85,9 +85,12 @@ def image_site(
 @pytest.fixture(scope="session")
 def in_process(smol_dir: str) -> Iterator[SGLangOffline]:
     """Yield an engine in this process, for the classes named ``InProcess``, which `in_process_log` runs."""
-    modules = (user_constraints.__name__,)
     with SGLangOffline(
-        smol_dir, dtype="float32", chunked_prefill_size=CHUNKED_PREFILL_SIZE, constraint_modules=modules
+        smol_dir,
+        dtype="float32",
+        chunked_prefill_size=CHUNKED_PREFILL_SIZE,
+        constraint_modules=(user_constraints.__name__,),
+        sleep_on_idle=True,
     ) as engine:
         yield engine
 

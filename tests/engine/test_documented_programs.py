@@ -131,7 +131,8 @@ def run_page(page: Path, server: SGLangServer, directory: Path, monkeypatch: pyt
         def stand_in(model: Any, **arguments: Any) -> SGLangServer:
             if model == demo_model() and arguments.items() <= SHARED_ARGUMENTS.items():
                 return connect(server.url)
-            return own.enter_context(contextlib.closing(launch(model, **arguments)))
+            # An idle SGLang spins on a core that the programs need.
+            return own.enter_context(contextlib.closing(launch(model, **{"sleep_on_idle": True, **arguments})))
 
         monkeypatch.setattr(torchrl_sglang_hidden, "launch", stand_in)
         monkeypatch.chdir(directory)

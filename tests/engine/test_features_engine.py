@@ -225,7 +225,9 @@ def test_data_parallel(qwen3_dir: str, tmp_path: Path) -> None:
 
 def test_bfloat16(smol_dir: str, tmp_path: Path) -> None:
     """The tolerance is bfloat16's own: the states that were pooled have eight bits of mantissa."""
-    with launch(smol_dir, dtype="bfloat16", context_length=512, log_file=tmp_path / "server.log") as server:
+    with launch(
+        smol_dir, dtype="bfloat16", context_length=512, sleep_on_idle=True, log_file=tmp_path / "server.log"
+    ) as server:
         spec = HiddenSpec(("prompt", "response"), layers=(15, -1), tokens=True)
         requests = [Request(tuple(ids), {"max_new_tokens": 6}, False, spec) for ids in ragged(6)]
         for request, completion in zip(requests, server.generate(requests), strict=True):

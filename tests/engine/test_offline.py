@@ -57,7 +57,7 @@ def given(vision_dir: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     """Return what user_engine_program.py found with Qwen2.5-VL in an engine that the user made."""
     directory = tmp_path_factory.mktemp("offline")
     job, result, log = directory / "job.json", directory / "result.json", directory / "log.txt"
-    server_args = {"dtype": "float32", "chunked_prefill_size": CHUNKED_PREFILL_SIZE}
+    server_args = {"dtype": "float32", "chunked_prefill_size": CHUNKED_PREFILL_SIZE, "sleep_on_idle": True}
     job.write_text(json.dumps({"model_dir": vision_dir, "server_args": server_args, "cases": CASES}))
     environment = {**os.environ, "PYTHONPATH": str(TESTS)}
     with log.open("w") as output:
