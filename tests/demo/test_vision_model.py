@@ -32,8 +32,11 @@ def found(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir() if path.suffix != ".lock")
 
 
-def test_a_made_model_is_whole_and_is_made_once(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_made_model_is_whole_and_is_made_once(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = vision_model.demo_vision_model()
+    assert capsys.readouterr() == ("", ""), "a notebook shows it for ever"
     assert found(empty_cache) == [path.name]
     assert (path / "model.safetensors").stat().st_mode & 0o777 == 0o644
     monkeypatch.setattr(vision_model, "save_random_qwen2_5_vl", lambda *given: pytest.fail("made again"))

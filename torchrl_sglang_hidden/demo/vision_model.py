@@ -5,7 +5,8 @@ Knows nothing of engines.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,8 +168,23 @@ def save_random(model: PreTrainedModel, processor: ProcessorMixin, directory: Pa
             else:
                 spread = _EMBEDDING_SPREAD if "embed" in name else _WEIGHT_SPREAD / parameter.shape[-1] ** 0.5
                 parameter.copy_(spread * noise)
-    model.float().save_pretrained(directory)
+    with _without_bars():
+        model.float().save_pretrained(directory)
     processor.save_pretrained(directory)
     # safetensors writes for the owner only, and the cache may be shared.
     (directory / "model.safetensors").chmod(0o644)
     return directory
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep transformers from drawing a bar for a fifth of a second, which stays on the screen and in notebooks."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
