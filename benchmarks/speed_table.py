@@ -1,7 +1,7 @@
 """The speed table: what this package does, against what there is otherwise, with the aim of each line.
 
 Every line compares two ways to the same result in one run: they take turns, their answers are compared before a ratio
-is made, and the ratio is the median over rounds. Lines of one model share one server. About 16 minutes on two cores.
+is made, and the ratio is the median over rounds. Lines of one model share one server. About 20 minutes on two cores.
 
     python benchmarks/speed_table.py --write
 """
@@ -17,8 +17,11 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import teacher as teachers
 import torch
 from client_side import Point, compare_assembly, exponents, measure_import, measure_scaling
+from heads import MILLION, PARAMETERS, cpu_of_plain
+from heads import compare_ways as compare_heads
 from hidden_states import PLAIN, POOLED, READ, STOCK, TOKENS, compare_reading, compare_states
 from hugging_face import GENERATE, compare_generate
 from logits import FULL, STOCK_FLAT, STOCK_IDS, STOCK_TOP_K, TOKEN_IDS, TOP_K, compare_logits
@@ -27,8 +30,9 @@ from rollout import HIDDEN, RAW, TORCHRL, compare_policies, step_seconds
 from rounds import CONSOLE, environment, print_record
 from serving import served
 from step_cost import measure_step
+from transformers import AutoModelForCausalLM
 
-from torchrl_sglang_hidden import SGLangServer
+from torchrl_sglang_hidden.engines.launch import LaunchedServer
 from torchrl_sglang_hidden.reduce.wanted import Wanted
 
 # The wide model as it is, for what is compared with stock SGLang; and with the layers that one request wants.
@@ -53,6 +57,8 @@ class Sizes:
     logits_rows: int = 16
     logits_tokens: tuple[int, int] = (32, 16)
     num_ids: int = 64
+    teacher_rows: int = 8
+    teacher_tokens: int = 256
     hf_tokens: tuple[int, int] = (32, 32)
     assembled: tuple[int, int] = (256, 512)
     num_sizes: int | None = None
@@ -72,6 +78,8 @@ QUICK = Sizes(
     rollout_tokens=(8, 4),
     logits_rows=2,
     logits_tokens=(8, 3),
+    teacher_rows=2,
+    teacher_tokens=8,
     hf_tokens=(4, 3),
     assembled=(3, 8),
     num_sizes=2,
@@ -98,7 +106,7 @@ class Run:
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def pooled(run: Run, server: SGLangServer) -> None:
+def pooled(run: Run, server: LaunchedServer) -> None:
     """Compare pooled states of many rows with none, for one layer and for all."""
     sizes, four = run.sizes, f"pooled, {WIDE_LAYERS} layers"
     found = compare_states(
@@ -126,7 +134,7 @@ def step(run: Run) -> None:
     run.notes.append(f"step: with the data moved by one core, D = 4096, it is {moving * 1e3:.1f} ms")
 
 
-def every_token(run: Run, server: SGLangServer) -> None:
+def every_token(run: Run, server: LaunchedServer) -> None:
     """Compare long prompts, pooled and as every token's states, with stock SGLang."""
     length = run.sizes.long_prompt
     found = compare_states(
@@ -144,7 +152,7 @@ def every_token(run: Run, server: SGLangServer) -> None:
     run.add(f"every token's states, {batch}", stock, found.speed(TOKENS, STOCK), 5)
 
 
-def encoding(run: Run, server: SGLangServer) -> None:
+def encoding(run: Run, server: LaunchedServer) -> None:
     """Compare prompts that are only read with generation."""
     sizes = run.sizes
     against = f"generating {sizes.encoded_against} tokens"
@@ -158,7 +166,7 @@ def encoding(run: Run, server: SGLangServer) -> None:
     run.add(f"reading {sizes.rows} prompts for their states", against, found.speed(READ, POOLED), 30)
 
 
-def rollout(run: Run, server: SGLangServer) -> None:
+def rollout(run: Run, server: LaunchedServer) -> None:
     """Compare a rollout step with TorchRL's wrapper, and what is left in it."""
     rows, (prompt_tokens, new_tokens) = run.sizes.rollout_rows, run.sizes.rollout_tokens
     batch = {"prompts": rows, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
@@ -171,7 +179,7 @@ def rollout(run: Run, server: SGLangServer) -> None:
     )
 
 
-def wrapper(run: Run, server: SGLangServer) -> None:
+def wrapper(run: Run, server: LaunchedServer) -> None:
     """Compare the wrapper with what it calls."""
     rows, (prompt_tokens, new_tokens) = run.sizes.rollout_rows, run.sizes.rollout_tokens
     batch = {"prompts": rows, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
@@ -179,7 +187,7 @@ def wrapper(run: Run, server: SGLangServer) -> None:
     run.add(f"this wrapper, {rows} prompts", "SGLang's own `/generate`, one batch", found.speed(HIDDEN, RAW), 0.97)
 
 
-def logits(run: Run, server: SGLangServer) -> None:
+def logits(run: Run, server: LaunchedServer) -> None:
     """Compare logits with none and with what stock SGLang has."""
     sizes, k = run.sizes, 20
     found = compare_logits(
@@ -200,7 +208,38 @@ def logits(run: Run, server: SGLangServer) -> None:
     run.add(names[TOKEN_IDS], "stock `token_ids_logprob`", found.speed(TOKEN_IDS, STOCK_IDS), 1)
 
 
-def hugging_face(run: Run, server: SGLangServer) -> None:
+def heads(run: Run, server: LaunchedServer) -> None:
+    """Compare scores of a head of a million parameters, which is a sixth of the wide model, with none."""
+    sizes = run.sizes
+    _scores(run, server, "a model of six million", sizes.rows, sizes.prompt_tokens, sizes.new_tokens)
+
+
+def heads_smollm2(run: Run, server: LaunchedServer) -> None:
+    """Compare scores of a head of a million parameters with none, of a model that answers questions."""
+    _scores(run, server, "SmolLM2-135M", run.sizes.rollout_rows, *run.sizes.rollout_tokens)
+
+
+def _scores(run: Run, server: LaunchedServer, model: str, rows: int, prompt_tokens: int, new_tokens: int) -> None:
+    batch = {"prompts": rows, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
+    found = compare_heads(server, rounds=run.sizes.rounds, **batch)
+    what = f"the server's processor time, a head of {PARAMETERS:,} parameters for each token, {model}, {rows} rows"
+    run.add(what, "plain generation", cpu_of_plain(found, MILLION), 1.01, sense="≤")
+
+
+def teacher(run: Run, server: LaunchedServer) -> None:
+    """Compare a teacher's states with its best logits."""
+    rows, tokens, k = run.sizes.teacher_rows, run.sizes.teacher_tokens, 64
+    head = AutoModelForCausalLM.from_pretrained(server.info.model_path, dtype=torch.float32).eval()
+    found = teachers.compare_ways(server, head, prompts=rows, tokens=tokens, columns=k, rounds=run.sizes.few_rounds)
+    what = f"a teacher's whole distribution, as states, {rows} sequences of {tokens} tokens"
+    run.add(what, f"its best {k} logits", found.speed(teachers.STATES, teachers.TOP_K), 1)
+    sent = {side: found.count(side, teachers.BYTES) for side in (teachers.STATES, teachers.TOP_K)}
+    run.notes.append(
+        f"teacher: {sent[teachers.STATES]:,.0f} bytes a token as states, {sent[teachers.TOP_K]:,.0f} as logits"
+    )
+
+
+def hugging_face(run: Run, server: LaunchedServer) -> None:
     """Compare generation with states with Hugging Face on the same weights."""
     prompt_tokens, new_tokens = run.sizes.hf_tokens
     found = compare_generate(
@@ -237,9 +276,16 @@ def importing(run: Run) -> None:
 # By the server that a part shares with others; those without one first.
 PARTS: dict[str, dict[str, Callable[..., None]]] = {
     "": {"importing": importing, "assembling": assembling, "scaling": scaling, "step": step},
-    WIDE: {"every_token": every_token, "encoding": encoding},
+    WIDE: {"every_token": every_token, "encoding": encoding, "heads": heads},
     WIDER: {"pooled": pooled},
-    "smollm2": {"wrapper": wrapper, "rollout": rollout, "logits": logits, "hugging_face": hugging_face},
+    "smollm2": {
+        "wrapper": wrapper,
+        "rollout": rollout,
+        "logits": logits,
+        "heads_smollm2": heads_smollm2,
+        "teacher": teacher,
+        "hugging_face": hugging_face,
+    },
 }
 
 
@@ -285,12 +331,14 @@ def _room(model: str, sizes: Sizes) -> dict[str, int]:
     batches = {
         WIDE: [
             (sizes.rows, sizes.encoded_prompt + sizes.encoded_against),
+            (sizes.rows, sizes.prompt_tokens + sizes.new_tokens),
             (2, sizes.long_prompt + sizes.new_tokens),
         ],
         WIDER: [(sizes.rows, sizes.prompt_tokens + sizes.new_tokens)],
         "smollm2": [
             (sizes.rollout_rows, sum(sizes.rollout_tokens)),
             (sizes.logits_rows, sum(sizes.logits_tokens)),
+            (sizes.teacher_rows, sizes.teacher_tokens),
             (HF_ROWS, sum(sizes.hf_tokens)),
         ],
     }[model]

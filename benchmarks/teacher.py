@@ -25,6 +25,7 @@ from torchrl_sglang_hidden import HiddenSpec, LogitsSpec, SGLangHiddenWrapper, l
 from torchrl_sglang_hidden.engines.launch import LaunchedServer
 
 LOG_PROBS, TOP_K, STATES = "log-probs", "top-k logits", "states"
+BYTES = "bytes_per_token"
 # What bfloat16 states may do to a logit.
 LOGITS_ATOL = 0.5
 COMPARED = 64
@@ -60,7 +61,7 @@ def compare_ways(server: LaunchedServer, head: Any, *, prompts: int, tokens: int
                 seconds = time.perf_counter() - start
                 after = server.server_counters()
                 sent = after.answer_bytes - before.answer_bytes
-                return Call(seconds, found, {"bytes_per_token": sent / (prompts * tokens)})
+                return Call(seconds, found, {BYTES: sent / (prompts * tokens)})
 
             return measure
 
@@ -105,7 +106,7 @@ def main() -> None:
         found.table(
             f"{args.model}, {sizes}: {args.prompts} sequences of {args.prompt_tokens} tokens, k = {args.columns}",
             {
-                "bytes a token": lambda side: f"{found.count(side, 'bytes_per_token'):,.0f}",
+                "bytes a token": lambda side: f"{found.count(side, BYTES):,.0f}",
                 "speed of log-probs": lambda side: f"{found.speed(side, LOG_PROBS):.2f}",
             },
             f"logits of the states are at most {found.worst:.3f} from the server's",

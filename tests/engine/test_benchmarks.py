@@ -94,7 +94,7 @@ def test_the_speed_table(run: Run) -> None:
     """Every part, at sizes that say nothing about speed, but compare all sides' answers."""
     found = run("speed_table", "--quick")
     lines = {line["what"]: line["value"] for part in found["parts"].values() for line in part["lines"]}
-    assert len(found["parts"]) == 11
+    assert len(found["parts"]) == 14
     assert all(value > 0 for value in lines.values())
     # Bytes do not depend on how busy the machine is.
     assert lines["bytes of the answer, 2 prompts of 40 tokens"] > 20
