@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers.bad_link import bad_link
 from helpers.policy_checks import QUESTIONS, assert_rows, history_input, make_policy, prompt_of, rows_of, tokens_input
 from torchrl.modules.llm.backends.sglang import AsyncSGLang
 from transformers import PreTrainedTokenizerBase
@@ -34,7 +35,7 @@ def test_several_urls_share_the_rows(
     smol: SGLangServer, smol_dir: str, tokenizer: PreTrainedTokenizerBase, num_rows: int
 ) -> None:
     prompts = [prompt_of(5 + row, seed=row) for row in range(num_rows)]
-    with SGLangServer([smol.url, smol.url.replace("127.0.0.1", "localhost")]) as both:
+    with bad_link(int(smol.url.rpartition(":")[2])) as link, SGLangServer([smol.url, link.url]) as both:
         out = make_policy(both, tokenizer)(tokens_input(prompts))
     assert_rows(out, smol_dir, ("prompt", "response", "full"))
     assert [row.prompt_ids for row in rows_of(out, ())] == prompts

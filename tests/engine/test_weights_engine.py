@@ -20,6 +20,7 @@ import httpx
 import pytest
 import torch
 from helpers import hf_oracle
+from helpers.bad_link import bad_link
 from helpers.completion_checks import assert_completion
 from helpers.policy_checks import (
     LOG_PROB_ATOL,
@@ -141,8 +142,7 @@ def test_another_client_counts_on_from_there_and_finds_the_model(
 def test_all_servers_get_the_weights(
     trainee: SGLangServer, trainer: PreTrainedModel, trained_dir: str, chat_ids: ChatIds
 ) -> None:
-    port = httpx.URL(trainee.url).port
-    with SGLangServer([trainee.url, f"http://localhost:{port}"]) as both:
+    with bad_link(int(trainee.url.rpartition(":")[2])) as link, SGLangServer([trainee.url, link.url]) as both:
         version = both.update_weights(trainer)
         found = answers(both, [chat_ids(question) for question in QUESTIONS[:2]])
     trainee.update_weights(trainer)
