@@ -38,13 +38,16 @@ LONGEST = (
     "test_tutorials",
     "image_site",
     "test_states_engine",
-    "test_started_without_weights",
-    "test_features_engine",
     "in_process_log",
-    "test_tensor_parallel_engine",
-    "test_benchmarks",
     "test_constraints_engine",
-    "test_launch_engine",
+    "test_features_engine",
+    "test_benchmarks",
+    "test_qwen3_untied",
+    "test_tensor_parallel_engine",
+    "test_storm_engine",
+    "test_offline",
+    "test_started_without_weights",
+    "test_stock_fallback",
 )
 # What is not worth doing twice where tests run in several processes.
 ONCE = ("trainee_server", "in_process_log", "image_site")
