@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
+import warnings
 from pathlib import Path
 
 from torchrl_sglang_hidden.demo.cache import cached_path
@@ -32,18 +34,28 @@ def helps() -> bool:
 
 
 def use_whole_processor() -> None:
-    """Preload that function in all processes that this one starts, where it helps."""
+    """Preload that function in all processes that this one starts, where it helps; warn where it cannot be made."""
     library, before = cached_path("mkl-on-amd.so"), os.environ.get(PRELOAD_ENV, "")
-    if str(library) in before or not helps():
+    # The loader separates names by these, and has no way to write one inside a name.
+    if str(library) in before or not helps() or re.search(r"[\s:]", str(library)):
         return
-    # It stays there: a process that is started without it later would say so on its stderr.
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        # Two processes may make it at the same time.
-        with tempfile.TemporaryDirectory(dir=library.parent) as directory:
-            made = Path(directory) / library.name
-            command = ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(made)]
-            source = f"int {FUNCTION}(void) {{ return 1; }}\n"
-            subprocess.run(command, input=source, text=True, check=True, capture_output=True)
-            made.replace(library)
+    try:
+        # It stays there: a process that is started without it later would say so on its stderr.
+        if not library.exists():
+            _make(library)
+    except (OSError, subprocess.CalledProcessError) as error:  # a cache that is only read; a compiler without a linker
+        said = f"\n{error.stderr}" if isinstance(error, subprocess.CalledProcessError) else ""
+        warnings.warn(f"the tests take longer, without {library}: {error}{said}", stacklevel=2)
+        return
     os.environ[PRELOAD_ENV] = f"{library} {before}".strip()
+
+
+def _make(library: Path) -> None:
+    library.parent.mkdir(parents=True, exist_ok=True)
+    # Two processes may make it at the same time.
+    with tempfile.TemporaryDirectory(dir=library.parent) as directory:
+        made = Path(directory) / library.name
+        command = ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(made)]
+        source = f"int {FUNCTION}(void) {{ return 1; }}\n"
+        subprocess.run(command, input=source, text=True, check=True, capture_output=True)
+        made.replace(library)
