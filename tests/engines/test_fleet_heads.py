@@ -11,6 +11,7 @@ import asyncio
 import copy
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,9 +20,11 @@ from helpers.fake_engine import HIDDEN_SIZE, Handler, RecordingEngine, Recording
 
 from torchrl_sglang_hidden import HeadSpec, Request, RequestRejectedError, SGLangServer, connect
 from torchrl_sglang_hidden.engines import fleet
+from torchrl_sglang_hidden.engines.mixtures import Mixtures
 from torchrl_sglang_hidden.protocol import CHANNEL
 from torchrl_sglang_hidden.protocol.head_call import HeadCall
 from torchrl_sglang_hidden.protocol.request_options import unpack_options
+from torchrl_sglang_hidden.records import Scores
 
 HEADS = [heads_oracle.make_head("mlp", HIDDEN_SIZE, seed=seed) for seed in range(3)]
 
@@ -241,3 +244,25 @@ def test_rows_of_two_versions_are_told_of_once(
         alone.push_head("d3", HEADS[2], version="3")
         versions_of(engine)
     assert len(caplog.messages) == 2
+
+
+def test_what_was_told_of_three_servers_is_told_again_when_it_was_mended(caplog: pytest.LogCaptureFixture) -> None:
+    """A call may reach two of them only, now these and now those."""
+
+    def scored(**versions: str) -> None:
+        requests = [Request((6,), {"max_new_tokens": 1}, heads=HeadSpec(("d3",)))]
+        (blank,) = RecordingEngine().generate(requests)
+        mixtures.tell({url: [replace(blank, scores={"d3": Scores(None, None, one)})] for url, one in versions.items()})
+
+    mixtures = Mixtures(lambda: False, lambda: False)
+    for _ in range(2):
+        scored(a="1", b="2")
+        scored(c="1", b="2")
+        scored(a="1", b="2", c="1")
+        scored(a="1", c="1")
+    assert len(caplog.messages) == 2, "each server once"
+    scored(a="2", b="2")
+    scored(b="2", c="1")
+    assert len(caplog.messages) == 2, "c was never mended"
+    scored(a="1", b="2")
+    assert len(caplog.messages) == 3

@@ -26,7 +26,7 @@ class Mixtures:
 
     def __init__(self, is_updating: Callable[[], bool], is_pushing: Callable[[], bool]) -> None:
         self._is_updating, self._is_pushing = is_updating, is_pushing
-        # What was said of each head: its versions may stay apart for long.
+        # By head, the servers that were told of with their versions: these may stay apart for long.
         self._told: dict[str, dict[str, set[str]]] = {}
 
     def tell(self, answered: Mapping[str, Sequence[Completion | None]]) -> None:
@@ -47,15 +47,28 @@ class Mixtures:
             heads = {
                 url: {one.scores[name].version for one in part if name in one.scores} for url, part in answers.items()
             }
-            if not _apart(heads) or self._is_pushing() or self._told.get(name) == heads:
+            if self._is_pushing() or not self._is_news(name, heads):
                 continue
-            self._told[name] = heads
             logger.warning(
                 "the rows of one call are scored by different versions of head %r, %s, as each row's version says; it "
                 "was pushed meanwhile, or not to all of the servers: push it again",
                 name,
                 {url: sorted(found) for url, found in heads.items()},
             )
+
+    def _is_news(self, name: str, versions: Mapping[str, set[str]]) -> bool:
+        """Return whether a head's versions are mixed as nothing said so far tells, and note what is said now.
+
+        A call may reach some of the servers only, so that what it does not reach stays as it was told of.
+        """
+        told = self._told.setdefault(name, {})
+        moved = {url: found for url, found in versions.items() if found and told.get(url) != found}
+        if _apart(versions):
+            told |= moved
+            return bool(moved)
+        for url in moved:
+            told.pop(url, None)
+        return False
 
 
 def _apart(versions: Mapping[str, set[str]]) -> bool:
