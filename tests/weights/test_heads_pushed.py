@@ -155,13 +155,25 @@ def test_a_server_that_hangs_does_not_hold_up_the_way_back() -> None:
     assert sites[0].heads == {}
 
 
-def test_ctrl_c_in_the_middle_of_a_push() -> None:
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_ctrl_c_in_the_middle_of_a_push(when: str) -> None:
+    """The server that it met may have the head; it may hang, and is not asked again."""
     sites, heads = sites_of()
     heads.push("h", OTHER, "1")
-    sites[1].failures = [("before", KeyboardInterrupt())]
-    with pytest.raises(KeyboardInterrupt):
+    sites[1].failures = [(when, KeyboardInterrupt())]
+    with pytest.raises(KeyboardInterrupt) as caught:
         heads.push("h", HEAD, "2")
-    assert [site.heads["h"][0] for site in sites] == ["1"] * 3
+    assert [site.heads["h"][0] for site in sites] == ["1", "1" if when == "before" else "2", "1"]
+    assert caught.value.__notes__ == [
+        "http://s1 did not take head 'h' of version '2': KeyboardInterrupt. Not all servers could be put back: "
+        "http://s0 has version '1'; http://s1 has version '2' or what it had; http://s2 has version '1'; push it "
+        "again, or drop it"
+    ]
+    (site,), heads = sites_of(1)
+    site.failures = [(when, KeyboardInterrupt())]
+    with pytest.raises(KeyboardInterrupt) as caught:
+        heads.push("h", HEAD, "2")
+    assert not hasattr(caught.value, "__notes__")
 
 
 def test_one_server_alone_says_what_it_says() -> None:

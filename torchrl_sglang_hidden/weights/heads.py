@@ -149,28 +149,30 @@ class PushedHeads:
         for server in self._servers:
             try:
                 _send(server.call, packed, f"take head {call.name!r}")
-            except EngineError as error:
+            except BaseException as error:
                 if len(self._servers) == 1:
                     raise
-                raise type(error)(self._put_back(call, took, server, error)) from error
-            except BaseException:  # Ctrl-C
-                for one in took:
-                    self._restore(one, call)
+                said = self._put_back(call, took, server, error)
+                if isinstance(error, EngineError):
+                    raise type(error)(said) from error
+                error.add_note(said)  # Ctrl-C
                 raise
             took.append(server)
         if len(self._servers) > 1:
             self.kept.keep(call.name, packed)
 
-    def _put_back(self, call: HeadCall, took: Sequence[HeadServer], failed: HeadServer, error: EngineError) -> str:
+    def _put_back(self, call: HeadCall, took: Sequence[HeadServer], failed: HeadServer, error: BaseException) -> str:
         """Put servers back to what they had before a push that one of them failed, and return what to say of it."""
         apart = {server.name: self._restore(server, call) for server in took}
-        if isinstance(error, EngineTimeoutError):  # who hangs would hold up this call as well
+        if isinstance(error, EngineTimeoutError) or not isinstance(error, EngineError):
+            # Who hangs would hold up this call as well, and hanging is what a Ctrl-C ends.
             apart[failed.name] = f"version {call.version!r} or what it had"
         elif not isinstance(error, RequestRejectedError):  # it may have taken the head before it failed
             apart[failed.name] = self._restore(failed, call)
         before = self.kept.calls.get(call.name)
         had = "no head of that name" if before is None else f"version {HeadCall.unpack(before).version!r}"
-        said = f"{failed.name} did not take head {call.name!r} of version {call.version!r}: {error}"
+        why = str(error) or type(error).__name__
+        said = f"{failed.name} did not take head {call.name!r} of version {call.version!r}: {why}"
         if any(apart.values()):
             now = "; ".join(f"{server.name} has {apart.get(server.name) or had}" for server in self._servers)
             return f"{said}. Not all servers could be put back: {now}; push it again, or drop it"
