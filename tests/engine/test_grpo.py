@@ -480,6 +480,15 @@ def converse(policy: SGLangHiddenWrapper) -> list[TensorDictBase]:
     return outputs
 
 
+def converse_unevenly(policy: SGLangHiddenWrapper) -> list[TensorDictBase]:
+    """Return the outputs of `converse`, again where the two chats happened to have sampled equally many tokens."""
+    for _ in range(5):
+        outputs = converse(policy)
+        if len({int(row["masks"].all_assistant_mask.sum()) for row in outputs[-1].unbind(0)}) > 1:
+            return outputs
+    raise AssertionError("five times two chats of one length")
+
+
 def conversation_loss(model: PreTrainedModel, batch: TensorDictBase) -> torch.Tensor:
     """GRPO's objective over the sampled tokens of all turns, row by row."""
     gains = []
@@ -499,7 +508,7 @@ def test_a_whole_conversation_is_one_row_of_the_loss(
     pad_output: bool, smol: SGLangServer, smol_dir: str, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     policy = make_sampler(smol, tokenizer, pad_output, hidden=False, chat="append", prefer_tokens="strict")
-    outputs = converse(policy.get_new_version(chat_template=TRIMMING))
+    outputs = converse_unevenly(policy.get_new_version(chat_template=TRIMMING))
     batch = lazy_stack(list(outputs[-1].unbind(0)))
     for index, last in enumerate(batch.unbind(0)):
         ids = last["tokens"].full[last["masks"].all_attention_mask].tolist()
