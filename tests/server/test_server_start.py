@@ -27,6 +27,7 @@ def serve(*arguments, **options):
         print(Path("/proc/self/cmdline").read_text().strip(chr(0)), flush=True)
         os._exit(0)
     os.wait()
+    print(b"SHOWN=still" in Path("/proc/self/environ").read_bytes())
 
 server._run_server = serve
 server.main(["--device", "cuda"])
@@ -72,6 +73,6 @@ def test_nothing_is_collected_while_sglang_is_imported_and_what_came_of_it_is_le
 
 @pytest.mark.parametrize("first", ["FIRST", API_KEY_ENV])
 def test_forks_take_a_name_though_the_environment_changes(first: str) -> None:
-    environment = {first: "one", **os.environ}
+    environment = {first: "one", "SHOWN": "still", **os.environ}
     done = subprocess.run([sys.executable, "-c", NAMED], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout == "sglang::scheduler\n"
+    assert done.stdout == "sglang::scheduler\nTrue\n", "what /proc shows of the environment is still there"

@@ -46,6 +46,7 @@ API_KEY_ENV = "TORCHRL_SGLANG_HIDDEN_API_KEY"
 SECRETS_ENV = "TORCHRL_SGLANG_HIDDEN_SECRETS"  # the others among SGLang's arguments, as JSON by their Python names
 SECRET_ARGUMENTS = ("api_key", "admin_api_key", "ssl_keyfile_password")
 PARENT_PID_ENV = "TORCHRL_SGLANG_HIDDEN_PARENT_PID"
+TITLE_ENV = "SPT_NOENV"  # setproctitle's
 
 _POLL_INTERVAL_S = 1.0
 
@@ -132,6 +133,8 @@ def _keep_room_for_titles() -> None:
     ``setproctitle`` finds the place by the environment's first variable. Once that is changed or taken away, nothing
     is found, and names are dropped without a word.
     """
+    # Else the names take the place of what /proc shows of this process's environment, which is gone at once.
+    os.environ.setdefault(TITLE_ENV, "1")
     # A client alone, which is imported with this module, does without what comes with SGLang.
     import setproctitle
 
