@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,9 +83,15 @@ class Site:
         return {"success": True, "message": ""}
 
 
+def _call(site: Site, route: str, payload: dict[str, Any]) -> dict[str, Any]:
+    return site.call(route, payload)
+
+
 def sites_of(count: int = 3) -> tuple[list[Site], PushedHeads]:
     sites = [Site(f"http://s{number}") for number in range(count)]
-    return sites, PushedHeads([HeadServer(site.name, partial(getattr, site, "info"), site.call) for site in sites])
+    return sites, PushedHeads(
+        [HeadServer(site.name, partial(getattr, site, "info"), partial(_call, site)) for site in sites]
+    )
 
 
 def test_a_head_goes_to_every_server(tmp_path: Path) -> None:
@@ -174,6 +182,31 @@ def test_ctrl_c_in_the_middle_of_a_push(when: str) -> None:
     with pytest.raises(KeyboardInterrupt) as caught:
         heads.push("h", HEAD, "2")
     assert not hasattr(caught.value, "__notes__")
+
+
+@pytest.mark.parametrize("does", ["push", "drop", "push_again"])
+def test_two_threads_leave_all_servers_with_the_same_head(does: str) -> None:
+    """The second begins when the first has reached one of the servers, and waits for it."""
+    sites, heads = sites_of(2)
+    heads.push("h", OTHER, "1")
+    other = threading.Thread(target=heads.push, args=("h", HEAD, "2"), daemon=True)
+    take = sites[1].call
+
+    def call(route: str, payload: dict[str, Any]) -> dict[str, Any]:
+        if other.ident is None:
+            other.start()
+            other.join(timeout=0.2)  # without the lock it ends now
+        return take(route, payload)
+
+    sites[1].call = call  # type: ignore[method-assign]
+    first: dict[str, Callable[[], object]] = {
+        "push": lambda: heads.push("h", OTHER, "1"),
+        "drop": lambda: heads.drop("h"),
+        "push_again": lambda: heads.push_again("http://s1"),
+    }
+    first[does]()
+    other.join()
+    assert [site.heads for site in sites] == [{"h": ("2", HEAD.to_bytes())}] * 2
 
 
 def test_one_server_alone_says_what_it_says() -> None:
