@@ -152,7 +152,7 @@ def test_no_exception_is_out_of_date() -> None:
 def test_the_messages_are_found() -> None:
     found = [message for path in modules() for message in messages(path.read_text(), module_of(path))]
     assert len(found) > 200
-    assert {message.function for message in found} > {"engines.launch._free_port", "cli.options.parse_layers"}
+    assert {message.function for message in found} > {"engines.launch._hold_port", "cli.options.parse_layers"}
 
 
 @pytest.mark.parametrize(

@@ -242,11 +242,24 @@ SERVES_AFTER_TWO_PROBES = """
 
 
 def test_a_server_is_ready_only_when_it_generates(start: START) -> None:
-    port = launch_module._free_port("127.0.0.1", None)
-    process = start(SERVES_AFTER_TWO_PROBES, [str(port)])
-    process.wait_until_ready(f"http://127.0.0.1:{port}", timeout_s=60, progress=False)
+    with launch_module._hold_port("127.0.0.1", None) as held:
+        port = held.getsockname()[1]
+        process = start(SERVES_AFTER_TWO_PROBES, [str(port)])
+        process.wait_until_ready(f"http://127.0.0.1:{port}", timeout_s=60, progress=False)
     answers = [line.split('" ')[1].split()[0] for line in process.log_tail()]
     assert answers == ["503", "503", "200"]
+
+
+def test_a_port_is_kept_for_the_server_that_binds_it_later() -> None:
+    with launch_module._hold_port("127.0.0.1", None) as held:
+        address = held.getsockname()
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(address)
+        for _ in range(2):  # and once more, after its first life
+            with socket.create_server(address), socket.create_connection(address):
+                pass
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(address)
 
 
 def test_a_failed_start_tells_the_exit_code_the_log_and_its_last_lines(start: START, tmp_path: Path) -> None:
@@ -295,7 +308,8 @@ def test_a_client_says_how_its_own_server_ended(start: START, tmp_path: Path) ->
     process = start("import signal; print('no memory', flush=True); signal.pause()")
     answering = RecordingServer()
     try:
-        server = LaunchedServer(answering.url, process=process, api_key=None)
+        held = launch_module._hold_port("127.0.0.1", None)
+        server = LaunchedServer(answering.url, process=process, api_key=None, port=held)
         copied = copy.deepcopy(server)
     finally:
         answering.stop()
@@ -313,6 +327,8 @@ def test_a_client_says_how_its_own_server_ended(start: START, tmp_path: Path) ->
             asyncio.run(server.agenerate([REQUEST]))
         with pytest.raises(EngineUnreachableError, match=r"is the server running\?$"):
             copied.generate([REQUEST])
+        assert held.fileno() != -1
+    assert held.fileno() == -1, "who closes the client may have the port"
 
 
 def test_without_a_key_the_server_gets_none_from_the_environment(start: START, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import os
 import socket
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import datetime
 from functools import partial
@@ -130,7 +130,8 @@ def launch(
     chosen_layers = resolve_layers(layers, model)
     modules = resolve_modules(constraint_modules)
     require_sglang()
-    port = _free_port(host, port)
+    held = _hold_port(host, port)
+    port = int(held.getsockname()[1])
     arguments = {"model_path": model, "host": host, "port": port, **server_args}
     if device != "auto":
         arguments["device"] = device
@@ -150,12 +151,13 @@ def launch(
         )
 
     with ExitStack() as stack:
+        stack.callback(held.close)
         process = start(Resumption())
         stack.callback(process.stop)
         url = f"http://{_client_host(host)}:{port}"
         process.wait_until_ready(url, timeout_s=timeout_s, progress=progress)
         supervisor = _supervisor(restart, start, process, url=url, timeout_s=timeout_s)
-        server = LaunchedServer(url, process=process, api_key=api_key, supervisor=supervisor)
+        server = LaunchedServer(url, process=process, api_key=api_key, port=held, supervisor=supervisor)
         stack.pop_all()
     logger.info(
         "%s serves %s, process %d, after %.0f s; its log: %s",
@@ -176,11 +178,17 @@ class LaunchedServer(SGLangServer):
     """
 
     def __init__(
-        self, url: str, *, process: ServerProcess, api_key: str | None, supervisor: Supervisor | None = None
+        self,
+        url: str,
+        *,
+        process: ServerProcess,
+        api_key: str | None,
+        port: socket.socket,
+        supervisor: Supervisor | None = None,
     ) -> None:
         self.log_path = process.log_path
         # Runs once: at close, when the last reference goes, or when the interpreter exits.
-        self._stop = weakref.finalize(self, process.stop if supervisor is None else supervisor.stop)
+        self._stop = weakref.finalize(self, _end, process.stop if supervisor is None else supervisor.stop, port)
         self._process, self._supervisor = process, supervisor
         super().__init__(url, api_key=api_key)
         (endpoint,) = self._endpoints
@@ -227,6 +235,13 @@ def _supervisor(
         return None
     settings = Restart() if restart is True else restart
     return Supervisor(start, process, settings, url=url, timeout_s=timeout_s)
+
+
+def _end(stop: Callable[[], None], port: socket.socket) -> None:
+    try:
+        stop()
+    finally:
+        port.close()
 
 
 class _Owned(Supervision):
@@ -307,20 +322,25 @@ def _client_host(host: str) -> str:
     return f"[{host}]" if address.version == 6 else host
 
 
-def _free_port(host: str, port: int | None) -> int:
-    # Bound here although SGLang binds later: another server on this port would answer the readiness probe.
+def _hold_port(host: str, port: int | None) -> socket.socket:
+    """Bind a port, or a free one, and keep it for the server: SGLang binds it late, and again after a restart.
+
+    Whoever took it meanwhile would answer in the server's place, and SGLang not end. Linux gives no other program a
+    port that is bound, and lets the server bind it too, since this socket does not listen and both reuse addresses.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            # As uvicorn does: a port whose last connection is in TIME_WAIT is free.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-            return int(probe.getsockname()[1])
+        with ExitStack() as stack:
+            held = stack.enter_context(socket.socket(family, kind, protocol))
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            held.bind(address)
+            stack.pop_all()
     except OSError as error:
         raise LaunchError(
             f"launch(host={host!r}, port={port!r}): cannot be bound: {error}; pass port=None for a free port, and an "
             "address of this machine"
         ) from error
+    return held
 
 
 def _log_path(log_file: str | os.PathLike[str] | None, port: int) -> Path:
