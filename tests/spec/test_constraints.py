@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from torchrl_sglang_hidden.errors import (
@@ -322,6 +322,7 @@ def test_a_whole_vocabulary_is_a_short_text() -> None:
 
 
 @given(seed=st.integers(0, 99), size=st.integers(100, 3000), share=st.floats(0.01, 0.99))
+@example(seed=0, size=2762, share=0.96875)  # few runs, of two long numbers each
 def test_a_dense_mask_is_written_in_the_shorter_way(seed: int, size: int, share: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     mask_V = torch.rand(size, generator=generator) < share

@@ -21,8 +21,9 @@ from torchrl_sglang_hidden.spec.constraints.base import ConstraintStep, LogitCon
 __all__ = ["ActionMask", "DisallowedTokens", "TokenConstraint", "check_constraints"]
 
 MAX_IDS = 2**20  # more than any vocabulary
-# Ids are written as runs, which people can read, unless bits are shorter.
+# Ids are written as runs, which people can read, unless bits are shorter and there are more runs than these.
 MIN_RUN_BITS = 32
+READABLE_RUNS = 8
 _BITS = "base64:"
 # The ids once more, as an array: a mask of half a vocabulary is read and built in a millisecond instead of thirty.
 _IDS = "_ids_N"
@@ -232,10 +233,13 @@ def _to_text(ids_N: np.ndarray) -> str:
     starts_N = np.concatenate([[True], np.diff(ids_N) != 1])
     firsts, lasts = ids_N[starts_N].tolist(), ids_N[np.roll(starts_N, -1)].tolist()
     last = int(ids_N[-1])
-    if len(firsts) > last // MIN_RUN_BITS + 8:
-        packed = np.packbits(_marked(ids_N, last // 8 * 8 + 8), bitorder="little")
-        return _BITS + base64.b64encode(packed.tobytes()).decode("ascii")
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(firsts, lasts, strict=True))
+    # More runs than this are longer than the bits, and making their text would take long.
+    if len(firsts) <= last // MIN_RUN_BITS + READABLE_RUNS:
+        text = ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(firsts, lasts, strict=True))
+        if len(firsts) <= READABLE_RUNS or len(text) <= len(_BITS) + 4 * (last // 24 + 1):
+            return text
+    packed = np.packbits(_marked(ids_N, last // 8 * 8 + 8), bitorder="little")
+    return _BITS + base64.b64encode(packed.tobytes()).decode("ascii")
 
 
 def _from_text(text: object) -> torch.Tensor:
