@@ -66,7 +66,7 @@ fuzz: $(INSTALLED) ## a million broken and hostile answers, requests and files; 
 	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[fuzz]'
 	$(BIN)/python tools/fuzz.py $(FUZZ)
 
-bench: $(INSTALLED) ## the speed table: against stock SGLang, TorchRL and Hugging Face, about 20 minutes
+bench: $(INSTALLED) ## the speed table: against stock SGLang, TorchRL and Hugging Face, about 15 minutes
 	$(BIN)/python benchmarks/speed_table.py --write
 
 load: $(INSTALLED) ## many callers of one server, about 15 minutes: right answers, and nothing that grows

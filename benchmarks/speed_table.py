@@ -1,7 +1,7 @@
 """The speed table: what this package does, against what there is otherwise, with the aim of each line.
 
 Every line compares two ways to the same result in one run: they take turns, their answers are compared before a ratio
-is made, and the ratio is the median over rounds. Lines of one model share one server. About 20 minutes on two cores.
+is made, and the ratio is the median over rounds. Lines of one model share one server. About 15 minutes on two cores.
 
     python benchmarks/speed_table.py --write
 """
