@@ -533,6 +533,9 @@ class RecordingServer(ThreadingHTTPServer):
         for connection in self.connections:
             with suppress(OSError):  # the other end has closed it already
                 connection.shutdown(socket.SHUT_RDWR)
+        # Ends the listening itself, whoever else has this socket: a client that could connect would be cut off later.
+        with suppress(OSError):  # it was stopped before
+            self.socket.shutdown(socket.SHUT_RDWR)
         self.server_close()
 
 
